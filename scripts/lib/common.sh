@@ -1,0 +1,82 @@
+# Shared by the scripts in scripts/: sourced, never run. bash >= 4.
+# shellcheck shell=bash
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+CHECKPOINTS=${ROUNDHOUSE_CHECKPOINTS:-$ROOT/.cache/checkpoints}
+
+say() { printf '%s\n' "$*" >&2; }
+
+die() {
+    say "error: $*"
+    exit 1
+}
+
+# Seconds since the script began, for progress lines.
+elapsed() { printf '%3ds' "$SECONDS"; }
+
+step() { say "[$(elapsed)] $*"; }
+
+# True when an NVIDIA driver answers. Says nothing.
+has_nvidia() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; }
+
+# "570.86 (supports CUDA up to 12.8)", or "none".
+driver_text() {
+    local version cuda
+    version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n1) || true
+    cuda=$(nvidia-smi 2>/dev/null | grep -oE 'CUDA( UMD)? Version: *[0-9.]+' | grep -oE '[0-9.]+$' | head -n1) || true
+    if [ -z "$version" ]; then
+        echo none
+    else
+        echo "$version (supports CUDA up to ${cuda:-unknown})"
+    fi
+}
+
+# Free bytes of the file system that holds $1 (or its nearest existing parent).
+free_bytes() {
+    local dir=$1
+    while [ ! -d "$dir" ]; do dir=$(dirname "$dir"); done
+    df -P -B1 "$dir" | awk 'NR == 2 { print $4 }'
+}
+
+human() { awk -v b="$1" 'BEGIN { if (b >= 1e9) printf "%.1f GB", b / 1e9; else printf "%.0f MB", b / 1e6 }'; }
+
+# The Python that venvs are made with.
+base_python() {
+    local python=${ROUNDHOUSE_PYTHON:-python3}
+    command -v "$python" >/dev/null 2>&1 || die "no $python found; install Python 3.10 or newer, or set ROUNDHOUSE_PYTHON"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "$("$python" --version 2>&1) is too old; 3.10 or newer is needed (set ROUNDHOUSE_PYTHON)"
+    # The real binary, not a version manager's shim: venvs must keep working from any folder.
+    "$python" -c 'import sys; print(sys.executable)'
+}
+
+# Runs apt-get install for what is missing, or says which line a person has to run.
+need_apt() {
+    if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
+        step "apt-get install $*"
+        { apt-get install -y -q "$@" || { apt-get update -q && apt-get install -y -q "$@"; }; } >&2 ||
+            die "apt-get install $* failed"
+    else
+        die "missing: $*. Install them first, for instance: sudo apt-get install $*"
+    fi
+}
+
+# Sets UV to a working uv: the one on PATH, else one in a small venv of the project.
+find_uv() {
+    if command -v uv >/dev/null 2>&1 && uv --version >/dev/null 2>&1; then
+        UV=$(command -v uv)
+        return
+    fi
+    UV=$ROOT/.venv-tools/bin/uv
+    [ -x "$UV" ] && "$UV" --version >/dev/null 2>&1 && return
+    step "no uv found: installing it into .venv-tools"
+    local python
+    python=$(base_python)
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || need_apt python3-venv
+    "$python" -m venv --clear "$ROOT/.venv-tools"
+    "$ROOT/.venv-tools/bin/python" -m pip install -q --disable-pip-version-check 'uv>=0.9,<1' ||
+        die "could not install uv from PyPI (is the network up?)"
+}
+
+# stdin -> short hash
+hash_of() { sha256sum | cut -c1-16; }
