@@ -1,0 +1,137 @@
+//! A model: one entry of `models.yaml` after validation, and the state its worker is in.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::job::text_enum;
+
+text_enum! {
+    /// What a model makes.
+    ModelKind {
+        /// Chat and completions.
+        Text => "text",
+        /// Images.
+        Image => "image",
+        /// Music and speech.
+        Audio => "audio",
+        /// Anything else behind its endpoint.
+        Custom => "custom",
+    }
+}
+
+text_enum! {
+    /// Where a model is, from nothing to serving and back. Its supervisor task is the only writer.
+    ModelState {
+        /// No process.
+        Absent => "absent",
+        /// Weights are being fetched.
+        Fetching => "fetching",
+        /// The process is up and loads.
+        Loading => "loading",
+        /// Ready to serve, on the device.
+        Resident => "resident",
+        /// No new jobs; running ones finish.
+        Draining => "draining",
+        /// Going to host memory.
+        Parking => "parking",
+        /// In host memory.
+        Parked => "parked",
+        /// Coming back to the device.
+        Waking => "waking",
+        /// A load failed; the next try has a time.
+        Backoff => "backoff",
+        /// Five loads in a row failed; tried every ten minutes.
+        Quarantined => "quarantined",
+        /// Cannot run here now, for example no GPU.
+        Blocked => "blocked",
+    }
+}
+
+/// How a worker process is started. `{port}`, `{model}` and `{name}` in words are filled in at start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Launch {
+    /// `python script --name N --port P --model M args...`
+    Script {
+        /// The interpreter; `None` if the model's venv is not installed, which is an error at load, not at start.
+        python: PathBuf,
+        /// Absolute path of server.py.
+        script: PathBuf,
+    },
+    /// Any program, words already split.
+    Command(Vec<String>),
+}
+
+/// One entry of `models.yaml`, defaults applied, paths absolute.
+#[derive(Clone, PartialEq)]
+pub struct ModelSpec {
+    /// The entry's name.
+    pub name: String,
+    /// What it makes.
+    pub kind: ModelKind,
+    /// How its worker is started.
+    pub launch: Launch,
+    /// Hugging Face id or absolute folder.
+    pub model: Option<String>,
+    /// Revision for the fetcher.
+    pub revision: Option<String>,
+    /// Preferred port; if taken, the next free one in 8001-8999.
+    pub port: u16,
+    /// Prior of a cold load.
+    pub startup_time: Duration,
+    /// Paths it serves; the first is the main one. Never empty.
+    pub endpoints: Vec<String>,
+    /// More words for the command line.
+    pub args: Vec<String>,
+    /// Environment of the worker.
+    pub env: BTreeMap<String, String>,
+    /// Other names clients may use.
+    pub aliases: Vec<String>,
+    /// Most jobs on the worker at once. At least 1.
+    pub limit: u32,
+    /// Most jobs in one run. At least 1; 1 for text, which the engine batches by itself.
+    pub max_batch: u32,
+    /// Longest time of one attempt.
+    pub timeout: Duration,
+    /// Budget of a job's own retriable errors.
+    pub max_attempts: u32,
+    /// Unload after this long without work; `None` keeps it until another model needs the device.
+    pub idle_ttl: Option<Duration>,
+    /// Load at start.
+    pub preload: bool,
+    /// 0 marks a CPU model.
+    pub gpus: u32,
+    /// Declared device memory per GPU, in bytes.
+    pub memory: Option<u64>,
+    /// The `model` field of forwarded bodies.
+    pub upstream_model: String,
+    /// Working directory of the worker.
+    pub dir: PathBuf,
+}
+
+impl ModelSpec {
+    /// Whether `endpoint` is one of its paths.
+    pub fn serves(&self, endpoint: &str) -> bool {
+        self.endpoints.iter().any(|e| e == endpoint)
+    }
+}
+
+impl fmt::Debug for ModelSpec {
+    /// Environment values are hidden: they may hold secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ModelSpec")
+            .field("name", &self.name)
+            .field("kind", &self.kind)
+            .field("launch", &self.launch)
+            .field("model", &self.model)
+            .field("port", &self.port)
+            .field("endpoints", &self.endpoints)
+            .field("env", &self.env.keys().collect::<Vec<_>>())
+            .field("limit", &self.limit)
+            .field("max_batch", &self.max_batch)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,124 @@
+//! What a supervisor tells about its worker, and what a worker tells about a job.
+
+use serde::{Deserialize, Serialize};
+
+use super::{JobError, Millis, ModelState};
+
+/// A worker's report, sent by its supervisor to the scheduler. Each changes what the scheduler may do next.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Report {
+    /// The process is up; `phase` and `percent` as its `/health` gives them.
+    Loading {
+        /// For example `weights`.
+        phase: Option<String>,
+        /// 0 to 100.
+        percent: Option<f64>,
+    },
+    /// It answers on `base_url` and takes jobs.
+    Ready {
+        /// `http://127.0.0.1:8001`
+        base_url: String,
+        /// Time from the order to load to readiness, in ms.
+        load_ms: i64,
+    },
+    /// Stopped as ordered; its device memory is free.
+    Stopped {
+        /// Time from the order to stop to free memory, in ms.
+        stop_ms: i64,
+    },
+    /// It died or was killed for not answering, after it had been ready; its device memory is free. What ran on it is lost.
+    Died {
+        /// For a person.
+        reason: String,
+    },
+    /// It did not get ready; nothing of it runs. Tried again not before `retry_at`.
+    LoadFailed {
+        /// For a person, with the last log lines.
+        error: JobError,
+        /// When the next load may be ordered, ms since the epoch.
+        retry_at: Millis,
+        /// Five in a row.
+        quarantined: bool,
+    },
+    /// Needs a GPU and the box sees none.
+    NoGpu,
+    /// May be loaded again: back-off is over, a GPU came back, or a person asked for a retry.
+    Available,
+}
+
+/// A supervisor's view of its worker, for `/v1/workers`; stale by the time it is read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct WorkerView {
+    /// Entry name.
+    pub model: String,
+    /// Where it is.
+    pub state: ModelState,
+    /// Loading phase.
+    pub phase: Option<String>,
+    /// Loading progress, 0 to 100.
+    pub percent: Option<f64>,
+    /// The guard's process id.
+    pub pid: Option<u32>,
+    /// Port it listens on.
+    pub port: Option<u16>,
+    /// Since when in this state.
+    pub since: Millis,
+    /// Failed loads in a row.
+    pub failed_loads: u32,
+    /// Times it was started.
+    pub starts: u64,
+    /// When the next load may happen, in `backoff` and `quarantined`.
+    pub retry_at: Option<Millis>,
+    /// Why it is in `backoff`, `quarantined` or `blocked`.
+    pub reason: Option<String>,
+    /// Where its log is.
+    pub log_path: String,
+}
+
+/// The answer to one job.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// HTTP status, 2xx.
+    pub status: u16,
+    /// For example `application/json` or `audio/wav`.
+    pub content_type: String,
+    /// The body.
+    pub body: bytes::Bytes,
+    /// Token counts, if the engine gave them.
+    pub usage: Option<serde_json::Value>,
+}
+
+/// How an attempt ended, as seen by the worker's client.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// With an answer.
+    Answered(Answer),
+    /// With the job's own error; `retriable` ones charge `failures`.
+    Failed {
+        /// What to store.
+        error: JobError,
+        /// Whether another attempt may help.
+        retriable: bool,
+    },
+    /// The connection broke or was refused: the worker may be gone. Its supervisor knows.
+    WorkerLost {
+        /// For the log.
+        reason: String,
+    },
+    /// We closed the connection, since the job was cancelled or its time was up.
+    Stopped,
+}
+
+/// Something a running job tells before it ends.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Progress {
+    /// Step `step` of `total`.
+    Step {
+        /// Done so far.
+        step: u64,
+        /// All.
+        total: u64,
+    },
+    /// One SSE data payload of a stream, without `data: `, exactly as the engine sent it. Never `[DONE]`.
+    Chunk(bytes::Bytes),
+}

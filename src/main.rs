@@ -1,0 +1,2 @@
+//! Parses flags and calls the library; nothing else.
+fn main() {}

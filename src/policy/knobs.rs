@@ -1,0 +1,51 @@
+//! What a person may set about scheduling; everything else is fixed or learned.
+
+use std::time::Duration;
+
+/// The `scheduler:` section of `models.yaml`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Knobs {
+    /// Target wait of a caller on the line.
+    pub max_wait_interactive: Duration,
+    /// Longest a model with batch jobs goes unvisited before it is due.
+    pub max_wait_batch: Duration,
+    /// Longest hold of a model while a due one waits.
+    pub max_visit: Duration,
+    /// Share of device time that early swaps may cost in favour of interactive callers over batch work; 0 < b < 1.
+    pub swap_budget_interactive: f64,
+    /// The same for all other early swaps; 0 < b < 1.
+    pub swap_budget_other: f64,
+    /// Most jobs queued in all.
+    pub queued_max: usize,
+    /// Most jobs queued per tenant.
+    pub queued_per_tenant_max: usize,
+    /// Most sync calls waiting at once.
+    pub waiting_sync_max: usize,
+}
+
+impl Default for Knobs {
+    fn default() -> Self {
+        Self {
+            max_wait_interactive: Duration::from_secs(60),
+            max_wait_batch: Duration::from_secs(15 * 60),
+            max_visit: Duration::from_secs(5 * 60),
+            swap_budget_interactive: 0.50,
+            swap_budget_other: 0.15,
+            queued_max: 2_000_000,
+            queued_per_tenant_max: 500_000,
+            waiting_sync_max: 4_000,
+        }
+    }
+}
+
+impl Knobs {
+    /// Useful running that a swap in favour of an interactive caller must follow, in prices of the swap.
+    pub fn rush(&self) -> f64 {
+        (1.0 - self.swap_budget_interactive) / self.swap_budget_interactive
+    }
+
+    /// Useful running that any other early swap must follow, in prices of the swap (about 6).
+    pub fn keep(&self) -> f64 {
+        (1.0 - self.swap_budget_other) / self.swap_budget_other
+    }
+}

@@ -1,0 +1,1 @@
+//! Images and audio as files beside the database.

@@ -1,0 +1,8 @@
+//! Worker processes: starting, watching and stopping them (`supervisor`, `process`), speaking HTTP to them (`client`),
+//! and asking the driver about GPUs (`gpu`).
+
+pub mod client;
+pub mod gpu;
+pub mod guard;
+pub mod process;
+pub mod supervisor;
