@@ -14,7 +14,7 @@ from roundhouse_worker.errors import (
 from roundhouse_worker.items import Binary, Item, Output, Progress, Stream
 from roundhouse_worker.replies import images_reply
 from roundhouse_worker.service import BaseService, Loading
-from roundhouse_worker.text import Usage, chat_reply, chat_stream, completion_reply, completion_stream
+from roundhouse_worker.text import Usage, chat_reply, chat_stream, completion_reply, completion_stream, wants_usage
 
 __all__ = [
     "BaseService",
@@ -35,4 +35,5 @@ __all__ = [
     "completion_reply",
     "completion_stream",
     "images_reply",
+    "wants_usage",
 ]

@@ -31,6 +31,8 @@ class ModelThread:
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def work() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
             try:
                 done.set_result(call())
             except BaseException as error:  # a SystemExit must not end the thread

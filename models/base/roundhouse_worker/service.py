@@ -42,6 +42,7 @@ FAILED_LINGER_S = 0.5
 CANCEL_WAIT_S = 1.0
 """How long a cancelled pass may take to notice, before the process ends under it."""
 RELEASE_WAIT_S = 0.7
+LOGGED_IDS_LIMIT = 16
 
 
 class Status(StrEnum):
@@ -69,9 +70,10 @@ class Loading:
         """
         if self.stopping:
             raise Cancelled("the worker is stopping")
-        if phase != self.phase:
-            log.event(logging.INFO, "loading", load_phase=phase)
+        fresh = phase != self.phase
         self.phase, self.percent = phase, percent
+        if fresh:
+            log.event(logging.INFO, "loading", load_phase=phase)
 
 
 class BaseService:
@@ -205,6 +207,8 @@ class BaseService:
         self.served_name: str = options.name
         self.status = Status.LOADING
         self.loading = Loading()
+        self.model_facts: dict[str, Any] = {}  # what `/v1/models` says besides; `initialize` may fill it
+        self._loaded = False  # the model thread's
         self._failure: WorkerError | None = None
         self._active: set[Item] = set()
         self._idle = asyncio.Event()
@@ -244,7 +248,7 @@ class BaseService:
     async def _load(self) -> None:
         started = time.monotonic()
         try:
-            await self._thread.submit(lambda: self.initialize(self.loading))
+            await self._thread.submit(self._initialize)
         except Cancelled:
             return
         except BaseException as error:
@@ -253,6 +257,15 @@ class BaseService:
         self.status = Status.READY
         self.loading.phase, self.loading.percent = "ready", 100.0
         log.event(logging.INFO, "ready", load_seconds=time.monotonic() - started)
+
+    def _initialize(self) -> None:
+        self.initialize(self.loading)
+        self._loaded = True
+
+    def _release(self) -> None:
+        """Run the hook, unless there is nothing whole to release."""
+        if self._loaded:
+            self.release()
 
     def _fail(self, message: str, error: BaseException) -> None:
         """Become unusable: say why on `/health` for a moment, then end."""
@@ -275,7 +288,7 @@ class BaseService:
             log.event(logging.WARNING, "grace is over", stop_cancelled=len(self._active))
         for item in list(self._active):
             item.cancel()
-        last = self._thread.submit(self.release if self.status in (Status.READY, Status.ASLEEP) else lambda: None)
+        last = self._thread.submit(self._release)
         try:
             await asyncio.wait_for(last, CANCEL_WAIT_S if self._active else RELEASE_WAIT_S + CANCEL_WAIT_S)
             await asyncio.wait_for(self._idle.wait(), CANCEL_WAIT_S)
@@ -315,8 +328,7 @@ class BaseService:
 
     def _start_run(self, items: list[Item]) -> None:
         for group in split(items):
-            done = self._thread.submit(lambda group=group: self._run_pass(group))
-            done.add_done_callback(_retrieve)
+            self._thread.submit(lambda group=group: self._run_pass(group))
 
     def _run_pass(self, items: list[Item]) -> None:
         """One call of the model, on the model thread. Never raises."""
@@ -336,7 +348,7 @@ class BaseService:
             failure = as_worker_error(error)
             outcomes = [failure] * len(wanted)
         if any(isinstance(outcome, OutOfMemory) for outcome in outcomes):
-            self.reclaim()
+            self._reclaim()
         seconds = time.monotonic() - started
         log.event(
             logging.INFO,
@@ -344,9 +356,15 @@ class BaseService:
             pass_size=len(wanted),
             pass_seconds=seconds,
             pass_outcome=failure.code if failure else "succeeded",
-            request_ids=[item.request_id for item in wanted],
+            request_ids=[item.request_id for item in wanted[:LOGGED_IDS_LIMIT]],
         )
         self._loop.call_soon_threadsafe(self._finish_pass, wanted, outcomes, seconds)
+
+    def _reclaim(self) -> None:
+        try:
+            self.reclaim()
+        except Exception as error:
+            log.event(logging.ERROR, "reclaim failed", error_type=type(error).__name__, error_at=log.where(error))
 
     def _finish_pass(self, items: list[Item], outcomes: list[Output | Exception], seconds: float) -> None:
         self._metrics.pass_seconds.add(seconds)
@@ -372,7 +390,7 @@ class BaseService:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`, in OpenAI's shape."""
-        model = {
+        model: dict[str, Any] = self.model_facts | {
             "id": self.served_name,
             "object": "model",
             "created": self._started_at,
@@ -429,11 +447,6 @@ class BaseService:
 
 def _outcome(value: Output | Exception) -> Output | Exception:
     return as_worker_error(value) if isinstance(value, Exception) else value
-
-
-def _retrieve(done: asyncio.Future[None]) -> None:
-    """Bring down what would else be lost: `_run_pass` never raises."""
-    done.result()
 
 
 async def _within(seconds: float, *events: asyncio.Event) -> bool:

@@ -43,14 +43,14 @@ def wants_usage(body: dict[str, Any]) -> bool:
     return isinstance(options, dict) and bool(options.get("include_usage"))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
 
 
-def chat_reply(request_id: str, model: str, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
+def chat_reply(request_id: str, model: str, text: str, finish_reason: str | None, usage: Usage) -> dict[str, Any]:
     """The answer of `/v1/chat/completions` without `stream`."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
     head = _head(f"chatcmpl-{request_id}", "chat.completion", model)
     return head | {"choices": [choice], "usage": usage.json()}
 
 
-def completion_reply(request_id: str, model: str, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
+def completion_reply(request_id: str, model: str, text: str, finish_reason: str | None, usage: Usage) -> dict[str, Any]:
     """The answer of `/v1/completions` without `stream`."""
     choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
     head = _head(f"cmpl-{request_id}", "text_completion", model)
@@ -80,9 +80,14 @@ async def chat_stream(
     def chunk(delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
         return head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
 
-    yield frame(chunk({"role": "assistant", "content": ""}, None))
+    role = frame(chunk({"role": "assistant", "content": ""}, None))
     async for piece in pieces:
+        if role:  # not earlier: what fails before the first piece still gets its HTTP status
+            yield role
+            role = b""
         yield frame(chunk({"content": piece}, None))
+    if role:
+        yield role
     finish_reason, usage = finish()
     if finish_reason is not None:
         yield frame(chunk({}, finish_reason))
