@@ -10,7 +10,7 @@
 # --force    install again even where nothing changed
 #
 # A stamp in each venv makes a second run take about a second. Wheels are hard-linked from uv's cache, so
-# keep both on one file system. ROUNDHOUSE_PYTHON chooses the Python (3.10 or newer).
+# keep both on one file system. ROUNDHOUSE_PYTHON chooses the Python (3.11 or newer).
 set -euo pipefail
 source "$(dirname "$0")/lib/common.sh"
 

@@ -43,9 +43,9 @@ human() { awk -v b="$1" 'BEGIN { if (b >= 1e9) printf "%.1f GB", b / 1e9; else p
 # The Python that venvs are made with.
 base_python() {
     local python=${ROUNDHOUSE_PYTHON:-python3}
-    command -v "$python" >/dev/null 2>&1 || die "no $python found; install Python 3.10 or newer, or set ROUNDHOUSE_PYTHON"
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        die "$("$python" --version 2>&1) is too old; 3.10 or newer is needed (set ROUNDHOUSE_PYTHON)"
+    command -v "$python" >/dev/null 2>&1 || die "no $python found; install Python 3.11 or newer, or set ROUNDHOUSE_PYTHON"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die "$("$python" --version 2>&1) is too old; 3.11 or newer is needed (set ROUNDHOUSE_PYTHON)"
     # The real binary, not a version manager's shim: venvs must keep working from any folder.
     "$python" -c 'import sys; print(sys.executable)'
 }

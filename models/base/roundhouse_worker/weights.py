@@ -1,0 +1,48 @@
+"""Where a model's weights lie on this machine. No network, no heavy imports."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+RANDOM_MARKER = "RANDOM_WEIGHTS"
+"""A file of this name in a model's folder says that its weights are random: what comes out is noise."""
+
+
+def default_cache() -> pathlib.Path:
+    """The Hugging Face cache: `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else the usual place in the home folder."""
+    cache = os.environ.get("HF_HUB_CACHE")
+    if cache:
+        return pathlib.Path(cache).expanduser()
+    home = os.environ.get("HF_HOME")
+    if not home:
+        home = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return pathlib.Path(home).expanduser() / "hub"
+
+
+def local_folder(model: str, revision: str = "main") -> pathlib.Path:
+    """The folder that holds `model`: the folder itself, or the cached snapshot of a Hugging Face id.
+
+    Raises:
+        ValueError: it is not here; the text says how to get it.
+    """
+    folder = pathlib.Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ValueError(f"--model: there is no folder {model}, and it is no Hugging Face id (ORG/NAME)")
+    cached = default_cache() / f"models--{model.replace('/', '--')}"
+    ref = cached / "refs" / revision
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    snapshot = cached / "snapshots" / commit
+    if not snapshot.is_dir():
+        raise ValueError(
+            f"--model: {model} (revision {revision}) is not in {default_cache()}; "
+            f"fetch it: python -m roundhouse_worker.fetch --repo {model} --revision {revision}"
+        )
+    return snapshot
+
+
+def is_random(folder: pathlib.Path) -> bool:
+    """Whether the weights in `folder` are random."""
+    return (folder / RANDOM_MARKER).is_file()

@@ -1,0 +1,399 @@
+#!/usr/bin/env python3
+"""Images from text: serves a Flux pipeline of diffusers behind `POST /v1/images/generations`.
+
+    python models/flux/server.py --model DIR_OR_ID --port 8002
+
+Any pipeline that `DiffusionPipeline.from_pretrained` gives works as long as it takes prompts and makes images: FLUX.1
+(schnell, dev) and FLUX.2 klein were tried.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import os
+import pathlib
+import secrets
+import sys
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base"))
+
+from roundhouse_worker import BaseService, InvalidRequest, Item, Loading, Output, Progress, WorkerError, log, parking, weights
+
+if TYPE_CHECKING:
+    import argparse
+
+SIZE_STEP = 16  # pipelines round other sizes down, with a warning only
+SIZE_MIN, SIZE_MAX = 64, 2048
+STEPS_MAX = 1000
+IMAGES_MAX = 10
+PROMPT_MAX_CHARS = 32_000
+SEED_MAX = 2**63 - 1 - IMAGES_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a pipeline wants if the request does not say; None: leave it to the pipeline."""
+
+    steps: int
+    guidance: float | None
+    max_sequence_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """One request, checked."""
+
+    prompt: str
+    negative_prompt: str | None
+    count: int
+    width: int
+    height: int
+    steps: int
+    guidance: float | None
+    true_cfg_scale: float | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One image to make: the `index`-th of a request."""
+
+    item: Item
+    index: int
+
+    @property
+    def seed(self) -> int:
+        return self.item.params.seed + self.index
+
+
+class FluxServer(BaseService):
+    """Serves a Flux pipeline (images from text)."""
+
+    name = "flux"
+    model = "black-forest-labs/FLUX.2-klein-4B"
+    endpoints = ("/v1/images/generations",)
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--revision", default="main", help="revision of a Hugging Face id, as it was fetched")
+        parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, cpu")
+        parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+        parser.add_argument("--default-size", default="1024x1024", help="size of a request that names none")
+        parser.add_argument("--batch-megapixels", type=float, default=4.0, help="most pixels in one pipeline call")
+        parser.add_argument(
+            "--offload", choices=("none", "model"), default="none", help="keep only the part in use on the GPU (slower)"
+        )
+        parser.add_argument(
+            "--host-copy",
+            choices=("auto", "load", "sleep"),
+            default="auto",
+            help="when the copy of the weights that /sleep needs is made; auto: at load if the memory is there",
+        )
+
+    def check(self) -> dict[str, Any]:
+        self._default_size = parse_size(self.options.default_size, "--default-size")
+        folder = weights.local_folder(self.options.model, self.options.revision)
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"--model: {folder} has no model_index.json, so it is no diffusers pipeline")
+        pipeline = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+        return {"folder": str(folder), "pipeline": pipeline} | random_note(folder)
+
+    # ---- loading, parking ----------------------------------------------------
+
+    def initialize(self, loading: Loading) -> None:
+        self._folder = weights.local_folder(self.options.model, self.options.revision)
+        self.model_facts = random_note(self._folder)
+        if self.model_facts:
+            log.event(logging.WARNING, self.model_facts["note"])
+        loading("importing torch", 5)
+        parking.prepare_environment()
+        import torch
+
+        loading("importing diffusers", 15)
+        import diffusers
+        import transformers
+
+        diffusers.utils.logging.set_verbosity_error()
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self._torch = torch
+        self._device = self.options.device
+        if self._device == "auto":
+            self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._on_cuda = self._device.startswith("cuda")
+        self._load_model(loading)
+
+    def _load_model(self, loading: Loading) -> None:
+        from diffusers import DiffusionPipeline
+
+        loading("reading weights", 40)
+        dtype = self.options.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if self._on_cuda else "float32"
+        pipeline = DiffusionPipeline.from_pretrained(
+            self._folder, dtype=getattr(self._torch, dtype), local_files_only=True
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        loading("moving weights to the device", 75)
+        if self.options.offload == "model" and self._on_cuda:
+            pipeline.enable_model_cpu_offload(device=self._device)
+        else:
+            pipeline.to(self._device)
+        self._pipeline: Any = pipeline
+        self._takes = call_parameters(pipeline)
+        self._defaults = defaults_of(pipeline)
+        self._parker: parking.Parker | None = None
+        if self._parks() and self.options.host_copy != "sleep":
+            modules = self._modules()
+            if self.options.host_copy == "load" or parking.available_bytes() > 1.25 * parking.weights_bytes(modules):
+                loading("copying weights to host memory", 85)
+                self._parker = parking.Parker(modules, self._device)
+        loading("finishing", 98)
+
+    def _modules(self) -> list[Any]:
+        return [part for part in self._pipeline.components.values() if isinstance(part, self._torch.nn.Module)]
+
+    def _parks(self) -> bool:
+        # On a CPU the weights are in host memory anyway; with offload they mostly are.
+        return self._on_cuda and self.options.offload == "none"
+
+    def park(self, level: int) -> None:
+        if level == 2:
+            self._pipeline = self._parker = None
+            self.reclaim()
+        elif self._parks():
+            if self._parker is None:
+                self._parker = parking.Parker(self._modules(), self._device)
+            self._parker.park()
+
+    def wake(self) -> None:
+        if self._pipeline is None:
+            self._load_model(Loading())
+        elif self._parker is not None:
+            self._parker.wake()
+
+    def reclaim(self) -> None:
+        if self._on_cuda:
+            import gc
+
+            gc.collect()
+            self._torch.cuda.empty_cache()
+
+    # ---- requests ------------------------------------------------------------
+
+    def parse(self, item: Item) -> Params:
+        body = item.body
+        size = body.get("size")
+        if size in (None, "auto"):
+            width = integer(body, "width", self._default_size[0], 1, 1 << 20)
+            height = integer(body, "height", self._default_size[1], 1, 1 << 20)
+            size = f"{width}x{height}"
+        try:
+            width, height = parse_size(size, "size")
+        except ValueError as error:
+            raise InvalidRequest(str(error), param="size") from None
+        if body.get("output_format") not in (None, "png"):
+            raise InvalidRequest("output_format must be png", param="output_format")
+        negative = body.get("negative_prompt")
+        if negative is not None and not isinstance(negative, str):
+            raise InvalidRequest("negative_prompt must be text", param="negative_prompt")
+        steps_name = "steps" if body.get("num_inference_steps") is None else "num_inference_steps"
+        return Params(
+            prompt=prompt_text(body, "prompt"),
+            negative_prompt=negative if "negative_prompt" in self._takes else None,
+            count=integer(body, "n", 1, 1, IMAGES_MAX),
+            width=width,
+            height=height,
+            steps=integer(body, steps_name, self._defaults.steps, 1, STEPS_MAX),
+            guidance=number(body, "guidance_scale", self._defaults.guidance, 0, 100),
+            true_cfg_scale=number(body, "true_cfg_scale", None, 0, 100),
+            seed=integer(body, "seed", secrets.randbelow(2**32), 0, SEED_MAX),
+        )
+
+    def batch_key(self, item: Item) -> Hashable:
+        """One pipeline call has one value of each of these."""
+        p: Params = item.params
+        return (p.width, p.height, p.steps, p.guidance, p.true_cfg_scale, p.negative_prompt is None)
+
+    def generate(self, items: list[Item], progress: Progress) -> Sequence[Output | Exception]:
+        pictures = [Picture(item, index) for item in items for index in range(item.params.count)]
+        first: Params = items[0].params
+        per_call = max(1, int(self.options.batch_megapixels * 1_000_000 // (first.width * first.height)))
+        calls = -(-len(pictures) // per_call)
+        made: dict[Picture, bytes] = {}
+        for number_of_call in range(calls):
+            part = pictures[number_of_call * per_call : (number_of_call + 1) * per_call]
+            part = [picture for picture in part if not picture.item.cancelled]
+            progress.check()
+            if part:
+                for picture, png in self._call(part, progress, number_of_call * first.steps, calls * first.steps):
+                    made[picture] = png
+        return [self._answer(item, made) for item in items]
+
+    def _call(
+        self, pictures: list[Picture], progress: Progress, done: int, total: int
+    ) -> Iterator[tuple[Picture, bytes]]:
+        """One call of the pipeline for pictures that agree in everything but prompt and seed."""
+        params: Params = pictures[0].item.params
+        step = 0
+
+        def after_step(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            # Some schedulers take more model calls than steps: never report past the end of this call.
+            nonlocal step
+            step = min(step + 1, params.steps)
+            progress(done + step, total)  # raises when nobody waits any more; the pipeline stays usable
+            return tensors
+
+        wanted = {
+            "height": params.height,
+            "width": params.width,
+            "num_inference_steps": params.steps,
+            "guidance_scale": params.guidance,
+            "true_cfg_scale": params.true_cfg_scale,
+            "negative_prompt": (
+                None
+                if params.negative_prompt is None
+                else [picture.item.params.negative_prompt for picture in pictures]
+            ),
+            "max_sequence_length": self._defaults.max_sequence_length,
+            # On the CPU, so that a seed means the same on every device.
+            "generator": [self._torch.Generator("cpu").manual_seed(picture.seed) for picture in pictures],
+            "callback_on_step_end": after_step,
+            "output_type": "pil",
+        }
+        given = {name: value for name, value in wanted.items() if value is not None and name in self._takes}
+        with self._torch.inference_mode():
+            output = self._pipeline(prompt=[picture.item.params.prompt for picture in pictures], **given)
+        for picture, image in zip(pictures, output.images, strict=True):
+            yield picture, encode_png(image, self._png_note(picture))
+
+    def _answer(self, item: Item, made: dict[Picture, bytes]) -> Output | Exception:
+        params: Params = item.params
+        pictures = [Picture(item, index) for index in range(params.count)]
+        if any(picture not in made for picture in pictures):
+            return WorkerError("the request was cancelled", code="cancelled", status=499)
+        return {
+            "created": int(time.time()),
+            "data": [
+                {"b64_json": base64.b64encode(made[picture]).decode("ascii"), "seed": picture.seed}
+                for picture in pictures
+            ],
+            "size": f"{params.width}x{params.height}",
+            "output_format": "png",
+            "roundhouse": self._settings(params),
+        }
+
+    def _settings(self, params: Params) -> dict[str, Any]:
+        return {
+            "seed": params.seed,
+            "steps": params.steps,
+            "guidance_scale": params.guidance,
+            "model": self.served_name,
+        } | self.model_facts
+
+    def _png_note(self, picture: Picture) -> str:
+        """What is written into the PNG, as image tools do: enough to make it again."""
+        params: Params = picture.item.params
+        return json.dumps(
+            {"prompt": params.prompt}
+            | ({"negative_prompt": params.negative_prompt} if params.negative_prompt else {})
+            | self._settings(params)
+            | {"seed": picture.seed, "size": f"{params.width}x{params.height}"}
+        )
+
+
+def random_note(folder: pathlib.Path) -> dict[str, Any]:
+    """What is said wherever random weights are shown."""
+    if not weights.is_random(folder):
+        return {}
+    return {"weights": "random", "note": "random weights: images are noise"}
+
+
+def call_parameters(pipeline: Any) -> set[str]:
+    """The keyword arguments that a pipeline takes."""
+    import inspect
+
+    return set(inspect.signature(pipeline.__call__).parameters)
+
+
+def defaults_of(pipeline: Any) -> Defaults:
+    """The settings that the authors of a model recommend."""
+    name = type(pipeline).__name__
+    transformer = getattr(getattr(pipeline, "transformer", None), "config", {})
+    if name.startswith("Flux2Klein"):
+        return Defaults(4, 1.0) if pipeline.config.get("is_distilled") else Defaults(50, 4.0)
+    if name.startswith("Flux2"):
+        return Defaults(28, 4.0)
+    if name.startswith("Flux"):
+        return Defaults(28, 3.5) if transformer.get("guidance_embeds") else Defaults(4, 0.0, max_sequence_length=256)
+    return Defaults(28, None)
+
+
+def parse_size(text: Any, what: str) -> tuple[int, int]:
+    """`"WxH"` as two numbers.
+
+    Raises:
+        ValueError: it is no size, or one that the pipelines do not make exactly.
+    """
+    width, cross, height = text.partition("x") if isinstance(text, str) else ("", "", "")
+    if not (cross and width.isascii() and height.isascii() and width.isdigit() and height.isdigit()):
+        raise ValueError(f'{what} must look like "1024x1024", not {str(text)[:40]!r}')
+    for side in (width, height):
+        if len(side) > 6 or not SIZE_MIN <= int(side) <= SIZE_MAX or int(side) % SIZE_STEP:
+            raise ValueError(
+                f"{what}: both sides must be multiples of {SIZE_STEP} from {SIZE_MIN} to {SIZE_MAX}, not {text[:40]}"
+            )
+    return int(width), int(height)
+
+
+def prompt_text(body: dict[str, Any], name: str) -> str:
+    """A required text, not empty and not too long."""
+    value = body.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidRequest(f"{name} must be a text that is not empty", param=name)
+    if len(value) > PROMPT_MAX_CHARS:
+        raise InvalidRequest(f"{name} has {len(value)} characters, more than {PROMPT_MAX_CHARS}", param=name)
+    return value
+
+
+def integer(body: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
+    """An optional whole number within limits."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}, not {str(value)[:40]}", param=name)
+    return value
+
+
+def number(body: dict[str, Any], name: str, default: float | None, low: float, high: float) -> float | None:
+    """An optional number within limits."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {str(value)[:40]}", param=name)
+    return float(value)
+
+
+def encode_png(image: Any, note: str) -> bytes:
+    """A PNG with `note` in its text field "parameters"."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("parameters", note)
+    out = io.BytesIO()
+    image.save(out, format="PNG", pnginfo=info, compress_level=4)
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    raise SystemExit(FluxServer.main())

@@ -1,0 +1,329 @@
+#!/usr/bin/env python3
+"""Music from text: serves MusicGen of transformers behind `POST /v1/audio/generations` and `/v1/audio/speech`.
+
+    python models/musicgen/server.py --model DIR_OR_ID --port 8003
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import os
+import pathlib
+import secrets
+import sys
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base"))
+
+from roundhouse_worker import BaseService, Binary, InvalidRequest, Item, Loading, Output, Progress, log, parking, weights
+
+if TYPE_CHECKING:
+    import argparse
+
+    import numpy as np
+
+SPEECH = "/v1/audio/speech"
+GENERATIONS = "/v1/audio/generations"
+SECONDS_MAX = 30.0  # what the model was trained for
+SECONDS_MIN = 0.1
+PROMPT_MAX_CHARS = 4096
+SEED_MAX = 2**63 - 1
+DELAY_TOKENS = 3  # the codebooks start one after another
+FILES = {
+    # format: content type, libsndfile's format and subtype, the rate it must have
+    "wav": ("audio/wav", "WAV", "PCM_16", None),
+    "flac": ("audio/flac", "FLAC", "PCM_16", None),
+    "mp3": ("audio/mpeg", "MP3", "MPEG_LAYER_III", None),
+    "opus": ("audio/ogg", "OGG", "OPUS", 48_000),
+}
+PCM_RATE = 24_000  # 16 bit, little endian, as OpenAI's "pcm"
+FORMATS = (*FILES, "pcm")
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """One request, checked. `seed` is None if the request named none."""
+
+    prompt: str
+    seconds: float
+    guidance: float
+    temperature: float
+    top_k: int
+    seed: int | None
+    format: str
+
+
+class MusicgenServer(BaseService):
+    """Serves MusicGen (music from text, up to 30 s)."""
+
+    name = "musicgen"
+    model = "facebook/musicgen-small"
+    endpoints = (GENERATIONS, SPEECH)
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--revision", default="main", help="revision of a Hugging Face id, as it was fetched")
+        parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, cpu")
+        parser.add_argument("--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto")
+        parser.add_argument("--default-seconds", type=float, default=10.0, help="duration if the request names none")
+        parser.add_argument(
+            "--host-copy",
+            choices=("auto", "load", "sleep"),
+            default="auto",
+            help="when the copy of the weights that /sleep needs is made; auto: at load if the memory is there",
+        )
+
+    def check(self) -> dict[str, Any]:
+        if not SECONDS_MIN <= self.options.default_seconds <= SECONDS_MAX:
+            raise ValueError(f"--default-seconds must be from {SECONDS_MIN} to {SECONDS_MAX:g}")
+        folder = weights.local_folder(self.options.model, self.options.revision)
+        try:
+            kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        except OSError:
+            kind = None
+        if kind != "musicgen":
+            raise ValueError(f"--model: {folder} holds no MusicGen model (its config.json says {kind})")
+        return {"folder": str(folder)} | random_note(folder)
+
+    # ---- loading, parking ----------------------------------------------------
+
+    def initialize(self, loading: Loading) -> None:
+        self._folder = weights.local_folder(self.options.model, self.options.revision)
+        self.model_facts = random_note(self._folder)
+        if self.model_facts:
+            log.event(logging.WARNING, self.model_facts["note"])
+        loading("importing torch", 5)
+        parking.prepare_environment()
+        import torch
+
+        loading("importing transformers", 25)
+        import soundfile  # noqa: F401 - a missing library should show here, not in the first request
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self._torch = torch
+        self._device = self.options.device
+        if self._device == "auto":
+            self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._on_cuda = self._device.startswith("cuda")
+        self._load_model(loading)
+
+    def _load_model(self, loading: Loading) -> None:
+        from transformers import AutoProcessor, MusicgenForConditionalGeneration
+
+        loading("reading weights", 50)
+        dtype = self.options.dtype
+        if dtype == "auto":
+            dtype = "float16" if self._on_cuda else "float32"
+        self._processor: Any = AutoProcessor.from_pretrained(self._folder, local_files_only=True)
+        model: Any = MusicgenForConditionalGeneration.from_pretrained(
+            self._folder, dtype=getattr(self._torch, dtype), local_files_only=True
+        )
+        loading("moving weights to the device", 75)
+        self._model: Any = model.to(self._device).eval()
+        self._rate: int = model.config.audio_encoder.sampling_rate
+        self._tokens_per_second: int = model.config.audio_encoder.frame_rate
+        self._parker: parking.Parker | None = None
+        if self._on_cuda and self.options.host_copy != "sleep":
+            needed = 1.25 * parking.weights_bytes([self._model])
+            if self.options.host_copy == "load" or parking.available_bytes() > needed:
+                loading("copying weights to host memory", 85)
+                self._parker = parking.Parker([self._model], self._device)
+        loading("finishing", 98)
+
+    def park(self, level: int) -> None:
+        if level == 2:
+            self._model = self._parker = None
+            self.reclaim()
+        elif self._on_cuda:  # on a CPU the weights are in host memory anyway
+            if self._parker is None:
+                self._parker = parking.Parker([self._model], self._device)
+            self._parker.park()
+
+    def wake(self) -> None:
+        if self._model is None:
+            self._load_model(Loading())
+        elif self._parker is not None:
+            self._parker.wake()
+
+    def reclaim(self) -> None:
+        if self._on_cuda:
+            import gc
+
+            gc.collect()
+            self._torch.cuda.empty_cache()
+
+    # ---- requests ------------------------------------------------------------
+
+    def parse(self, item: Item) -> Params:
+        body = item.body
+        speech = item.endpoint == SPEECH
+        # OpenAI's speech call leaves the format out when it wants MP3.
+        audio_format = body.get("response_format") or ("mp3" if speech else "wav")
+        if audio_format not in FORMATS:
+            raise InvalidRequest(
+                f"response_format must be one of {', '.join(FORMATS)}, not {str(audio_format)[:40]}",
+                param="response_format",
+            )
+        seed = body.get("seed")
+        return Params(
+            prompt=prompt_text(body, "input" if speech else "prompt"),
+            seconds=number(body, "duration", self.options.default_seconds, SECONDS_MIN, SECONDS_MAX),
+            guidance=number(body, "guidance_scale", 3.0, 1.0, 20.0),
+            temperature=number(body, "temperature", 1.0, 0.01, 5.0),
+            top_k=integer(body, "top_k", 250, 1, 2048),
+            seed=None if seed is None else integer(body, "seed", 0, 0, SEED_MAX),
+            format=audio_format,
+        )
+
+    def batch_key(self, item: Item) -> Hashable:
+        """One `generate` call has one duration and one random generator: a request with a seed has a pass to itself."""
+        p: Params = item.params
+        alone = None if p.seed is None else id(item)
+        return (p.seconds, p.guidance, p.temperature, p.top_k, alone)
+
+    def generate(self, items: list[Item], progress: Progress) -> Sequence[Output | Exception]:
+        torch = self._torch
+        params: Params = items[0].params
+        seed = secrets.randbelow(2**32) if params.seed is None else params.seed
+        torch.manual_seed(seed)
+        tokens = math.ceil(params.seconds * self._tokens_per_second) + DELAY_TOKENS
+        prompts = [item.params.prompt for item in items]
+        inputs = self._processor(text=prompts, padding=True, return_tensors="pt").to(self._device)
+        with torch.inference_mode():
+            sound = self._model.generate(
+                **inputs,
+                do_sample=True,
+                guidance_scale=params.guidance,
+                temperature=params.temperature,
+                top_k=params.top_k,
+                max_new_tokens=tokens,
+                stopping_criteria=self._after_each_token(progress, tokens),
+            )
+        # (requests, channels, samples) -> (requests, samples, channels)
+        waves = sound.float().clamp(-1, 1).transpose(1, 2).cpu().numpy()
+        note = json.dumps({"model": self.served_name, "seed": params.seed} | self.model_facts)
+        length = round(params.seconds * self._rate)
+        return [
+            encode(wave[:length], self._rate, item.params.format, note) for item, wave in zip(items, waves, strict=True)
+        ]
+
+    def _after_each_token(self, progress: Progress, total: int) -> Any:
+        """Reports every token; ends a pass that nobody waits for by raising.
+
+        Never by returning True: the codebooks are shifted against each other, and a sequence that ends early cannot
+        be put together again. A streamer would be no help: MusicGen calls it once.
+        """
+        from transformers import StoppingCriteria, StoppingCriteriaList
+
+        torch = self._torch
+
+        class AfterToken(StoppingCriteria):
+            step = 0
+
+            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+                self.step += 1
+                progress(min(self.step, total), total)
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+        return StoppingCriteriaList([AfterToken()])
+
+
+def random_note(folder: pathlib.Path) -> dict[str, Any]:
+    """What is said wherever random weights are shown."""
+    if not weights.is_random(folder):
+        return {}
+    return {"weights": "random", "note": "random weights: sound is noise"}
+
+
+def encode(wave: np.ndarray, rate: int, audio_format: str, note: str) -> Binary:
+    """A sound file.
+
+    Args:
+        wave: (samples, channels), floats from -1 to 1.
+        rate: samples a second.
+        audio_format: one of FORMATS.
+        note: a comment to write into the file, where the format has room for one.
+    """
+    if audio_format == "pcm":
+        return Binary("audio/pcm", (resample(wave, rate, PCM_RATE) * 32767).astype("<i2").tobytes())
+    import soundfile
+
+    content_type, container, subtype, wanted_rate = FILES[audio_format]
+    wave, rate = resample(wave, rate, wanted_rate or rate), wanted_rate or rate
+    out = io.BytesIO()
+    with soundfile.SoundFile(
+        out, "w", samplerate=rate, channels=wave.shape[1], format=container, subtype=subtype
+    ) as file:
+        file.comment = note
+        file.write(wave)
+    return Binary(content_type, out.getvalue())
+
+
+def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    """Change the sample rate by a ratio of small numbers, with a windowed-sinc low-pass.
+
+    Args:
+        wave: (samples, channels).
+        rate: its samples a second.
+        wanted: the samples a second to make.
+
+    Returns:
+        (samples * wanted / rate, channels), within -1..1.
+    """
+    import numpy as np
+
+    if rate == wanted:
+        return wave
+    factor = math.gcd(rate, wanted)
+    up, down = wanted // factor, rate // factor
+    half = 16 * max(up, down)
+    taps = np.sinc(np.arange(-half, half + 1) / max(up, down)) * np.kaiser(2 * half + 1, 8.0)
+    taps *= up / taps.sum()
+    length = -(-wave.shape[0] * up // down)
+    made = np.empty((length, wave.shape[1]), dtype=np.float32)
+    for channel in range(wave.shape[1]):
+        spread = np.zeros(wave.shape[0] * up)
+        spread[::up] = wave[:, channel]
+        made[:, channel] = np.convolve(spread, taps)[half : half + spread.size : down]
+    return made.clip(-1, 1)
+
+
+def prompt_text(body: dict[str, Any], name: str) -> str:
+    """A required text, not empty and not too long."""
+    value = body.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidRequest(f"{name} must be a text that is not empty", param=name)
+    if len(value) > PROMPT_MAX_CHARS:
+        raise InvalidRequest(f"{name} has {len(value)} characters, more than {PROMPT_MAX_CHARS}", param=name)
+    return value
+
+
+def integer(body: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
+    """An optional whole number within limits."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}, not {str(value)[:40]}", param=name)
+    return value
+
+
+def number(body: dict[str, Any], name: str, default: float, low: float, high: float) -> float:
+    """An optional number within limits."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {str(value)[:40]}", param=name)
+    return float(value)
+
+
+if __name__ == "__main__":
+    raise SystemExit(MusicgenServer.main())
