@@ -32,7 +32,7 @@ class WorkerError(Exception):
         param: str | None = None,
         code: str | None = None,
         status: int | None = None,
-        type: str | None = None,  # noqa: A002 - the word is OpenAI's
+        type: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message[:MESSAGE_LIMIT_CHARS]

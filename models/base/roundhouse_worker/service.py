@@ -189,14 +189,14 @@ class BaseService:
             facts = service.check()
         except (flags.FlagError, ValueError) as error:
             if "--check" in arguments:
-                print(json.dumps({"ok": False, "error": str(error)}))  # noqa: T201
+                print(json.dumps({"ok": False, "error": str(error)}))
                 return 1
             parser.print_usage(sys.stderr)
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)  # noqa: T201
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
             return 2
         if service.options.check:
             shared = {"name": service.served_name, "model": service.options.model, "endpoints": list(cls.endpoints)}
-            print(json.dumps({"ok": True} | shared | facts))  # noqa: T201
+            print(json.dumps({"ok": True} | shared | facts))
             return 0
         log.configure(service.options.log_level)
         return process.run(service.serve, service.options.port, log_level=service.options.log_level)
@@ -273,7 +273,7 @@ class BaseService:
         self._failure = as_worker_error(error)
         trace = "".join(traceback.format_exception(error))
         log.event(logging.ERROR, message, error_type=type(error).__name__)
-        print(trace, end="", file=sys.stderr, flush=True)  # noqa: T201
+        print(trace, end="", file=sys.stderr, flush=True)
         self._loop.call_later(FAILED_LINGER_S, self._stopping.set)
 
     def _exit_code(self) -> int:
