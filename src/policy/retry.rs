@@ -1,1 +1,267 @@
-//! retry
+//! What the end of an attempt means for its job: done, or another attempt and when.
+//!
+//! Two budgets, never mixed: `failures` counts the job's own retriable errors (limit `max_attempts`); `crashes` counts
+//! workers that died while they ran it. A crash isolates: the jobs of that run go back unharmed and run alone next time;
+//! only a job whose worker dies again while it is isolated is the killer, and fails.
+
+use crate::domain::worker::{Answer, Outcome};
+use crate::domain::{ErrorCode, JobError, Millis};
+
+/// What is known about the job when its attempt ends.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attempt {
+    /// Retriable errors before this attempt.
+    pub failures: u32,
+    /// Crashes before this attempt.
+    pub crashes: u32,
+    /// Budget of `failures`.
+    pub max_attempts: u32,
+    /// It had the worker for itself, since it had seen a crash before.
+    pub isolated: bool,
+    /// Somebody asked to cancel it.
+    pub cancelling: bool,
+    /// The server is stopping: nothing is charged.
+    pub stopping: bool,
+    /// Output has been relayed to a caller who cannot be asked to forget it.
+    pub relayed: bool,
+    /// Its own deadline, not its timeout, ended the attempt.
+    pub deadline_passed: bool,
+    /// To be finished before.
+    pub deadline: Option<Millis>,
+}
+
+/// What to do with the job.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verdict {
+    /// `succeeded`
+    Succeed(Answer),
+    /// `failed`
+    Fail(JobError),
+    /// `cancelled`
+    Cancel,
+    /// `expired`
+    Expire(JobError),
+    /// Back to `queued`.
+    Requeue(Requeue),
+}
+
+/// Another attempt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Requeue {
+    /// Not before; `None`: as soon as there is a slot.
+    pub not_before: Option<Millis>,
+    /// New value of `failures`.
+    pub failures: u32,
+    /// New value of `crashes`.
+    pub crashes: u32,
+    /// Why this attempt ended; shown while it waits.
+    pub error: Option<JobError>,
+}
+
+/// First pause after a failure, in ms; doubles up to [`BACKOFF_MAX_MS`].
+pub const BACKOFF_FIRST_MS: i64 = 1_000;
+/// Longest pause, in ms.
+pub const BACKOFF_MAX_MS: i64 = 60_000;
+
+/// Judges the end of an attempt.
+pub fn judge(outcome: Outcome, attempt: &Attempt, now: Millis) -> Verdict {
+    match outcome {
+        Outcome::Answered(answer) => Verdict::Succeed(answer),
+        _ if attempt.deadline_passed => Verdict::Expire(JobError::new(
+            ErrorCode::DeadlineExceeded,
+            "not finished before its deadline; submit it again with a later one",
+            true,
+        )),
+        Outcome::Stopped if attempt.cancelling => Verdict::Cancel,
+        Outcome::Failed {
+            error,
+            retriable: false,
+        } => Verdict::Fail(error),
+        _ if attempt.cancelling => Verdict::Cancel,
+        Outcome::Stopped => requeue(attempt, None),
+        Outcome::WorkerLost { .. } if attempt.stopping => requeue(attempt, None),
+        Outcome::WorkerLost { reason } => judge_crash(reason, attempt),
+        Outcome::Failed {
+            error,
+            retriable: true,
+        } => judge_failure(error, attempt, now),
+    }
+}
+
+fn requeue(attempt: &Attempt, error: Option<JobError>) -> Verdict {
+    Verdict::Requeue(Requeue {
+        not_before: None,
+        failures: attempt.failures,
+        crashes: attempt.crashes,
+        error,
+    })
+}
+
+fn judge_crash(reason: String, attempt: &Attempt) -> Verdict {
+    let error = JobError::new(
+        ErrorCode::WorkerLost,
+        format!("the worker died while it ran this job: {reason}"),
+        true,
+    );
+    if attempt.isolated || attempt.relayed {
+        return Verdict::Fail(error);
+    }
+    let crashes = attempt.crashes + 1;
+    Verdict::Requeue(Requeue {
+        not_before: None,
+        failures: attempt.failures,
+        crashes,
+        error: Some(error),
+    })
+}
+
+fn judge_failure(error: JobError, attempt: &Attempt, now: Millis) -> Verdict {
+    let failures = attempt.failures + 1;
+    if failures >= attempt.max_attempts || attempt.relayed {
+        return Verdict::Fail(error);
+    }
+    let pause = (BACKOFF_FIRST_MS << (failures - 1).min(16)).min(BACKOFF_MAX_MS);
+    if attempt
+        .deadline
+        .is_some_and(|deadline| now + pause >= deadline)
+    {
+        return Verdict::Fail(error);
+    }
+    Verdict::Requeue(Requeue {
+        not_before: Some(now + pause),
+        failures,
+        crashes: attempt.crashes,
+        error: Some(error),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attempt() -> Attempt {
+        Attempt {
+            failures: 0,
+            crashes: 0,
+            max_attempts: 3,
+            isolated: false,
+            cancelling: false,
+            stopping: false,
+            relayed: false,
+            deadline_passed: false,
+            deadline: None,
+        }
+    }
+
+    fn oom() -> Outcome {
+        Outcome::Failed {
+            error: JobError::new(ErrorCode::WorkerOom, "out of memory", true),
+            retriable: true,
+        }
+    }
+
+    fn lost() -> Outcome {
+        Outcome::WorkerLost {
+            reason: "killed".into(),
+        }
+    }
+
+    #[test]
+    fn failures_are_retried_with_doubling_pauses_until_the_budget_is_spent() {
+        let pauses: Vec<_> = (0..3)
+            .map(|failures| {
+                match judge(
+                    oom(),
+                    &Attempt {
+                        failures,
+                        ..attempt()
+                    },
+                    0,
+                ) {
+                    Verdict::Requeue(r) => r.not_before,
+                    Verdict::Fail(e) => {
+                        assert_eq!(e.code, ErrorCode::WorkerOom);
+                        None
+                    }
+                    other => panic!("{other:?}"),
+                }
+            })
+            .collect();
+        assert_eq!(pauses, [Some(1_000), Some(2_000), None]);
+    }
+
+    #[test]
+    fn a_crash_charges_no_failure_and_isolates() {
+        let Verdict::Requeue(r) = judge(lost(), &attempt(), 0) else {
+            panic!("innocent jobs lose nothing")
+        };
+        assert_eq!((r.failures, r.crashes), (0, 1));
+        let alone = Attempt {
+            crashes: 1,
+            isolated: true,
+            ..attempt()
+        };
+        assert!(
+            matches!(judge(lost(), &alone, 0), Verdict::Fail(e) if e.code == ErrorCode::WorkerLost)
+        );
+    }
+
+    #[test]
+    fn a_server_stop_charges_nothing() {
+        let stopping = Attempt {
+            stopping: true,
+            isolated: true,
+            ..attempt()
+        };
+        assert!(
+            matches!(judge(lost(), &stopping, 0), Verdict::Requeue(r) if r.failures == 0 && r.crashes == 0)
+        );
+    }
+
+    #[test]
+    fn nothing_is_repeated_after_output_was_relayed() {
+        let relayed = Attempt {
+            relayed: true,
+            ..attempt()
+        };
+        assert!(matches!(judge(lost(), &relayed, 0), Verdict::Fail(_)));
+        assert!(matches!(judge(oom(), &relayed, 0), Verdict::Fail(_)));
+    }
+
+    #[test]
+    fn a_cancelled_job_keeps_a_real_answer_and_is_never_retried() {
+        let cancelling = Attempt {
+            cancelling: true,
+            ..attempt()
+        };
+        assert_eq!(judge(Outcome::Stopped, &cancelling, 0), Verdict::Cancel);
+        assert_eq!(judge(oom(), &cancelling, 0), Verdict::Cancel);
+        assert_eq!(judge(lost(), &cancelling, 0), Verdict::Cancel);
+        let answer = Answer {
+            status: 200,
+            content_type: String::new(),
+            body: bytes::Bytes::new(),
+            usage: None,
+        };
+        assert_eq!(
+            judge(Outcome::Answered(answer.clone()), &cancelling, 0),
+            Verdict::Succeed(answer)
+        );
+    }
+
+    #[test]
+    fn a_pause_never_passes_the_deadline() {
+        let near = Attempt {
+            deadline: Some(500),
+            ..attempt()
+        };
+        assert!(matches!(judge(oom(), &near, 0), Verdict::Fail(_)));
+        let passed = Attempt {
+            deadline_passed: true,
+            ..attempt()
+        };
+        assert!(
+            matches!(judge(Outcome::Stopped, &passed, 0), Verdict::Expire(e) if e.code == ErrorCode::DeadlineExceeded)
+        );
+    }
+}

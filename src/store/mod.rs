@@ -1,11 +1,18 @@
 //! The durable queue: all SQL of this program, behind domain verbs.
 //!
 //! One thread owns the only connection that writes (`writer`: group commit, `synchronous=FULL`); everybody else reads
-//! through `query_only` connections. A verb returns when its transaction is durable.
+//! through `query_only` connections (`read`). A verb's answer comes when its transaction is durable. Every guarded update
+//! names the state it starts from and the attempt, and checks how many rows it changed.
 
 pub mod artifacts;
+mod open;
 pub mod read;
-pub mod writer;
+mod verbs;
+mod writer;
+
+pub use open::{Opened, open};
+pub use verbs::{Change, Claimed, End, Learned, QueuedJob, Store};
+pub use writer::OnFatal;
 
 /// Why a verb did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +29,9 @@ pub enum StoreError {
     /// SQLite refused.
     #[error("database: {0}")]
     Database(String),
+    /// The database's file could not be read or written; what is on disk is unknown until the next start.
+    #[error("database file: {0}")]
+    Io(String),
     /// Files.
     #[error("{path}: {source}")]
     File {
@@ -30,4 +40,25 @@ pub enum StoreError {
         /// Why.
         source: std::io::Error,
     },
+    /// Another server holds this data dir, or it cannot be used; the text says what to do.
+    #[error("{0}")]
+    Unusable(String),
 }
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        match error.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::SystemIoFailure) => Self::Io(error.to_string()),
+            _ => Self::Database(error.to_string()),
+        }
+    }
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests;
