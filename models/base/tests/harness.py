@@ -31,9 +31,15 @@ T = TypeVar("T")
 class Worker:
     """A worker process on a free port, ended with the `with` block."""
 
-    def __init__(self, script: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        script: Path,
+        *flags: str,
+        environment: dict[str, str] | None = None,
+        python: str | Path = sys.executable,
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(script), "--port", "0", *flags],
+            [str(python), str(script), "--port", "0", *flags],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=os.environ | (environment or {}),
@@ -60,9 +66,9 @@ class Worker:
         assert self.process.stderr is not None
         self.process.stderr.close()
 
-    def ready(self) -> Self:
+    def ready(self, patience_s: float = PATIENCE_S) -> Self:
         """Wait until loading is over."""
-        self.wait_log("INFO  ready")
+        self.wait_log("INFO  ready", patience_s=patience_s)
         return self
 
     # ---- HTTP ----------------------------------------------------------------
@@ -113,14 +119,14 @@ class Worker:
         with self._changed:
             return "".join(self._lines)
 
-    def wait_log(self, text: str, count: int = 1) -> str:
+    def wait_log(self, text: str, count: int = 1, *, patience_s: float = PATIENCE_S) -> str:
         """Wait for the `count`-th line with `text` in it."""
 
         def found() -> list[str]:
             return [line for line in self._lines if text in line]
 
         with self._changed:
-            self._changed.wait_for(lambda: len(found()) >= count or self._closed, PATIENCE_S)
+            self._changed.wait_for(lambda: len(found()) >= count or self._closed, patience_s)
             assert len(found()) >= count, f"no {text!r} in {''.join(self._lines)}"
             return found()[count - 1].rstrip("\n")
 

@@ -157,6 +157,26 @@ def test_text_reports_progress_of_its_delay(echo: Worker):
     assert lines[-1]["json"]["choices"][0]["message"]["content"] == "echo: x"
 
 
+def test_a_stream_is_a_stream_although_lines_are_accepted(echo: Worker):
+    answer = echo.post(CHAT, said("x", stream=True), **NDJSON)
+    assert answer.headers["content-type"] == "text/event-stream"
+    assert list(frames(answer.text))[-1] == "[DONE]"
+
+
+def test_sleep_waits_for_streams():
+    with Worker(SERVER) as worker, ThreadPoolExecutor() as pool:
+        worker.ready()
+        with worker.stream(CHAT, said("x", stream=True, echo={"tokens": 1000, "tokens_per_s": 1})) as answer:
+            lines = answer.iter_lines()  # kept: when it goes, the connection goes
+            next(lines)
+            sleeping = pool.submit(worker.post, "/sleep")
+            until(lambda: worker.get("/is_sleeping").json()["is_sleeping"])
+            assert worker.get("/health").json()["phase"] == "parking"
+            assert not sleeping.done()
+        assert sleeping.result().status_code == 200
+        assert worker.get("/health").json()["phase"] == "parked"
+
+
 # ---- images, audio, echo -----------------------------------------------------
 
 
@@ -200,6 +220,16 @@ def test_audio_is_a_wav(echo: Worker, path, body, seconds):
         assert file.getnframes() / file.getframerate() == seconds
         assert len(set(file.readframes(100))) > 10  # not silence
     assert base64.b64decode(echo.lines(path, body)[-1]["body_b64"]) == answer.content
+
+
+def test_progress_is_thinned_to_ten_lines_a_second(echo: Worker):
+    started = time.monotonic()
+    lines = echo.lines("/echo", {"echo": {"delay_ms": 500, "steps": 250}})
+    seconds = time.monotonic() - started
+    steps = [line["step"] for line in lines if line["type"] == "progress"]
+    assert (steps[0], steps[-1]) == (1, 250)
+    assert steps == sorted(set(steps))
+    assert 3 <= len(steps) <= 10 * seconds + 2  # the first and the last come in any case
 
 
 def test_echo_tells_what_arrived(echo: Worker):
