@@ -24,7 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base"))
 
-from roundhouse_worker import BaseService, InvalidRequest, Item, Loading, Output, Progress, WorkerError, log, parking, weights
+from roundhouse_worker import (
+    BaseService,
+    InvalidRequest,
+    Item,
+    Loading,
+    Output,
+    Progress,
+    WorkerError,
+    log,
+    parking,
+    weights,
+)
 
 if TYPE_CHECKING:
     import argparse

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Music from text: serves MusicGen of transformers behind `POST /v1/audio/generations` and `/v1/audio/speech`.
 
-    python models/musicgen/server.py --model DIR_OR_ID --port 8003
+python models/musicgen/server.py --model DIR_OR_ID --port 8003
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base"))
 
-from roundhouse_worker import BaseService, Binary, InvalidRequest, Item, Loading, Output, Progress, log, parking, weights
+from roundhouse_worker import (
+    BaseService,
+    Binary,
+    InvalidRequest,
+    Item,
+    Loading,
+    Output,
+    Progress,
+    log,
+    parking,
+    weights,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -252,7 +263,7 @@ def encode(wave: np.ndarray, rate: int, audio_format: str, note: str) -> Binary:
         note: a comment to write into the file, where the format has room for one.
     """
     if audio_format == "pcm":
-        return Binary("audio/pcm", (resample(wave, rate, PCM_RATE) * 32767).astype("<i2").tobytes())
+        return Binary("audio/pcm", sixteen_bits(resample(wave, rate, PCM_RATE)).tobytes())
     import soundfile
 
     content_type, container, subtype, wanted_rate = FILES[audio_format]
@@ -262,8 +273,13 @@ def encode(wave: np.ndarray, rate: int, audio_format: str, note: str) -> Binary:
         out, "w", samplerate=rate, channels=wave.shape[1], format=container, subtype=subtype
     ) as file:
         file.comment = note
-        file.write(wave)
+        file.write(sixteen_bits(wave))
     return Binary(content_type, out.getvalue())
+
+
+def sixteen_bits(wave: np.ndarray) -> np.ndarray:
+    """Floats from -1 to 1 as little-endian 16-bit numbers; here, as the formats round differently."""
+    return (wave * 32767).round().astype("<i2")
 
 
 def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:

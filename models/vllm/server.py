@@ -3,8 +3,8 @@
 
     python models/vllm/server.py --model DIR_OR_ID --port 8001 [vllm's own flags]
 
-This process becomes vLLM (exec): one pid leads the group that the engine's processes stay in. What answers is vLLM's own
-server: /v1/chat/completions, /v1/completions, /v1/responses, /health, /metrics, /sleep, /wake_up.
+This process becomes vLLM (exec): one pid leads the group that the engine's processes stay in. What answers is vLLM's
+own server: /v1/chat/completions, /v1/completions, /v1/responses, /health, /metrics, /sleep, /wake_up.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def plan(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check the flags, then become `vllm serve`; returns only if that does not happen."""
+    """Check the flags, then become `vllm serve`; an exit code if that does not happen."""
     made = parser()
     checking = "--check" in arguments
     try:
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps({"ok": True} | facts | {"folder": str(folder), "cpu": cpu, "command": launch.argv}))
         return 0
     sys.stderr.flush()
-    os.execve(launch.argv[0], launch.argv, launch.environment)  # noqa: S606 - no shell is wanted
+    return os.execve(launch.argv[0], launch.argv, launch.environment)  # noqa: S606 - no shell is wanted
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 CHECKPOINTS=${ROUNDHOUSE_CHECKPOINTS:-$ROOT/.cache/checkpoints}
 
+# Where bytecode is not written (containers often say so), each start of torch costs 6 s more.
+unset PYTHONDONTWRITEBYTECODE
+
 say() { printf '%s\n' "$*" >&2; }
 
 die() {
@@ -80,3 +83,16 @@ find_uv() {
 
 # stdin -> short hash
 hash_of() { sha256sum | cut -c1-16; }
+
+# Makes .venv-dev, or brings it up to date: what tests and checks the repository's Python. As in test-python.sh.
+dev_venv() {
+    local venv=$ROOT/.venv-dev
+    if [ ! -x "$venv/bin/python" ]; then
+        "$(base_python)" -m venv "$venv"
+    fi
+    if ! cmp -s "$ROOT/requirements-dev.txt" "$venv/requirements-dev.installed"; then
+        find_uv
+        "$UV" pip install --quiet --python "$venv/bin/python" -r "$ROOT/requirements-dev.txt"
+        cp "$ROOT/requirements-dev.txt" "$venv/requirements-dev.installed"
+    fi
+}

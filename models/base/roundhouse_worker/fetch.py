@@ -319,7 +319,7 @@ class Fetcher:
             if offset and response.status_code != 206:  # the range was ignored: all of it comes
                 self._reporter.add(-offset, file.name)
                 offset = 0
-            with partial.open("ab" if offset else "wb") as out:
+            with partial.open("ab" if offset else "wb", buffering=0) as out:
                 for chunk in response.iter_raw():
                     out.write(chunk)
                     self._reporter.add(len(chunk), file.name)
@@ -410,7 +410,9 @@ class Fetcher:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m roundhouse_worker.fetch", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m roundhouse_worker.fetch", description="Fetch a model's published weights."
+    )
     parser.add_argument("--repo", required=True, help="the repository, ORG/NAME")
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
     parser.add_argument("--out", help="the Hugging Face cache folder (default: $HF_HUB_CACHE, $HF_HOME/hub)")
