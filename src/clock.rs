@@ -18,14 +18,9 @@ pub struct SystemClock {
 }
 
 impl Clock for SystemClock {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the one place that reads the wall clock"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the wall clock")]
     fn now(&self) -> Millis {
-        let since_epoch = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
+        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let now = i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX);
         self.latest.fetch_max(now, Ordering::Relaxed).max(now)
     }
@@ -40,9 +35,7 @@ pub struct ManualClock {
 impl ManualClock {
     /// Starts at `now` ms.
     pub fn at(now: Millis) -> Self {
-        Self {
-            now: AtomicI64::new(now),
-        }
+        Self { now: AtomicI64::new(now) }
     }
 
     /// Moves forward by `ms`.
@@ -59,9 +52,8 @@ impl Clock for ManualClock {
 
 /// RFC 3339 in UTC with milliseconds, as native JSON shows times.
 pub fn rfc3339(at: Millis) -> String {
-    let format = time::macros::format_description!(
-        "[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z"
-    );
+    let format =
+        time::macros::format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
     time::OffsetDateTime::from_unix_timestamp_nanos(i128::from(at) * 1_000_000)
         .ok()
         .and_then(|t| t.format(format).ok())

@@ -28,10 +28,7 @@ impl Tasks {
     }
 
     /// Starts a task that shutdown waits for. `name` is for the log if it panics.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the one place that spawns, so that every task is tracked"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "the one place that spawns, so that every task is tracked")]
     pub fn spawn<F>(&self, name: &'static str, future: F) -> tokio::task::JoinHandle<()>
     where
         F: Future<Output = ()> + Send + 'static,
@@ -85,10 +82,7 @@ impl Tasks {
             _ = interrupt.recv() => {}
             () = self.soft.cancelled() => {}
         }
-        tracing::info!(
-            grace_s = grace.as_secs(),
-            "stopping: no new work; a second signal stops at once"
-        );
+        tracing::info!(grace_s = grace.as_secs(), "stopping: no new work; a second signal stops at once");
         self.soft.cancel();
         self.tracker.close();
         tokio::select! {
@@ -105,9 +99,7 @@ impl Tasks {
     /// Waits until every task has ended, at most `limit`; says whether all did.
     pub async fn wait(&self, limit: Duration) -> bool {
         self.tracker.close();
-        tokio::time::timeout(limit, self.tracker.wait())
-            .await
-            .is_ok()
+        tokio::time::timeout(limit, self.tracker.wait()).await.is_ok()
     }
 }
 
@@ -130,10 +122,7 @@ mod tests {
         let soft = tasks.soft().clone();
         tasks.spawn("polite", async move { soft.cancelled().await });
         tasks.soft().cancel();
-        tasks
-            .run_until_signalled(Duration::from_secs(5))
-            .await
-            .expect("signals");
+        tasks.run_until_signalled(Duration::from_secs(5)).await.expect("signals");
         assert!(!tasks.hard().is_cancelled());
     }
 }

@@ -23,12 +23,7 @@ impl FromStr for BatchId {
             .filter(|hex| hex.len() == 16)
             .and_then(|hex| i64::from_str_radix(hex, 16).ok())
             .map(Self)
-            .ok_or_else(|| {
-                format!(
-                    "`{}` is not a batch id",
-                    text.chars().take(80).collect::<String>()
-                )
-            })
+            .ok_or_else(|| format!("`{}` is not a batch id", text.chars().take(80).collect::<String>()))
     }
 }
 

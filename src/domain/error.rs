@@ -113,12 +113,6 @@ pub struct JobError {
 impl JobError {
     /// An error without param or details.
     pub fn new(code: ErrorCode, message: impl Into<String>, retryable: bool) -> Self {
-        Self {
-            code,
-            message: message.into(),
-            param: None,
-            retryable,
-            details: None,
-        }
+        Self { code, message: message.into(), param: None, retryable, details: None }
     }
 }

@@ -38,11 +38,7 @@ impl JobId {
     /// Makes an id; `tag` is cut to 40 bits.
     pub fn new(created_ms: i64, number: i64, tag: u64) -> Self {
         debug_assert!((0..=NUMBER_MAX).contains(&number));
-        Self {
-            created_ms,
-            number,
-            tag: tag & TAG_MASK,
-        }
+        Self { created_ms, number, tag: tag & TAG_MASK }
     }
 
     /// The 128 bits as a UUIDv7.
@@ -75,28 +71,19 @@ impl FromStr for JobId {
 
     fn from_str(text: &str) -> Result<Self, IdError> {
         let malformed = || IdError::Malformed(text.chars().take(80).collect());
-        let rest = PREFIXES
-            .iter()
-            .find_map(|p| text.strip_prefix(p))
-            .ok_or_else(malformed)?;
+        let rest = PREFIXES.iter().find_map(|p| text.strip_prefix(p)).ok_or_else(malformed)?;
         let uuid = Uuid::try_parse(rest).map_err(|_| malformed())?;
         if uuid.get_version_num() != 7 {
             return Err(malformed());
         }
         let bits = uuid.as_u128();
         let number = (((bits >> 64) & 0xfff) << 22) | ((bits >> 40) & ((1 << 22) - 1));
-        let (Ok(number), Ok(created_ms), Ok(tag)) = (
-            i64::try_from(number),
-            i64::try_from(bits >> 80),
-            u64::try_from(bits & u128::from(TAG_MASK)),
-        ) else {
+        let (Ok(number), Ok(created_ms), Ok(tag)) =
+            (i64::try_from(number), i64::try_from(bits >> 80), u64::try_from(bits & u128::from(TAG_MASK)))
+        else {
             return Err(malformed());
         };
-        Ok(Self {
-            created_ms,
-            number,
-            tag,
-        })
+        Ok(Self { created_ms, number, tag })
     }
 }
 

@@ -53,10 +53,7 @@ text_enum! {
 impl JobState {
     /// Terminal states never change.
     pub fn is_terminal(self) -> bool {
-        matches!(
-            self,
-            Self::Succeeded | Self::Failed | Self::Cancelled | Self::Expired
-        )
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled | Self::Expired)
     }
 
     /// Whether a job may go from `self` to `to`; the store's guards and the schema's CHECKs say the same.
@@ -64,10 +61,7 @@ impl JobState {
         use JobState::{Cancelled, Cancelling, Expired, Failed, Queued, Running, Succeeded};
         match self {
             Queued => matches!(to, Running | Cancelled | Expired | Failed),
-            Running => matches!(
-                to,
-                Succeeded | Failed | Queued | Cancelling | Expired | Cancelled
-            ),
+            Running => matches!(to, Succeeded | Failed | Queued | Cancelling | Expired | Cancelled),
             Cancelling => matches!(to, Cancelled | Succeeded | Failed | Expired),
             Succeeded | Failed | Cancelled | Expired => false,
         }
@@ -111,11 +105,7 @@ text_enum! {
 impl Class {
     /// `interactive` from priority 6 on.
     pub fn of(priority: u8) -> Self {
-        if priority >= 6 {
-            Self::Interactive
-        } else {
-            Self::Batch
-        }
+        if priority >= 6 { Self::Interactive } else { Self::Batch }
     }
 }
 
@@ -304,39 +294,21 @@ impl Job {
 
     /// The token of the latest claim.
     pub fn token(&self) -> Token {
-        Token {
-            id: self.id,
-            attempt: self.attempt,
-        }
+        Token { id: self.id, attempt: self.attempt }
     }
 }
 
 /// Fields of a body that may differ between jobs of one run; all others make the batch key.
-const PER_ITEM_FIELDS: [&str; 10] = [
-    "prompt",
-    "input",
-    "seed",
-    "n",
-    "user",
-    "metadata",
-    "messages",
-    "voice",
-    "response_format",
-    "echo",
-];
+const PER_ITEM_FIELDS: [&str; 10] =
+    ["prompt", "input", "seed", "n", "user", "metadata", "messages", "voice", "response_format", "echo"];
 
 /// A number that is equal for jobs which one pass of the worker can serve: same endpoint, same shape-giving parameters
 /// (size, steps, guidance, duration). FNV-1a over the canonical JSON of the body without its per-item fields.
 pub fn batch_key(endpoint: &str, body: &serde_json::Map<String, serde_json::Value>) -> i64 {
-    let shape: BTreeMap<&str, &serde_json::Value> = body
-        .iter()
-        .map(|(k, v)| (k.as_str(), v))
-        .filter(|(k, _)| !PER_ITEM_FIELDS.contains(k))
-        .collect();
+    let shape: BTreeMap<&str, &serde_json::Value> =
+        body.iter().map(|(k, v)| (k.as_str(), v)).filter(|(k, _)| !PER_ITEM_FIELDS.contains(k)).collect();
     let text = format!("{endpoint}\n{}", serde_json::json!(shape));
-    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
-        (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
-    });
+    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     hash.cast_signed()
 }
 
@@ -355,37 +327,20 @@ mod tests {
             }
             assert_eq!(JobState::parse(from.as_str()), Some(*from));
         }
-        assert!(
-            !JobState::Queued.may_become(JobState::Succeeded),
-            "only a claimed job has an answer"
-        );
-        assert!(
-            !JobState::Cancelling.may_become(JobState::Queued),
-            "a cancelled job is not tried again"
-        );
+        assert!(!JobState::Queued.may_become(JobState::Succeeded), "only a claimed job has an answer");
+        assert!(!JobState::Cancelling.may_become(JobState::Queued), "a cancelled job is not tried again");
     }
 
     #[test]
     fn batch_key_sees_shape_and_not_content() {
-        let key = |v: serde_json::Value| {
-            batch_key("/v1/images/generations", v.as_object().expect("object"))
-        };
+        let key = |v: serde_json::Value| batch_key("/v1/images/generations", v.as_object().expect("object"));
         let base = key(json!({"model": "flux", "prompt": "a", "size": "64x64", "seed": 1}));
-        assert_eq!(
-            base,
-            key(json!({"seed": 2, "size": "64x64", "prompt": "b", "model": "flux"}))
-        );
-        assert_ne!(
-            base,
-            key(json!({"model": "flux", "prompt": "a", "size": "128x64", "seed": 1}))
-        );
+        assert_eq!(base, key(json!({"seed": 2, "size": "64x64", "prompt": "b", "model": "flux"})));
+        assert_ne!(base, key(json!({"model": "flux", "prompt": "a", "size": "128x64", "seed": 1})));
     }
 
     #[test]
     fn class_follows_priority() {
-        assert_eq!(
-            (Class::of(5), Class::of(6)),
-            (Class::Batch, Class::Interactive)
-        );
+        assert_eq!((Class::of(5), Class::of(6)), (Class::Batch, Class::Interactive));
     }
 }

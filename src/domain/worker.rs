@@ -104,6 +104,8 @@ pub enum Outcome {
     WorkerLost {
         /// For the log.
         reason: String,
+        /// Whether the request may have reached the worker; if not, the job cannot be to blame.
+        reached: bool,
     },
     /// We closed the connection, since the job was cancelled or its time was up.
     Stopped,

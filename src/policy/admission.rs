@@ -13,23 +13,12 @@ pub struct Full {
 }
 
 /// Whether `more` jobs of one tenant fit beside those queued.
-pub fn admit(
-    queued: usize,
-    queued_of_tenant: usize,
-    more: usize,
-    knobs: &Knobs,
-) -> Result<(), Full> {
+pub fn admit(queued: usize, queued_of_tenant: usize, more: usize, knobs: &Knobs) -> Result<(), Full> {
     if queued + more > knobs.queued_max {
-        return Err(Full {
-            queued,
-            limit: knobs.queued_max,
-        });
+        return Err(Full { queued, limit: knobs.queued_max });
     }
     if queued_of_tenant + more > knobs.queued_per_tenant_max {
-        return Err(Full {
-            queued: queued_of_tenant,
-            limit: knobs.queued_per_tenant_max,
-        });
+        return Err(Full { queued: queued_of_tenant, limit: knobs.queued_per_tenant_max });
     }
     Ok(())
 }
@@ -59,34 +48,16 @@ mod tests {
 
     #[test]
     fn limits_are_named() {
-        let knobs = Knobs {
-            queued_max: 10,
-            queued_per_tenant_max: 4,
-            ..Knobs::default()
-        };
+        let knobs = Knobs { queued_max: 10, queued_per_tenant_max: 4, ..Knobs::default() };
         assert_eq!(admit(0, 0, 4, &knobs), Ok(()));
         assert!(admit(5, 0, 5, &knobs).is_err());
-        assert_eq!(
-            admit(9, 0, 2, &knobs),
-            Err(Full {
-                queued: 9,
-                limit: 10
-            })
-        );
-        assert_eq!(
-            admit(5, 3, 2, &knobs),
-            Err(Full {
-                queued: 3,
-                limit: 4
-            })
-        );
+        assert_eq!(admit(9, 0, 2, &knobs), Err(Full { queued: 9, limit: 10 }));
+        assert_eq!(admit(5, 3, 2, &knobs), Err(Full { queued: 3, limit: 4 }));
     }
 
     #[test]
     fn one_admission_in_eight_is_batch() {
-        let batch = (0..80)
-            .filter(|n| next_class(true, true, *n) == Some(Class::Batch))
-            .count();
+        let batch = (0..80).filter(|n| next_class(true, true, *n) == Some(Class::Batch)).count();
         assert_eq!(batch, 10);
         assert_eq!(next_class(false, true, 0), Some(Class::Batch));
         assert_eq!(next_class(false, false, 7), None);
@@ -94,14 +65,6 @@ mod tests {
 
     #[test]
     fn callers_keep_a_slot_in_eight() {
-        assert_eq!(
-            (
-                batch_slots(256),
-                batch_slots(8),
-                batch_slots(7),
-                batch_slots(1)
-            ),
-            (224, 7, 7, 1)
-        );
+        assert_eq!((batch_slots(256), batch_slots(8), batch_slots(7), batch_slots(1)), (224, 7, 7, 1));
     }
 }

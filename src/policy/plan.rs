@@ -169,8 +169,7 @@ impl ModelView {
 
     /// The last moment at which loading it still keeps its nearest deadline, with a margin of twice the work.
     fn must_start(&self) -> Option<Millis> {
-        self.first_deadline
-            .map(|deadline| deadline - round(2.0 * (self.service_ms + self.load_ms)))
+        self.first_deadline.map(|deadline| deadline - round(2.0 * (self.service_ms + self.load_ms)))
     }
 
     /// Time until it would be dry, arrivals counted in.
@@ -180,11 +179,7 @@ impl ModelView {
     }
 
     fn drain_ms(&self) -> f64 {
-        if self.running > 0 {
-            self.service_ms
-        } else {
-            0.0
-        }
+        if self.running > 0 { self.service_ms } else { 0.0 }
     }
 }
 
@@ -207,21 +202,14 @@ fn millis(d: std::time::Duration) -> i64 {
     i64::try_from(d.as_millis()).unwrap_or(i64::MAX / 4)
 }
 
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "saturates, and durations are far below 2^53 ms"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "saturates, and durations are far below 2^53 ms")]
 fn round(ms: f64) -> i64 {
     ms.round() as i64
 }
 
 fn seconds(ms: f64) -> String {
     let s = ms / 1000.0;
-    if s.abs() < 9.95 {
-        format!("{s:.1} s")
-    } else {
-        format!("{s:.0} s")
-    }
+    if s.abs() < 9.95 { format!("{s:.1} s") } else { format!("{s:.0} s") }
 }
 
 /// Decides. Pure: the same view, knobs and `now` give the same plan with the same words.
@@ -229,54 +217,20 @@ pub fn plan(view: &View, knobs: &Knobs, now: Millis) -> Plan {
     let waiting = waiting_in_order(view, knobs, now);
     match &view.device {
         DeviceView::Empty => on_empty(view, &waiting, knobs, now),
-        DeviceView::Loading { model } => stay(
-            now,
-            "fits",
-            model,
-            None,
-            format!("loading {model}"),
-            &[],
-            None,
-        ),
+        DeviceView::Loading { model } => stay(now, "fits", model, None, format!("loading {model}"), &[], None),
         DeviceView::Leaving { model, to } => {
-            let next = to
-                .as_ref()
-                .map_or(String::new(), |to| format!(" to make room for {to}"));
-            stay(
-                now,
-                "drop",
-                model,
-                to.as_deref(),
-                format!("{model} is leaving the device{next}"),
-                &[],
-                None,
-            )
+            let next = to.as_ref().map_or(String::new(), |to| format!(" to make room for {to}"));
+            stay(now, "drop", model, to.as_deref(), format!("{model} is leaving the device{next}"), &[], None)
         }
-        DeviceView::Serving {
-            model,
-            since,
-            idle_since,
-        } => match view.model(model) {
+        DeviceView::Serving { model, since, idle_since } => match view.model(model) {
             Some(resident) => on_serving(resident, *since, *idle_since, &waiting, knobs, now),
-            None => stay(
-                now,
-                "fits",
-                model,
-                None,
-                format!("{model} holds the device"),
-                &[],
-                None,
-            ),
+            None => stay(now, "fits", model, None, format!("{model} holds the device"), &[], None),
         },
     }
 }
 
 /// Models with waiting jobs that can be loaded, late ones first, then by due time, then by the order of the file.
-fn waiting_in_order<'a>(
-    view: &'a View,
-    knobs: &Knobs,
-    now: Millis,
-) -> Vec<(&'a ModelView, Millis)> {
+fn waiting_in_order<'a>(view: &'a View, knobs: &Knobs, now: Millis) -> Vec<(&'a ModelView, Millis)> {
     let holder = match &view.device {
         DeviceView::Serving { model, .. } | DeviceView::Loading { model } => Some(model.as_str()),
         DeviceView::Empty | DeviceView::Leaving { .. } => None,
@@ -297,76 +251,28 @@ fn is_late(m: &ModelView, due: Millis, now: Millis) -> bool {
 
 fn on_empty(view: &View, waiting: &[(&ModelView, Millis)], knobs: &Knobs, now: Millis) -> Plan {
     if let Some((m, due)) = waiting.first() {
-        let reason = format!(
-            "load {}: the device is free; {} pending, {}",
-            m.name,
-            m.pending(),
-            due_words(m, *due, knobs, now)
-        );
-        let numbers = [
-            ("pending", m.pending() as f64),
-            ("load_s", m.load_ms / 1e3),
-            ("due_in_s", (*due - now) as f64 / 1e3),
-        ];
-        return act(
-            Action::Load(m.name.clone()),
-            now,
-            "load",
-            "fits",
-            &m.name,
-            None,
-            reason,
-            &numbers,
-        );
+        let reason =
+            format!("load {}: the device is free; {} pending, {}", m.name, m.pending(), due_words(m, *due, knobs, now));
+        let numbers =
+            [("pending", m.pending() as f64), ("load_s", m.load_ms / 1e3), ("due_in_s", (*due - now) as f64 / 1e3)];
+        return act(Action::Load(m.name.clone()), now, "load", "fits", &m.name, None, reason, &numbers);
     }
     if let Some(m) = view.models.iter().find(|m| m.preload && m.can_load()) {
         let reason = format!("load {}: preload, and the device is free", m.name);
-        return act(
-            Action::Load(m.name.clone()),
-            now,
-            "load",
-            "fits",
-            &m.name,
-            None,
-            reason,
-            &[],
-        );
+        return act(Action::Load(m.name.clone()), now, "load", "fits", &m.name, None, reason, &[]);
     }
     let blocked: Vec<_> = view.models.iter().filter(|m| m.pending() > 0).collect();
     let wake_at = blocked.iter().filter_map(|m| m.trouble_until).min();
     if blocked.is_empty() {
-        return still(
-            now,
-            "idle",
-            "dry",
-            None,
-            None,
-            "idle: nothing is pending".to_owned(),
-            &[],
-            None,
-        );
+        return still(now, "idle", "dry", None, None, "idle: nothing is pending".to_owned(), &[], None);
     }
     let each: Vec<_> = blocked
         .iter()
         .map(|m| {
-            format!(
-                "{} ({} pending): {}",
-                m.name,
-                m.pending(),
-                m.trouble.as_deref().unwrap_or("cannot be loaded")
-            )
+            format!("{} ({} pending): {}", m.name, m.pending(), m.trouble.as_deref().unwrap_or("cannot be loaded"))
         })
         .collect();
-    still(
-        now,
-        "wait",
-        "blocked",
-        None,
-        None,
-        format!("nothing can be loaded: {}", each.join("; ")),
-        &[],
-        wake_at,
-    )
+    still(now, "wait", "blocked", None, None, format!("nothing can be loaded: {}", each.join("; ")), &[], wake_at)
 }
 
 fn on_serving(
@@ -381,12 +287,8 @@ fn on_serving(
         return on_dry(v, idle_since, waiting, knobs, now);
     }
     let Some((m, due)) = waiting.first().copied() else {
-        let reason = format!(
-            "stay on {}: {} pending, {} running; no other model waits",
-            v.name,
-            v.pending(),
-            v.running
-        );
+        let reason =
+            format!("stay on {}: {} pending, {} running; no other model waits", v.name, v.pending(), v.running);
         return stay(now, "fits", &v.name, None, reason, &counts(v), None);
     };
     weigh(v, since, m, due, knobs, now)
@@ -408,64 +310,26 @@ fn on_dry(
             due_words(m, *due, knobs, now),
             m.pending()
         );
-        let numbers = [
-            ("pending", m.pending() as f64),
-            ("due_in_s", (*due - now) as f64 / 1e3),
-        ];
-        let action = Action::Swap {
-            from: v.name.clone(),
-            to: m.name.clone(),
-        };
-        return act(
-            action,
-            now,
-            "swap",
-            "dry",
-            &m.name,
-            Some(&v.name),
-            reason,
-            &numbers,
-        );
+        let numbers = [("pending", m.pending() as f64), ("due_in_s", (*due - now) as f64 / 1e3)];
+        let action = Action::Swap { from: v.name.clone(), to: m.name.clone() };
+        return act(action, now, "swap", "dry", &m.name, Some(&v.name), reason, &numbers);
     }
-    let unload_at = v
-        .idle_ttl_ms
-        .map(|ttl| idle_since.unwrap_or(now).saturating_add(ttl));
+    let unload_at = v.idle_ttl_ms.map(|ttl| idle_since.unwrap_or(now).saturating_add(ttl));
     if unload_at.is_some_and(|at| at <= now) {
-        let reason = format!(
-            "unload {}: idle for {}, its idle_ttl",
-            v.name,
-            seconds(v.idle_ttl_ms.unwrap_or(0) as f64)
-        );
-        return act(
-            Action::Unload(v.name.clone()),
-            now,
-            "unload",
-            "drop",
-            &v.name,
-            None,
-            reason,
-            &[],
-        );
+        let reason =
+            format!("unload {}: idle for {}, its idle_ttl", v.name, seconds(v.idle_ttl_ms.unwrap_or(0) as f64));
+        return act(Action::Unload(v.name.clone()), now, "unload", "drop", &v.name, None, reason, &[]);
     }
     let reason = format!("stay on {}: it is idle and no other model waits", v.name);
     stay(now, "dry", &v.name, None, reason, &[], unload_at)
 }
 
 /// Rule 3: whether the late model `m` may displace `v`, which has work.
-fn weigh(
-    v: &ModelView,
-    since: Millis,
-    m: &ModelView,
-    due: Millis,
-    knobs: &Knobs,
-    now: Millis,
-) -> Plan {
+fn weigh(v: &ModelView, since: Millis, m: &ModelView, due: Millis, knobs: &Knobs, now: Millis) -> Plan {
     let drain = v.drain_ms() + v.stop_ms;
     let price = drain + m.load_ms + v.load_ms;
     let ran = (now - since) as f64;
-    let rushed = m.pending_interactive > 0
-        && v.pending_interactive == 0
-        && !has_near_deadline(v, price, now);
+    let rushed = m.pending_interactive > 0 && v.pending_interactive == 0 && !has_near_deadline(v, price, now);
     let hold = if rushed {
         knobs.rush() * price
     } else {
@@ -496,15 +360,7 @@ fn weigh(
             seconds(v.load_ms),
             due_words(m, due, knobs, now),
         );
-        return stay(
-            now,
-            "not_due",
-            vn,
-            Some(mn),
-            reason,
-            &numbers,
-            Some(wake_at),
-        );
+        return stay(now, "not_due", vn, Some(mn), reason, &numbers, Some(wake_at));
     }
     if ran < hold {
         let reason = format!(
@@ -513,15 +369,7 @@ fn weigh(
             seconds(ran),
             seconds(hold)
         );
-        return stay(
-            now,
-            "hold",
-            vn,
-            Some(mn),
-            reason,
-            &numbers,
-            Some(since + round(hold)),
-        );
+        return stay(now, "hold", vn, Some(mn), reason, &numbers, Some(since + round(hold)));
     }
     if v.rest_ms() <= price && ran < hold + price {
         let reason = format!(
@@ -529,15 +377,7 @@ fn weigh(
             seconds(v.rest_ms()),
             seconds(price)
         );
-        return stay(
-            now,
-            "finish_first",
-            vn,
-            Some(mn),
-            reason,
-            &numbers,
-            Some(since + round(hold + price)),
-        );
+        return stay(now, "finish_first", vn, Some(mn), reason, &numbers, Some(since + round(hold + price)));
     }
     let by_deadline = m.must_start().is_some_and(|at| at <= due);
     let (code, why) = if rushed {
@@ -551,44 +391,19 @@ fn weigh(
             ),
         )
     } else if by_deadline {
-        (
-            "deadline",
-            format!(
-                "a deadline of {mn} is near; {vn} has run {} >= {}",
-                seconds(ran),
-                seconds(hold)
-            ),
-        )
+        ("deadline", format!("a deadline of {mn} is near; {vn} has run {} >= {}", seconds(ran), seconds(hold)))
     } else {
         (
             "due",
-            format!(
-                "{}, {vn} has run {} >= its {} hold",
-                due_words(m, due, knobs, now),
-                seconds(ran),
-                seconds(hold)
-            ),
+            format!("{}, {vn} has run {} >= its {} hold", due_words(m, due, knobs, now), seconds(ran), seconds(hold)),
         )
     };
-    let action = Action::Swap {
-        from: vn.clone(),
-        to: mn.clone(),
-    };
-    act(
-        action,
-        now,
-        "swap",
-        code,
-        mn,
-        Some(vn),
-        format!("swap {vn} -> {mn}: {why}"),
-        &numbers,
-    )
+    let action = Action::Swap { from: vn.clone(), to: mn.clone() };
+    act(action, now, "swap", code, mn, Some(vn), format!("swap {vn} -> {mn}: {why}"), &numbers)
 }
 
 fn has_near_deadline(v: &ModelView, price: f64, now: Millis) -> bool {
-    v.must_start()
-        .is_some_and(|at| at <= now + round(2.0 * price))
+    v.must_start().is_some_and(|at| at <= now + round(2.0 * price))
 }
 
 fn due_words(m: &ModelView, due: Millis, knobs: &Knobs, now: Millis) -> String {
@@ -598,11 +413,7 @@ fn due_words(m: &ModelView, due: Millis, knobs: &Knobs, now: Millis) -> String {
         (None, None) => None,
     };
     let wait = oldest.map_or(String::new(), |(who, at, of)| {
-        format!(
-            " ({who} {} of {})",
-            seconds((now - at) as f64),
-            seconds(millis(of) as f64)
-        )
+        format!(" ({who} {} of {})", seconds((now - at) as f64), seconds(millis(of) as f64))
     });
     if due <= now {
         format!("{} is due{wait}", m.name)
@@ -612,10 +423,7 @@ fn due_words(m: &ModelView, due: Millis, knobs: &Knobs, now: Millis) -> String {
 }
 
 fn counts(v: &ModelView) -> [(&'static str, f64); 2] {
-    [
-        ("pending", v.pending() as f64),
-        ("running", v.running as f64),
-    ]
+    [("pending", v.pending() as f64), ("running", v.running as f64)]
 }
 
 #[expect(clippy::too_many_arguments, reason = "one record, spelled out once")]
@@ -643,16 +451,7 @@ fn stay(
     numbers: &[(&'static str, f64)],
     wake_at: Option<Millis>,
 ) -> Plan {
-    still(
-        at,
-        "stay",
-        code,
-        Some(model),
-        other,
-        reason,
-        numbers,
-        wake_at,
-    )
+    still(at, "stay", code, Some(model), other, reason, numbers, wake_at)
 }
 
 #[expect(clippy::too_many_arguments, reason = "one record, spelled out once")]
@@ -675,11 +474,7 @@ fn still(
         reason,
         numbers: numbers.iter().copied().collect(),
     };
-    Plan {
-        action: Action::Stay,
-        decision,
-        wake_at,
-    }
+    Plan { action: Action::Stay, decision, wake_at }
 }
 
 #[cfg(test)]

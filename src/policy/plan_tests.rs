@@ -36,11 +36,7 @@ fn batch(mut m: ModelView, count: usize, oldest: Millis) -> ModelView {
 }
 
 fn serving(name: &str, since: Millis) -> DeviceView {
-    DeviceView::Serving {
-        model: name.to_owned(),
-        since,
-        idle_since: None,
-    }
+    DeviceView::Serving { model: name.to_owned(), since, idle_since: None }
 }
 
 fn decide(device: DeviceView, models: Vec<ModelView>, now: Millis) -> Plan {
@@ -53,18 +49,10 @@ const NOW: Millis = 1_000_000_000;
 fn a_free_device_takes_the_model_that_is_due_first() {
     let plan = decide(
         DeviceView::Empty,
-        vec![
-            batch(model("flux"), 4, NOW - 9_000),
-            callers(model("llama"), 1, NOW - 1_000),
-        ],
+        vec![batch(model("flux"), 4, NOW - 9_000), callers(model("llama"), 1, NOW - 1_000)],
         NOW,
     );
-    assert_eq!(
-        plan.action,
-        Action::Load("llama".into()),
-        "{}",
-        plan.decision.reason
-    );
+    assert_eq!(plan.action, Action::Load("llama".into()), "{}", plan.decision.reason);
     assert_eq!(plan.decision.code, "fits");
 }
 
@@ -72,10 +60,7 @@ fn a_free_device_takes_the_model_that_is_due_first() {
 fn a_resident_with_work_stays_while_nobody_is_due() {
     let plan = decide(
         serving("flux", NOW - 500_000),
-        vec![
-            callers(model("flux"), 12, NOW),
-            callers(model("llama"), 1, NOW - 8_000),
-        ],
+        vec![callers(model("flux"), 12, NOW), callers(model("llama"), 1, NOW - 8_000)],
         NOW,
     );
     assert_eq!((plan.action, plan.decision.code), (Action::Stay, "not_due"));
@@ -83,90 +68,42 @@ fn a_resident_with_work_stays_while_nobody_is_due() {
         plan.decision.reason,
         "stay on flux: 12 pending, swap costs 56 s (drain 0.0 s + load 28 s + reload 28 s), llama is due in 52 s (caller waits 8.0 s of 60 s)"
     );
-    assert_eq!(
-        plan.wake_at,
-        Some(NOW + 52_000 - 28_000),
-        "plans again when llama gets late"
-    );
+    assert_eq!(plan.wake_at, Some(NOW + 52_000 - 28_000), "plans again when llama gets late");
 }
 
 #[test]
 fn a_due_model_waits_for_the_hold_of_the_resident() {
-    let models = || {
-        vec![
-            callers(model("flux"), 12, NOW),
-            callers(model("llama"), 1, NOW - 63_000),
-        ]
-    };
+    let models = || vec![callers(model("flux"), 12, NOW), callers(model("llama"), 1, NOW - 63_000)];
     let plan = decide(serving("flux", NOW - 95_000), models(), NOW);
     assert_eq!(plan.decision.code, "hold", "{}", plan.decision.reason);
     let hold = plan.wake_at.expect("a time") - (NOW - 95_000);
     assert_eq!(hold, 300_000, "6 x 56 s is cut at max_visit");
     let plan = decide(serving("flux", NOW - 301_000), models(), NOW);
-    assert_eq!(
-        plan.action,
-        Action::Swap {
-            from: "flux".into(),
-            to: "llama".into()
-        }
-    );
+    assert_eq!(plan.action, Action::Swap { from: "flux".into(), to: "llama".into() });
     assert_eq!(plan.decision.code, "due");
 }
 
 #[test]
 fn a_caller_displaces_batch_work_after_one_price() {
-    let models = || {
-        vec![
-            batch(model("flux"), 100, NOW),
-            callers(model("llama"), 1, NOW - 52_000),
-        ]
-    };
-    assert_eq!(
-        decide(serving("flux", NOW - 50_000), models(), NOW)
-            .decision
-            .code,
-        "hold"
-    );
+    let models = || vec![batch(model("flux"), 100, NOW), callers(model("llama"), 1, NOW - 52_000)];
+    assert_eq!(decide(serving("flux", NOW - 50_000), models(), NOW).decision.code, "hold");
     let plan = decide(serving("flux", NOW - 57_000), models(), NOW);
-    assert_eq!(
-        plan.decision.code, "due_interactive",
-        "{}",
-        plan.decision.reason
-    );
+    assert_eq!(plan.decision.code, "due_interactive", "{}", plan.decision.reason);
 }
 
 #[test]
 fn a_resident_about_to_finish_is_left_to_finish() {
-    let models = || {
-        vec![
-            batch(model("flux"), 2, NOW),
-            callers(model("llama"), 1, NOW - 70_000),
-        ]
-    };
+    let models = || vec![batch(model("flux"), 2, NOW), callers(model("llama"), 1, NOW - 70_000)];
     let plan = decide(serving("flux", NOW - 60_000), models(), NOW);
-    assert_eq!(
-        plan.decision.code, "finish_first",
-        "{}",
-        plan.decision.reason
-    );
+    assert_eq!(plan.decision.code, "finish_first", "{}", plan.decision.reason);
     let plan = decide(serving("flux", NOW - 113_000), models(), NOW);
     assert_eq!(plan.decision.code, "due_interactive", "but not for ever");
 }
 
 #[test]
 fn a_dry_resident_makes_room_at_once() {
-    let plan = decide(
-        serving("flux", NOW - 1),
-        vec![model("flux"), batch(model("tts"), 1, NOW)],
-        NOW,
-    );
-    assert_eq!(
-        plan.action,
-        Action::Swap {
-            from: "flux".into(),
-            to: "tts".into()
-        }
-    );
+    let plan = decide(serving("flux", NOW - 1), vec![model("flux"), batch(model("tts"), 1, NOW)], NOW);
+    assert_eq!(plan.action, Action::Swap { from: "flux".into(), to: "tts".into() });
     assert_eq!(plan.decision.code, "dry");
 }
 
@@ -174,11 +111,7 @@ fn a_dry_resident_makes_room_at_once() {
 fn a_deadline_makes_a_model_due() {
     let mut urgent = batch(model("llama"), 1, NOW);
     urgent.first_deadline = Some(NOW + 80_000);
-    let plan = decide(
-        serving("flux", NOW - 400_000),
-        vec![batch(model("flux"), 100, NOW), urgent],
-        NOW,
-    );
+    let plan = decide(serving("flux", NOW - 400_000), vec![batch(model("flux"), 100, NOW), urgent], NOW);
     assert_eq!(plan.decision.code, "deadline", "{}", plan.decision.reason);
 }
 
@@ -188,14 +121,8 @@ fn trouble_is_named_and_never_loaded() {
     broken.trouble = Some("no GPU".into());
     broken.trouble_until = Some(NOW + 5_000);
     let plan = decide(DeviceView::Empty, vec![broken], NOW);
-    assert_eq!(
-        (plan.action, plan.decision.code, plan.wake_at),
-        (Action::Stay, "blocked", Some(NOW + 5_000))
-    );
-    assert_eq!(
-        plan.decision.reason,
-        "nothing can be loaded: llama (3 pending): no GPU"
-    );
+    assert_eq!((plan.action, plan.decision.code, plan.wake_at), (Action::Stay, "blocked", Some(NOW + 5_000)));
+    assert_eq!(plan.decision.reason, "nothing can be loaded: llama (3 pending): no GPU");
 }
 
 #[test]
@@ -203,23 +130,10 @@ fn an_idle_model_is_unloaded_after_its_ttl_and_preload_fills_an_empty_device() {
     let mut m = model("tts");
     m.idle_ttl_ms = Some(10_000);
     m.preload = true;
-    let idle = |since| DeviceView::Serving {
-        model: "tts".into(),
-        since: 0,
-        idle_since: Some(since),
-    };
-    assert_eq!(
-        decide(idle(NOW - 9_999), vec![m.clone()], NOW).wake_at,
-        Some(NOW + 1)
-    );
-    assert_eq!(
-        decide(idle(NOW - 10_000), vec![m.clone()], NOW).action,
-        Action::Unload("tts".into())
-    );
-    assert_eq!(
-        decide(DeviceView::Empty, vec![m], NOW).action,
-        Action::Load("tts".into())
-    );
+    let idle = |since| DeviceView::Serving { model: "tts".into(), since: 0, idle_since: Some(since) };
+    assert_eq!(decide(idle(NOW - 9_999), vec![m.clone()], NOW).wake_at, Some(NOW + 1));
+    assert_eq!(decide(idle(NOW - 10_000), vec![m.clone()], NOW).action, Action::Unload("tts".into()));
+    assert_eq!(decide(DeviceView::Empty, vec![m], NOW).action, Action::Load("tts".into()));
 }
 
 #[test]
@@ -231,12 +145,7 @@ fn a_displaced_model_is_not_due_again_before_it_has_been_away() {
 
 /// Plays a closed little world by the plan alone: jobs arrive, one at a time is served, loads take their time. Returns the
 /// longest time any model waited with pending jobs, the swaps, and whether the device was ever idle beside loadable work.
-fn play(
-    arrivals: &[(Millis, usize, bool)],
-    models: usize,
-    load_ms: i64,
-    job_ms: i64,
-) -> (Millis, usize) {
+fn play(arrivals: &[(Millis, usize, bool)], models: usize, load_ms: i64, job_ms: i64) -> (Millis, usize) {
     let knobs = Knobs::default();
     let mut views: Vec<ModelView> = (0..models)
         .map(|i| {
@@ -264,14 +173,7 @@ fn play(
             view.oldest_interactive = queue.iter().filter(|(_, i)| *i).map(|(at, _)| *at).min();
             view.oldest_batch = queue.iter().filter(|(_, i)| !*i).map(|(at, _)| *at).min();
         }
-        let decided = plan(
-            &View {
-                device: device.clone(),
-                models: views.clone(),
-            },
-            &knobs,
-            now,
-        );
+        let decided = plan(&View { device: device.clone(), models: views.clone() }, &knobs, now);
         match decided.action {
             Action::Load(name) | Action::Swap { to: name, .. } => {
                 swaps += 1;
@@ -292,19 +194,12 @@ fn play(
             Action::Unload(_) => unreachable!("no ttl"),
             Action::Stay => match holder.filter(|h| !queues[*h].is_empty()) {
                 Some(h) => {
-                    let first = queues[h]
-                        .iter()
-                        .position(|(_, interactive)| *interactive)
-                        .unwrap_or(0);
+                    let first = queues[h].iter().position(|(_, interactive)| *interactive).unwrap_or(0);
                     queues[h].remove(first);
                     now += job_ms;
                 }
                 None => {
-                    assert!(
-                        queues.iter().all(Vec::is_empty),
-                        "idle beside work: {}",
-                        decided.decision.reason
-                    );
+                    assert!(queues.iter().all(Vec::is_empty), "idle beside work: {}", decided.decision.reason);
                     let Some((at, ..)) = arrivals.get(next) else {
                         return (longest, swaps);
                     };
@@ -346,9 +241,7 @@ proptest! {
 
 #[test]
 fn alternating_arrivals_are_grouped() {
-    let arrivals: Vec<_> = (0..60)
-        .map(|i| (i * 16, usize::try_from(i % 3).expect("small"), false))
-        .collect();
+    let arrivals: Vec<_> = (0..60).map(|i| (i * 16, usize::try_from(i % 3).expect("small"), false)).collect();
     let (_, swaps) = play(&arrivals, 3, 2_000, 50);
     assert!(swaps <= 4, "{swaps} loads for 60 jobs of 3 models");
 }

@@ -73,46 +73,27 @@ pub fn judge(outcome: Outcome, attempt: &Attempt, now: Millis) -> Verdict {
             true,
         )),
         Outcome::Stopped if attempt.cancelling => Verdict::Cancel,
-        Outcome::Failed {
-            error,
-            retriable: false,
-        } => Verdict::Fail(error),
+        Outcome::Failed { error, retriable: false } => Verdict::Fail(error),
         _ if attempt.cancelling => Verdict::Cancel,
         Outcome::Stopped => requeue(attempt, None),
         Outcome::WorkerLost { .. } if attempt.stopping => requeue(attempt, None),
-        Outcome::WorkerLost { reason } => judge_crash(reason, attempt),
-        Outcome::Failed {
-            error,
-            retriable: true,
-        } => judge_failure(error, attempt, now),
+        Outcome::WorkerLost { reached: false, .. } => requeue(attempt, None),
+        Outcome::WorkerLost { reason, .. } => judge_crash(&reason, attempt),
+        Outcome::Failed { error, retriable: true } => judge_failure(error, attempt, now),
     }
 }
 
 fn requeue(attempt: &Attempt, error: Option<JobError>) -> Verdict {
-    Verdict::Requeue(Requeue {
-        not_before: None,
-        failures: attempt.failures,
-        crashes: attempt.crashes,
-        error,
-    })
+    Verdict::Requeue(Requeue { not_before: None, failures: attempt.failures, crashes: attempt.crashes, error })
 }
 
-fn judge_crash(reason: String, attempt: &Attempt) -> Verdict {
-    let error = JobError::new(
-        ErrorCode::WorkerLost,
-        format!("the worker died while it ran this job: {reason}"),
-        true,
-    );
+fn judge_crash(reason: &str, attempt: &Attempt) -> Verdict {
+    let error = JobError::new(ErrorCode::WorkerLost, format!("the worker died while it ran this job: {reason}"), true);
     if attempt.isolated || attempt.relayed {
         return Verdict::Fail(error);
     }
     let crashes = attempt.crashes + 1;
-    Verdict::Requeue(Requeue {
-        not_before: None,
-        failures: attempt.failures,
-        crashes,
-        error: Some(error),
-    })
+    Verdict::Requeue(Requeue { not_before: None, failures: attempt.failures, crashes, error: Some(error) })
 }
 
 fn judge_failure(error: JobError, attempt: &Attempt, now: Millis) -> Verdict {
@@ -121,18 +102,10 @@ fn judge_failure(error: JobError, attempt: &Attempt, now: Millis) -> Verdict {
         return Verdict::Fail(error);
     }
     let pause = (BACKOFF_FIRST_MS << (failures - 1).min(16)).min(BACKOFF_MAX_MS);
-    if attempt
-        .deadline
-        .is_some_and(|deadline| now + pause >= deadline)
-    {
+    if attempt.deadline.is_some_and(|deadline| now + pause >= deadline) {
         return Verdict::Fail(error);
     }
-    Verdict::Requeue(Requeue {
-        not_before: Some(now + pause),
-        failures,
-        crashes: attempt.crashes,
-        error: Some(error),
-    })
+    Verdict::Requeue(Requeue { not_before: Some(now + pause), failures, crashes: attempt.crashes, error: Some(error) })
 }
 
 #[cfg(test)]
@@ -154,37 +127,23 @@ mod tests {
     }
 
     fn oom() -> Outcome {
-        Outcome::Failed {
-            error: JobError::new(ErrorCode::WorkerOom, "out of memory", true),
-            retriable: true,
-        }
+        Outcome::Failed { error: JobError::new(ErrorCode::WorkerOom, "out of memory", true), retriable: true }
     }
 
     fn lost() -> Outcome {
-        Outcome::WorkerLost {
-            reason: "killed".into(),
-        }
+        Outcome::WorkerLost { reason: "killed".into(), reached: true }
     }
 
     #[test]
     fn failures_are_retried_with_doubling_pauses_until_the_budget_is_spent() {
         let pauses: Vec<_> = (0..3)
-            .map(|failures| {
-                match judge(
-                    oom(),
-                    &Attempt {
-                        failures,
-                        ..attempt()
-                    },
-                    0,
-                ) {
-                    Verdict::Requeue(r) => r.not_before,
-                    Verdict::Fail(e) => {
-                        assert_eq!(e.code, ErrorCode::WorkerOom);
-                        None
-                    }
-                    other => panic!("{other:?}"),
+            .map(|failures| match judge(oom(), &Attempt { failures, ..attempt() }, 0) {
+                Verdict::Requeue(r) => r.not_before,
+                Verdict::Fail(e) => {
+                    assert_eq!(e.code, ErrorCode::WorkerOom);
+                    None
                 }
+                other => panic!("{other:?}"),
             })
             .collect();
         assert_eq!(pauses, [Some(1_000), Some(2_000), None]);
@@ -192,74 +151,47 @@ mod tests {
 
     #[test]
     fn a_crash_charges_no_failure_and_isolates() {
-        let Verdict::Requeue(r) = judge(lost(), &attempt(), 0) else {
-            panic!("innocent jobs lose nothing")
-        };
+        let Verdict::Requeue(r) = judge(lost(), &attempt(), 0) else { panic!("innocent jobs lose nothing") };
         assert_eq!((r.failures, r.crashes), (0, 1));
-        let alone = Attempt {
-            crashes: 1,
-            isolated: true,
-            ..attempt()
-        };
-        assert!(
-            matches!(judge(lost(), &alone, 0), Verdict::Fail(e) if e.code == ErrorCode::WorkerLost)
-        );
+        let alone = Attempt { crashes: 1, isolated: true, ..attempt() };
+        assert!(matches!(judge(lost(), &alone, 0), Verdict::Fail(e) if e.code == ErrorCode::WorkerLost));
+    }
+
+    #[test]
+    fn a_job_that_never_reached_the_worker_is_not_to_blame() {
+        let alone = Attempt { crashes: 1, isolated: true, ..attempt() };
+        let refused = Outcome::WorkerLost { reason: "refused".into(), reached: false };
+        assert!(matches!(judge(refused, &alone, 0), Verdict::Requeue(r) if r.crashes == 1));
     }
 
     #[test]
     fn a_server_stop_charges_nothing() {
-        let stopping = Attempt {
-            stopping: true,
-            isolated: true,
-            ..attempt()
-        };
-        assert!(
-            matches!(judge(lost(), &stopping, 0), Verdict::Requeue(r) if r.failures == 0 && r.crashes == 0)
-        );
+        let stopping = Attempt { stopping: true, isolated: true, ..attempt() };
+        assert!(matches!(judge(lost(), &stopping, 0), Verdict::Requeue(r) if r.failures == 0 && r.crashes == 0));
     }
 
     #[test]
     fn nothing_is_repeated_after_output_was_relayed() {
-        let relayed = Attempt {
-            relayed: true,
-            ..attempt()
-        };
+        let relayed = Attempt { relayed: true, ..attempt() };
         assert!(matches!(judge(lost(), &relayed, 0), Verdict::Fail(_)));
         assert!(matches!(judge(oom(), &relayed, 0), Verdict::Fail(_)));
     }
 
     #[test]
     fn a_cancelled_job_keeps_a_real_answer_and_is_never_retried() {
-        let cancelling = Attempt {
-            cancelling: true,
-            ..attempt()
-        };
+        let cancelling = Attempt { cancelling: true, ..attempt() };
         assert_eq!(judge(Outcome::Stopped, &cancelling, 0), Verdict::Cancel);
         assert_eq!(judge(oom(), &cancelling, 0), Verdict::Cancel);
         assert_eq!(judge(lost(), &cancelling, 0), Verdict::Cancel);
-        let answer = Answer {
-            status: 200,
-            content_type: String::new(),
-            body: bytes::Bytes::new(),
-            usage: None,
-        };
-        assert_eq!(
-            judge(Outcome::Answered(answer.clone()), &cancelling, 0),
-            Verdict::Succeed(answer)
-        );
+        let answer = Answer { status: 200, content_type: String::new(), body: bytes::Bytes::new(), usage: None };
+        assert_eq!(judge(Outcome::Answered(answer.clone()), &cancelling, 0), Verdict::Succeed(answer));
     }
 
     #[test]
     fn a_pause_never_passes_the_deadline() {
-        let near = Attempt {
-            deadline: Some(500),
-            ..attempt()
-        };
+        let near = Attempt { deadline: Some(500), ..attempt() };
         assert!(matches!(judge(oom(), &near, 0), Verdict::Fail(_)));
-        let passed = Attempt {
-            deadline_passed: true,
-            ..attempt()
-        };
+        let passed = Attempt { deadline_passed: true, ..attempt() };
         assert!(
             matches!(judge(Outcome::Stopped, &passed, 0), Verdict::Expire(e) if e.code == ErrorCode::DeadlineExceeded)
         );

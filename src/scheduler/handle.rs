@@ -1,16 +1,20 @@
 //! How the rest of the program asks the scheduler. Cheap to clone.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::domain::worker::WorkerView;
-use crate::domain::{
-    BatchId, ErrorCode, Job, JobError, JobId, JobState, Millis, ModelState, NewJob, StateReason,
-};
+use crate::domain::{BatchId, ErrorCode, Job, JobError, JobId, JobState, Millis, ModelState, NewJob, StateReason};
 pub use crate::policy::plan::Decision;
 use crate::scheduler::hub::JobWatch;
-use crate::store::StoreError;
+use crate::scheduler::hub::{Ended, Hub};
+use crate::scheduler::run::Message;
+use crate::store::{Store, StoreError};
+use crate::worker::supervisor::{Order, WorkerHandle};
 
 /// Why jobs were not accepted; nothing was stored.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +31,7 @@ pub enum SubmitError {
     },
     /// The model does not load now; only sync calls are refused for it.
     #[error("{}", .0.message)]
-    ModelLoadFailed(JobError),
+    ModelLoadFailed(Box<JobError>),
     /// The server is shutting down.
     #[error("the server is shutting down")]
     Draining,
@@ -129,64 +133,132 @@ pub struct Counters {
     pub wait_count: u64,
 }
 
+/// Upper bounds of the waiting-time histogram, in seconds.
+pub const WAIT_BUCKETS: [f64; 12] = [0.01, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 180.0, 600.0, 1_800.0, 7_200.0, 86_400.0];
+
 /// Asks the scheduler.
 #[derive(Clone)]
-pub struct Handle {}
+pub struct Handle {
+    messages: mpsc::UnboundedSender<Message>,
+    hub: Hub,
+    store: Store,
+    workers: Arc<BTreeMap<String, WorkerHandle>>,
+    view: watch::Receiver<Arc<QueueView>>,
+    counters: Arc<Mutex<Counters>>,
+}
 
 impl Handle {
-    /// Commits jobs (all or none) and returns them in order. With `batch`, they become one batch.
+    pub(super) fn new(
+        messages: mpsc::UnboundedSender<Message>,
+        hub: Hub,
+        store: Store,
+        workers: BTreeMap<String, WorkerHandle>,
+        view: watch::Receiver<Arc<QueueView>>,
+    ) -> Self {
+        let counters =
+            Counters { wait_buckets: WAIT_BUCKETS.iter().map(|le| (*le, 0)).collect(), ..Counters::default() };
+        Self { messages, hub, store, workers: Arc::new(workers), view, counters: Arc::new(Mutex::new(counters)) }
+    }
+
+    /// Commits jobs (all or none) and returns them in order. All are of one tenant.
     pub async fn submit(&self, jobs: Vec<NewJob>) -> Result<Vec<Submitted>, SubmitError> {
-        let _ = jobs;
-        unimplemented!()
+        let (reply, answer) = oneshot::channel();
+        self.messages.send(Message::Submit { jobs, reply }).map_err(|_| SubmitError::Draining)?;
+        answer.await.unwrap_or(Err(SubmitError::Draining))
     }
 
     /// Makes the id of a new batch.
     pub fn new_batch(&self) -> BatchId {
-        unimplemented!()
+        self.store.new_batch()
     }
 
     /// Asks to cancel: queued jobs are cancelled at once, running ones become `cancelling`, terminal ones stay.
     /// `code`: `cancelled_by_user` or `client_disconnected`.
     pub async fn cancel(&self, id: JobId, code: ErrorCode) -> Result<Job, StoreError> {
-        let _ = (id, code);
-        unimplemented!()
+        let request = self.store.request_cancel(id, code).await?;
+        let job = self.store.reader().job(id).await?;
+        if let Some(change) = request.change {
+            let message = if change.state == JobState::Cancelling {
+                self.hub.publish(id.number, change.version, change.seq);
+                Message::Cancel { number: id.number }
+            } else {
+                let ended = Ended { state: change.state, answer: None, error: job.error.clone() };
+                self.hub.end(id.number, change.version, change.seq, ended);
+                Message::EndedQueued { number: id.number, state: change.state }
+            };
+            // After the loop has ended there is nothing left to stop.
+            let _ = self.messages.send(message);
+        }
+        Ok(job)
     }
 
     /// Watches a job from now on; read the store afterwards for what was before.
     pub fn watch(&self, id: JobId) -> JobWatch {
-        let _ = id;
-        unimplemented!()
+        self.hub.watch(id.number)
     }
 
     /// The latest view of the queue; a few ms old at most.
-    pub fn queue(&self) -> std::sync::Arc<QueueView> {
-        unimplemented!()
+    pub fn queue(&self) -> Arc<QueueView> {
+        self.view.borrow().clone()
     }
 
-    /// Where a queued job stands in the current plan.
+    /// Where a queued job stands in the current plan; all `None` for one that is not queued.
     pub async fn position(&self, job: &Job) -> Position {
-        let _ = job;
-        unimplemented!()
+        let (reply, answer) = oneshot::channel();
+        if job.state != JobState::Queued
+            || self.messages.send(Message::Position { number: job.id.number, reply }).is_err()
+        {
+            return Position::default();
+        }
+        answer.await.ok().flatten().unwrap_or_default()
     }
 
-    /// Views of all workers.
+    /// Views of all workers, by name.
     pub fn workers(&self) -> Vec<WorkerView> {
-        unimplemented!()
+        self.workers.values().map(WorkerHandle::view).collect()
     }
 
     /// Forgets a model's back-off and quarantine. False: no such model.
     pub fn retry_model(&self, model: &str) -> bool {
-        let _ = model;
-        unimplemented!()
+        let worker = self.workers.get(model);
+        if let Some(worker) = worker {
+            worker.order(Order::Retry);
+        }
+        worker.is_some()
     }
 
     /// Counters for `/metrics`.
     pub fn counters(&self) -> Counters {
-        unimplemented!()
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn count(&self, change: impl FnOnce(&mut Counters)) {
+        change(&mut self.counters.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(super) fn observe_wait(&self, seconds: f64) {
+        self.count(|counters| {
+            counters.wait_count += 1;
+            counters.wait_sum_s += seconds;
+            counters.wait_buckets.iter_mut().filter(|(le, _)| seconds <= *le).for_each(|(_, count)| *count += 1);
+        });
     }
 
     /// Whether the scheduler's loop and the store's writer answer, each within a second; for `/readyz`.
     pub async fn is_ready(&self) -> Result<(), String> {
-        unimplemented!()
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::Ping { reply });
+        match tokio::time::timeout(ANSWER_WITHIN, answer).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Err("the scheduler has stopped".to_owned()),
+            Err(_) => return Err("the scheduler does not answer within a second".to_owned()),
+        }
+        match tokio::time::timeout(ANSWER_WITHIN, self.store.ping()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(format!("the store cannot commit: {error}")),
+            Err(_) => Err("the store does not commit within a second".to_owned()),
+        }
     }
 }
+
+const ANSWER_WITHIN: Duration = Duration::from_secs(1);

@@ -59,10 +59,7 @@ impl Drop for Entry {
     fn drop(&mut self) {
         if let Some(map) = self.map.upgrade() {
             let mut map = lock(&map);
-            if map
-                .get(&self.number)
-                .is_some_and(|weak| weak.strong_count() == 0)
-            {
+            if map.get(&self.number).is_some_and(|weak| weak.strong_count() == 0) {
                 map.remove(&self.number);
             }
         }
@@ -135,8 +132,7 @@ impl Hub {
     }
 
     fn existing(&self, number: i64) -> Option<Arc<Entry>> {
-        let entry = lock(&self.map).get(&number).and_then(Weak::upgrade);
-        entry
+        lock(&self.map).get(&number).and_then(Weak::upgrade)
     }
 
     fn entry(&self, number: i64) -> Arc<Entry> {
@@ -213,30 +209,9 @@ mod tests {
         hub.chunk(1, Bytes::from_static(b"a"));
         hub.chunk(1, Bytes::from_static(b"b"));
         assert_eq!(watch.changed().await.chunks_end, 2);
-        assert_eq!(
-            watch.chunks(1).expect("kept"),
-            vec![Bytes::from_static(b"b")]
-        );
-        hub.end(
-            1,
-            3,
-            4,
-            Ended {
-                state: JobState::Succeeded,
-                answer: None,
-                error: None,
-            },
-        );
-        hub.end(
-            1,
-            9,
-            9,
-            Ended {
-                state: JobState::Failed,
-                answer: None,
-                error: None,
-            },
-        );
+        assert_eq!(watch.chunks(1).expect("kept"), vec![Bytes::from_static(b"b")]);
+        hub.end(1, 3, 4, Ended { state: JobState::Succeeded, answer: None, error: None });
+        hub.end(1, 9, 9, Ended { state: JobState::Failed, answer: None, error: None });
         assert_eq!(watch.ended().await.state, JobState::Succeeded);
         drop(watch);
         assert_eq!(hub.len(), 0);

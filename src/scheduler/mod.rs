@@ -1,6 +1,12 @@
-//! Which job runs where and when. `state` is a pure state machine (events in, effects out), `run` the loop that owns it
-//! and carries out the effects, `dispatch` one task per running job, `hub` what watchers of a job see, `handle` how the
-//! rest of the program asks.
+//! Which job runs where and when. `state` is a pure state machine (events in, effects out) over `queue`, the waiting and
+//! running jobs of one model; `run` is the loop that owns it and carries out the effects, `dispatch` one task per running
+//! job, `hub` what watchers of a job see, `handle` how the rest of the program asks.
 
+mod dispatch;
 pub mod handle;
 pub mod hub;
+mod queue;
+pub mod run;
+pub mod state;
+
+pub use queue::Run;

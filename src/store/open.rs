@@ -37,15 +37,8 @@ pub struct Opened {
 }
 
 /// Opens (and makes) the data dir `dir`. `on_fatal` is called if the database cannot be made durable any more.
-pub async fn open(
-    dir: &Path,
-    clock: Arc<dyn Clock>,
-    on_fatal: OnFatal,
-) -> Result<Opened, StoreError> {
-    std::fs::create_dir_all(dir).map_err(|source| StoreError::File {
-        path: dir.display().to_string(),
-        source,
-    })?;
+pub async fn open(dir: &Path, clock: Arc<dyn Clock>, on_fatal: OnFatal) -> Result<Opened, StoreError> {
+    std::fs::create_dir_all(dir).map_err(|source| StoreError::File { path: dir.display().to_string(), source })?;
     let lock = lock(dir)?;
     if rusqlite::version_number() < SQLITE_MIN {
         return Err(StoreError::Unusable(format!(
@@ -65,34 +58,17 @@ pub async fn open(
     let next_batch = verbs::next_batch(&connection)?;
     let artifacts = Artifacts::open(&dir.join("artifacts"))?;
     let reader = Reader::new(reading_pool(&file).await?, artifacts.clone());
-    let writer = Writer::start(connection, on_fatal).map_err(|source| StoreError::File {
-        path: "the store's writer thread".into(),
-        source,
-    })?;
+    let writer = Writer::start(connection, on_fatal)
+        .map_err(|source| StoreError::File { path: "the store's writer thread".into(), source })?;
     let store = Store::new(writer, reader, artifacts, clock, next_batch, lock);
-    Ok(Opened {
-        store,
-        queued,
-        learned,
-        next_number,
-        recovered,
-        data_dir_id,
-    })
+    Ok(Opened { store, queued, learned, next_number, recovered, data_dir_id })
 }
 
 /// One server per data dir: an advisory lock that ends with the process.
 fn lock(dir: &Path) -> Result<File, StoreError> {
     let path = dir.join("lock");
-    let in_file = |source| StoreError::File {
-        path: path.display().to_string(),
-        source,
-    };
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(in_file)?;
+    let in_file = |source| StoreError::File { path: path.display().to_string(), source };
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(in_file)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => Err(StoreError::Unusable(format!(
@@ -109,20 +85,15 @@ async fn migrate(file: &Path) -> Result<(), StoreError> {
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full);
-    let pool = SqlitePoolOptions::new()
-        .max_connections(1)
-        .connect_with(options)
-        .await?;
+    let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await?;
     let migrated = sqlx::migrate!("./migrations").run(&pool).await;
     pool.close().await;
     migrated.map_err(|error| StoreError::Unusable(format!("{}: {error}", file.display())))
 }
 
 fn writing_connection(file: &Path) -> Result<Connection, StoreError> {
-    let connection = Connection::open_with_flags(
-        file,
-        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-    )?;
+    let connection =
+        Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
     connection.set_prepared_statement_cache_capacity(64);
     connection.busy_timeout(Duration::from_secs(5))?;
     connection.execute_batch(
@@ -146,24 +117,13 @@ async fn reading_pool(file: &Path) -> Result<sqlx::SqlitePool, StoreError> {
         .create_if_missing(false)
         .pragma("query_only", "ON")
         .busy_timeout(Duration::from_secs(5));
-    Ok(SqlitePoolOptions::new()
-        .min_connections(1)
-        .max_connections(READERS)
-        .connect_with(options)
-        .await?)
+    Ok(SqlitePoolOptions::new().min_connections(1).max_connections(READERS).connect_with(options).await?)
 }
 
 fn data_dir_id(connection: &Connection) -> Result<String, StoreError> {
     let mut random = [0_u8; 8];
-    getrandom::fill(&mut random)
-        .map_err(|error| StoreError::Unusable(format!("no random numbers: {error}")))?;
-    connection.execute(
-        "INSERT INTO meta (key, value) VALUES ('data_dir_id', ?1) ON CONFLICT DO NOTHING",
-        [hex(&random)],
-    )?;
-    Ok(connection.query_row(
-        "SELECT value FROM meta WHERE key = 'data_dir_id'",
-        [],
-        |row| row.get(0),
-    )?)
+    getrandom::fill(&mut random).map_err(|error| StoreError::Unusable(format!("no random numbers: {error}")))?;
+    connection
+        .execute("INSERT INTO meta (key, value) VALUES ('data_dir_id', ?1) ON CONFLICT DO NOTHING", [hex(&random)])?;
+    Ok(connection.query_row("SELECT value FROM meta WHERE key = 'data_dir_id'", [], |row| row.get(0))?)
 }

@@ -87,6 +87,9 @@ struct ReaderInner {
     artifacts: Artifacts,
 }
 
+/// status, content_type, body, artifact, usage
+type ResultRow = (i64, String, Option<Vec<u8>>, Option<i64>, Option<String>);
+
 #[derive(FromRow)]
 struct JobRow {
     number: i64,
@@ -156,20 +159,9 @@ impl JobRow {
             deadline: self.deadline,
             timeout_ms: self.timeout_ms,
             metadata: json("metadata", &self.metadata)?,
-            retry_of: self
-                .retry_of
-                .as_deref()
-                .and_then(|text| JobId::from_str(text).ok()),
-            error: self
-                .error
-                .as_deref()
-                .map(|text| json("error", text))
-                .transpose()?,
-            usage: self
-                .usage
-                .as_deref()
-                .map(|text| json("usage", text))
-                .transpose()?,
+            retry_of: self.retry_of.as_deref().and_then(|text| JobId::from_str(text).ok()),
+            error: self.error.as_deref().map(|text| json("error", text)).transpose()?,
+            usage: self.usage.as_deref().map(|text| json("usage", text)).transpose()?,
             load_ms: self.load_ms,
         })
     }
@@ -180,21 +172,16 @@ fn count(value: i64) -> u32 {
 }
 
 fn unreadable(column: &str) -> StoreError {
-    StoreError::Database(format!(
-        "column `{column}` holds a value this version does not know"
-    ))
+    StoreError::Database(format!("column `{column}` holds a value this version does not know"))
 }
 
 fn json<T: DeserializeOwned>(column: &str, text: &str) -> Result<T, StoreError> {
-    serde_json::from_str(text)
-        .map_err(|error| StoreError::Database(format!("column `{column}`: {error}")))
+    serde_json::from_str(text).map_err(|error| StoreError::Database(format!("column `{column}`: {error}")))
 }
 
 impl Reader {
     pub(super) fn new(pool: SqlitePool, artifacts: Artifacts) -> Self {
-        Self {
-            inner: Arc::new(ReaderInner { pool, artifacts }),
-        }
+        Self { inner: Arc::new(ReaderInner { pool, artifacts }) }
     }
 
     /// The job, if the id's tag matches too.
@@ -204,11 +191,7 @@ impl Reader {
             .fetch_optional(&self.inner.pool)
             .await?;
         let job = row.ok_or(StoreError::NotFound)?.into_job()?;
-        if job.id == id {
-            Ok(job)
-        } else {
-            Err(StoreError::NotFound)
-        }
+        if job.id == id { Ok(job) } else { Err(StoreError::NotFound) }
     }
 
     /// A page of jobs.
@@ -235,59 +218,33 @@ impl Reader {
             query
                 .push(" AND EXISTS (SELECT 1 FROM json_each(metadata) AS pair WHERE pair.key = ")
                 .push_bind(key.clone());
-            query
-                .push(" AND pair.value = ")
-                .push_bind(value.clone())
-                .push(")");
+            query.push(" AND pair.value = ").push_bind(value.clone()).push(")");
         }
         if let Some(after) = filter.after {
-            query
-                .push(if filter.ascending {
-                    " AND number > "
-                } else {
-                    " AND number < "
-                })
-                .push_bind(after.number);
+            query.push(if filter.ascending { " AND number > " } else { " AND number < " }).push_bind(after.number);
         }
-        query.push(if filter.ascending {
-            " ORDER BY number ASC LIMIT "
-        } else {
-            " ORDER BY number DESC LIMIT "
-        });
+        query.push(if filter.ascending { " ORDER BY number ASC LIMIT " } else { " ORDER BY number DESC LIMIT " });
         query.push_bind(limit + 1);
         let rows: Vec<JobRow> = query.build_query_as().fetch_all(&self.inner.pool).await?;
-        let mut jobs = rows
-            .into_iter()
-            .map(JobRow::into_job)
-            .collect::<Result<Vec<_>, _>>()?;
+        let mut jobs = rows.into_iter().map(JobRow::into_job).collect::<Result<Vec<_>, _>>()?;
         let has_more = jobs.len() as i64 > limit;
         jobs.truncate(usize::try_from(limit).unwrap_or(100));
         Ok(JobPage { jobs, has_more })
     }
 
     /// Events with seq > `after`, in order, at most `limit`.
-    pub async fn events(
-        &self,
-        id: JobId,
-        after: i64,
-        limit: u32,
-    ) -> Result<Vec<EventRow>, StoreError> {
-        let rows: Vec<(i64, i64, String, i64, String)> =
-            sqlx::query_as("SELECT seq, attempt, kind, at, body FROM event WHERE number = ? AND seq > ? ORDER BY seq LIMIT ?")
-                .bind(id.number)
-                .bind(after)
-                .bind(i64::from(limit))
-                .fetch_all(&self.inner.pool)
-                .await?;
+    pub async fn events(&self, id: JobId, after: i64, limit: u32) -> Result<Vec<EventRow>, StoreError> {
+        let rows: Vec<(i64, i64, String, i64, String)> = sqlx::query_as(
+            "SELECT seq, attempt, kind, at, body FROM event WHERE number = ? AND seq > ? ORDER BY seq LIMIT ?",
+        )
+        .bind(id.number)
+        .bind(after)
+        .bind(i64::from(limit))
+        .fetch_all(&self.inner.pool)
+        .await?;
         rows.into_iter()
             .map(|(seq, attempt, kind, at, body)| {
-                Ok(EventRow {
-                    seq,
-                    attempt,
-                    kind,
-                    at,
-                    body: json("event.body", &body)?,
-                })
+                Ok(EventRow { seq, attempt, kind, at, body: json("event.body", &body)? })
             })
             .collect()
     }
@@ -298,8 +255,7 @@ impl Reader {
             .bind(id.number)
             .fetch_optional(&self.inner.pool)
             .await?;
-        row.map(|(body,)| Bytes::from(body))
-            .ok_or(StoreError::NotFound)
+        row.map(|(body,)| Bytes::from(body)).ok_or(StoreError::NotFound)
     }
 
     /// Endpoint and body of a claimed job, for its worker.
@@ -310,56 +266,35 @@ impl Reader {
         .bind(number)
         .fetch_optional(&self.inner.pool)
         .await?;
-        row.map(|(endpoint, body)| (endpoint, Bytes::from(body)))
-            .ok_or(StoreError::NotFound)
+        row.map(|(endpoint, body)| (endpoint, Bytes::from(body))).ok_or(StoreError::NotFound)
     }
 
     /// The stored answer of a succeeded job, whole: images inlined again as `b64_json`.
     pub async fn answer(&self, id: JobId) -> Result<Option<Answer>, StoreError> {
-        let row: Option<(i64, String, Option<Vec<u8>>, Option<i64>, Option<String>)> =
-            sqlx::query_as(
-                "SELECT status, content_type, body, artifact, usage FROM result WHERE number = ?",
-            )
-            .bind(id.number)
-            .fetch_optional(&self.inner.pool)
-            .await?;
+        let row: Option<ResultRow> =
+            sqlx::query_as("SELECT status, content_type, body, artifact, usage FROM result WHERE number = ?")
+                .bind(id.number)
+                .fetch_optional(&self.inner.pool)
+                .await?;
         let Some((status, content_type, body, artifact, usage)) = row else {
             return Ok(None);
         };
         let files = self.files(id).await?;
         let body = match (body, artifact) {
-            (Some(body), _) => {
-                self.inner
-                    .artifacts
-                    .inline(Bytes::from(body), &files)
-                    .await?
-            }
+            (Some(body), _) => self.inner.artifacts.inline(Bytes::from(body), &files).await?,
             (None, position) => {
                 let position = position.and_then(|p| usize::try_from(p).ok()).unwrap_or(0);
                 let (_, path) = files.get(position).ok_or(StoreError::NotFound)?;
                 self.inner.artifacts.read(path, None).await?
             }
         };
-        let usage = usage
-            .as_deref()
-            .map(|text| json("usage", text))
-            .transpose()?;
-        Ok(Some(Answer {
-            status: u16::try_from(status).unwrap_or(200),
-            content_type,
-            body,
-            usage,
-        }))
+        let usage = usage.as_deref().map(|text| json("usage", text)).transpose()?;
+        Ok(Some(Answer { status: u16::try_from(status).unwrap_or(200), content_type, body, usage }))
     }
 
     /// The job's artifacts, in order.
     pub async fn artifacts(&self, id: JobId) -> Result<Vec<Artifact>, StoreError> {
-        Ok(self
-            .files(id)
-            .await?
-            .into_iter()
-            .map(|(artifact, _)| artifact)
-            .collect())
+        Ok(self.files(id).await?.into_iter().map(|(artifact, _)| artifact).collect())
     }
 
     /// An artifact's bytes, or the part `range` (start, end exclusive) of them.
@@ -370,10 +305,7 @@ impl Reader {
         range: Option<(u64, u64)>,
     ) -> Result<Bytes, StoreError> {
         let files = self.files(id).await?;
-        let (_, path) = files
-            .iter()
-            .find(|(a, _)| a.id == artifact)
-            .ok_or(StoreError::NotFound)?;
+        let (_, path) = files.iter().find(|(a, _)| a.id == artifact).ok_or(StoreError::NotFound)?;
         self.inner.artifacts.read(path, range).await
     }
 
@@ -386,21 +318,18 @@ impl Reader {
         .await?;
         rows.into_iter()
             .map(|(created, number, tag)| {
-                Ok(JobId::new(
-                    created,
-                    number,
-                    u64::try_from(tag).map_err(|_| unreadable("tag"))?,
-                ))
+                Ok(JobId::new(created, number, u64::try_from(tag).map_err(|_| unreadable("tag"))?))
             })
             .collect()
     }
 
     async fn files(&self, id: JobId) -> Result<Vec<(Artifact, String)>, StoreError> {
-        let rows: Vec<(i64, String, String, i64, String, String)> =
-            sqlx::query_as("SELECT position, name, mime, bytes, sha256, path FROM artifact WHERE number = ? ORDER BY position")
-                .bind(id.number)
-                .fetch_all(&self.inner.pool)
-                .await?;
+        let rows: Vec<(i64, String, String, i64, String, String)> = sqlx::query_as(
+            "SELECT position, name, mime, bytes, sha256, path FROM artifact WHERE number = ? ORDER BY position",
+        )
+        .bind(id.number)
+        .fetch_all(&self.inner.pool)
+        .await?;
         Ok(rows
             .into_iter()
             .map(|(position, name, mime, bytes, sha256, path)| {

@@ -15,8 +15,7 @@ use super::writer::{Writer, answer};
 use crate::clock::Clock;
 use crate::domain::worker::Answer;
 use crate::domain::{
-    BatchId, ErrorCode, Face, Job, JobError, JobId, JobKind, JobState, Millis, NewJob, StateReason,
-    Token,
+    BatchId, ErrorCode, Face, Job, JobError, JobId, JobKind, JobState, Millis, NewJob, StateReason, Token,
 };
 
 /// The durable queue. Cheap to clone.
@@ -242,12 +241,7 @@ impl Store {
     }
 
     /// Appends an event to a running job. `None`: the attempt is no longer the job's.
-    pub async fn append(
-        &self,
-        token: Token,
-        kind: &'static str,
-        body: Value,
-    ) -> Result<Option<Change>, StoreError> {
+    pub async fn append(&self, token: Token, kind: &'static str, body: Value) -> Result<Option<Change>, StoreError> {
         let now = self.clock.now();
         let pending = self.writer.apply(move |c| {
             let change = c
@@ -267,12 +261,7 @@ impl Store {
     }
 
     /// Stores the files of an answer; the first half of a success.
-    pub async fn keep(
-        &self,
-        token: Token,
-        kind: JobKind,
-        answer: &Answer,
-    ) -> Result<StoredAnswer, StoreError> {
+    pub async fn keep(&self, token: Token, kind: JobKind, answer: &Answer) -> Result<StoredAnswer, StoreError> {
         self.artifacts.keep(token, kind, answer).await
     }
 
@@ -352,22 +341,13 @@ impl Store {
     }
 
     /// Asks to cancel: queued jobs end at once, running ones become `cancelling`, others stay as they are.
-    pub async fn request_cancel(
-        &self,
-        id: JobId,
-        code: ErrorCode,
-    ) -> Result<CancelRequest, StoreError> {
+    pub async fn request_cancel(&self, id: JobId, code: ErrorCode) -> Result<CancelRequest, StoreError> {
         let now = self.clock.now();
         answer(self.writer.apply(move |c| cancel_one(c, id, code, now))).await
     }
 
     /// Tells queued jobs that their model is being loaded.
-    pub async fn tell_loading(
-        &self,
-        numbers: Vec<i64>,
-        model: String,
-        eta: Millis,
-    ) -> Result<Vec<Change>, StoreError> {
+    pub async fn tell_loading(&self, numbers: Vec<i64>, model: String, eta: Millis) -> Result<Vec<Change>, StoreError> {
         let now = self.clock.now();
         let pending = self.writer.apply(move |c| {
             let mut changes = Vec::with_capacity(numbers.len());
@@ -393,11 +373,7 @@ impl Store {
     pub async fn add_load_time(&self, numbers: Vec<i64>, load_ms: i64) -> Result<(), StoreError> {
         let pending = self.writer.apply(move |c| {
             for number in numbers {
-                execute(
-                    c,
-                    "UPDATE job_detail SET load_ms = load_ms + ?2 WHERE number = ?1",
-                    params![number, load_ms],
-                )?;
+                execute(c, "UPDATE job_detail SET load_ms = load_ms + ?2 WHERE number = ?1", params![number, load_ms])?;
             }
             Ok(())
         });
@@ -438,12 +414,7 @@ fn execute(c: &Connection, sql: &str, params: impl rusqlite::Params) -> Result<(
 fn change(row: &Row<'_>) -> rusqlite::Result<Change> {
     let state: String = row.get(1)?;
     let state = JobState::parse(&state).ok_or(rusqlite::Error::InvalidQuery)?;
-    Ok(Change {
-        number: row.get(0)?,
-        state,
-        version: row.get(2)?,
-        seq: row.get(3)?,
-    })
+    Ok(Change { number: row.get(0)?, state, version: row.get(2)?, seq: row.get(3)? })
 }
 
 fn record(
@@ -457,24 +428,13 @@ fn record(
     execute(
         c,
         "INSERT INTO event (number, seq, attempt, kind, at, body) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-        params![
-            change.number,
-            change.seq,
-            attempt,
-            kind,
-            now,
-            body.to_string()
-        ],
+        params![change.number, change.seq, attempt, kind, now, body.to_string()],
     )
 }
 
 fn set_error(c: &Connection, number: i64, error: Option<&JobError>) -> Result<(), StoreError> {
     let text = error.map(|error| json!(error).to_string());
-    execute(
-        c,
-        "UPDATE job_detail SET error = ?2 WHERE number = ?1",
-        params![number, text],
-    )
+    execute(c, "UPDATE job_detail SET error = ?2 WHERE number = ?1", params![number, text])
 }
 
 fn retrying(attempt: i64, error: Option<&JobError>, not_before: Option<Millis>, seq: i64) -> Value {
@@ -482,13 +442,7 @@ fn retrying(attempt: i64, error: Option<&JobError>, not_before: Option<Millis>, 
 }
 
 /// The end's event, error, result and files. The row itself has been updated.
-fn record_end(
-    c: &Connection,
-    change: Change,
-    attempt: i64,
-    end: End,
-    now: Millis,
-) -> Result<(), StoreError> {
+fn record_end(c: &Connection, change: Change, attempt: i64, end: End, now: Millis) -> Result<(), StoreError> {
     let kind = match change.state {
         JobState::Succeeded => "job.succeeded",
         JobState::Failed => "job.failed",
@@ -504,14 +458,7 @@ fn record_end(
         End::Cancelled => Some(cancel_error(c, change.number)?),
     };
     set_error(c, change.number, error.as_ref())?;
-    record(
-        c,
-        change,
-        attempt,
-        kind,
-        now,
-        &error.map_or_else(|| json!({}), |error| json!({"error": error})),
-    )
+    record(c, change, attempt, kind, now, &error.map_or_else(|| json!({}), |error| json!({"error": error})))
 }
 
 fn record_answer(c: &Connection, number: i64, answer: &StoredAnswer) -> Result<(), StoreError> {
@@ -533,15 +480,7 @@ fn record_answer(c: &Connection, number: i64, answer: &StoredAnswer) -> Result<(
         execute(
             c,
             "INSERT INTO artifact (number, position, name, mime, bytes, sha256, path) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-            params![
-                number,
-                int(position as u64),
-                a.name,
-                a.mime,
-                int(a.bytes),
-                a.sha256,
-                stored.path
-            ],
+            params![number, int(position as u64), a.name, a.mime, int(a.bytes), a.sha256, stored.path],
         )?;
     }
     Ok(())
@@ -549,42 +488,21 @@ fn record_answer(c: &Connection, number: i64, answer: &StoredAnswer) -> Result<(
 
 /// The error of a cancelled job; `cancel_code` says who asked.
 fn cancel_error(c: &Connection, number: i64) -> Result<JobError, StoreError> {
-    let code: Option<String> = c
-        .prepare_cached("SELECT cancel_code FROM job WHERE number = ?1")?
-        .query_row([number], |row| row.get(0))?;
+    let code: Option<String> =
+        c.prepare_cached("SELECT cancel_code FROM job WHERE number = ?1")?.query_row([number], |row| row.get(0))?;
     let error = match code.as_deref().and_then(ErrorCode::parse) {
-        Some(ErrorCode::ClientDisconnected) => JobError::new(
-            ErrorCode::ClientDisconnected,
-            "nobody waited for the answer any more",
-            true,
-        ),
+        Some(ErrorCode::ClientDisconnected) => {
+            JobError::new(ErrorCode::ClientDisconnected, "nobody waited for the answer any more", true)
+        }
         _ => JobError::new(ErrorCode::CancelledByUser, "cancelled by request", true),
     };
     Ok(error)
 }
 
-fn insert_one(
-    c: &Connection,
-    id: JobId,
-    new: NewJob,
-    claimed: bool,
-    now: Millis,
-) -> Result<Job, StoreError> {
-    execute(
-        c,
-        "INSERT INTO model (name) VALUES (?1) ON CONFLICT DO NOTHING",
-        [&new.model],
-    )?;
-    execute(
-        c,
-        "INSERT INTO tenant (name) VALUES (?1) ON CONFLICT DO NOTHING",
-        [&new.tenant],
-    )?;
-    let state = if claimed {
-        JobState::Running
-    } else {
-        JobState::Queued
-    };
+fn insert_one(c: &Connection, id: JobId, new: NewJob, claimed: bool, now: Millis) -> Result<Job, StoreError> {
+    execute(c, "INSERT INTO model (name) VALUES (?1) ON CONFLICT DO NOTHING", [&new.model])?;
+    execute(c, "INSERT INTO tenant (name) VALUES (?1) ON CONFLICT DO NOTHING", [&new.tenant])?;
+    let state = if claimed { JobState::Running } else { JobState::Queued };
     let state_reason = (!claimed).then_some(StateReason::WaitingForModel);
     let steps = if claimed { 2 } else { 1 };
     let kind = JobKind::of_endpoint(&new.endpoint);
@@ -621,11 +539,7 @@ fn insert_one(
             new.timeout_ms,
         ],
     )?;
-    execute(
-        c,
-        "INSERT INTO payload (number, body) VALUES (?1, ?2)",
-        params![id.number, &new.body[..]],
-    )?;
+    execute(c, "INSERT INTO payload (number, body) VALUES (?1, ?2)", params![id.number, &new.body[..]])?;
     execute(
         c,
         "INSERT INTO job_detail (number, endpoint, custom_id, metadata, present, retry_of) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
@@ -638,22 +552,10 @@ fn insert_one(
             new.retry_of.map(|id| id.to_string()),
         ],
     )?;
-    let change = Change {
-        number: id.number,
-        state,
-        version: steps,
-        seq: 1,
-    };
+    let change = Change { number: id.number, state, version: steps, seq: 1 };
     record(c, change, 0, "job.queued", now, &json!({}))?;
     if claimed {
-        record(
-            c,
-            Change { seq: 2, ..change },
-            1,
-            "job.started",
-            now,
-            &json!({"attempt": 1, "worker": new.model}),
-        )?;
+        record(c, Change { seq: 2, ..change }, 1, "job.started", now, &json!({"attempt": 1, "worker": new.model}))?;
     }
     Ok(Job {
         id,
@@ -691,13 +593,7 @@ fn insert_one(
     })
 }
 
-fn claim_one(
-    c: &Connection,
-    number: i64,
-    worker: &str,
-    run: &str,
-    now: Millis,
-) -> Result<Option<Claimed>, StoreError> {
+fn claim_one(c: &Connection, number: i64, worker: &str, run: &str, now: Millis) -> Result<Option<Claimed>, StoreError> {
     let claimed = c
         .prepare_cached(
             "UPDATE job SET state = 'running', state_reason = NULL, attempt = attempt + 1, started_at = ?2, not_before = NULL,
@@ -713,31 +609,18 @@ fn claim_one(
     Ok(claimed)
 }
 
-fn cancel_one(
-    c: &Connection,
-    id: JobId,
-    code: ErrorCode,
-    now: Millis,
-) -> Result<CancelRequest, StoreError> {
+fn cancel_one(c: &Connection, id: JobId, code: ErrorCode, now: Millis) -> Result<CancelRequest, StoreError> {
     let found: Option<(String, i64)> = c
-        .prepare_cached(
-            "SELECT state, attempt FROM job WHERE number = ?1 AND tag = ?2 AND created_at = ?3",
-        )?
-        .query_row(params![id.number, int(id.tag), id.created_ms], |row| {
-            Ok((row.get(0)?, row.get(1)?))
-        })
+        .prepare_cached("SELECT state, attempt FROM job WHERE number = ?1 AND tag = ?2 AND created_at = ?3")?
+        .query_row(params![id.number, int(id.tag), id.created_ms], |row| Ok((row.get(0)?, row.get(1)?)))
         .optional()?;
     let (state, attempt) = found.ok_or(StoreError::NotFound)?;
-    let state = JobState::parse(&state)
-        .ok_or_else(|| StoreError::Database(format!("unknown state `{state}`")))?;
+    let state = JobState::parse(&state).ok_or_else(|| StoreError::Database(format!("unknown state `{state}`")))?;
     let (to, finished_at) = match state {
         JobState::Queued => (JobState::Cancelled, Some(now)),
         JobState::Running => (JobState::Cancelling, None),
         _ => {
-            return Ok(CancelRequest {
-                change: None,
-                state,
-            });
+            return Ok(CancelRequest { change: None, state });
         }
     };
     let change = c
@@ -752,10 +635,7 @@ fn cancel_one(
     } else {
         record(c, change, attempt, "job.cancelling", now, &json!({}))?;
     }
-    Ok(CancelRequest {
-        change: Some(change),
-        state: to,
-    })
+    Ok(CancelRequest { change: Some(change), state: to })
 }
 
 /// Puts the jobs of the last run's workers back, uncharged; ends those that were being cancelled. One transaction.
@@ -780,14 +660,7 @@ pub(super) fn recover(c: &Connection, now: Millis) -> Result<usize, StoreError> 
         .query_map([now], |row| Ok((change(row)?, row.get(4)?)))?
         .collect::<Result<_, _>>()?;
     for (change, attempt) in &running {
-        record(
-            c,
-            *change,
-            *attempt,
-            "job.retrying",
-            now,
-            &retrying(*attempt, None, None, change.seq),
-        )?;
+        record(c, *change, *attempt, "job.retrying", now, &retrying(*attempt, None, None, change.seq))?;
     }
     c.execute_batch("COMMIT")?;
     Ok(running.len())
@@ -806,11 +679,7 @@ pub(super) fn load_queued(c: &Connection) -> Result<Vec<QueuedJob>, StoreError> 
     let jobs = statement.query_map([], |row| {
         let (kind, face): (String, String) = (row.get(3)?, row.get(6)?);
         Ok(QueuedJob {
-            id: JobId::new(
-                row.get(0)?,
-                row.get(1)?,
-                u64::try_from(row.get::<_, i64>(2)?).unwrap_or_default(),
-            ),
+            id: JobId::new(row.get(0)?, row.get(1)?, u64::try_from(row.get::<_, i64>(2)?).unwrap_or_default()),
             kind: JobKind::parse(&kind).ok_or(rusqlite::Error::InvalidQuery)?,
             model: models.get(&row.get(4)?).unwrap_or(&unknown).clone(),
             tenant: tenants.get(&row.get(5)?).unwrap_or(&unknown).clone(),
@@ -834,16 +703,13 @@ pub(super) fn load_queued(c: &Connection) -> Result<Vec<QueuedJob>, StoreError> 
 
 fn names(c: &Connection, sql: &str) -> Result<BTreeMap<i64, Arc<str>>, StoreError> {
     let mut statement = c.prepare(sql)?;
-    let rows = statement.query_map([], |row| {
-        Ok((row.get(0)?, Arc::from(row.get::<_, String>(1)?)))
-    })?;
+    let rows = statement.query_map([], |row| Ok((row.get(0)?, Arc::from(row.get::<_, String>(1)?))))?;
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
 /// What earlier runs learned.
 pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, StoreError> {
-    let mut statement =
-        c.prepare("SELECT name, load_ms, stop_ms, service_ms, each_ms, left_at FROM model")?;
+    let mut statement = c.prepare("SELECT name, load_ms, stop_ms, service_ms, each_ms, left_at FROM model")?;
     let rows = statement.query_map([], |row| {
         let learned = Learned {
             load_ms: row.get(1)?,
@@ -859,18 +725,10 @@ pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, 
 
 /// The number after the highest one given out.
 pub(super) fn next_number(c: &Connection) -> Result<i64, StoreError> {
-    Ok(
-        c.query_row("SELECT coalesce(max(number), 0) + 1 FROM job", [], |row| {
-            row.get(0)
-        })?,
-    )
+    Ok(c.query_row("SELECT coalesce(max(number), 0) + 1 FROM job", [], |row| row.get(0))?)
 }
 
 /// The same for batches.
 pub(super) fn next_batch(c: &Connection) -> Result<i64, StoreError> {
-    Ok(
-        c.query_row("SELECT coalesce(max(id), 0) + 1 FROM batch", [], |row| {
-            row.get(0)
-        })?,
-    )
+    Ok(c.query_row("SELECT coalesce(max(id), 0) + 1 FROM batch", [], |row| row.get(0))?)
 }

@@ -42,10 +42,7 @@ impl Writer {
         std::thread::Builder::new()
             .name("store-writer".into())
             .spawn(move || write_until_closed(&connection, receiver, &counter, &on_fatal))?;
-        Ok(Self {
-            operations,
-            waiting,
-        })
+        Ok(Self { operations, waiting })
     }
 
     /// Whether new work should be refused for now. Changes to accepted jobs always go through: there are never more of
@@ -123,10 +120,7 @@ fn commit(connection: &Connection, group: Vec<Operation>, on_fatal: &OnFatal) {
         let replies: Vec<Reply> = group.into_iter().map(refuse).collect();
         return answer_all(replies, &Err(error));
     }
-    let replies: Vec<Reply> = group
-        .into_iter()
-        .map(|operation| operation(connection))
-        .collect();
+    let replies: Vec<Reply> = group.into_iter().map(|operation| operation(connection)).collect();
     let committed = run(connection, "COMMIT");
     if let Err(error) = &committed {
         tracing::error!("commit failed: {error}");
@@ -166,9 +160,7 @@ mod tests {
 
     fn writer() -> Writer {
         let connection = Connection::open_in_memory().unwrap();
-        connection
-            .execute_batch("CREATE TABLE t (x INTEGER UNIQUE)")
-            .unwrap();
+        connection.execute_batch("CREATE TABLE t (x INTEGER UNIQUE)").unwrap();
         Writer::start(connection, Arc::new(|reason| panic!("{reason}"))).unwrap()
     }
 
@@ -189,8 +181,7 @@ mod tests {
             results.push(answer(reply).await.is_ok());
         }
         assert_eq!(results, [true, false, true]);
-        let count = writer
-            .apply(|c| Ok(c.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0))?));
+        let count = writer.apply(|c| Ok(c.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0))?));
         assert_eq!(answer(count).await.unwrap(), 4);
     }
 }

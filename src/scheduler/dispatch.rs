@@ -1,0 +1,313 @@
+//! One task per running job: sends it to the worker, relays what comes back, judges the end, commits it, and only then
+//! tells anybody.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::domain::worker::{Answer, Outcome, Progress};
+use crate::domain::{ErrorCode, Face, JobError, JobState, Millis, Token};
+use crate::lifecycle::Tasks;
+use crate::policy::retry::{self, Attempt, Requeue, Verdict};
+use crate::scheduler::hub::{Ended, Hub};
+use crate::scheduler::run::Message;
+use crate::scheduler::state::Event;
+use crate::store::{Change, End, QueuedJob, Store, StoreError};
+use crate::worker::client::{Call, RunTag, WorkerClient};
+
+/// Longest that output waits to be committed, and how often progress is.
+const FLUSH_EVERY: Duration = Duration::from_millis(250);
+const PROGRESS_EVERY: Duration = Duration::from_millis(500);
+/// Bytes of output committed in one event.
+const FLUSH_BYTES: usize = 4 * 1024;
+/// Progress that may wait between the worker's reader and this task.
+const PROGRESS_WAITING_MAX: usize = 256;
+/// First pause after the store refused a final write; doubles up to 30 s.
+const STORE_RETRY: Duration = Duration::from_millis(200);
+
+/// What every dispatch needs. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Context {
+    pub(super) store: Store,
+    pub(super) hub: Hub,
+    pub(super) client: WorkerClient,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) tasks: Tasks,
+    pub(super) messages: mpsc::UnboundedSender<Message>,
+}
+
+/// One claimed job on its way to a worker.
+pub(super) struct Dispatch {
+    pub(super) job: QueuedJob,
+    pub(super) token: Token,
+    pub(super) endpoint: String,
+    pub(super) body: Bytes,
+    pub(super) base_url: String,
+    pub(super) run: Option<RunTag>,
+    /// Isolated by an earlier crash.
+    pub(super) alone: bool,
+    /// Cancelled when somebody asks to cancel the job.
+    pub(super) cancelled: CancellationToken,
+}
+
+/// What the relay saw of an attempt.
+#[derive(Debug, Default, Clone, Copy)]
+struct Relayed {
+    chunks: bool,
+}
+
+/// How an attempt's end was committed.
+struct Committed {
+    change: Option<Change>,
+    ended: Option<Ended>,
+    requeued: Option<Requeue>,
+}
+
+/// Runs the attempt to its committed end, then frees its slot.
+pub(super) async fn run(context: Context, dispatch: Dispatch) {
+    let number = dispatch.token.id.number;
+    let started = Instant::now();
+    let (outcome, relayed, deadline_passed) = attempt(&context, &dispatch).await;
+    let suspect = matches!(outcome, Outcome::WorkerLost { .. });
+    let answered = matches!(outcome, Outcome::Answered(_));
+    if let Outcome::WorkerLost { reason, .. } = &outcome {
+        tracing::warn!(job.id = %dispatch.token.id, model = %dispatch.job.model, "worker lost: {reason}");
+    }
+    let verdict = retry::judge(outcome, &judged(&context, &dispatch, relayed, deadline_passed), context.clock.now());
+    let committed = commit(&context, &dispatch, verdict).await;
+    let state = committed.change.map(|change| change.state);
+    if let (Some(change), Some(ended)) = (committed.change, committed.ended) {
+        context.hub.end(number, change.version, change.seq, ended);
+    } else if let Some(change) = committed.change {
+        context.hub.publish(number, change.version, change.seq);
+    }
+    tracing::debug!(
+        job.id = %dispatch.token.id, job.attempt = dispatch.token.attempt, job.state = state.map(JobState::as_str),
+        elapsed_ms = started.elapsed().as_millis(), "attempt ended"
+    );
+    // The slot first, then the job: a job given back may be claimed by the same worker at once.
+    let event = Event::Ended { model: dispatch.job.model.clone(), number, answered, suspect };
+    context.tell(Message::Ended { event, state });
+    if let (Some(requeue), Some(_)) = (committed.requeued, committed.change) {
+        context.tell(Message::Event(Event::Queued(vec![given_back(dispatch, &requeue)])));
+    }
+}
+
+fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_passed: bool) -> Attempt {
+    let job = &dispatch.job;
+    Attempt {
+        failures: job.failures,
+        crashes: job.crashes,
+        max_attempts: job.max_attempts,
+        isolated: dispatch.alone,
+        cancelling: dispatch.cancelled.is_cancelled(),
+        stopping: context.tasks.hard().is_cancelled(),
+        // A caller on the line has the output already and cannot be asked to forget it; readers of events can.
+        relayed: relayed.chunks && job.face == Face::Sync,
+        deadline_passed,
+        deadline: job.deadline,
+    }
+}
+
+fn given_back(dispatch: Dispatch, requeue: &Requeue) -> QueuedJob {
+    QueuedJob {
+        attempt: dispatch.token.attempt,
+        failures: requeue.failures,
+        crashes: requeue.crashes,
+        not_before: requeue.not_before,
+        ..dispatch.job
+    }
+}
+
+impl Context {
+    /// Tells the loop; after the loop has ended there is nothing left to tell.
+    pub(super) fn tell(&self, message: Message) {
+        let _ = self.messages.send(message);
+    }
+}
+
+/// Sends the job and relays its progress until it ends. Says whether the job's own deadline cut it.
+async fn attempt(context: &Context, dispatch: &Dispatch) -> (Outcome, Relayed, bool) {
+    let now = context.clock.now();
+    let (timeout, by_deadline) = time_left(&dispatch.job, now);
+    let stop = CancellationToken::new();
+    let (sender, receiver) = mpsc::channel(PROGRESS_WAITING_MAX);
+    let call = Call {
+        base_url: dispatch.base_url.clone(),
+        endpoint: dispatch.endpoint.clone(),
+        token: dispatch.token,
+        body: dispatch.body.clone(),
+        stream: dispatch.job.stream,
+        run: dispatch.run.clone(),
+        timeout,
+    };
+    let work = context.client.run(call, sender, stop.clone());
+    let relay = relay(context, dispatch.token, receiver);
+    let stopper = async {
+        tokio::select! {
+            () = dispatch.cancelled.cancelled() => {}
+            () = context.tasks.hard().cancelled() => {}
+        }
+        stop.cancel();
+        std::future::pending::<()>().await;
+    };
+    let both = async { tokio::join!(work, relay) };
+    let (outcome, relayed) = tokio::select! {
+        done = both => done,
+        () = stopper => unreachable!("waits for ever after it has asked to stop"),
+    };
+    let timed_out = matches!(&outcome, Outcome::Failed { error, .. } if error.code == ErrorCode::ExecutionTimeout);
+    (outcome, relayed, by_deadline && timed_out)
+}
+
+/// The attempt's time limit, and whether it is the job's deadline that sets it.
+fn time_left(job: &QueuedJob, now: Millis) -> (Duration, bool) {
+    let millis = |ms: i64| Duration::from_millis(u64::try_from(ms).unwrap_or(0));
+    match job.deadline.map(|deadline| deadline - now) {
+        Some(left) if left < job.timeout_ms => (millis(left), true),
+        _ => (millis(job.timeout_ms), false),
+    }
+}
+
+/// Output and progress on their way to watchers (at once) and to the event log (coalesced).
+async fn relay(context: &Context, token: Token, mut receiver: mpsc::Receiver<Progress>) -> Relayed {
+    let mut relayed = Relayed::default();
+    let mut output: Vec<Bytes> = Vec::new();
+    let mut output_bytes = 0;
+    let mut step: Option<(u64, u64)> = None;
+    let mut flush_at: Option<Instant> = None;
+    let mut last_step_at: Option<Instant> = None;
+    loop {
+        let flush = async {
+            match flush_at {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        let progress = tokio::select! {
+            progress = receiver.recv() => Some(progress),
+            () = flush => None,
+        };
+        match progress {
+            Some(Some(Progress::Chunk(chunk))) => {
+                relayed.chunks = true;
+                context.hub.chunk(token.id.number, chunk.clone());
+                output_bytes += chunk.len();
+                output.push(chunk);
+                let due = if output_bytes >= FLUSH_BYTES { Instant::now() } else { Instant::now() + FLUSH_EVERY };
+                flush_at = Some(flush_at.map_or(due, |at| at.min(due)));
+            }
+            Some(Some(Progress::Step { step: done, total })) => {
+                step = Some((done, total));
+                let due = last_step_at.map_or_else(Instant::now, |at| at + PROGRESS_EVERY);
+                flush_at = Some(flush_at.map_or(due, |at| at.min(due)));
+            }
+            Some(None) => {
+                flush_output(context, token, &mut output).await;
+                flush_step(context, token, &mut step).await;
+                return relayed;
+            }
+            None => {
+                flush_at = None;
+                flush_output(context, token, &mut output).await;
+                output_bytes = 0;
+                if step.is_some() {
+                    last_step_at = Some(Instant::now());
+                    flush_step(context, token, &mut step).await;
+                }
+            }
+        }
+    }
+}
+
+async fn flush_output(context: &Context, token: Token, output: &mut Vec<Bytes>) {
+    if output.is_empty() {
+        return;
+    }
+    let delta: Vec<Value> = output.drain(..).filter_map(|chunk| serde_json::from_slice(&chunk).ok()).collect();
+    append(context, token, "job.output", json!({"format": "openai.chunk", "delta": delta})).await;
+}
+
+async fn flush_step(context: &Context, token: Token, step: &mut Option<(u64, u64)>) {
+    let Some((done, total)) = step.take() else {
+        return;
+    };
+    #[expect(clippy::cast_precision_loss, reason = "steps are few")]
+    let percent = if total > 0 { (done as f64 / total as f64 * 100.0).round() } else { 0.0 };
+    append(context, token, "job.progress", json!({"progress": {"step": done, "total": total, "percent": percent}}))
+        .await;
+}
+
+async fn append(context: &Context, token: Token, kind: &'static str, body: Value) {
+    match context.store.append(token, kind, body).await {
+        Ok(Some(change)) => context.hub.publish(token.id.number, change.version, change.seq),
+        Ok(None) => {}
+        // Progress is advice: losing a line of it loses nothing of the job.
+        Err(error) => tracing::warn!(job.id = %token.id, "an event was not stored: {error}"),
+    }
+}
+
+/// Commits the verdict, trying again while the store refuses, since an accepted job must get its end.
+async fn commit(context: &Context, dispatch: &Dispatch, verdict: Verdict) -> Committed {
+    let mut pause = STORE_RETRY;
+    loop {
+        match try_commit(context, dispatch, &verdict).await {
+            Ok(committed) => return committed,
+            Err(StoreError::Stopped) => break,
+            Err(error) => {
+                tracing::error!(job.id = %dispatch.token.id, "the end of a job was not stored, trying again: {error}")
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_secs(30)),
+            () = context.tasks.hard().cancelled() => break,
+        }
+    }
+    // The next start finds the job running, and gives it back to the queue.
+    Committed { change: None, ended: None, requeued: None }
+}
+
+async fn try_commit(context: &Context, dispatch: &Dispatch, verdict: &Verdict) -> Result<Committed, StoreError> {
+    let token = dispatch.token;
+    let (end, ended) = match verdict {
+        Verdict::Succeed(answer) => return succeed(context, dispatch, answer).await,
+        Verdict::Fail(error) => (End::Failed(error.clone()), ended(JobState::Failed, error.clone())),
+        Verdict::Expire(error) => (End::Expired(error.clone()), ended(JobState::Expired, error.clone())),
+        Verdict::Cancel => return cancel(context, token).await,
+        Verdict::Requeue(requeue) => {
+            let Requeue { failures, crashes, not_before, error } = requeue.clone();
+            let change = context.store.requeue(token, failures, crashes, not_before, error).await?;
+            // Asked to cancel in the meantime: then it is not tried again.
+            return match change {
+                None => cancel(context, token).await,
+                Some(_) => Ok(Committed { change, ended: None, requeued: Some(requeue.clone()) }),
+            };
+        }
+    };
+    let change = context.store.finish(token, end).await?;
+    Ok(Committed { change, ended: Some(ended), requeued: None })
+}
+
+async fn succeed(context: &Context, dispatch: &Dispatch, answer: &Answer) -> Result<Committed, StoreError> {
+    let kept = context.store.keep(dispatch.token, dispatch.job.kind, answer).await?;
+    let change = context.store.finish(dispatch.token, End::Succeeded(kept)).await?;
+    let ended = Ended { state: JobState::Succeeded, answer: Some(Arc::new(answer.clone())), error: None };
+    Ok(Committed { change, ended: Some(ended), requeued: None })
+}
+
+async fn cancel(context: &Context, token: Token) -> Result<Committed, StoreError> {
+    let change = context.store.finish(token, End::Cancelled).await?;
+    let error = context.store.reader().job(token.id).await.ok().and_then(|job| job.error);
+    let ended = Ended { state: JobState::Cancelled, answer: None, error };
+    Ok(Committed { change, ended: Some(ended), requeued: None })
+}
+
+fn ended(state: JobState, error: JobError) -> Ended {
+    Ended { state, answer: None, error: Some(error) }
+}

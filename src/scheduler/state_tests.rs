@@ -1,0 +1,299 @@
+use super::*;
+use crate::domain::{Launch, ModelKind};
+use crate::scheduler::queue::tests::job as base_job;
+use std::time::Duration;
+
+fn spec(name: &str, limit: u32) -> ModelSpec {
+    ModelSpec {
+        name: name.to_owned(),
+        kind: ModelKind::Text,
+        launch: Launch::Command(vec![name.to_owned()]),
+        model: None,
+        revision: None,
+        port: 8001,
+        startup_time: Duration::from_secs(10),
+        endpoints: vec!["/v1/chat/completions".to_owned()],
+        args: Vec::new(),
+        env: BTreeMap::new(),
+        aliases: Vec::new(),
+        limit,
+        max_batch: 1,
+        timeout: Duration::from_secs(60),
+        max_attempts: 3,
+        idle_ttl: None,
+        preload: false,
+        gpus: 0,
+        memory: None,
+        upstream_model: name.to_owned(),
+        dir: "/".into(),
+    }
+}
+
+fn job(number: i64, model: &str) -> QueuedJob {
+    QueuedJob { model: Arc::from(model), ..base_job(number, 5) }
+}
+
+/// A world around the state machine: supervisors that obey, workers that answer when told to.
+struct World {
+    state: State,
+    now: Millis,
+    running: Vec<(Arc<str>, i64)>,
+    loaded: Vec<String>,
+    ended: Vec<(i64, ErrorCode)>,
+    orders: Vec<(String, Order)>,
+}
+
+impl World {
+    fn new(models: &[(&str, u32)]) -> Self {
+        let specs: Vec<_> = models.iter().map(|(name, limit)| spec(name, *limit)).collect();
+        let state = State::new(&specs, Knobs::default(), &BTreeMap::new());
+        Self { state, now: 1_000, running: Vec::new(), loaded: Vec::new(), ended: Vec::new(), orders: Vec::new() }
+    }
+
+    fn event(&mut self, event: Event) {
+        let mut effects = self.state.on_event(event, self.now);
+        effects.extend(self.state.step(self.now));
+        self.note(effects);
+        assert!(self.loading_or_serving() <= 1, "two models on the device");
+    }
+
+    fn loading_or_serving(&self) -> usize {
+        usize::from(self.state.device.model().is_some())
+    }
+
+    fn note(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Claim { model, run, .. } => {
+                    self.running.extend(run.jobs.iter().map(|j| (model.clone(), j.id.number)))
+                }
+                Effect::Order { model, order } => self.orders.push((model, order)),
+                Effect::EndQueued { numbers, error, .. } => self.ended.extend(numbers.iter().map(|n| (*n, error.code))),
+                _ => {}
+            }
+        }
+    }
+
+    fn queue(&mut self, jobs: Vec<QueuedJob>) {
+        self.event(Event::Queued(jobs));
+    }
+
+    fn report(&mut self, model: &str, report: Report) {
+        self.event(Event::Report { model: model.to_owned(), report });
+    }
+
+    /// The supervisors carry out what they were ordered, one order at a time.
+    fn obey(&mut self) {
+        while !self.orders.is_empty() {
+            let (model, order) = self.orders.remove(0);
+            match order {
+                Order::Load => {
+                    self.now += 2_000;
+                    self.loaded.push(model.clone());
+                    self.report(&model, Report::Ready { base_url: format!("http://{model}"), load_ms: 2_000 });
+                }
+                Order::Stop => {
+                    self.now += 500;
+                    self.report(&model, Report::Stopped { stop_ms: 500 });
+                }
+                Order::Retry | Order::Suspect => {}
+            }
+        }
+    }
+
+    /// Workers answer everything that runs, oldest first, until nothing runs and nobody has orders.
+    fn finish_all(&mut self) {
+        self.obey();
+        while !self.running.is_empty() {
+            let (model, number) = self.running.remove(0);
+            self.now += 50;
+            self.event(Event::Ended { model, number, answered: true, suspect: false });
+            self.obey();
+        }
+    }
+}
+
+#[test]
+fn sixty_interleaved_jobs_cost_three_loads() {
+    let mut world = World::new(&[("a", 1), ("b", 1), ("c", 1)]);
+    for n in 0..60 {
+        let model = ["a", "b", "c"][usize::try_from(n % 3).unwrap()];
+        world.state.count_arrival(model, world.now);
+        world.queue(vec![job(n, model)]);
+        world.now += 16;
+    }
+    world.finish_all();
+    assert_eq!(world.loaded.len(), 3, "{:?}", world.loaded);
+    assert_eq!((world.state.swaps, world.state.swaps_in_arrival_order), (2, 59));
+    assert_eq!(world.state.queued(), 0);
+}
+
+#[test]
+fn the_old_model_is_stopped_before_the_new_one_loads_and_only_when_dry() {
+    let mut world = World::new(&[("a", 4), ("b", 4)]);
+    world.queue(vec![job(1, "a")]);
+    world.obey();
+    world.queue(vec![job(2, "b")]);
+    assert!(world.orders.is_empty(), "a still runs job 1");
+    world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: true, suspect: false });
+    assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
+    world.report("a", Report::Stopped { stop_ms: 100 });
+    assert_eq!(world.orders.last(), Some(&("b".to_owned(), Order::Load)));
+}
+
+#[test]
+fn the_fast_path_takes_a_free_slot_and_passes_nobody() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    assert_eq!(world.state.reserve(&job(1, "a"), world.now), None, "nothing is loaded");
+    world.queue(vec![job(1, "a")]);
+    world.finish_all();
+    assert_eq!(world.state.reserve(&job(2, "a"), world.now).as_deref(), Some("http://a"));
+    assert_eq!(world.state.reserve(&job(3, "a"), world.now), None, "one slot");
+    world.event(Event::Ended { model: Arc::from("a"), number: 2, answered: true, suspect: false });
+    assert_eq!(world.state.reserve(&job(4, "b"), world.now), None, "another model");
+    world.event(Event::Stop);
+    assert_eq!(world.state.reserve(&job(5, "a"), world.now), None, "stopping");
+}
+
+#[test]
+fn a_failed_load_tells_sync_callers_at_once_and_keeps_async_jobs() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    world.queue(vec![QueuedJob { face: Face::Sync, ..job(1, "a") }, job(2, "a")]);
+    let error = JobError::new(ErrorCode::ModelLoadFailed, "no weights\nmore", true);
+    world.report("a", Report::LoadFailed { error, retry_at: 11_000, quarantined: false });
+    assert_eq!(world.ended, [(1, ErrorCode::ModelLoadFailed)]);
+    world.event(Event::Gone { number: 1 });
+    assert!(world.state.refusal("a").is_some(), "new sync calls are refused");
+    assert_eq!(world.state.queued(), 1);
+    let decision = world.state.decision.clone().unwrap();
+    assert_eq!((decision.code, decision.reason.contains("no weights")), ("blocked", true), "{}", decision.reason);
+    world.orders.clear();
+    world.queue(vec![job(3, "b")]);
+    assert_eq!(world.orders, [("b".to_owned(), Order::Load)], "others go on");
+    world.finish_all();
+    world.report("a", Report::Available);
+    world.finish_all();
+    assert_eq!((world.state.queued(), world.loaded.as_slice()), (0, ["b".to_owned(), "a".to_owned()].as_slice()));
+}
+
+#[test]
+fn without_a_gpu_jobs_wait_and_go_on_when_one_comes() {
+    let mut world = World::new(&[("a", 1)]);
+    world.queue(vec![QueuedJob { face: Face::Sync, ..job(1, "a") }]);
+    world.report("a", Report::NoGpu);
+    assert!(world.ended.is_empty());
+    assert_eq!(world.state.models[0].trouble.as_ref().unwrap().reason, StateReason::NoGpu);
+    world.orders.clear();
+    world.report("a", Report::Available);
+    world.finish_all();
+    assert_eq!(world.loaded, ["a"]);
+}
+
+#[test]
+fn a_dead_worker_frees_the_device_and_is_loaded_again_for_its_jobs() {
+    let mut world = World::new(&[("a", 4)]);
+    world.queue(vec![job(1, "a"), job(2, "a")]);
+    world.obey();
+    world.report("a", Report::Died { reason: "signal 9".into() });
+    assert!(world.orders.is_empty(), "its jobs are not back yet");
+    for n in [1, 2] {
+        world.event(Event::Ended { model: Arc::from("a"), number: n, answered: false, suspect: true });
+    }
+    world.running.clear();
+    world.queue(vec![
+        QueuedJob { crashes: 1, attempt: 1, ..job(1, "a") },
+        QueuedJob { crashes: 1, attempt: 1, ..job(2, "a") },
+    ]);
+    world.obey();
+    assert_eq!(world.running.len(), 1, "isolated jobs run alone");
+    world.finish_all();
+    assert_eq!((world.loaded.len(), world.state.queued()), (2, 0));
+}
+
+#[test]
+fn nothing_is_sent_to_a_suspect_worker_until_it_is_seen_alive() {
+    let mut world = World::new(&[("a", 2)]);
+    world.queue(vec![job(1, "a")]);
+    world.obey();
+    world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: false, suspect: true });
+    assert_eq!(world.orders.pop(), Some(("a".to_owned(), Order::Suspect)));
+    world.running.clear();
+    world.queue(vec![job(2, "a")]);
+    assert!(world.running.is_empty());
+    assert_eq!(world.state.reserve(&job(3, "a"), world.now), None);
+    world.report("a", Report::Ready { base_url: "http://a".into(), load_ms: 1 });
+    assert_eq!(world.running.len(), 1);
+    assert_eq!(world.state.swaps, 0, "being seen alive is no load");
+}
+
+#[test]
+fn overdue_jobs_end_with_the_code_that_tells_whether_they_were_started() {
+    let mut world = World::new(&[("a", 1)]);
+    world.report("a", Report::NoGpu);
+    let never = QueuedJob { start_deadline: Some(5_000), ..job(1, "a") };
+    let started = QueuedJob { deadline: Some(5_000), attempt: 1, ..job(2, "a") };
+    let later = QueuedJob { start_deadline: Some(5_000), attempt: 1, ..job(3, "a") };
+    world.queue(vec![never, started, later]);
+    assert_eq!(world.state.wake_at(), Some(5_000));
+    world.now = 5_000;
+    let effects = world.state.step(world.now);
+    world.note(effects);
+    assert_eq!(world.ended, [(1, ErrorCode::QueueDeadlineExceeded), (2, ErrorCode::DeadlineExceeded)]);
+    assert_eq!(world.state.queued(), 1);
+}
+
+#[test]
+fn a_stop_starts_nothing_and_is_quiet_when_the_running_jobs_have_ended() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    world.queue(vec![job(1, "a"), job(2, "a"), job(3, "b")]);
+    world.obey();
+    world.event(Event::Stop);
+    assert!(!world.state.is_quiet());
+    world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: true, suspect: false });
+    assert!(world.state.is_quiet());
+    assert_eq!((world.running.len(), world.state.queued()), (1, 2), "the rest waits for the next start");
+}
+
+#[test]
+fn jobs_of_a_model_that_is_gone_from_the_file_wait_and_say_so() {
+    let mut world = World::new(&[("a", 1)]);
+    world.queue(vec![job(1, "old")]);
+    let reason = world.state.decision.clone().unwrap().reason;
+    assert!(reason.contains("`old` is not in models.yaml any more"), "{reason}");
+    world.event(Event::Gone { number: 1 });
+    assert_eq!(world.state.queued(), 0);
+}
+
+#[test]
+fn a_worker_that_gets_ready_when_nobody_wants_it_any_more_is_stopped() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    world.queue(vec![job(1, "a")]);
+    world.orders.clear();
+    world.report("b", Report::Ready { base_url: "http://b".into(), load_ms: 1 });
+    assert_eq!(world.orders, [("b".to_owned(), Order::Stop)]);
+}
+
+#[test]
+fn standing_counts_the_jobs_and_swaps_before() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    world.queue(vec![job(1, "a"), job(2, "a"), job(3, "a"), job(4, "b")]);
+    world.obey();
+    assert_eq!(
+        world.state.standing(3, world.now).map(|s| (s.0, s.1, s.2)),
+        Some((1, 1, 0)),
+        "job 1 runs, job 2 is before"
+    );
+    assert_eq!(world.state.standing(4, world.now).map(|s| (s.0, s.1, s.2)), Some((2, 0, 1)));
+    assert_eq!(world.state.standing(99, world.now), None);
+}
+
+#[test]
+fn limits_count_waiting_jobs_by_tenant() {
+    let mut world = World::new(&[("a", 1)]);
+    world.state.knobs.queued_per_tenant_max = 2;
+    world.queue(vec![job(1, "a"), job(2, "a")]);
+    assert!(world.state.admit("default", 1).is_err());
+    assert!(world.state.admit("other", 2).is_ok());
+    world.event(Event::Gone { number: 2 });
+    assert!(world.state.admit("default", 1).is_ok());
+}
