@@ -73,8 +73,10 @@ stamp_of() {
 install_log=$(mktemp)
 trap 'rm -f "$install_log"' EXIT
 
+# Only to be called as `run_uv ... || ...`: there a failing pipeline ends nothing by itself.
 run_uv() {
-    "$UV" "$@" 2>&1 | tee "$install_log" | grep -E --line-buffered '^(Downloading|Building|Resolved|Prepared|Installed)|^ *(Downloading|Building) ' | sed -u 's/^/         /' >&2 || true
+    "$UV" "$@" 2>&1 | tee "$install_log" |
+        grep -E --line-buffered '^ *(Downloading|Building|Resolved|Prepared|Installed) ' | sed -u 's/^ */         /' >&2
     [ "${PIPESTATUS[0]}" = 0 ] || {
         tail -n 40 "$install_log" >&2
         return 1
@@ -156,4 +158,8 @@ free=$(free_bytes "$ROOT/models")
 [ "$free" -ge "$needed" ] ||
     die "not enough disk: about $(human "$needed") needed on the file system of $ROOT/models, $(human "$free") free"
 
-for name in "${names[@]}"; do install_one "$name"; done
+# Two at once would undo each other's work: the second waits, and then finds it done.
+mkdir -p "$ROOT/.cache"
+exec 9>"$ROOT/.cache/install.lock"
+flock 9
+for name in "${names[@]}"; do install_one "$name" 9>&-; done

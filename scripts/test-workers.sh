@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
 # Tests the three models' workers as they are: real vLLM, diffusers and transformers, on small checkpoints, on the CPU;
-# and fetching weights, against a local stand-in of the hub.
+# installing, in a copy; and fetching weights, against a local stand-in of the hub.
 #
 #   scripts/test-workers.sh                  everything
-#   scripts/test-workers.sh flux musicgen    only these (vllm, flux, musicgen, fetch)
+#   scripts/test-workers.sh flux musicgen    only these (vllm, flux, musicgen, scripts)
 #
 # Installs and makes what is missing first (minutes the first time, a second later).
 set -euo pipefail
 source "$(dirname "$0")/lib/common.sh"
 
 suites=("$@")
-[ ${#suites[@]} -gt 0 ] || suites=(fetch flux musicgen vllm)
+[ ${#suites[@]} -gt 0 ] || suites=(scripts flux musicgen vllm)
 models=() paths=() with_vllm=0
 for suite in "${suites[@]}"; do
     case $suite in
     vllm) models+=(vllm) with_vllm=1 ;;
     flux | musicgen) models+=("$suite") paths+=("$ROOT/models/$suite/tests") ;;
-    fetch) models+=(flux) paths+=("$ROOT/scripts/tests") ;;
-    *) die "unknown suite $suite: vllm, flux, musicgen or fetch" ;;
+    scripts) models+=(flux) paths+=("$ROOT/scripts/tests") ;;
+    *) die "unknown suite $suite: vllm, flux, musicgen or scripts" ;;
     esac
 done
 

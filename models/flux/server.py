@@ -26,12 +26,12 @@ sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "
 
 from roundhouse_worker import (
     BaseService,
+    Cancelled,
     InvalidRequest,
     Item,
     Loading,
     Output,
     Progress,
-    WorkerError,
     log,
     parking,
     weights,
@@ -290,7 +290,7 @@ class FluxServer(BaseService):
         params: Params = item.params
         pictures = [Picture(item, index) for index in range(params.count)]
         if any(picture not in made for picture in pictures):
-            return WorkerError("the request was cancelled", code="cancelled", status=499)
+            return Cancelled()
         return {
             "created": int(time.time()),
             "data": [
