@@ -27,21 +27,13 @@ const PLACEHOLDERS: &[&str] = &["port", "model", "name"];
 /// All entries in the order of the file; entries with problems are left out.
 pub(super) fn models(file: &File, dir: &Path, problems: &mut Problems) -> Vec<ModelSpec> {
     if file.models.0.is_empty() {
-        problems.add(
-            None,
-            "`models` has no entry; docs/ADDING_MODELS.md shows one",
-        );
+        problems.add(None, "`models` has no entry; docs/ADDING_MODELS.md shows one");
     }
     names(file, problems);
     let entries = file.models.0.iter().enumerate();
     entries
         .filter_map(|(index, (name, entry))| {
-            let mut reader = Reader {
-                name,
-                entry,
-                dir,
-                problems,
-            };
+            let mut reader = Reader { name, entry, dir, problems };
             reader.spec(index)
         })
         .collect()
@@ -99,19 +91,9 @@ impl Reader<'_> {
             port,
             startup_time,
             endpoints,
-            args: entry
-                .args
-                .iter()
-                .flat_map(|at| &at.value)
-                .map(|word| word.0.clone())
-                .collect(),
+            args: entry.args.iter().flat_map(|at| &at.value).map(|word| word.0.clone()).collect(),
             env,
-            aliases: entry
-                .aliases
-                .iter()
-                .flat_map(|at| &at.value)
-                .map(|alias| alias.value.clone())
-                .collect(),
+            aliases: entry.aliases.iter().flat_map(|at| &at.value).map(|alias| alias.value.clone()).collect(),
             limit,
             max_batch,
             timeout,
@@ -120,11 +102,7 @@ impl Reader<'_> {
             preload: entry.preload.unwrap_or(false),
             gpus: entry.gpus.as_ref().map_or(1, |at| at.value),
             memory: entry.memory.as_ref().map(|at| at.value.0),
-            upstream_model: entry
-                .upstream_model
-                .as_ref()
-                .map_or(&self.name.value, |at| &at.value)
-                .clone(),
+            upstream_model: entry.upstream_model.as_ref().map_or(&self.name.value, |at| &at.value).clone(),
             dir: self.dir.to_path_buf(),
         })
     }
@@ -216,25 +194,14 @@ impl Reader<'_> {
 
     fn check_words(&mut self) {
         if let Some(args) = &self.entry.args {
-            self.check_placeholders(
-                args.line,
-                "args",
-                args.value.iter().map(|word| word.0.as_str()),
-            );
+            self.check_placeholders(args.line, "args", args.value.iter().map(|word| word.0.as_str()));
         }
     }
 
-    fn check_placeholders<'w>(
-        &mut self,
-        line: usize,
-        key: &str,
-        words: impl Iterator<Item = &'w str>,
-    ) {
+    fn check_placeholders<'w>(&mut self, line: usize, key: &str, words: impl Iterator<Item = &'w str>) {
         for found in words.flat_map(placeholders) {
             if !PLACEHOLDERS.contains(&found) {
-                let help = format!(
-                    "`{{{found}}}` is no placeholder; there are {{port}}, {{model}}, {{name}}"
-                );
+                let help = format!("`{{{found}}}` is no placeholder; there are {{port}}, {{model}}, {{name}}");
                 self.problem(line, key, &help);
             } else if found == "model" && self.entry.model.is_none() {
                 self.problem(line, key, "has {model}, but the entry has no `model`");
@@ -265,10 +232,7 @@ impl Reader<'_> {
         let given: Vec<&At<String>> = entry.endpoint.iter().chain(listed).collect();
         for at in &given {
             if !at.value.starts_with('/') || at.value.contains(char::is_whitespace) {
-                let help = format!(
-                    "`{}` is no path; it starts with `/`, as /v1/chat/completions does",
-                    at.value
-                );
+                let help = format!("`{}` is no path; it starts with `/`, as /v1/chat/completions does", at.value);
                 self.problem(at.line, "endpoint", &help);
             }
         }
@@ -297,8 +261,7 @@ impl Reader<'_> {
         let is_text = kind == Some(ModelKind::Text);
         if let Some(at) = &self.entry.max_batch {
             if is_text && at.value > 1 {
-                let help =
-                    "text engines batch by themselves; set `limit`, the most requests at once";
+                let help = "text engines batch by themselves; set `limit`, the most requests at once";
                 self.problem(at.line, "max_batch", help);
             }
             if let Some(limit) = limit.filter(|limit| *limit < at.value) {
@@ -306,11 +269,7 @@ impl Reader<'_> {
                 self.problem(at.line, "max_batch", &help);
             }
         }
-        let usual_batch = if kind == Some(ModelKind::Audio) {
-            16
-        } else {
-            1
-        };
+        let usual_batch = if kind == Some(ModelKind::Audio) { 16 } else { 1 };
         let max_batch = max_batch.unwrap_or(limit.map_or(usual_batch, |l| usual_batch.min(l)));
         let usual_limit = if is_text { 256 } else { max_batch };
         (limit.unwrap_or(usual_limit), max_batch)
@@ -342,8 +301,7 @@ impl Reader<'_> {
     }
 
     fn max_attempts(&mut self) -> u32 {
-        self.at_least_one("max_attempts", self.entry.max_attempts.as_ref())
-            .unwrap_or(3)
+        self.at_least_one("max_attempts", self.entry.max_attempts.as_ref()).unwrap_or(3)
     }
 
     fn env(&mut self) -> BTreeMap<String, String> {
@@ -357,9 +315,7 @@ impl Reader<'_> {
             }
         }
         let pairs = at.value.iter();
-        pairs
-            .map(|(key, word)| (key.clone(), word.0.clone()))
-            .collect()
+        pairs.map(|(key, word)| (key.clone(), word.0.clone())).collect()
     }
 
     /// A folder becomes absolute, a Hugging Face id stays.
@@ -387,8 +343,7 @@ fn usual(kind: Option<ModelKind>, main: Option<&str>) -> &'static [&'static str]
 fn placeholders(word: &str) -> impl Iterator<Item = &str> {
     word.split('{').skip(1).filter_map(|rest| {
         let (inside, _) = rest.split_once('}')?;
-        let is_word =
-            !inside.is_empty() && inside.chars().all(|c| c.is_ascii_alphabetic() || c == '_');
+        let is_word = !inside.is_empty() && inside.chars().all(|c| c.is_ascii_alphabetic() || c == '_');
         is_word.then_some(inside)
     })
 }

@@ -210,9 +210,7 @@ pub(super) fn line_of(error: &serde_saphyr::Error) -> Option<usize> {
 
 /// An error's text without its place.
 pub(super) fn message_of(error: &serde_saphyr::Error) -> String {
-    serde_saphyr::UserMessageFormatter
-        .format_message(error.without_snippet())
-        .into_owned()
+    serde_saphyr::UserMessageFormatter.format_message(error.without_snippet()).into_owned()
 }
 
 /// A value and the line it stands on.
@@ -225,10 +223,7 @@ pub(super) struct At<T> {
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for At<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let spanned = Spanned::<T>::deserialize(deserializer)?;
-        Ok(Self {
-            line: usize::try_from(spanned.referenced.line()).unwrap_or(0),
-            value: spanned.value,
-        })
+        Ok(Self { line: usize::try_from(spanned.referenced.line()).unwrap_or(0), value: spanned.value })
     }
 }
 

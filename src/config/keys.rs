@@ -64,18 +64,10 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn node(
-        &self,
-        node: &Node,
-        schema: &'a Value,
-        path: &mut Vec<String>,
-        problems: &mut Problems,
-    ) {
+    fn node(&self, node: &Node, schema: &'a Value, path: &mut Vec<String>, problems: &mut Problems) {
         match &node.shape {
             Shape::Scalar => {}
-            Shape::List(items) => items
-                .iter()
-                .for_each(|item| self.node(item, schema, path, problems)),
+            Shape::List(items) => items.iter().for_each(|item| self.node(item, schema, path, problems)),
             Shape::Map(entries) => {
                 doubled(entries, path, problems);
                 let Some(schema) = self.object(schema) else {
@@ -102,35 +94,23 @@ impl<'a> Walk<'a> {
         if let Some(options) = schema.get("anyOf").and_then(Value::as_array) {
             return options.iter().find_map(|option| self.object(option));
         }
-        (schema.get("properties").is_some() || schema.get("additionalProperties").is_some())
-            .then_some(schema)
+        (schema.get("properties").is_some() || schema.get("additionalProperties").is_some()).then_some(schema)
     }
 }
 
 /// The schema of a key's value, if the key is known.
 fn known<'a>(schema: &'a Value, key: &str) -> Option<&'a Value> {
     let property = schema.get("properties").and_then(|all| all.get(key));
-    property.or_else(|| {
-        schema
-            .get("additionalProperties")
-            .filter(|more| **more != Value::Bool(false))
-    })
+    property.or_else(|| schema.get("additionalProperties").filter(|more| **more != Value::Bool(false)))
 }
 
 fn doubled(entries: &[(At<String>, Node)], path: &[String], problems: &mut Problems) {
     for (index, (key, _)) in entries.iter().enumerate() {
-        let first = entries[..index]
-            .iter()
-            .find(|(earlier, _)| earlier.value == key.value);
+        let first = entries[..index].iter().find(|(earlier, _)| earlier.value == key.value);
         if let Some((first, _)) = first {
             problems.add(
                 key.line,
-                format!(
-                    "`{}` stands twice in {}, first on line {}; remove one",
-                    key.value,
-                    place(path),
-                    first.line
-                ),
+                format!("`{}` stands twice in {}, first on line {}; remove one", key.value, place(path), first.line),
             );
         }
     }
@@ -155,32 +135,19 @@ fn refusal(key: &str, path: &[String], schema: &Value) -> String {
     match nearest {
         Some((_, name)) => format!("unknown key `{key}` in {here}; did you mean `{name}`?"),
         None => {
-            let names: Vec<&str> = names
-                .into_iter()
-                .flat_map(|names| names.keys())
-                .map(String::as_str)
-                .collect();
-            format!(
-                "unknown key `{key}` in {here}; known keys: {}",
-                names.join(", ")
-            )
+            let names: Vec<&str> = names.into_iter().flat_map(|names| names.keys()).map(String::as_str).collect();
+            format!("unknown key `{key}` in {here}; known keys: {}", names.join(", "))
         }
     }
 }
 
 fn place(path: &[String]) -> String {
-    if path.is_empty() {
-        "the file".to_owned()
-    } else {
-        path.join(".")
-    }
+    if path.is_empty() { "the file".to_owned() } else { path.join(".") }
 }
 
 impl<'de> Deserialize<'de> for Node {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer
-            .deserialize_any(AnyShape)
-            .map(|shape| Self { shape })
+        deserializer.deserialize_any(AnyShape).map(|shape| Self { shape })
     }
 }
 

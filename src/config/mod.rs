@@ -122,33 +122,19 @@ struct Problems(Vec<Problem>);
 
 impl Problems {
     fn add(&mut self, line: impl Into<Option<usize>>, message: impl Into<String>) {
-        self.0.push(Problem {
-            line: line.into(),
-            message: message.into(),
-        });
+        self.0.push(Problem { line: line.into(), message: message.into() });
     }
 }
 
 /// Reads and checks a file. `env` looks up environment variables (a function, so that tests need no real ones):
 /// `ROUNDHOUSE_LISTEN` and `ROUNDHOUSE_PUBLIC_URL` win over the file, `RUNPOD_POD_ID` gives `public_url` a default.
 pub fn load(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
-    let fail = |problems| ConfigError {
-        path: path.display().to_string(),
-        problems,
-    };
-    let whole = |message| {
-        fail(vec![Problem {
-            line: None,
-            message,
-        }])
-    };
+    let fail = |problems| ConfigError { path: path.display().to_string(), problems };
+    let whole = |message| fail(vec![Problem { line: None, message }]);
     let text = std::fs::read_to_string(path).map_err(|error| {
-        whole(format!(
-            "cannot read the model file: {error}; name another with --config or ROUNDHOUSE_CONFIG"
-        ))
+        whole(format!("cannot read the model file: {error}; name another with --config or ROUNDHOUSE_CONFIG"))
     })?;
-    let absolute = std::path::absolute(path)
-        .map_err(|error| whole(format!("cannot resolve the path: {error}")))?;
+    let absolute = std::path::absolute(path).map_err(|error| whole(format!("cannot resolve the path: {error}")))?;
     let (config, mut problems) = parse(&absolute, &text, env);
     match config {
         Some(config) if problems.is_empty() => Ok(config),
@@ -163,18 +149,14 @@ pub fn load(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config,
 /// The JSON Schema of the file, with a newline at the end; `docs/models.schema.json` is this text.
 pub fn schema() -> String {
     let schema = schemars::schema_for!(file::File);
-    let mut text = serde_json::to_string_pretty(&schema)
-        .unwrap_or_else(|error| format!("{{\"$comment\": \"{error}\"}}"));
+    let mut text =
+        serde_json::to_string_pretty(&schema).unwrap_or_else(|error| format!("{{\"$comment\": \"{error}\"}}"));
     text.push('\n');
     text
 }
 
 /// Parts: misspelt keys, then types, then values. `None` if the file could not be understood at all.
-fn parse(
-    path: &Path,
-    text: &str,
-    env: &dyn Fn(&str) -> Option<String>,
-) -> (Option<Config>, Vec<Problem>) {
+fn parse(path: &Path, text: &str, env: &dyn Fn(&str) -> Option<String>) -> (Option<Config>, Vec<Problem>) {
     let mut problems = Problems::default();
     let tree = match keys::Node::parse(text) {
         Ok(tree) => tree,
@@ -209,9 +191,7 @@ pub fn is_hub_id(model: &str) -> bool {
     let part = |part: &str| {
         !part.is_empty()
             && !part.starts_with(['.', '-'])
-            && part
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
     };
     let parts: Vec<&str> = model.split('/').collect();
     parts.len() <= 2 && parts.iter().copied().all(part)

@@ -17,14 +17,7 @@ pub(super) fn scheduler(file: &File, problems: &mut Problems) -> Knobs {
     let Some(section) = &file.scheduler else {
         return usual;
     };
-    let Scheduler {
-        max_wait,
-        max_visit,
-        swap_budget,
-        queued_max,
-        queued_per_tenant_max,
-        waiting_sync_max,
-    } = section;
+    let Scheduler { max_wait, max_visit, swap_budget, queued_max, queued_per_tenant_max, waiting_sync_max } = section;
     let MaxWait { interactive, batch } = max_wait.as_ref().unwrap_or(&NO_WAIT);
     let budget = swap_budget.as_ref().unwrap_or(&NO_BUDGET);
     let mut section = Section { problems };
@@ -34,27 +27,15 @@ pub(super) fn scheduler(file: &File, problems: &mut Problems) -> Knobs {
             interactive.as_ref(),
             usual.max_wait_interactive,
         ),
-        max_wait_batch: section.period(
-            "scheduler.max_wait.batch",
-            batch.as_ref(),
-            usual.max_wait_batch,
-        ),
+        max_wait_batch: section.period("scheduler.max_wait.batch", batch.as_ref(), usual.max_wait_batch),
         max_visit: section.period("scheduler.max_visit", max_visit.as_ref(), usual.max_visit),
         swap_budget_interactive: section.share(
             "scheduler.swap_budget.interactive",
             budget.interactive.as_ref(),
             usual.swap_budget_interactive,
         ),
-        swap_budget_other: section.share(
-            "scheduler.swap_budget.other",
-            budget.other.as_ref(),
-            usual.swap_budget_other,
-        ),
-        queued_max: section.count(
-            "scheduler.queued_max",
-            queued_max.as_ref(),
-            usual.queued_max,
-        ),
+        swap_budget_other: section.share("scheduler.swap_budget.other", budget.other.as_ref(), usual.swap_budget_other),
+        queued_max: section.count("scheduler.queued_max", queued_max.as_ref(), usual.queued_max),
         queued_per_tenant_max: section.count(
             "scheduler.queued_per_tenant_max",
             queued_per_tenant_max.as_ref(),
@@ -68,20 +49,10 @@ pub(super) fn scheduler(file: &File, problems: &mut Problems) -> Knobs {
     }
 }
 
-const NO_WAIT: MaxWait = MaxWait {
-    interactive: None,
-    batch: None,
-};
-const NO_BUDGET: SwapBudget = SwapBudget {
-    interactive: None,
-    other: None,
-};
+const NO_WAIT: MaxWait = MaxWait { interactive: None, batch: None };
+const NO_BUDGET: SwapBudget = SwapBudget { interactive: None, other: None };
 
-pub(super) fn server(
-    file: &File,
-    env: &dyn Fn(&str) -> Option<String>,
-    problems: &mut Problems,
-) -> ServerSettings {
+pub(super) fn server(file: &File, env: &dyn Fn(&str) -> Option<String>, problems: &mut Problems) -> ServerSettings {
     let nothing = Server::default();
     let given = file.server.as_ref().unwrap_or(&nothing);
     let usual = ServerSettings::default();
@@ -94,25 +65,14 @@ pub(super) fn server(
         listen,
         public_url: None,
         sync_hop: period("sync_hop", &given.sync_hop, usual.sync_hop),
-        sync_max_hops: given
-            .sync_max_hops
-            .as_ref()
-            .map_or(usual.sync_max_hops, |at| at.value),
+        sync_max_hops: given.sync_max_hops.as_ref().map_or(usual.sync_max_hops, |at| at.value),
         hop_grace: period("hop_grace", &given.hop_grace, usual.hop_grace),
-        disconnect_grace: period(
-            "disconnect_grace",
-            &given.disconnect_grace,
-            usual.disconnect_grace,
-        ),
+        disconnect_grace: period("disconnect_grace", &given.disconnect_grace, usual.disconnect_grace),
         body_bytes_max: usual.body_bytes_max,
         worker_grace: period("worker_grace", &given.worker_grace, usual.worker_grace),
         backoff_first: period("backoff_first", &given.backoff_first, usual.backoff_first),
         backoff_max: period("backoff_max", &given.backoff_max, usual.backoff_max),
-        shutdown_grace: period(
-            "shutdown_grace",
-            &given.shutdown_grace,
-            usual.shutdown_grace,
-        ),
+        shutdown_grace: period("shutdown_grace", &given.shutdown_grace, usual.shutdown_grace),
     };
     if let Some(at) = &given.backoff_max
         && settings.backoff_max < settings.backoff_first
@@ -135,8 +95,7 @@ impl Section<'_> {
     fn period(&mut self, key: &str, at: Option<&At<Period>>, usual: Duration) -> Duration {
         let Some(at) = at else { return usual };
         if at.value.0.is_zero() {
-            self.problems
-                .add(at.line, format!("{key}: must be more than 0"));
+            self.problems.add(at.line, format!("{key}: must be more than 0"));
         }
         at.value.0
     }
@@ -153,8 +112,7 @@ impl Section<'_> {
     fn count(&mut self, key: &str, at: Option<&At<usize>>, usual: usize) -> usize {
         let Some(at) = at else { return usual };
         if at.value == 0 {
-            self.problems
-                .add(at.line, format!("{key}: must be at least 1"));
+            self.problems.add(at.line, format!("{key}: must be at least 1"));
         }
         at.value
     }
@@ -169,24 +127,16 @@ impl Section<'_> {
         usize::try_from(bytes).unwrap_or(usual)
     }
 
-    fn listen(
-        &mut self,
-        at: Option<&At<String>>,
-        env: &dyn Fn(&str) -> Option<String>,
-    ) -> Option<String> {
+    fn listen(&mut self, at: Option<&At<String>>, env: &dyn Fn(&str) -> Option<String>) -> Option<String> {
         if let Some(listen) = set(env, "ROUNDHOUSE_LISTEN") {
             if port_of(&listen).is_none() {
-                self.problems
-                    .add(None, format!("ROUNDHOUSE_LISTEN: `{listen}` {LISTEN_HELP}"));
+                self.problems.add(None, format!("--listen or ROUNDHOUSE_LISTEN: `{listen}` {LISTEN_HELP}"));
             }
             return Some(listen);
         }
         let at = at?;
         if port_of(&at.value).is_none() {
-            self.problems.add(
-                at.line,
-                format!("server.listen: `{}` {LISTEN_HELP}", at.value),
-            );
+            self.problems.add(at.line, format!("server.listen: `{}` {LISTEN_HELP}", at.value));
         }
         Some(at.value.clone())
     }
@@ -204,9 +154,7 @@ impl Section<'_> {
             (None, None) => return runpod_url(env, listen),
         };
         let url = url.trim_end_matches('/').to_owned();
-        let host = url
-            .strip_prefix("https://")
-            .or_else(|| url.strip_prefix("http://"));
+        let host = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
         if host.is_none_or(str::is_empty) || url.contains(char::is_whitespace) {
             let help = format!("{name}: `{url}` is no address; write https://host");
             self.problems.add(line, help);

@@ -40,13 +40,7 @@ fn the_original_keys() {
     let dir = config.path.parent().unwrap();
     assert_eq!(spec.name, "flux");
     assert_eq!(spec.kind, ModelKind::Image);
-    assert_eq!(
-        spec.launch,
-        Launch::Script {
-            python: dir.join(".venv/bin/python"),
-            script: dir.join("server.py")
-        }
-    );
+    assert_eq!(spec.launch, Launch::Script { python: dir.join(".venv/bin/python"), script: dir.join("server.py") });
     assert_eq!(spec.port, 8002);
     assert_eq!(spec.startup_time, Duration::from_secs(40));
     assert_eq!(spec.endpoints, ["/v1/images/generations"]);
@@ -88,14 +82,8 @@ fn a_command_is_a_string_or_a_list() {
         launch => panic!("{launch:?}"),
     };
     let expected = ["llama-server", "--port", "{port}", "-c", "a b"];
-    assert_eq!(
-        words("llama-server --port {port} -c 'a b'"),
-        expected.map(str::to_owned)
-    );
-    assert_eq!(
-        words("[llama-server, --port, '{port}', -c, a b]"),
-        expected.map(str::to_owned)
-    );
+    assert_eq!(words("llama-server --port {port} -c 'a b'"), expected.map(str::to_owned));
+    assert_eq!(words("[llama-server, --port, '{port}', -c, a b]"), expected.map(str::to_owned));
     assert_eq!(
         words("[serve, --ctx, 2048, '{\"json\": 1}']"),
         ["serve", "--ctx", "2048", "{\"json\": 1}"].map(str::to_owned)
@@ -115,15 +103,9 @@ fn defaults_follow_the_type() {
     assert_eq!(text.timeout, Duration::from_secs(600));
     assert_eq!(text.startup_time, Duration::from_secs(60));
     let completions = entry("    type: text\n    endpoint: /v1/completions\n").unwrap();
-    assert_eq!(
-        completions.endpoints,
-        ["/v1/completions", "/v1/chat/completions"]
-    );
+    assert_eq!(completions.endpoints, ["/v1/completions", "/v1/chat/completions"]);
     let audio = entry("    type: audio\n").unwrap();
-    assert_eq!(
-        audio.endpoints,
-        ["/v1/audio/generations", "/v1/audio/speech"]
-    );
+    assert_eq!(audio.endpoints, ["/v1/audio/generations", "/v1/audio/speech"]);
     assert_eq!((audio.limit, audio.max_batch), (16, 16));
     assert_eq!(audio.timeout, Duration::from_secs(900));
     let small = entry("    type: audio\n    limit: 2\n").unwrap();
@@ -136,13 +118,8 @@ fn defaults_follow_the_type() {
 
 #[test]
 fn ports_follow_the_order_of_the_file() {
-    let config =
-        read("models:\n  z: {type: text, command: a}\n  a: {type: text, command: a}\n").unwrap();
-    let ports: Vec<(&str, u16)> = config
-        .models
-        .iter()
-        .map(|m| (m.name.as_str(), m.port))
-        .collect();
+    let config = read("models:\n  z: {type: text, command: a}\n  a: {type: text, command: a}\n").unwrap();
+    let ports: Vec<(&str, u16)> = config.models.iter().map(|m| (m.name.as_str(), m.port)).collect();
     assert_eq!(ports, [("z", 8001), ("a", 8002)]);
 }
 
@@ -153,11 +130,7 @@ fn a_folder_becomes_absolute_and_an_id_stays() {
     )
     .unwrap();
     let dir = config.path.parent().unwrap();
-    let models: Vec<&str> = config
-        .models
-        .iter()
-        .filter_map(|m| m.model.as_deref())
-        .collect();
+    let models: Vec<&str> = config.models.iter().filter_map(|m| m.model.as_deref()).collect();
     assert_eq!(Path::new(models[0]), dir.join("weights/a"));
     assert_eq!(models[1], "Qwen/Qwen3-4B");
     assert_eq!(models[2], "/abs/c");
@@ -169,11 +142,7 @@ fn an_existing_relative_folder_wins_over_an_id() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir_all(dir.path().join("org/name")).unwrap();
     let path = dir.path().join("models.yaml");
-    std::fs::write(
-        &path,
-        "models:\n  a: {type: text, command: x, model: org/name}\n",
-    )
-    .unwrap();
+    std::fs::write(&path, "models:\n  a: {type: text, command: x, model: org/name}\n").unwrap();
     let config = load(&path, &no_env).unwrap();
     let folder = dir.path().join("org/name").display().to_string();
     assert_eq!(config.models[0].model, Some(folder));
@@ -185,19 +154,15 @@ fn python_is_the_entrys_or_the_venvs() {
         let yaml = format!("models:\n  m:\n    type: text\n    service_script: server.py\n{line}");
         let config = read(&yaml).unwrap();
         match config.models[0].launch.clone() {
-            Launch::Script { python, .. } => python
-                .strip_prefix(config.path.parent().unwrap())
-                .map(Path::to_path_buf)
-                .unwrap_or(python),
+            Launch::Script { python, .. } => {
+                python.strip_prefix(config.path.parent().unwrap()).map(Path::to_path_buf).unwrap_or(python)
+            }
             launch => panic!("{launch:?}"),
         }
     };
     assert_eq!(python(""), Path::new(".venv/bin/python"));
     assert_eq!(python("    python: python3\n"), Path::new("python3"));
-    assert_eq!(
-        python("    python: envs/a/bin/python\n"),
-        Path::new("envs/a/bin/python")
-    );
+    assert_eq!(python("    python: envs/a/bin/python\n"), Path::new("envs/a/bin/python"));
 }
 
 #[test]
@@ -207,25 +172,14 @@ fn unknown_keys_name_line_place_and_neighbour() {
     )
     .unwrap_err();
     let lines: Vec<&str> = error.lines().collect();
-    assert_eq!(
-        lines[1],
-        "models.yaml:4: unknown key `servce_script` in models.flux; did you mean `service_script`?"
-    );
+    assert_eq!(lines[1], "models.yaml:4: unknown key `servce_script` in models.flux; did you mean `service_script`?");
     assert!(
-        lines[2].starts_with(
-            "models.yaml:5: unknown key `colour` in models.flux; known keys: type, service_script"
-        ),
+        lines[2].starts_with("models.yaml:5: unknown key `colour` in models.flux; known keys: type, service_script"),
         "{}",
         lines[2]
     );
-    assert_eq!(
-        lines[3],
-        "models.yaml:7: unknown key `interactve` in scheduler.max_wait; did you mean `interactive`?"
-    );
-    assert_eq!(
-        lines[4],
-        "models.yaml:8: unknown key `servr` in the file; did you mean `server`?"
-    );
+    assert_eq!(lines[3], "models.yaml:7: unknown key `interactve` in scheduler.max_wait; did you mean `interactive`?");
+    assert_eq!(lines[4], "models.yaml:8: unknown key `servr` in the file; did you mean `server`?");
     assert_eq!(
         lines[0],
         "models.yaml:2: models.flux: needs `service_script` (a server.py) or `command` (any program that serves the endpoint)"
@@ -241,10 +195,7 @@ fn keys_of_later_are_refused() {
         "models.yaml:5: `park` in models.m is not supported yet; remove it\nmodels.yaml:6: `pin` in models.m is not supported yet; remove it"
     );
     let error = read("tenants: {}\nmodels:\n  m: {type: text, command: x}\n").unwrap_err();
-    assert_eq!(
-        error,
-        "models.yaml:1: `tenants` in the file is not supported yet; remove it"
-    );
+    assert_eq!(error, "models.yaml:1: `tenants` in the file is not supported yet; remove it");
 }
 
 #[test]
@@ -265,70 +216,28 @@ fn values_that_make_no_sense() {
     for (settings, expected) in [
         ("    type: txt\n", "4: models.m.type: unknown variant `txt`"),
         ("    port: 8001\n", "2: models.m: `type` is missing"),
-        (
-            "    type: text\n    port: 80\n",
-            "5: models.m.port: 80 is out of range; take one of 1024-65535",
-        ),
+        ("    type: text\n    port: 80\n", "5: models.m.port: 80 is out of range; take one of 1024-65535"),
         ("    type: text\n    port: 99999\n", "5: models.m.port: "),
         ("    type: text\n    port: abc\n", "5: models.m.port: "),
-        (
-            "    type: text\n    limit: 0\n",
-            "5: models.m.limit: must be at least 1",
-        ),
+        ("    type: text\n    limit: 0\n", "5: models.m.limit: must be at least 1"),
         ("    type: text\n    limit: -1\n", "5: models.m.limit: "),
-        (
-            "    type: text\n    endpoint: v1/chat\n",
-            "5: models.m.endpoint: `v1/chat` is no path",
-        ),
-        (
-            "    type: text\n    timeout: 15x\n",
-            "5: models.m.timeout: `15x` is no duration",
-        ),
-        (
-            "    type: text\n    timeout: 0\n",
-            "5: models.m.timeout: must be more than 0",
-        ),
-        (
-            "    type: text\n    memory: 18G\n",
-            "5: models.m.memory: `18G` is no size",
-        ),
-        (
-            "    type: text\n    max_batch: 4\n",
-            "5: models.m.max_batch: text engines batch by themselves",
-        ),
-        (
-            "    type: image\n    max_batch: 4\n    limit: 2\n",
-            "5: models.m.max_batch: 4 is more than `limit` (2)",
-        ),
+        ("    type: text\n    endpoint: v1/chat\n", "5: models.m.endpoint: `v1/chat` is no path"),
+        ("    type: text\n    timeout: 15x\n", "5: models.m.timeout: `15x` is no duration"),
+        ("    type: text\n    timeout: 0\n", "5: models.m.timeout: must be more than 0"),
+        ("    type: text\n    memory: 18G\n", "5: models.m.memory: `18G` is no size"),
+        ("    type: text\n    max_batch: 4\n", "5: models.m.max_batch: text engines batch by themselves"),
+        ("    type: image\n    max_batch: 4\n    limit: 2\n", "5: models.m.max_batch: 4 is more than `limit` (2)"),
         ("    type: custom\n", "2: models.m: needs an `endpoint`"),
-        (
-            "    type: text\n    args: ['--x={modle}']\n",
-            "5: models.m.args: `{modle}` is no placeholder",
-        ),
-        (
-            "    type: text\n    args: ['{model}']\n",
-            "5: models.m.args: has {model}, but the entry has no `model`",
-        ),
+        ("    type: text\n    args: ['--x={modle}']\n", "5: models.m.args: `{modle}` is no placeholder"),
+        ("    type: text\n    args: ['{model}']\n", "5: models.m.args: has {model}, but the entry has no `model`"),
         (
             "    type: text\n    service_script: server.py\n",
             "5: models.m: `service_script` and `command` are both given",
         ),
-        (
-            "    type: text\n    python: python3\n",
-            "5: models.m.python: goes with `service_script`",
-        ),
-        (
-            "    type: text\n    aliases: [m]\n",
-            "5: models.m.aliases: `m` is already the name of models.m",
-        ),
-        (
-            "    type: text\n    aliases: [a, a]\n",
-            "5: models.m.aliases: `a` is already an alias of models.m",
-        ),
-        (
-            "    type: text\n    aliases: ['a b']\n",
-            "5: models.m.aliases: `a b` is no alias",
-        ),
+        ("    type: text\n    python: python3\n", "5: models.m.python: goes with `service_script`"),
+        ("    type: text\n    aliases: [m]\n", "5: models.m.aliases: `m` is already the name of models.m"),
+        ("    type: text\n    aliases: [a, a]\n", "5: models.m.aliases: `a` is already an alias of models.m"),
+        ("    type: text\n    aliases: ['a b']\n", "5: models.m.aliases: `a b` is no alias"),
         ("    type: text\n    args: --x\n", "5: models.m.args: "),
     ] {
         let error = entry(settings).unwrap_err();
@@ -340,24 +249,13 @@ fn values_that_make_no_sense() {
 
 #[test]
 fn commands_and_scripts_that_make_no_sense() {
-    let of = |settings: &str| {
-        read(&format!("models:\n  m:\n    type: text\n    {settings}\n")).unwrap_err()
-    };
+    let of = |settings: &str| read(&format!("models:\n  m:\n    type: text\n    {settings}\n")).unwrap_err();
     assert!(of("command: ''").starts_with("models.yaml:4: models.m.command: is empty"));
     assert!(of("command: []").starts_with("models.yaml:4: models.m.command: is empty"));
     let quotes = of("command: a 'b");
-    assert!(
-        quotes.starts_with("models.yaml:4: models.m.command: the quotes"),
-        "{quotes}"
-    );
-    assert!(
-        of("command: a --port {prt}")
-            .starts_with("models.yaml:4: models.m.command: `{prt}` is no placeholder")
-    );
-    assert_eq!(
-        of("service_script: sever.py"),
-        "models.yaml:4: models.m.service_script: there is no file sever.py"
-    );
+    assert!(quotes.starts_with("models.yaml:4: models.m.command: the quotes"), "{quotes}");
+    assert!(of("command: a --port {prt}").starts_with("models.yaml:4: models.m.command: `{prt}` is no placeholder"));
+    assert_eq!(of("service_script: sever.py"), "models.yaml:4: models.m.service_script: there is no file sever.py");
 }
 
 #[test]
@@ -375,10 +273,7 @@ fn all_problems_come_at_once_in_order() {
         "models:\n  a:\n    type: text\n    port: 1\n  b:\n    command: x\n    limit: 0\n    tpye: text\nserver:\n  listen: nowhere\n",
     )
     .unwrap_err();
-    let lines: Vec<&str> = error
-        .lines()
-        .filter_map(|line| line.split(':').nth(1))
-        .collect();
+    let lines: Vec<&str> = error.lines().filter_map(|line| line.split(':').nth(1)).collect();
     assert_eq!(lines, ["2", "4", "5", "7", "8", "10"]);
 }
 
@@ -390,10 +285,7 @@ fn what_is_no_yaml_has_a_line() {
     assert!((2..=4).contains(&line), "{error}");
     for empty in ["", "models: {}\n", "models:\n"] {
         let error = read(empty).unwrap_err();
-        assert!(
-            error.contains("models") && !error.contains("panic"),
-            "{error}"
-        );
+        assert!(error.contains("models") && !error.contains("panic"), "{error}");
     }
     let error = read("- a\n- b\n").unwrap_err();
     assert!(error.starts_with("models.yaml:1: "), "{error}");
@@ -412,18 +304,8 @@ fn the_scheduler_section() {
     assert_eq!(knobs.max_wait_interactive, Duration::from_secs(20));
     assert_eq!(knobs.max_wait_batch, Duration::from_secs(1800));
     assert_eq!(knobs.max_visit, Duration::from_secs(120));
-    assert_eq!(
-        (knobs.swap_budget_interactive, knobs.swap_budget_other),
-        (0.4, 0.1)
-    );
-    assert_eq!(
-        (
-            knobs.queued_max,
-            knobs.queued_per_tenant_max,
-            knobs.waiting_sync_max
-        ),
-        (10, 5, 3)
-    );
+    assert_eq!((knobs.swap_budget_interactive, knobs.swap_budget_other), (0.4, 0.1));
+    assert_eq!((knobs.queued_max, knobs.queued_per_tenant_max, knobs.waiting_sync_max), (10, 5, 3));
     let bad = read(&yaml.replace("40%", "100%").replace("30m", "0")).unwrap_err();
     assert_eq!(
         bad,
@@ -446,10 +328,7 @@ fn the_server_section() {
     assert_eq!(server.backoff_max, Duration::from_secs(4));
     assert_eq!(server.shutdown_grace, Duration::from_secs(7));
     let bad = read(&yaml.replace("backoff_max: 4", "backoff_max: 0.5")).unwrap_err();
-    assert!(
-        bad.contains("server.backoff_max: must not be less"),
-        "{bad}"
-    );
+    assert!(bad.contains("server.backoff_max: must not be less"), "{bad}");
 }
 
 #[test]
@@ -464,9 +343,7 @@ fn the_environment_wins_over_the_file() {
     .server;
     assert_eq!(server.listen.as_deref(), Some("127.0.0.1:9200"));
     assert_eq!(server.public_url.as_deref(), Some("https://env"));
-    let error = read_with(SERVER, &|name| {
-        (name == "ROUNDHOUSE_LISTEN").then(|| "9200".into())
-    });
+    let error = read_with(SERVER, &|name| (name == "ROUNDHOUSE_LISTEN").then(|| "9200".into()));
     assert!(error.unwrap_err().contains("ROUNDHOUSE_LISTEN"));
 }
 
@@ -474,10 +351,7 @@ fn the_environment_wins_over_the_file() {
 fn a_pod_is_reached_through_its_proxy() {
     let pod = |name: &str| (name == "RUNPOD_POD_ID").then(|| "abc123".to_owned());
     let server = read_with(SERVER, &pod).unwrap().server;
-    assert_eq!(
-        server.public_url.as_deref(),
-        Some("https://abc123-9100.proxy.runpod.net")
-    );
+    assert_eq!(server.public_url.as_deref(), Some("https://abc123-9100.proxy.runpod.net"));
     assert_eq!(read(SERVER).unwrap().server.public_url, None);
 }
 
@@ -495,27 +369,15 @@ fn hub_ids() {
 fn debug_hides_the_environments_values() {
     let spec = entry("    type: text\n    env: {TOKEN: hunter2}\n").unwrap();
     let text = format!("{spec:?}");
-    assert!(
-        text.contains("TOKEN") && !text.contains("hunter2"),
-        "{text}"
-    );
+    assert!(text.contains("TOKEN") && !text.contains("hunter2"), "{text}");
 }
 
 #[test]
 fn the_schema_knows_all_keys_and_describes_them() {
     let schema: serde_json::Value = serde_json::from_str(&schema()).unwrap();
     let entry = schema.pointer("/$defs/Entry/properties").unwrap();
-    for key in [
-        "type",
-        "service_script",
-        "command",
-        "memory",
-        "upstream_model",
-    ] {
+    for key in ["type", "service_script", "command", "memory", "upstream_model"] {
         assert!(entry[key]["description"].is_string(), "{key}");
     }
-    assert_eq!(
-        schema.pointer("/$defs/Entry/additionalProperties"),
-        Some(&serde_json::Value::Bool(false))
-    );
+    assert_eq!(schema.pointer("/$defs/Entry/additionalProperties"), Some(&serde_json::Value::Bool(false)));
 }

@@ -44,9 +44,7 @@ fn period(text: &str) -> Result<Duration, String> {
 }
 
 fn seconds(seconds: f64) -> Option<Duration> {
-    (0.0..=PERIOD_MAX_S)
-        .contains(&seconds)
-        .then(|| Duration::from_millis((seconds * 1000.0).round() as u64))
+    (0.0..=PERIOD_MAX_S).contains(&seconds).then(|| Duration::from_millis((seconds * 1000.0).round() as u64))
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -65,11 +63,7 @@ fn size(text: &str) -> Result<u64, String> {
         _ => return Err(help()),
     };
     let bytes = number * factor as f64;
-    if (0.0..9e15).contains(&bytes) {
-        Ok(bytes.round() as u64)
-    } else {
-        Err(help())
-    }
+    if (0.0..9e15).contains(&bytes) { Ok(bytes.round() as u64) } else { Err(help()) }
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -85,9 +79,7 @@ fn share(text: &str) -> Result<f64, String> {
 /// `18 GiB` -> (18.0, "GiB").
 fn number_and_unit(text: &str) -> Option<(f64, &str)> {
     let text = text.trim();
-    let end = text
-        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
     let number = text[..end].parse().ok()?;
     Some((number, text[end..].trim()))
 }
@@ -126,10 +118,7 @@ macro_rules! scalar {
     ($name:ident, $read:path, $expecting:literal, $schema:tt) => {
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let reader = Reader {
-                    expecting: $expecting,
-                    read: $read,
-                };
+                let reader = Reader { expecting: $expecting, read: $read };
                 deserializer.deserialize_any(reader).map(Self)
             }
         }
@@ -192,9 +181,8 @@ impl<'de> Deserialize<'de> for Command {
             }
 
             fn visit_str<E: de::Error>(self, line: &str) -> Result<Command, E> {
-                let words = shlex::split(line).ok_or_else(|| {
-                    E::custom("the quotes of the command do not close; a list of words needs none")
-                })?;
+                let words = shlex::split(line)
+                    .ok_or_else(|| E::custom("the quotes of the command do not close; a list of words needs none"))?;
                 Ok(Command(words))
             }
 
