@@ -26,11 +26,11 @@ const PLACEHOLDERS: &[&str] = &["port", "model", "name"];
 
 /// All entries in the order of the file; entries with problems are left out.
 pub(super) fn models(file: &File, dir: &Path, problems: &mut Problems) -> Vec<ModelSpec> {
-    if file.models.0.is_empty() {
+    if file.entries().is_empty() {
         problems.add(None, "`models` has no entry; docs/ADDING_MODELS.md shows one");
     }
     names(file, problems);
-    let entries = file.models.0.iter().enumerate();
+    let entries = file.entries().iter().enumerate();
     entries
         .filter_map(|(index, (name, entry))| {
             let mut reader = Reader { name, entry, dir, problems };
@@ -42,10 +42,10 @@ pub(super) fn models(file: &File, dir: &Path, problems: &mut Problems) -> Vec<Mo
 /// Names and aliases share one space: clients put either into `model`.
 fn names(file: &File, problems: &mut Problems) {
     let mut taken: BTreeMap<&str, String> = BTreeMap::new();
-    for (name, _) in &file.models.0 {
+    for (name, _) in file.entries() {
         taken.insert(&name.value, format!("the name of models.{}", name.value));
     }
-    for (name, entry) in &file.models.0 {
+    for (name, entry) in file.entries() {
         for alias in entry.aliases.iter().flat_map(|aliases| &aliases.value) {
             let here = format!("an alias of models.{}", name.value);
             if let Some(owner) = taken.insert(&alias.value, here) {

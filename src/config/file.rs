@@ -18,8 +18,7 @@ use crate::domain::ModelKind;
 pub(super) struct File {
     /// Models by name: the name that clients put into `model`.
     #[schemars(required, with = "BTreeMap<String, Entry>")]
-    #[serde(default)]
-    pub(super) models: Entries,
+    pub(super) models: Option<Entries>,
     /// How waiting time is traded against swaps, and how much may wait.
     pub(super) scheduler: Option<Scheduler>,
     /// The HTTP server and its workers' grace periods.
@@ -27,7 +26,7 @@ pub(super) struct File {
 }
 
 /// The entries of `models:` in the order of the file.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Entries(pub(super) Vec<(At<String>, Entry)>);
 
 /// One model.
@@ -187,6 +186,11 @@ pub(super) struct Server {
 }
 
 impl File {
+    /// The entries in the order of the file.
+    pub(super) fn entries(&self) -> &[(At<String>, Entry)] {
+        self.models.as_ref().map_or(&[], |entries| &entries.0)
+    }
+
     /// Reads the file; keys that it does not know are skipped here (`keys` reports them).
     pub(super) fn parse(text: &str) -> Result<Self, serde_saphyr::Error> {
         serde_saphyr::from_str_with_options(text, options())
