@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
@@ -32,6 +32,8 @@ const ORDERS_LIMIT: usize = 64;
 const PORTS_TRIED: usize = 3;
 /// Device memory that may stay in use after a stop, in bytes: other programs come and go.
 const MEMORY_SLACK_BYTES: u64 = 1 << 30;
+/// How long a guard may take to end what a dead worker left running, and to tell how the worker ended.
+const EXIT_NOTICE: Duration = Duration::from_millis(2500);
 /// How often the clock is asked whether a back-off is over.
 const BACKOFF_LOOK_EVERY: Duration = Duration::from_millis(250);
 
@@ -239,6 +241,8 @@ enum Try {
 enum Pulse {
     Alive,
     Missed(String),
+    /// Nobody listens: it is gone or about to be, and its guard will say how.
+    Refused,
 }
 
 /// Something that happens while a worker serves.
@@ -374,15 +378,28 @@ impl Supervisor {
                     suspected = false;
                     probe = self.watch_probe(&running.doctor);
                 }
-                Event::Pulse(Pulse::Missed(why)) => {
+                Event::Pulse(pulse) => {
                     misses += 1;
+                    let why = match &pulse {
+                        Pulse::Missed(why) => why.as_str(),
+                        _ => "nobody listens on its port",
+                    };
                     tracing::warn!(
                         model = self.spec.name,
                         misses,
                         "a health probe failed: {why}"
                     );
                     if suspected || misses >= self.tempo.watch_misses {
-                        let reason = format!("it stopped answering health probes: {why}");
+                        let how = match pulse {
+                            Pulse::Refused => {
+                                timeout(EXIT_NOTICE, running.process.exited()).await.ok()
+                            }
+                            _ => None,
+                        };
+                        let reason = how.map_or_else(
+                            || format!("it stopped answering health probes: {why}"),
+                            |how| format!("it {how}"),
+                        );
                         return self.died(running, reason).await;
                     }
                     probe = self.watch_probe(&running.doctor);
@@ -547,7 +564,7 @@ impl Supervisor {
                         return Try::Stranger(port);
                     }
                 }
-                Health::Silent(_) => {}
+                Health::Silent(_) | Health::Refused => {}
             }
         }
     }
@@ -804,6 +821,7 @@ async fn pulse(doctor: &Doctor, limit: Duration) -> Pulse {
         Health::Failed(why) => Pulse::Missed(format!("it says that it failed: {why}")),
         Health::Stranger => Pulse::Missed("another program answers on its port".to_owned()),
         Health::Silent(why) => Pulse::Missed(why),
+        Health::Refused => Pulse::Refused,
     }
 }
 

@@ -31,8 +31,12 @@ const STALE_WINDOW: Duration = Duration::from_millis(100);
 
 /// The connection was refused, reset or ended early; the text is for the log.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(super) struct Lost(String);
+#[error("{text}")]
+pub(super) struct Lost {
+    text: String,
+    /// Nobody listens on the port.
+    pub(super) is_refused: bool,
+}
 
 impl Lost {
     fn new(what: &str, error: &dyn std::error::Error) -> Self {
@@ -43,7 +47,10 @@ impl Lost {
             text.push_str(&inner.to_string());
             source = inner.source();
         }
-        Self(text)
+        Self {
+            text,
+            is_refused: false,
+        }
     }
 }
 
@@ -98,9 +105,10 @@ struct Conn {
 
 impl Conn {
     async fn open(authority: &str) -> Result<Self, Lost> {
-        let stream = TcpStream::connect(authority)
-            .await
-            .map_err(|e| Lost::new("cannot connect to the worker", &e))?;
+        let stream = TcpStream::connect(authority).await.map_err(|e| Lost {
+            is_refused: e.kind() == std::io::ErrorKind::ConnectionRefused,
+            ..Lost::new("cannot connect to the worker", &e)
+        })?;
         stream
             .set_nodelay(true)
             .map_err(|e| Lost::new("cannot set TCP_NODELAY", &e))?;
