@@ -150,6 +150,7 @@ impl Attempt<'_> {
             Ok(answer) => Outcome::Answered(answer),
             Err(Trouble::Failed(failure)) => self.failed(failure),
             Err(Trouble::Lost(lost)) => Outcome::WorkerLost {
+                reached: lost.reached,
                 reason: lost.to_string(),
             },
         }

@@ -76,7 +76,8 @@ pub enum Order {
     Stop,
     /// Forget back-off and quarantine: `Available`.
     Retry,
-    /// A job got no answer though the worker looks alive: probe now, restart if it does not answer.
+    /// A job got no answer though the worker looks alive: probe now; `Ready` again if it answers, else it is ended and
+    /// `Died` reported.
     Suspect,
 }
 
@@ -375,7 +376,10 @@ impl Supervisor {
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
                 Event::Pulse(Pulse::Alive) => {
                     misses = 0;
-                    suspected = false;
+                    if std::mem::take(&mut suspected) {
+                        let base_url = format!("http://127.0.0.1:{}", running.process.port());
+                        self.report(Report::Ready { base_url, load_ms: 0 });
+                    }
                     probe = self.watch_probe(&running.doctor);
                 }
                 Event::Pulse(pulse) => {

@@ -36,6 +36,8 @@ pub(super) struct Lost {
     text: String,
     /// Nobody listens on the port.
     pub(super) is_refused: bool,
+    /// Whether the request may have reached the worker.
+    pub(super) reached: bool,
 }
 
 impl Lost {
@@ -50,6 +52,7 @@ impl Lost {
         Self {
             text,
             is_refused: false,
+            reached: true,
         }
     }
 }
@@ -107,6 +110,7 @@ impl Conn {
     async fn open(authority: &str) -> Result<Self, Lost> {
         let stream = TcpStream::connect(authority).await.map_err(|e| Lost {
             is_refused: e.kind() == std::io::ErrorKind::ConnectionRefused,
+            reached: false,
             ..Lost::new("cannot connect to the worker", &e)
         })?;
         stream
@@ -273,6 +277,7 @@ impl Pool {
     /// without a single byte within [`STALE_WINDOW`], and the worker still accepts a fresh connection. A worker that died
     /// on the request refuses that one, and the caller learns that the worker is lost.
     pub(super) async fn call(&self, authority: &str, ask: &Ask) -> Result<Reply, Lost> {
+        let mut reached = false;
         while let Some(mut conn) = self.take(authority) {
             if !conn.is_usable().await {
                 continue;
@@ -281,11 +286,14 @@ impl Pool {
             match conn.send(ask.request(authority)?).await {
                 Ok(head) => return Ok(reply(head, conn)),
                 Err(error) if error.is_canceled() => {} // Never written.
-                Err(error) if sent.elapsed() < STALE_WINDOW && closed_silently(&error) => break,
+                Err(error) if sent.elapsed() < STALE_WINDOW && closed_silently(&error) => {
+                    reached = true;
+                    break;
+                }
                 Err(error) => return Err(Lost::new("the worker did not answer", &error)),
             }
         }
-        let mut conn = Conn::open(authority).await?;
+        let mut conn = Conn::open(authority).await.map_err(|lost| Lost { reached, ..lost })?;
         match conn.send(ask.request(authority)?).await {
             Ok(head) => Ok(reply(head, conn)),
             Err(error) => Err(Lost::new("the worker did not answer", &error)),
