@@ -277,7 +277,9 @@ mod tests {
     fn keys_are_never_shown() {
         let keys = ApiKeys::parse("alice:secret-one").unwrap();
         assert_eq!(format!("{keys:?}"), "[\"alice\"]");
-        for bad in ["secret-one", "alice:short", ":secret-one", "a b:secret-one", "alice:secret-one,alice:secret-two", ""] {
+        for bad in
+            ["secret-one", "alice:short", ":secret-one", "a b:secret-one", "alice:secret-one,alice:secret-two", ""]
+        {
             let error = ApiKeys::parse(bad).unwrap_err().to_string();
             assert!(error.starts_with("entry ") && !error.contains("secret"), "{bad}: {error}");
         }

@@ -1,8 +1,8 @@
 //! Reading requests: bodies with a limit, JSON with its place of error, queries, and names near a misspelt one.
 
 use axum::body::Body;
-use axum::http::{HeaderMap, Uri, header};
 use axum::extract::{FromRequest, Query, Request};
+use axum::http::{HeaderMap, Uri, header};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use serde_json::{Map, Value};
@@ -32,7 +32,8 @@ fn refuse_other_types(headers: &HeaderMap) -> Result<(), ApiError> {
     };
     let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     let is_other = ["multipart/", "image/", "audio/", "video/"].iter().any(|other| essence.starts_with(other))
-        || ["application/xml", "text/xml", "text/html", "application/zip", "application/gzip"].contains(&essence.as_str());
+        || ["application/xml", "text/xml", "text/html", "application/zip", "application/gzip"]
+            .contains(&essence.as_str());
     if is_other {
         let message = format!("`{essence}` is not taken here: send the body as application/json");
         return Err(ApiError::new(ErrorCode::UnsupportedMediaType, message).at("Content-Type"));
@@ -118,7 +119,9 @@ pub fn flag(query: &[(String, String)], name: &str) -> Result<bool, ApiError> {
     match field(query, name) {
         None | Some("false" | "0") => Ok(false),
         Some("true" | "1" | "") => Ok(true),
-        Some(other) => Err(ApiError::invalid(name, format!("{name} must be true or false, not `{}`", shortened(other)))),
+        Some(other) => {
+            Err(ApiError::invalid(name, format!("{name} must be true or false, not `{}`", shortened(other))))
+        }
     }
 }
 
@@ -178,7 +181,9 @@ mod tests {
     #[test]
     fn only_clearly_other_types_are_refused() {
         let typed = |text: &str| HeaderMap::from_iter([(header::CONTENT_TYPE, text.parse().unwrap())]);
-        for good in ["application/json", "application/json; charset=utf-8", "text/plain", "application/x-www-form-urlencoded"] {
+        for good in
+            ["application/json", "application/json; charset=utf-8", "text/plain", "application/x-www-form-urlencoded"]
+        {
             assert!(refuse_other_types(&typed(good)).is_ok(), "{good}");
         }
         assert!(refuse_other_types(&HeaderMap::new()).is_ok());

@@ -1,6 +1,8 @@
 //! The only place where error codes become HTTP statuses, retry headers and bodies. One body on every face: RFC 9457
 //! members plus OpenAI's inner `error` object.
 
+use std::ops::{Deref, DerefMut};
+
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -88,7 +90,11 @@ fn openai_type(status: u16) -> &'static str {
 
 /// An answer that is no success. Becomes a response at the edge, where the path is known.
 #[derive(Clone, Debug, PartialEq)]
-pub struct ApiError {
+pub struct ApiError(Box<Fault>);
+
+/// What is known about an error.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fault {
     /// Decides the status.
     pub code: ErrorCode,
     /// For a person: what was wrong and what to do.
@@ -105,10 +111,24 @@ pub struct ApiError {
     content_range: Option<String>,
 }
 
+impl Deref for ApiError {
+    type Target = Fault;
+
+    fn deref(&self) -> &Fault {
+        &self.0
+    }
+}
+
+impl DerefMut for ApiError {
+    fn deref_mut(&mut self) -> &mut Fault {
+        &mut self.0
+    }
+}
+
 impl ApiError {
     /// An error with nothing but its code and text.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Fault {
             code,
             message: message.into(),
             param: None,
@@ -118,7 +138,7 @@ impl ApiError {
             retry_after_s: None,
             status: None,
             content_range: None,
-        }
+        }))
     }
 
     /// A field is missing or wrong.
@@ -139,24 +159,25 @@ impl ApiError {
     /// A `Range` outside the file: 416.
     pub fn range_not_satisfiable(bytes: u64) -> Self {
         let message = format!("the range lies outside the file, which has {bytes} bytes");
-        Self {
-            status: Some(StatusCode::RANGE_NOT_SATISFIABLE),
-            content_range: Some(format!("bytes */{bytes}")),
-            ..Self::invalid("Range", message)
-        }
+        let mut error = Self::invalid("Range", message);
+        error.status = Some(StatusCode::RANGE_NOT_SATISFIABLE);
+        error.content_range = Some(format!("bytes */{bytes}"));
+        error
     }
 
     /// Why a job has no answer.
     pub fn of_job(error: &JobError, job_id: JobId) -> Self {
-        let upstream = (error.code == ErrorCode::UpstreamRejected).then(|| upstream_status(error)).flatten();
-        Self {
-            param: error.param.clone(),
-            job_id: Some(job_id),
-            details: error.details.clone(),
-            retryable: Some(error.retryable),
-            status: upstream,
-            ..Self::new(error.code, error.message.clone())
-        }
+        let mut shown = Self::without_job(error).about(job_id);
+        shown.status = (error.code == ErrorCode::UpstreamRejected).then(|| upstream_status(error)).flatten();
+        shown
+    }
+
+    fn without_job(error: &JobError) -> Self {
+        let mut shown = Self::new(error.code, error.message.clone());
+        shown.param.clone_from(&error.param);
+        shown.details.clone_from(&error.details);
+        shown.retryable = Some(error.retryable);
+        shown
     }
 
     /// Names the field at fault.
@@ -167,7 +188,7 @@ impl ApiError {
 
     /// The same, seen from one level further out: `model` becomes `body.model`.
     pub fn below(mut self, outer: &str) -> Self {
-        self.param = self.param.map(|param| format!("{outer}.{param}"));
+        self.param = self.param.take().map(|param| format!("{outer}.{param}"));
         self
     }
 
@@ -283,14 +304,14 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = Response::new(Body::empty());
         *response.status_mut() = self.status();
-        response.extensions_mut().insert(Box::new(self));
+        response.extensions_mut().insert(self);
         response
     }
 }
 
 /// The error a handler answered with, if it did.
 pub fn taken_from(response: &mut Response) -> Option<ApiError> {
-    response.extensions_mut().remove::<Box<ApiError>>().map(|error| *error)
+    response.extensions_mut().remove()
 }
 
 impl From<StoreError> for ApiError {
@@ -314,12 +335,7 @@ impl From<SubmitError> for ApiError {
             SubmitError::QueueFull { queued, limit, retry_after_s } => Self::new(ErrorCode::QueueFull, message)
                 .with_details(json!({"queued": queued, "limit": limit}))
                 .after(retry_after_s),
-            SubmitError::ModelLoadFailed(error) => Self {
-                param: error.param.clone(),
-                details: error.details.clone(),
-                retryable: Some(error.retryable),
-                ..Self::new(error.code, message)
-            },
+            SubmitError::ModelLoadFailed(error) => Self::without_job(&error),
             SubmitError::Draining => Self::new(ErrorCode::Draining, message),
             SubmitError::Store(error) => error.into(),
         }

@@ -148,7 +148,8 @@ impl AppState {
         let by_key = self.keys.check(request.headers());
         let is_artifact = is_read && path.starts_with("/v1/jobs/") && path.contains("/artifacts/");
         match (by_key, request.uri().query()) {
-            (Err(no_key), Some(query)) if is_artifact => match self.signer.check(path, query, self.clock.now() / 1_000) {
+            (Err(no_key), Some(query)) if is_artifact => match self.signer.check(path, query, self.clock.now() / 1_000)
+            {
                 Some(signed) => signed.map(|()| Caller::signed()),
                 None => Err(no_key),
             },
@@ -212,7 +213,8 @@ async fn edge(State(state): State<AppState>, mut request: Request, next: Next) -
             let handled = AssertUnwindSafe(next.run(request)).catch_unwind().await;
             handled.unwrap_or_else(|_| {
                 tracing::error!(http.path = path, "a request's handler panicked");
-                ApiError::new(ErrorCode::InternalError, "the server failed on this request; its log says why").into_response()
+                ApiError::new(ErrorCode::InternalError, "the server failed on this request; its log says why")
+                    .into_response()
             })
         }
         Err(error) => error.into_response(),

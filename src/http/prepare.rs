@@ -437,7 +437,7 @@ pub mod tests {
             forwarded(&job),
             r#"{"model":"org/flux","prompt":"a cat","background":"transparent","response_format":"b64_json","n":10}"#
         );
-        let param = |more: Value| image(more).unwrap_err().param.unwrap();
+        let param = |more: Value| image(more).unwrap_err().param.clone().unwrap();
         assert_eq!(param(json!({"n": 11})), "n");
         assert_eq!(param(json!({"n": 1.5})), "n");
         assert_eq!(param(json!({"response_format": "png"})), "response_format");

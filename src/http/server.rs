@@ -79,4 +79,3 @@ fn ignore(ended: Result<(), hyper::Error>) {
         tracing::debug!("a connection ended early: {error}");
     }
 }
-

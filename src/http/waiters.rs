@@ -233,6 +233,13 @@ impl Drop for Guard {
     }
 }
 
+/// Lets the guard go, if there is one: only sync jobs have them.
+pub fn release(guard: Option<Guard>, how: fn(Guard)) {
+    if let Some(guard) = guard {
+        how(guard);
+    }
+}
+
 /// A place among the waiting sync calls.
 #[must_use]
 pub struct SyncCall {

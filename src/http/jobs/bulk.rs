@@ -95,12 +95,7 @@ fn check(models: &Models, requests: Vec<Value>, source: &Source) -> Checked {
     (good, faults)
 }
 
-fn check_one(
-    models: &Models,
-    request: Value,
-    source: &Source,
-    seen: &mut HashSet<String>,
-) -> Result<NewJob, ApiError> {
+fn check_one(models: &Models, request: Value, source: &Source, seen: &mut HashSet<String>) -> Result<NewJob, ApiError> {
     let Value::Object(request) = request else {
         return Err(ApiError::invalid("requests", "a request must be an object, like the body of POST /v1/jobs"));
     };
@@ -156,11 +151,16 @@ mod tests {
         ]);
         assert_eq!(good.iter().map(|(item, _)| item.index).collect::<Vec<_>>(), [0, 5]);
         assert_eq!((good[0].1.priority, good[0].1.batch), (3, Some(BatchId(4))));
-        let shown: Vec<_> = faults.iter().map(|f| (f["index"].clone(), f["code"].clone(), f["param"].clone())).collect();
+        let shown: Vec<_> =
+            faults.iter().map(|f| (f["index"].clone(), f["code"].clone(), f["param"].clone())).collect();
         assert_eq!(
             json!(shown),
-            json!([[1, "model_not_found", "body.model"], [2, "invalid_request", "custom_id"],
-                [3, "invalid_request", "custom_id"], [4, "invalid_request", "requests"]])
+            json!([
+                [1, "model_not_found", "body.model"],
+                [2, "invalid_request", "custom_id"],
+                [3, "invalid_request", "custom_id"],
+                [4, "invalid_request", "requests"]
+            ])
         );
         assert_eq!(faults[0]["custom_id"], "b");
     }
@@ -170,6 +170,8 @@ mod tests {
         let list = |n: usize| requests(json!({"requests": vec![json!({}); n]}).as_object().unwrap().clone());
         assert!(list(0).is_err() && list(1_001).is_err());
         assert_eq!(list(1_000).unwrap().len(), 1_000);
-        assert!(requests(json!({"request": []}).as_object().unwrap().clone()).unwrap_err().message.contains("`requests`"));
+        assert!(
+            requests(json!({"request": []}).as_object().unwrap().clone()).unwrap_err().message.contains("`requests`")
+        );
     }
 }

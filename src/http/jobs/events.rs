@@ -216,7 +216,9 @@ impl EventStream {
             self.ready.push_back(frame(&event, &event_json(self.id, &event, ended)));
             self.after = event.seq;
         }
-        if self.is_over && let Some(guard) = self.guard.take() {
+        if self.is_over
+            && let Some(guard) = self.guard.take()
+        {
             guard.answered();
         }
         Ok(())
@@ -288,7 +290,8 @@ mod tests {
 
     #[test]
     fn stored_times_are_shown_as_times() {
-        let shown = event_json(JobId::new(1, 2, 3), &event("job.retrying", json!({"not_before_ms": null, "eta_ms": 0})), None);
+        let shown =
+            event_json(JobId::new(1, 2, 3), &event("job.retrying", json!({"not_before_ms": null, "eta_ms": 0})), None);
         assert_eq!((&shown["not_before"], &shown["eta"]), (&Value::Null, &json!("1970-01-01T00:00:00.000Z")));
         assert!(shown.get("eta_ms").is_none());
     }

@@ -17,7 +17,7 @@ use crate::http::openai::hops::{self, Prefer, WAIT_MAX_S};
 use crate::http::openai::{Waited, wait_for_end};
 use crate::http::prepare::PRIORITY_ASYNC;
 use crate::http::submit::submit;
-use crate::http::waiters::{Guard, Role};
+use crate::http::waiters::{Guard, Role, release};
 use crate::http::{AppState, view};
 use crate::scheduler::handle::Submitted;
 use crate::scheduler::hub::JobWatch;
@@ -85,7 +85,7 @@ pub async fn get(
     if wait_s > 0 && !job.state.is_terminal() {
         let guard = onlooker(&state, &job);
         wait(&state, &job, watch, until, known, Duration::from_secs(wait_s)).await;
-        guard.map(Guard::hand_over);
+        release(guard, Guard::hand_over);
         job = state.job(&caller, id).await?;
     }
     if known == Some(job.version) {
@@ -188,7 +188,7 @@ fn read_filter(state: &AppState, caller: &Caller, uri: &Uri) -> Result<JobFilter
                 let limit = limit.and_then(|limit| u32::try_from(limit).ok());
                 filter.limit = limit.ok_or_else(|| ApiError::invalid("limit", "limit must be 1 to 100"))?;
             }
-            "after" => filter.after = Some(job_id(value).map_err(|e| ApiError::invalid("after", e.message))?),
+            "after" => filter.after = Some(job_id(value).map_err(|e| ApiError::invalid("after", e.message.clone()))?),
             "order" => match value.as_str() {
                 "asc" => filter.ascending = true,
                 "desc" => filter.ascending = false,

@@ -13,7 +13,7 @@ use crate::http::error::ApiError;
 use crate::http::jobs::job_id;
 use crate::http::openai::hops::{WAIT_MAX_S, hop_time};
 use crate::http::openai::{self, Waited, answer};
-use crate::http::waiters::{Guard, Role};
+use crate::http::waiters::{Guard, Role, release};
 use crate::http::{AppState, view};
 use crate::scheduler::hub::JobWatch;
 
@@ -55,11 +55,11 @@ async fn wait(
 ) -> Result<Response, ApiError> {
     match openai::wait_for_end(state, job, &mut watch, Duration::from_secs(seconds)).await {
         Waited::Ended(ended) => {
-            guard.map(Guard::answered);
+            release(guard, Guard::answered);
             Ok(answer::of_ended(state, job, &ended).await)
         }
         Waited::TimeUp | Waited::Draining => {
-            guard.map(Guard::hand_over);
+            release(guard, Guard::hand_over);
             let job = state.reader.job(job.id).await?;
             if job.state.is_terminal() {
                 return Ok(answer::of_terminal(state, &job).await);

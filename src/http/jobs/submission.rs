@@ -88,7 +88,8 @@ fn refuse_unknown(object: &Map<String, Value>, in_bulk: bool) -> Result<(), ApiE
         if NOT_YET.contains(&name.as_str()) {
             return Err(ApiError::unsupported(name, format!("{name} is not supported yet: leave it out")));
         }
-        if !FIELDS.contains(&name.as_str()) && !(in_bulk && name == "custom_id") {
+        let is_known = FIELDS.contains(&name.as_str()) || (in_bulk && name == "custom_id");
+        if !is_known {
             return Err(unknown_field(name, &FIELDS));
         }
     }
@@ -226,7 +227,7 @@ mod tests {
         let param = |result: Result<NewJob, ApiError>| {
             let error = result.unwrap_err();
             assert_eq!(error.code, ErrorCode::InvalidRequest, "{}", error.message);
-            error.param.unwrap()
+            error.param.clone().unwrap()
         };
         assert_eq!(param(image_with("priorty", json!(1))), "priorty");
         assert_eq!(param(image_with("custom_id", json!("x"))), "custom_id");

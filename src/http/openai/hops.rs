@@ -13,7 +13,8 @@ const MARGIN: Duration = Duration::from_secs(5);
 
 /// The time of one hop: the server's, or less if the client's own read timeout (told by OpenAI's Python SDK) is near.
 pub fn hop_time(sync_hop: Duration, headers: &HeaderMap) -> Duration {
-    let told = headers.get("x-stainless-read-timeout").and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok());
+    let told =
+        headers.get("x-stainless-read-timeout").and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok());
     let timeout = told.filter(|seconds| *seconds > 0.0).and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     match timeout {
         Some(timeout) => sync_hop.min(timeout.saturating_sub(MARGIN.min(timeout / 4))).max(HOP_MIN.min(sync_hop)),

@@ -17,10 +17,10 @@ use crate::http::error::ApiError;
 use crate::http::openai::stream::{ChunkStream, Look, Queued, Shape};
 use crate::http::prepare::{self, Options, PRIORITY_ASYNC, PRIORITY_SYNC};
 use crate::http::submit::submit;
-use crate::http::waiters::{Guard, SyncCall};
+use crate::http::waiters::{Guard, SyncCall, release};
 use crate::http::{AppState, JOB_ID, view};
-use crate::scheduler::hub::{Ended, JobWatch};
 use crate::scheduler::handle::Submitted;
+use crate::scheduler::hub::{Ended, JobWatch};
 
 pub mod answer;
 pub mod hops;
@@ -67,10 +67,10 @@ fn too_many(state: &AppState) -> ApiError {
 /// `Prefer: respond-async`: the job instead of the answer, unless it ends within `wait`.
 async fn respond_async(state: &AppState, job: NewJob, wait_s: Option<u64>) -> Result<Response, ApiError> {
     let (Submitted { job, mut watch }, _) = submit(state, job).await?;
-    if let Some(seconds) = wait_s {
-        if let Waited::Ended(ended) = wait_for_end(state, &job, &mut watch, Duration::from_secs(seconds)).await {
-            return Ok(answer::of_ended(state, &job, &ended).await);
-        }
+    if let Some(seconds) = wait_s
+        && let Waited::Ended(ended) = wait_for_end(state, &job, &mut watch, Duration::from_secs(seconds)).await
+    {
+        return Ok(answer::of_ended(state, &job, &ended).await);
     }
     let job = state.reader.job(job.id).await.unwrap_or(job);
     let mut response = view::respond(state, StatusCode::ACCEPTED, &job).await;
@@ -117,15 +117,15 @@ pub async fn hold(
     let waited = wait_for_end(state, job, &mut watch, time).await;
     match waited {
         Waited::Ended(ended) => {
-            guard.map(Guard::answered);
+            release(guard, Guard::answered);
             answer::of_ended(state, job, &ended).await
         }
         Waited::TimeUp if hop < state.server.sync_max_hops => {
-            guard.map(Guard::hand_over);
+            release(guard, Guard::hand_over);
             see_other(job.id, hop + 1)
         }
         Waited::TimeUp => {
-            guard.map(Guard::keep_job);
+            release(guard, Guard::keep_job);
             let message = format!("no answer within {} hops; the job goes on at /v1/jobs/{}", hop, job.id);
             ApiError::new(ErrorCode::SyncWaitExceeded, message).about(job.id).into_response()
         }

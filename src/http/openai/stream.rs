@@ -64,8 +64,11 @@ impl Shape {
         if top.get("error").is_some_and(|error| error != "null") {
             return;
         }
-        if !self.include_usage && let Some(usage) = top.get("usage") {
-            let is_usage_chunk = usage != "null" && top.get("choices").is_some_and(|c| c.trim_matches(['[', ']', ' ']).is_empty());
+        if !self.include_usage
+            && let Some(usage) = top.get("usage")
+        {
+            let is_usage_chunk =
+                usage != "null" && top.get("choices").is_some_and(|c| c.trim_matches(['[', ']', ' ']).is_empty());
             if is_usage_chunk {
                 return;
             }
@@ -88,7 +91,8 @@ impl Shape {
         };
         let created = answer.get("created").cloned().unwrap_or(json!(0));
         let object = if self.kind == JobKind::Chat { "chat.completion.chunk" } else { "text_completion" };
-        let chunk = |choices: Value| json!({"id": "", "object": object, "created": created, "model": "", "choices": choices});
+        let chunk =
+            |choices: Value| json!({"id": "", "object": object, "created": created, "model": "", "choices": choices});
         for choice in answer.get("choices").and_then(Value::as_array).into_iter().flatten() {
             let index = choice.get("index").cloned().unwrap_or(json!(0));
             let logprobs = choice.get("logprobs").cloned().unwrap_or(Value::Null);
@@ -105,7 +109,9 @@ impl Shape {
                 self.frame(chunk(only).to_string().as_bytes(), out);
             }
         }
-        if self.include_usage && let Some(usage) = answer.get("usage").filter(|usage| !usage.is_null()) {
+        if self.include_usage
+            && let Some(usage) = answer.get("usage").filter(|usage| !usage.is_null())
+        {
             let mut last = chunk(json!([]));
             last["usage"] = usage.clone();
             self.frame(last.to_string().as_bytes(), out);
@@ -327,7 +333,8 @@ pub fn failure(id: JobId, ended: &Ended) -> Option<ApiError> {
     if ended.state == JobState::Succeeded {
         return None;
     }
-    let unknown = || ApiError::new(ErrorCode::InternalError, format!("the job is {} and does not say why", ended.state));
+    let unknown =
+        || ApiError::new(ErrorCode::InternalError, format!("the job is {} and does not say why", ended.state));
     Some(ended.error.as_ref().map_or_else(unknown, |error| ApiError::of_job(error, id)).about(id))
 }
 
@@ -479,10 +486,8 @@ mod tests {
             "message": {"role": "assistant", "content": null, "tool_calls": [{"id": "c", "type": "function"}]}}],
             "usage": {"total_tokens": 5}}));
         let text = all(stream).await;
-        let frames: Vec<Value> = text
-            .split("\n\n")
-            .filter_map(|frame| serde_json::from_str(frame.strip_prefix("data: ")?).ok())
-            .collect();
+        let frames: Vec<Value> =
+            text.split("\n\n").filter_map(|frame| serde_json::from_str(frame.strip_prefix("data: ")?).ok()).collect();
         assert_eq!(frames.len(), 3);
         assert_eq!(
             frames[0]["choices"][0]["delta"],
@@ -500,7 +505,8 @@ mod tests {
         let stream = world.stream(JobKind::Completion, false, None);
         world.succeed(json!({"choices": [{"index": 0, "text": "yes", "finish_reason": "length"}], "usage": {}}));
         let text = all(stream).await;
-        let first: Value = serde_json::from_str(text.split("\n\n").next().unwrap().strip_prefix("data: ").unwrap()).unwrap();
+        let first: Value =
+            serde_json::from_str(text.split("\n\n").next().unwrap().strip_prefix("data: ").unwrap()).unwrap();
         assert_eq!(
             (&first["object"], &first["choices"][0]["text"], &first["choices"][0]["finish_reason"]),
             (&json!("text_completion"), &json!("yes"), &json!("length"))
