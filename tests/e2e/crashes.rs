@@ -50,9 +50,7 @@ async fn the_killer_of_a_run_fails_and_its_companions_do_not() {
         .model("b", echo("custom", &[] as &[&str]));
     let server = site.start().await;
     let api = &server.api;
-    let image = |wishes: Value| {
-        json!({"endpoint": "/v1/images/generations", "body": {"model": "a", "prompt": "x", "echo": wishes}})
-    };
+    let image = |wishes: Value| json!({"endpoint": "/v1/images/generations", "body": {"model": "a", "prompt": "x", "echo": wishes}});
     let mut innocents = Vec::new();
     for _ in 0..4 {
         innocents.push(api.submit(&image(json!({}))).await);
@@ -79,7 +77,8 @@ async fn the_killer_of_a_run_fails_and_its_companions_do_not() {
     let mut beside_the_killer = 0;
     for id in &innocents {
         let events = api.events(id).await;
-        beside_the_killer += usize::from(events.iter().any(|e| e["type"] == "job.started" && e["run"] == started["run"]));
+        beside_the_killer +=
+            usize::from(events.iter().any(|e| e["type"] == "job.started" && e["run"] == started["run"]));
     }
     assert_eq!(beside_the_killer, together, "one run had all eight: {started}");
     let other = api.submit_echo("b", json!({})).await;
@@ -140,9 +139,7 @@ async fn failures_of_single_jobs_are_results_and_leave_the_worker_alone() {
         .model("t", with(echo("text", &[] as &[&str]), json!({"max_attempts": 1})));
     let server = site.start().await;
     let api = &server.api;
-    let image = |wishes: Value| {
-        json!({"endpoint": "/v1/images/generations", "body": {"model": "a", "prompt": "x", "echo": wishes}})
-    };
+    let image = |wishes: Value| json!({"endpoint": "/v1/images/generations", "body": {"model": "a", "prompt": "x", "echo": wishes}});
     let good = api.submit(&image(json!({}))).await;
     let failing = api.submit(&image(json!({"fail": "no such colour"}))).await;
     let refused = api.submit(&image(json!({"status": 422}))).await;

@@ -10,9 +10,7 @@ fn job_with(wishes: Value, more: Value) -> Value {
 
 #[tokio::test]
 async fn deadlines_and_timeouts_end_jobs_with_their_own_codes() {
-    let site = Site::new()
-        .model("a", echo("custom", &[] as &[&str]))
-        .model("t", echo("text", &[] as &[&str]));
+    let site = Site::new().model("a", echo("custom", &[] as &[&str])).model("t", echo("text", &[] as &[&str]));
     let server = site.start().await;
     let api = &server.api;
     let first = api.submit_echo("a", json!({})).await;
@@ -36,8 +34,7 @@ async fn deadlines_and_timeouts_end_jobs_with_their_own_codes() {
     let job = api.finished(&too_long).await;
     assert_eq!((&job["state"], &job["error"]["code"]), (&json!("expired"), &json!("deadline_exceeded")), "{job}");
 
-    let timed_out =
-        api.submit(&job_with(json!({"delay_ms": 20000}), json!({"timeout_s": 1, "max_attempts": 2}))).await;
+    let timed_out = api.submit(&job_with(json!({"delay_ms": 20000}), json!({"timeout_s": 1, "max_attempts": 2}))).await;
     let job = api.finished(&timed_out).await;
     assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("execution_timeout")), "{job}");
     assert_eq!(job["attempt"], 2, "a timeout is tried again: {job}");

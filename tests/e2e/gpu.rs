@@ -25,12 +25,14 @@ fn gpu_model(site: &Site, more: &[&str]) -> Value {
 fn site_with(models: &[(&str, &[&str])]) -> Site {
     let site = Site::new();
     let probe = format!("dir:{}", site.device().display());
-    models.iter().fold(site, |site, (name, more)| {
-        let entry = gpu_model(&site, more);
-        site.model(name, entry)
-    })
-    .model("cpu", echo("custom", &[] as &[&str]))
-    .env("ROUNDHOUSE_GPU_PROBE", &probe)
+    models
+        .iter()
+        .fold(site, |site, (name, more)| {
+            let entry = gpu_model(&site, more);
+            site.model(name, entry)
+        })
+        .model("cpu", echo("custom", &[] as &[&str]))
+        .env("ROUNDHOUSE_GPU_PROBE", &probe)
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::common::{Site, echo, echo_job, eventually, LIMIT};
+use crate::common::{LIMIT, Site, echo, echo_job, eventually};
 
 fn chat(who: &str) -> Value {
     json!({"model": "t", "messages": [{"role": "user", "content": "hi"}], "metadata": {"who": who}})

@@ -14,7 +14,8 @@ const JOBS_PER_ROUND: usize = 40;
 
 #[tokio::test]
 async fn no_accepted_job_is_lost_or_ends_twice_when_the_server_is_killed() {
-    let seed = std::env::var("ROUNDHOUSE_TEST_SEED").map_or_else(|_| u64::from(std::process::id()), |s| s.parse().unwrap());
+    let seed =
+        std::env::var("ROUNDHOUSE_TEST_SEED").map_or_else(|_| u64::from(std::process::id()), |s| s.parse().unwrap());
     eprintln!("ROUNDHOUSE_TEST_SEED={seed}");
     let site = Site::new();
     let mut args = site.whole_device();

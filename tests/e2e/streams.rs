@@ -56,7 +56,11 @@ async fn a_streamed_chat_has_exactly_the_frames_that_clients_expect() {
     let own = id.replace("job_", "chatcmpl-");
     for chunk in &chunks {
         assert_eq!(chunk["id"], own.as_str(), "{chunk}");
-        assert_eq!((&chunk["model"], &chunk["object"]), (&json!("t:latest"), &json!("chat.completion.chunk")), "{chunk}");
+        assert_eq!(
+            (&chunk["model"], &chunk["object"]),
+            (&json!("t:latest"), &json!("chat.completion.chunk")),
+            "{chunk}"
+        );
         assert!(chunk["usage"].is_null(), "nobody asked: {chunk}");
         assert_eq!(chunk["choices"].as_array().unwrap().len(), 1, "{chunk}");
     }
@@ -158,8 +162,10 @@ async fn a_caller_who_leaves_a_stream_ends_its_job() {
     api.happened(&id, "job.cancelled").await;
     let job = api.job(&id).await;
     assert_eq!(job["error"]["code"], "client_disconnected", "{job}");
-    let after = api.submit(&json!({"endpoint": "/v1/chat/completions", "body": {"model": "t",
-                                   "messages": [{"role": "user", "content": "x"}]}})).await;
+    let after = api
+        .submit(&json!({"endpoint": "/v1/chat/completions", "body": {"model": "t",
+                                   "messages": [{"role": "user", "content": "x"}]}}))
+        .await;
     api.succeeded(&after).await;
     assert_eq!(api.worker("t").await["starts"], 1);
 }

@@ -49,7 +49,9 @@ async fn sixty_interleaved_jobs_cost_two_swaps() {
     let mut args = site.whole_device();
     args.extend(["--load-s", "2", "--delay-ms", "50", "--steps", "1"].map(str::to_owned));
     let models = ["a", "b", "c"];
-    let site = models.iter().fold(site, |site, name| site.model(name, with(echo("custom", &args), json!({"startup_time": 2}))));
+    let site = models
+        .iter()
+        .fold(site, |site, name| site.model(name, with(echo("custom", &args), json!({"startup_time": 2}))));
     let device = DeviceWatch::start(site.device());
     let server = site.start().await;
     let api = &server.api;
@@ -59,7 +61,11 @@ async fn sixty_interleaved_jobs_cost_two_swaps() {
     for n in 0..60 {
         ids.push(api.submit_echo(models[n % 3], json!({})).await);
     }
-    assert!(started.elapsed() < Duration::from_secs(2), "all are there before the first model: {:?}", started.elapsed());
+    assert!(
+        started.elapsed() < Duration::from_secs(2),
+        "all are there before the first model: {:?}",
+        started.elapsed()
+    );
     for id in &ids {
         let job = api.succeeded(id).await;
         assert_eq!(job["attempt"], 1, "{job}");
@@ -110,7 +116,10 @@ async fn a_worker_that_ignores_sigterm_is_gone_within_its_grace_and_two_seconds(
     let mut stubborn = site.whole_device();
     stubborn.push("--ignore-sigterm".to_owned());
     let polite = site.whole_device();
-    let site = site.server("worker_grace", "1s").model("stubborn", echo("custom", &stubborn)).model("polite", echo("custom", &polite));
+    let site = site
+        .server("worker_grace", "1s")
+        .model("stubborn", echo("custom", &stubborn))
+        .model("polite", echo("custom", &polite));
     let server = site.start().await;
     let api = &server.api;
     let first = api.submit_echo("stubborn", json!({})).await;
@@ -118,7 +127,8 @@ async fn a_worker_that_ignores_sigterm_is_gone_within_its_grace_and_two_seconds(
     let worker = server.worker("stubborn").await;
     let started = Instant::now();
     let next = api.submit_echo("polite", json!({})).await;
-    eventually(Duration::from_secs(3), "the stubborn worker is gone", || async { (!worker.is_alive()).then_some(()) }).await;
+    eventually(Duration::from_secs(3), "the stubborn worker is gone", || async { (!worker.is_alive()).then_some(()) })
+        .await;
     assert!(started.elapsed() >= Duration::from_millis(900), "it had its grace: {:?}", started.elapsed());
     api.succeeded(&next).await;
     assert!(server.worker_log("stubborn").contains("ignored stop.signal=SIGTERM"));

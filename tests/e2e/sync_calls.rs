@@ -8,13 +8,8 @@ use serde_json::{Value, json};
 
 use crate::common::{Api, CuttingProxy, LIMIT, Reply, Site, beside, check_history, echo, eventually, with};
 
-const PATHS: [&str; 5] = [
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/images/generations",
-    "/v1/audio/generations",
-    "/v1/audio/speech",
-];
+const PATHS: [&str; 5] =
+    ["/v1/chat/completions", "/v1/completions", "/v1/images/generations", "/v1/audio/generations", "/v1/audio/speech"];
 
 /// A text model that serves everything, so that one load is waited for by all kinds of calls.
 fn everything(args: &[&str]) -> Value {
@@ -44,7 +39,11 @@ fn check_answer(path: &str, reply: Reply) {
             let answer = reply.json();
             assert_eq!(answer["choices"][0]["message"]["content"], "echo: hi there", "{answer}");
             assert_eq!(answer["choices"][0]["finish_reason"], "stop", "{answer}");
-            assert_eq!((&answer["object"], &answer["model"]), (&json!("chat.completion"), &json!("all:latest")), "{answer}");
+            assert_eq!(
+                (&answer["object"], &answer["model"]),
+                (&json!("chat.completion"), &json!("all:latest")),
+                "{answer}"
+            );
             let uuid = reply.header("x-roundhouse-job-id").replace("job_", "chatcmpl-");
             assert_eq!(answer["id"], uuid.as_str(), "{answer}");
             assert!(answer["usage"]["total_tokens"].as_u64().unwrap() > 0, "{answer}");
@@ -82,7 +81,10 @@ async fn every_kind_of_call_is_answered() {
 #[tokio::test]
 async fn calls_through_a_proxy_that_cuts_long_answers_get_theirs_by_hops() {
     let limit = Duration::from_millis(2_000);
-    let site = Site::new().server("sync_hop", "700ms").server("sync_max_hops", 50).model("all", everything(&["--load-s", "4"]));
+    let site = Site::new()
+        .server("sync_hop", "700ms")
+        .server("sync_max_hops", 50)
+        .model("all", everything(&["--load-s", "4"]));
     let server = site.start().await;
     let proxy = CuttingProxy::start(&server.api.base, limit).await;
     let through = server.api.at(&proxy.url).following();
