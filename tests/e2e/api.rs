@@ -163,7 +163,7 @@ async fn lists_are_filtered_and_paged_without_gaps() {
         ("after=job_nonsense", "after"),
         ("kind=smell", "kind"),
     ] {
-        let reply = api.get(&format!("/v1/jobs?{query}")).await.is_error(400, "invalid_request");
+        let reply = api.get(&format!("/v1/jobs?{query}")).await.refused(400, "invalid_request");
         assert_eq!(reply.json()["error"]["param"], param, "{query}");
     }
 }
@@ -318,7 +318,7 @@ async fn artifacts_can_be_fetched_whole_and_in_parts() {
     // What a page can embed.
     let by_url = api.get(artifacts[0]["url"].as_str().unwrap()).await.is(200);
     assert!(by_url.body.starts_with(b"\x89PNG"));
-    api.get(&format!("/v1/jobs/{id}/artifacts/art_9")).await.is_error(404, "not_found");
+    api.get(&format!("/v1/jobs/{id}/artifacts/art_9")).await.refused(404, "not_found");
 
     // A sound is its own answer.
     let id = api
@@ -349,10 +349,10 @@ async fn failed_jobs_show_their_error_and_can_be_run_again_as_new_ones() {
     let api = &server.api;
     let request = with(echo_job("a", json!({"delay_ms": 300})), json!({"metadata": {"run": "1"}, "priority": 2}));
     let id = api.submit(&request).await;
-    api.poke(&format!("/v1/jobs/{id}/retry")).await.is_error(409, "job_not_terminal");
+    api.poke(&format!("/v1/jobs/{id}/retry")).await.refused(409, "job_not_terminal");
     let job = api.finished(&id).await;
     assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("worker_error")), "{job}");
-    let reply = api.get(&format!("/v1/jobs/{id}/response")).await.is_error(500, "worker_error");
+    let reply = api.get(&format!("/v1/jobs/{id}/response")).await.refused(500, "worker_error");
     assert_eq!(reply.json()["error"]["job_id"], id.as_str());
     assert_eq!(reply.header("x-should-retry"), "false");
 
@@ -380,10 +380,10 @@ async fn ids_that_are_not_there_are_not_found() {
     let foreign = "job_0190163d-8694-739b-aea5-966c26f8ad90".to_owned();
     for unknown in [guessed, foreign, "job_x".to_owned(), "nonsense".to_owned()] {
         for path in ["", "/events", "/response", "/artifacts", "/artifacts/art_0"] {
-            api.get(&format!("/v1/jobs/{unknown}{path}")).await.is_error(404, "not_found");
+            api.get(&format!("/v1/jobs/{unknown}{path}")).await.refused(404, "not_found");
         }
         for path in ["/cancel", "/retry"] {
-            api.poke(&format!("/v1/jobs/{unknown}{path}")).await.is_error(404, "not_found");
+            api.poke(&format!("/v1/jobs/{unknown}{path}")).await.refused(404, "not_found");
         }
     }
 }
@@ -402,7 +402,7 @@ async fn models_workers_queue_and_health_are_shown_without_touching_a_model() {
     assert_eq!((&models["object"], &models["data"][0]["object"]), (&json!("list"), &json!("model")));
     assert_eq!(models["data"][0]["roundhouse"]["kind"], "custom", "{models}");
     assert_eq!(api.get("/v1/models/t").await.is(200).json()["id"], "t");
-    api.get("/v1/models/nobody").await.is_error(404, "model_not_found");
+    api.get("/v1/models/nobody").await.refused(404, "model_not_found");
     let workers = api.get("/v1/workers").await.is(200).json();
     assert!(workers["data"].as_array().unwrap().iter().all(|worker| worker["state"] == "absent"), "{workers}");
     let queue = api.queue().await;

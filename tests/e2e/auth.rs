@@ -48,7 +48,7 @@ async fn without_a_valid_key_only_health_is_open() {
         for (method, path) in PATHS {
             let method: Method = method.parse().unwrap();
             let body = (method == Method::POST).then(|| b"{}".to_vec());
-            let reply = api.send(method, path, body).await.is_error(401, "invalid_api_key");
+            let reply = api.send(method, path, body).await.refused(401, "invalid_api_key");
             assert_eq!(reply.json()["error"]["type"], "authentication_error", "{path}");
         }
     }
@@ -83,18 +83,18 @@ async fn other_tenants_jobs_are_not_there() {
     let id = alice.submit(&request).await;
     let running = alice.submit_echo("a", json!({"delay_ms": 60000})).await;
     for path in ["", "/events", "/response", "/artifacts", "/artifacts/art_0"] {
-        bob.get(&format!("/v1/jobs/{id}{path}")).await.is_error(404, "not_found");
+        bob.get(&format!("/v1/jobs/{id}{path}")).await.refused(404, "not_found");
     }
     for path in ["/cancel", "/retry"] {
-        bob.poke(&format!("/v1/jobs/{id}{path}")).await.is_error(404, "not_found");
-        bob.poke(&format!("/v1/jobs/{running}{path}")).await.is_error(404, "not_found");
+        bob.poke(&format!("/v1/jobs/{id}{path}")).await.refused(404, "not_found");
+        bob.poke(&format!("/v1/jobs/{running}{path}")).await.refused(404, "not_found");
     }
     assert_eq!(bob.get("/v1/jobs").await.is(200).json()["data"], json!([]));
     alice.succeeded(&id).await;
     for path in ["", "/events", "/response", "/artifacts", "/artifacts/art_0"] {
-        bob.get(&format!("/v1/jobs/{id}{path}")).await.is_error(404, "not_found");
+        bob.get(&format!("/v1/jobs/{id}{path}")).await.refused(404, "not_found");
     }
-    bob.poke(&format!("/v1/jobs/{id}/retry")).await.is_error(404, "not_found");
+    bob.poke(&format!("/v1/jobs/{id}/retry")).await.refused(404, "not_found");
     let ids = alice.get("/v1/jobs").await.is(200).json();
     assert_eq!(ids["data"].as_array().unwrap().len(), 2, "{ids}");
     alice.poke(&format!("/v1/jobs/{running}/cancel")).await.is(200);
@@ -154,8 +154,8 @@ async fn a_public_server_without_keys_makes_one_and_shows_it_once() {
     assert!(key.len() >= 20, "{}", key.len());
     let shown = |text: &str| text.matches(&key).count();
     assert_eq!(shown(&server.log()) + shown(&server.said().join("\n")), 1, "shown once");
-    server.api.get("/v1/jobs").await.is_error(401, "invalid_api_key");
-    server.api.post("/v1/jobs", &echo_job("a", json!({}))).await.is_error(401, "invalid_api_key");
+    server.api.get("/v1/jobs").await.refused(401, "invalid_api_key");
+    server.api.post("/v1/jobs", &echo_job("a", json!({}))).await.refused(401, "invalid_api_key");
     let owner = server.api.key(&key);
     let id = owner.submit_echo("a", json!({})).await;
     owner.succeeded(&id).await;

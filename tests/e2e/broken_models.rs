@@ -34,10 +34,10 @@ async fn a_broken_model_blocks_its_own_jobs_only_and_comes_back() {
     let api = &server.api;
 
     // A caller on the line is told as soon as the load has failed, and the next one at once.
-    let reply = api.post("/v1/chat/completions", &chat("broken")).await.is_error(503, "model_load_failed");
+    let reply = api.post("/v1/chat/completions", &chat("broken")).await.refused(503, "model_load_failed");
     assert!(reply.json()["error"]["message"].as_str().unwrap().contains("no weights in sight"), "{}", reply.text());
     let waiting = api.submit(&json!({"endpoint": "/v1/chat/completions", "body": chat("broken")})).await;
-    api.post("/v1/chat/completions", &chat("broken")).await.is_error(503, "model_load_failed");
+    api.post("/v1/chat/completions", &chat("broken")).await.refused(503, "model_load_failed");
     let job = eventually(LIMIT, "its job says why it waits", || async {
         let job = api.job(&waiting).await;
         assert_eq!(job["state"], "queued", "{job}");
@@ -66,7 +66,7 @@ async fn a_broken_model_blocks_its_own_jobs_only_and_comes_back() {
     assert_eq!((job["attempt"].as_i64(), server.charged(&waiting).0), (Some(1), 0), "{job}");
     assert_eq!(api.worker("broken").await["failed_loads"], 0);
     api.post("/v1/chat/completions", &chat("broken")).await.is(200);
-    api.poke("/v1/models/nobody/retry").await.is_error(404, "model_not_found");
+    api.poke("/v1/models/nobody/retry").await.refused(404, "model_not_found");
 }
 
 #[tokio::test]

@@ -25,7 +25,7 @@ async fn deadlines_and_timeouts_end_jobs_with_their_own_codes() {
         assert_eq!(job["state"], "expired", "{job}");
         assert_eq!(job["error"]["code"], "queue_deadline_exceeded", "{job}");
         assert_eq!(check_history(&api.events(id).await), "job.expired");
-        api.get(&format!("/v1/jobs/{id}/response")).await.is_error(504, "queue_deadline_exceeded");
+        api.get(&format!("/v1/jobs/{id}/response")).await.refused(504, "queue_deadline_exceeded");
     }
     assert_eq!(api.job(&blocker).await["state"], "running", "the one before it was not disturbed");
     api.succeeded(&blocker).await;
@@ -71,7 +71,7 @@ async fn cancelling_ends_queued_and_running_jobs_and_changes_no_ended_one() {
     for (id, end) in [(&running, "job.cancelled"), (&queued, "job.cancelled"), (&next, "job.succeeded")] {
         let before = api.job(id).await;
         assert_eq!(api.poke(&format!("/v1/jobs/{id}/cancel")).await.is(200).json()["version"], before["version"]);
-        api.poke(&format!("/v1/jobs/{id}/cancel?strict=true")).await.is_error(409, "job_already_terminal");
+        api.poke(&format!("/v1/jobs/{id}/cancel?strict=true")).await.refused(409, "job_already_terminal");
         assert_eq!(api.job(id).await["state"], before["state"]);
         assert_eq!(check_history(&api.events(id).await), end);
     }

@@ -186,17 +186,17 @@ async fn bad_requests_are_refused_whatever_is_wrong_with_them() {
             reply.text()
         );
     }
-    api.send(Method::PUT, "/v1/jobs", None).await.is_error(405, "method_not_allowed");
+    api.send(Method::PUT, "/v1/jobs", None).await.refused(405, "method_not_allowed");
     for path in ["/", "/v2/jobs", "/v1", "/v1/job", "/v1/%00", "/v1/jobs/%ff", "/v1/jobs/..%2f..%2fetc", "//v1/jobs"] {
         let reply = api.get(path).await;
         assert!((400..500).contains(&reply.status), "{path}: {} {}", reply.status, reply.text());
         assert!(!reply.code().is_empty(), "{path}: {}", reply.text());
     }
     let multipart = api.header("content-type", "multipart/form-data; boundary=x");
-    multipart.send(Method::POST, "/v1/jobs", Some(b"--x--".to_vec())).await.is_error(415, "unsupported_media_type");
+    multipart.send(Method::POST, "/v1/jobs", Some(b"--x--".to_vec())).await.refused(415, "unsupported_media_type");
     for query in ["wait=x", "wait=-1", "until=never&wait=1"] {
         let id = api.submit_echo("a", json!({})).await;
-        api.get(&format!("/v1/jobs/{id}?{query}")).await.is_error(400, "invalid_request");
+        api.get(&format!("/v1/jobs/{id}?{query}")).await.refused(400, "invalid_request");
     }
     let native = api.get("/v1/jobs/job_x").await.is(404);
     assert_eq!(native.header("content-type"), "application/problem+json");

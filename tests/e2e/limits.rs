@@ -20,11 +20,11 @@ async fn a_full_queue_refuses_and_keeps_what_it_has() {
     }
     // All or none: two do not fit, so none of them is taken.
     let two = json!({"requests": [echo_job("a", json!({})), echo_job("a", json!({}))]});
-    let reply = api.post("/v1/jobs/bulk", &two).await.is_error(429, "queue_full");
+    let reply = api.post("/v1/jobs/bulk", &two).await.refused(429, "queue_full");
     assert!(!reply.header("retry-after").is_empty(), "{:?}", reply.headers);
     assert_eq!(api.queue().await["queued"], 3);
     ids.push(api.submit_echo("a", json!({})).await);
-    let reply = api.post("/v1/jobs", &echo_job("a", json!({}))).await.is_error(429, "queue_full");
+    let reply = api.post("/v1/jobs", &echo_job("a", json!({}))).await.refused(429, "queue_full");
     let seconds: u64 = reply.header("retry-after").parse().unwrap();
     assert!((1..=60).contains(&seconds), "{seconds}");
     assert_eq!(reply.json()["error"]["type"], "rate_limit_error");
@@ -45,7 +45,7 @@ async fn one_tenant_cannot_fill_the_queue_for_others() {
     let (alice, bob) = (server.api.key("key-of-alice"), server.api.key("key-of-bob"));
     alice.submit_echo("a", json!({})).await;
     alice.submit_echo("a", json!({})).await;
-    alice.post("/v1/jobs", &echo_job("a", json!({}))).await.is_error(429, "queue_full");
+    alice.post("/v1/jobs", &echo_job("a", json!({}))).await.refused(429, "queue_full");
     bob.submit_echo("a", json!({})).await;
 }
 
@@ -66,7 +66,7 @@ async fn too_many_waiting_callers_are_refused_and_places_come_back() {
     let (first, second) = (call("first"), call("second"));
     let first_job = api.job_of("first").await;
     let second_job = api.job_of("second").await;
-    let reply = api.post("/v1/chat/completions", &chat("third")).await.is_error(429, "queue_full");
+    let reply = api.post("/v1/chat/completions", &chat("third")).await.refused(429, "queue_full");
     assert!(!reply.header("retry-after").is_empty());
     // The limit is on callers, not on jobs.
     let asynchronous = api.submit(&json!({"endpoint": "/v1/chat/completions", "body": chat("fourth")})).await;

@@ -147,7 +147,7 @@ async fn sigterm_lets_running_jobs_finish_and_keeps_the_others() {
     })
     .await;
     if let Some(reply) = refused {
-        reply.is_error(503, "draining");
+        reply.refused(503, "draining");
     }
     let status = server.ended().await;
     assert_eq!(status.code(), Some(0));

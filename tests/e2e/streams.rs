@@ -148,7 +148,7 @@ async fn a_stream_that_fails_says_so_and_ends_with_done() {
     // What is wrong before anything is accepted has its real status.
     let mut unknown = chat(json!({}));
     unknown["model"] = json!("nobody");
-    api.post("/v1/chat/completions", &unknown).await.is_error(404, "model_not_found");
+    api.post("/v1/chat/completions", &unknown).await.refused(404, "model_not_found");
 }
 
 #[tokio::test]

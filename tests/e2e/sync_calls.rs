@@ -134,7 +134,7 @@ async fn after_the_last_hop_the_job_goes_on_without_its_caller() {
         .server("hop_grace", "300ms")
         .model("all", everything(&["--load-s", "3"]));
     let server = site.start().await;
-    let reply = call(&server.api.following(), "/v1/chat/completions", "me").await.is_error(504, "sync_wait_exceeded");
+    let reply = call(&server.api.following(), "/v1/chat/completions", "me").await.refused(504, "sync_wait_exceeded");
     assert_eq!(reply.header("x-should-retry"), "false");
     let id = reply.json()["error"]["job_id"].as_str().unwrap().to_owned();
     server.api.happened(&id, "job.succeeded").await;
