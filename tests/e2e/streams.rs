@@ -129,7 +129,8 @@ async fn a_stream_that_fails_says_so_and_ends_with_done() {
         (json!({"stream_error_after": 2}), "worker_error", true),
         (json!({"no_finish": true}), "invalid_output", true),
         (json!({"crash": true, "tokens": 40, "tokens_per_s": 40}), "worker_lost", true),
-        (json!({"fail": "not today"}), "worker_error", false),
+        // Not at once: what fails at once has a real status.
+        (json!({"fail": "not today", "delay_ms": 1500}), "worker_error", false),
     ];
     for (wishes, code, has_text) in cases {
         let (mut stream, id) = open(api, "/v1/chat/completions", &chat(wishes.clone())).await;
