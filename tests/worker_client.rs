@@ -1,5 +1,7 @@
 //! The worker client against a server that sends exactly the bytes a test wants.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic in its helpers too")]
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

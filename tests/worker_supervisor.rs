@@ -1,10 +1,12 @@
 //! Supervisors with real processes: small Python servers under the real guard.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic in its helpers too")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -15,6 +17,7 @@ use roundhouse::lifecycle::Tasks;
 use roundhouse::worker::gpu::{self, GpuProbe};
 use roundhouse::worker::supervisor::{Order, Surroundings, Tempo, WorkerHandle, end_orphans};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 /// A worker in the shape of ours, with faults by flag. It writes its process id, and those of its children, as empty
 /// files `pid-N` into its working directory.
@@ -477,6 +480,18 @@ async fn a_stubborn_worker_is_gone_within_grace_and_two_seconds() {
     bench.assert_nothing_left();
     assert!(took >= GRACE, "it had its grace: {took:?}");
     assert!(took < GRACE + Duration::from_secs(2), "{took:?}");
+}
+
+#[tokio::test]
+async fn escaped_children_do_not_cost_the_grace_period() {
+    let mut bench = Bench::new();
+    bench.around.grace = Duration::from_secs(60);
+    let mut worker = bench.worker(&["--escape"]);
+    worker.load().await;
+    let start = Instant::now();
+    worker.stop().await;
+    assert!(start.elapsed() < Duration::from_secs(10));
+    bench.assert_nothing_left();
 }
 
 #[tokio::test]

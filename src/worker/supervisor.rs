@@ -234,7 +234,8 @@ enum Try {
     /// Another program answers on the port.
     Stranger(u16),
     Failed(String, Tail),
-    Stopped,
+    /// By an order given at this time.
+    Stopped(Instant),
     Ended,
 }
 
@@ -337,11 +338,12 @@ impl Supervisor {
                 Try::Failed(reason, tail) => {
                     return self.failed_load(reason, &tail, memory_before).await;
                 }
-                Try::Stopped => {
+                Try::Stopped(ordered_at) => {
                     self.wait_memory_free(memory_before).await;
                     self.enter(ModelState::Absent);
-                    let stop_ms = 0;
-                    self.report(Report::Stopped { stop_ms });
+                    self.report(Report::Stopped {
+                        stop_ms: millis(ordered_at.elapsed()),
+                    });
                     return Phase::Absent;
                 }
                 Try::Ended => return Phase::Ended,
@@ -520,9 +522,10 @@ impl Supervisor {
                 order = self.orders.recv() => {
                     match order {
                         Some(Order::Stop) => {
+                            let ordered_at = Instant::now();
                             self.enter(ModelState::Draining);
                             process.stop(self.around.grace).await;
-                            return Try::Stopped;
+                            return Try::Stopped(ordered_at);
                         }
                         None => {
                             process.stop(self.around.grace).await;
@@ -765,7 +768,10 @@ impl Supervisor {
                 );
                 return;
             }
-            sleep(Duration::from_millis(50)).await;
+            tokio::select! {
+                () = self.hard.cancelled() => return,
+                () = sleep(Duration::from_millis(50)) => {}
+            }
         }
     }
 

@@ -309,6 +309,11 @@ impl Pool {
         conn.rest = (!reply.ended).then_some(reply.body);
         conn.idle_since = Instant::now();
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        // Workers come and go; nobody asks any more for the connections of one that is gone.
+        idle.retain(|other, conns| {
+            let newest = conns.last().map(|c| c.idle_since);
+            other == authority || newest.is_some_and(|at| at.elapsed() <= IDLE_LIMIT)
+        });
         let conns = match idle.get_mut(authority) {
             Some(conns) => conns,
             None => idle.entry(authority.to_owned()).or_default(),
