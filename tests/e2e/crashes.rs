@@ -118,18 +118,17 @@ async fn a_worker_whose_health_hangs_is_replaced() {
 }
 
 #[tokio::test]
-async fn a_worker_that_hangs_on_a_job_does_not_hang_the_queue() {
-    let site = Site::new().model("a", echo("custom", &[] as &[&str]));
+async fn a_worker_that_hangs_on_a_job_is_replaced() {
+    let site = Site::new().model("a", with(echo("custom", &[] as &[&str]), json!({"timeout": "1s", "max_attempts": 1})));
     let server = site.start().await;
     let api = &server.api;
-    let mut hanging = echo_job("a", json!({"hang": true}));
-    hanging["timeout_s"] = json!(1);
-    hanging["max_attempts"] = json!(1);
-    let hanging = api.submit(&hanging).await;
+    let hanging = api.submit_echo("a", json!({"hang": true})).await;
     let next = api.submit_echo("a", json!({})).await;
     let job = api.finished(&hanging).await;
     assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("execution_timeout")), "{job}");
-    api.succeeded(&next).await;
+    let job = api.succeeded(&next).await;
+    assert_eq!(job["attempt"], 1, "it was not sent to the hanging worker: {job}");
+    assert_eq!(api.worker("a").await["starts"], 2);
 }
 
 #[tokio::test]
