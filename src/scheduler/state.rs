@@ -48,6 +48,14 @@ pub enum Event {
         /// Its worker could not be reached or broke the connection.
         suspect: bool,
     },
+    /// An attempt ran into its time limit and showed no progress for the last half of it: its worker may hang, though its
+    /// health is well.
+    Silent {
+        /// Entry name.
+        model: Arc<str>,
+        /// When the attempt was sent.
+        since: Millis,
+    },
     /// A waiting job is not to be scheduled any more (cancelled, expired or failed; committed).
     Gone {
         /// The job.
@@ -143,10 +151,12 @@ pub(super) struct Model {
     service_prior_ms: f64,
     idle_ttl_ms: Option<i64>,
     preload: bool,
+    timeout_ms: i64,
     learned: Learned,
     rate: f64,
     rate_at: Millis,
     backlogged_since: Option<Millis>,
+    answered_at: Option<Millis>,
 }
 
 impl Model {
@@ -165,10 +175,12 @@ impl Model {
             service_prior_ms,
             idle_ttl_ms: spec.idle_ttl.map(|ttl| i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX)),
             preload: spec.preload,
+            timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
             learned: Learned::default(),
             rate: 0.0,
             rate_at: 0,
             backlogged_since: None,
+            answered_at: None,
         }
     }
 
@@ -184,10 +196,12 @@ impl Model {
             service_prior_ms: 3_000.0,
             idle_ttl_ms: None,
             preload: false,
+            timeout_ms: i64::MAX,
             learned: Learned::default(),
             rate: 0.0,
             rate_at: 0,
             backlogged_since: None,
+            answered_at: None,
         }
     }
 
@@ -381,6 +395,7 @@ impl State {
                 }
                 Vec::new()
             }
+            Event::Silent { model, since } => self.on_silent(&model, since, now),
             Event::Ended { model, number, answered, suspect } => self.on_ended(&model, number, answered, suspect, now),
             Event::Gone { number } => {
                 self.dequeue(number);
@@ -433,6 +448,20 @@ impl State {
         }
     }
 
+    /// Restarts a worker that let an attempt run into the model's own time limit without progress, and has answered nobody
+    /// since the attempt began. A limit that the client set shorter proves nothing.
+    fn on_silent(&mut self, model: &str, since: Millis, now: Millis) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        if let Some(index) = self.index_of(model)
+            && matches!(self.device, Device::Serving { model, .. } if model == index)
+            && now - since >= self.models[index].timeout_ms
+            && self.models[index].answered_at.is_none_or(|at| at < since)
+        {
+            self.leave(model, None, &mut effects);
+        }
+        effects
+    }
+
     fn on_ended(&mut self, model: &str, number: i64, answered: bool, suspect: bool, now: Millis) -> Vec<Effect> {
         let Some(index) = self.index_of(model) else {
             return Vec::new();
@@ -442,6 +471,7 @@ impl State {
             return Vec::new();
         };
         if answered {
+            model.answered_at = Some(now);
             let service = (now - running.claimed_at) as f64;
             blend(&mut model.learned.service_ms, service, SERVICE_WEIGHT);
             // Device time per completion is only seen while jobs wait: otherwise the pauses are the callers'.
