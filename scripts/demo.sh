@@ -17,6 +17,8 @@ set -euo pipefail
 source "$(dirname "$0")/lib/common.sh"
 source "$(dirname "$0")/lib/lanes.sh"
 cd "$ROOT"
+# Where models.demo.yaml looks for them.
+export ROUNDHOUSE_CHECKPOINTS=$ROOT/.cache/checkpoints
 
 which='' keep=0 port=9000
 while [ $# -gt 0 ]; do
@@ -43,14 +45,14 @@ describe_real() {
 
 An NVIDIA GPU answers here. The models of models.yaml would be:
 
-    model                          download   GPU memory   licence of the weights
-    Qwen3-4B-Instruct-2507  text     8.1 GB   from 16 GB   Apache-2.0
-    FLUX.2-klein-4B         images  16.0 GB   16 GB        Apache-2.0
-    MusicGen small          music    2.4 GB   2 GB         CC-BY-NC 4.0: NOT for commercial use
-    Python packages                  ~10 GB
+    model                           download   GPU memory    licence of the weights
+    Qwen3-4B-Instruct-2507  text      8.1 GB   up to 20 GB   Apache-2.0
+    FLUX.2-klein-4B         images     16 GB   16 GB         Apache-2.0
+    MusicGen medium         music       8 GB   5 GB          CC-BY-NC 4.0: NOT for commercial use
+    Python packages                    ~5 GB                 11 GB on disk
 
-About 37 GB in all: 5 minutes at 1 Gbit/s, 50 at 100 Mbit/s. A model then takes 30 s to 3 minutes to load.
-They run one after the other; a card of 24 GB will do.
+About 37 GB to download: 5 minutes at 1 Gbit/s, 50 at 100 Mbit/s. Each model then takes 30 s to 3 minutes to load.
+They take turns on the card; one of 24 GB will do.
 
 TEXT
 }
