@@ -89,12 +89,20 @@ smoke_gpu() {
 import torch
 print('wheel-cuda', torch.version.cuda, flush=True)
 print((torch.zeros(1, device='cuda') + 1).item())
+import ctypes, importlib.util, pathlib
+vllm = importlib.util.find_spec('vllm')
+for kernels in sorted(pathlib.Path(vllm.origin).parent.glob('_C*.so')) if vllm else []:
+    print('kernels of', kernels.name, flush=True)
+    ctypes.CDLL(str(kernels))
 print(torch.cuda.get_device_name(0), 'torch', torch.__version__)
 " 2>&1) && {
         step "$name: CUDA works ($(tail -n1 <<<"$out"))"
         return
     }
     tail -n 5 <<<"$out" >&2
+    if grep -q '^kernels of' <<<"$out"; then
+        die "$name: vLLM's kernels do not load; the last line above names the library they want. The vLLM wheels on PyPI (0.24 to 0.33) are built for CUDA 13, which needs driver 580 or newer; the driver found is $driver"
+    fi
     wheel=$(sed -n 's/^wheel-cuda //p' <<<"$out")
     if [ -z "$wheel" ]; then
         die "$name: torch does not import; the lines above say why"

@@ -1,1 +1,189 @@
-//! One file per command.
+//! The command line. One file per command; commands about a running server talk to its public HTTP API.
+//!
+//! `serve` and `guard` are only described here: `main` hands them to the modules that do them.
+
+mod api;
+mod config;
+mod fetch;
+mod models;
+mod serve;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use serve::ServeArgs;
+
+/// A durable, model-aware job scheduler for boxes with one GPU and more models than fit.
+#[derive(Debug, Parser)]
+#[command(name = "roundhouse", version)]
+pub struct Cli {
+    /// How much is logged, and how.
+    #[command(flatten)]
+    pub log: LogArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags of all commands about logs, which go to stderr.
+#[derive(Clone, Debug, Args)]
+pub struct LogArgs {
+    /// What is logged, as `info` or `info,roundhouse::scheduler=debug`
+    #[arg(id = "log", long = "log", value_name = "FILTER", env = "ROUNDHOUSE_LOG", global = true)]
+    pub filter: Option<String>,
+    /// Shape of the log
+    #[arg(
+        id = "log_format",
+        long = "log-format",
+        value_name = "FORMAT",
+        env = "ROUNDHOUSE_LOG_FORMAT",
+        default_value = "text",
+        global = true
+    )]
+    pub format: LogFormat,
+}
+
+/// Shape of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// A JSON object a line.
+    Json,
+}
+
+/// What `roundhouse` can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the server
+    Serve(ServeArgs),
+    /// Start a worker and end it when the server is gone (used by the server itself)
+    #[command(hide = true)]
+    Guard {
+        /// From SIGTERM to SIGKILL of the worker, in ms.
+        #[arg(long, default_value_t = 10_000)]
+        grace_ms: u64,
+        /// The worker's program and its arguments.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<String>,
+    },
+    /// The commands that `run` does.
+    #[command(flatten)]
+    Client(ClientCommand),
+}
+
+/// Commands that need no server of their own.
+#[derive(Debug, Subcommand)]
+pub enum ClientCommand {
+    /// Look at the models of a running server, retry a broken one, fetch weights
+    #[command(subcommand)]
+    Models(ModelsCommand),
+    /// Check a model file, print its JSON Schema
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+/// `roundhouse models ...`
+#[derive(Debug, Subcommand)]
+pub enum ModelsCommand {
+    /// Show the models of a running server, their state and their queues
+    List(ServerArgs),
+    /// Try to load a model again that is in back-off or quarantine
+    Retry {
+        /// Which server.
+        #[command(flatten)]
+        server: ServerArgs,
+        /// Name of the model
+        name: String,
+    },
+    /// Fetch the weights of models from Hugging Face (HF_TOKEN is used for gated ones)
+    Fetch {
+        /// Model file
+        #[arg(long, default_value = "models.yaml", env = "ROUNDHOUSE_CONFIG")]
+        config: PathBuf,
+        /// Names of models; without any, all that have a Hugging Face id
+        names: Vec<String>,
+    },
+}
+
+/// `roundhouse config ...`
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print the JSON Schema of the model file
+    Schema,
+    /// Check a model file and say what its models lack
+    Check {
+        /// Model file
+        #[arg(long, default_value = "models.yaml", env = "ROUNDHOUSE_CONFIG")]
+        config: PathBuf,
+    },
+}
+
+/// Which server to talk to; its key comes from ROUNDHOUSE_API_KEY.
+#[derive(Clone, Debug, Args)]
+pub struct ServerArgs {
+    /// Address of the server
+    #[arg(long, default_value = "http://127.0.0.1:9000", env = "ROUNDHOUSE_SERVER")]
+    pub server: String,
+}
+
+/// Does a command; results go to stdout, progress and errors to stderr.
+pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
+    let mut out = std::io::stdout().lock();
+    match command {
+        ClientCommand::Models(ModelsCommand::List(server)) => models::list(&server.connect()?, &mut out).await,
+        ClientCommand::Models(ModelsCommand::Retry { server, name }) => {
+            models::retry(&server.connect()?, &name, &mut out).await
+        }
+        ClientCommand::Models(ModelsCommand::Fetch { config, names }) => fetch::fetch(&config, &names).await,
+        ClientCommand::Config(ConfigCommand::Schema) => config::schema(&mut out),
+        ClientCommand::Config(ConfigCommand::Check { config }) => config::check(&config, &mut out),
+    }
+}
+
+/// The process's own environment, as `config::load` wants it.
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_guard_takes_any_words() {
+        let words =
+            ["roundhouse", "guard", "--grace-ms", "500", "--", "python", "server.py", "--port", "1", "--log", "x"];
+        let cli = Cli::try_parse_from(words).unwrap();
+        let Command::Guard { grace_ms, command } = cli.command else { panic!("{cli:?}") };
+        assert_eq!(grace_ms, 500);
+        assert_eq!(command, ["python", "server.py", "--port", "1", "--log", "x"]);
+    }
+
+    #[test]
+    fn log_flags_stand_before_or_after_the_command() {
+        for words in [["roundhouse", "--log", "debug", "serve"], ["roundhouse", "serve", "--log", "debug"]] {
+            let cli = Cli::try_parse_from(words).unwrap();
+            assert_eq!(cli.log.filter.as_deref(), Some("debug"));
+            assert_eq!(cli.log.format, LogFormat::Text);
+        }
+    }
+
+    #[test]
+    fn commands_have_their_defaults() {
+        let cli = Cli::try_parse_from(["roundhouse", "models", "retry", "flux"]).unwrap();
+        let Command::Client(ClientCommand::Models(ModelsCommand::Retry { server, name })) = cli.command else {
+            panic!("{cli:?}")
+        };
+        assert_eq!((server.server.as_str(), name.as_str()), ("http://127.0.0.1:9000", "flux"));
+    }
+}

@@ -1,10 +1,26 @@
 //! `models.yaml` and the environment, as one typed tree.
+//!
+//! `file` is the shape of the file, `keys` finds misspelt keys, `units` reads durations and sizes, `entry` and `sections`
+//! check values and fill in defaults. Everything that is wrong is reported at once, each with its line.
 
+mod entry;
+mod file;
+mod keys;
+mod sections;
+mod units;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::domain::ModelSpec;
 use crate::policy::Knobs;
+
+/// Where the server listens if nobody says otherwise.
+pub const DEFAULT_LISTEN: &str = "127.0.0.1:9000";
 
 /// Everything a person can set.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,9 +38,10 @@ pub struct Config {
 /// The `server:` section.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ServerSettings {
-    /// Address to listen on, if the file says; flag and environment win.
+    /// Address to listen on, if the environment or the file says; a flag wins (`cli::ServeArgs::load` puts it here).
     pub listen: Option<String>,
-    /// Where clients reach us, for absolute URLs; default from RUNPOD_POD_ID, else none (relative).
+    /// Where clients reach us, for absolute URLs, without a slash at the end; default from RUNPOD_POD_ID, else none
+    /// (relative).
     pub public_url: Option<String>,
     /// A sync call is answered by a 303 hop after this long.
     pub sync_hop: Duration,
@@ -64,20 +81,118 @@ impl Default for ServerSettings {
     }
 }
 
-/// Why a file was refused; shows path, line and what to do.
-#[derive(Debug, thiserror::Error)]
-#[error("{path}{}: {message}", line.map(|l| format!(":{l}")).unwrap_or_default())]
-pub struct ConfigError {
-    /// The file.
-    pub path: String,
-    /// 1-based.
+/// One thing that is wrong with a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// 1-based; `None` if it concerns the whole file.
     pub line: Option<usize>,
-    /// What is wrong and what to do.
+    /// What is wrong and what to do, naming the key.
     pub message: String,
 }
 
-/// Reads and checks a file. `env` looks up environment variables (a function, so that tests need no real ones).
+/// Why a file was refused: all its problems, in the order of their lines. Shows one line for each: path, line, what to do.
+#[derive(Debug)]
+pub struct ConfigError {
+    /// The file.
+    pub path: String,
+    /// At least one.
+    pub problems: Vec<Problem>,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, problem) in self.problems.iter().enumerate() {
+            if index > 0 {
+                f.write_str("\n")?;
+            }
+            match problem.line {
+                Some(line) => write!(f, "{}:{line}: {}", self.path, problem.message)?,
+                None => write!(f, "{}: {}", self.path, problem.message)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// Collects what is wrong while a file is read.
+#[derive(Debug, Default)]
+struct Problems(Vec<Problem>);
+
+impl Problems {
+    fn add(&mut self, line: impl Into<Option<usize>>, message: impl Into<String>) {
+        self.0.push(Problem { line: line.into(), message: message.into() });
+    }
+}
+
+/// Reads and checks a file. `env` looks up environment variables (a function, so that tests need no real ones):
+/// `ROUNDHOUSE_LISTEN` and `ROUNDHOUSE_PUBLIC_URL` win over the file, `RUNPOD_POD_ID` gives `public_url` a default.
 pub fn load(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
-    let _ = (path, env);
-    unimplemented!()
+    let fail = |problems| ConfigError { path: path.display().to_string(), problems };
+    let whole = |message| fail(vec![Problem { line: None, message }]);
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        whole(format!("cannot read the model file: {error}; name another with --config or ROUNDHOUSE_CONFIG"))
+    })?;
+    let absolute = std::path::absolute(path).map_err(|error| whole(format!("cannot resolve the path: {error}")))?;
+    let (config, mut problems) = parse(&absolute, &text, env);
+    match config {
+        Some(config) if problems.is_empty() => Ok(config),
+        _ => {
+            problems.sort_by_key(|problem| problem.line.unwrap_or(0));
+            problems.dedup();
+            Err(fail(problems))
+        }
+    }
+}
+
+/// The JSON Schema of the file, with a newline at the end; `docs/models.schema.json` is this text.
+pub fn schema() -> String {
+    let schema = schemars::schema_for!(file::File);
+    let mut text =
+        serde_json::to_string_pretty(&schema).unwrap_or_else(|error| format!("{{\"$comment\": \"{error}\"}}"));
+    text.push('\n');
+    text
+}
+
+/// Parts: misspelt keys, then types, then values. `None` if the file could not be understood at all.
+fn parse(path: &Path, text: &str, env: &dyn Fn(&str) -> Option<String>) -> (Option<Config>, Vec<Problem>) {
+    let mut problems = Problems::default();
+    let tree = match keys::Node::parse(text) {
+        Ok(tree) => tree,
+        Err(error) => {
+            problems.add(file::line_of(&error), file::message_of(&error));
+            return (None, problems.0);
+        }
+    };
+    keys::check(&tree, &mut problems);
+    let file = match file::File::parse(text) {
+        Ok(file) => file,
+        Err(error) => {
+            let line = file::line_of(&error);
+            let place = line.and_then(|line| tree.path_at(line));
+            let place = place.map(|place| format!("{place}: ")).unwrap_or_default();
+            problems.add(line, format!("{place}{}", file::message_of(&error)));
+            return (None, problems.0);
+        }
+    };
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let config = Config {
+        path: path.to_path_buf(),
+        models: entry::models(&file, dir, &mut problems),
+        scheduler: sections::scheduler(&file, &mut problems),
+        server: sections::server(&file, env, &mut problems),
+    };
+    (Some(config), problems.0)
+}
+
+/// Whether a `model:` value is a Hugging Face id (`org/name` or `name`), not a folder.
+pub fn is_hub_id(model: &str) -> bool {
+    let part = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with(['.', '-'])
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    let parts: Vec<&str> = model.split('/').collect();
+    parts.len() <= 2 && parts.iter().copied().all(part)
 }

@@ -1,0 +1,61 @@
+//! The flags of `roundhouse serve`, and how they are weighed against the environment and the file.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::config::{self, Config, ConfigError, DEFAULT_LISTEN};
+
+/// Flags of `serve`; each may come from the environment instead.
+#[derive(Clone, Debug, Args)]
+pub struct ServeArgs {
+    /// Model file
+    #[arg(long, value_name = "FILE", default_value = "./models.yaml", env = "ROUNDHOUSE_CONFIG")]
+    pub config: PathBuf,
+    /// Folder of the database, artifacts and logs
+    #[arg(long, value_name = "DIR", default_value = "./data", env = "ROUNDHOUSE_DATA_DIR")]
+    pub data_dir: PathBuf,
+    /// Address to listen on [default: server.listen of the file, else 127.0.0.1:9000]
+    #[arg(long, value_name = "HOST:PORT", env = "ROUNDHOUSE_LISTEN")]
+    pub listen: Option<String>,
+}
+
+impl ServeArgs {
+    /// Reads the file. Returns it with the address to listen on: flag, else environment, else file, else
+    /// `DEFAULT_LISTEN`. `env` looks up environment variables.
+    pub fn load(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<(Config, String), ConfigError> {
+        let weighed = |name: &str| match name {
+            // The parser has weighed the flag against the variable already.
+            "ROUNDHOUSE_LISTEN" => self.listen.clone(),
+            name => env(name),
+        };
+        let config = config::load(&self.config, &weighed)?;
+        let listen = config.server.listen.clone().unwrap_or_else(|| DEFAULT_LISTEN.to_owned());
+        Ok((config, listen))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flag_wins_over_the_file_and_the_file_over_the_default() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("models.yaml");
+        let models = "models:\n  m: {type: text, command: x}\n";
+        let load = |listen: Option<&str>| {
+            let args =
+                ServeArgs { config: path.clone(), data_dir: PathBuf::from("data"), listen: listen.map(str::to_owned) };
+            let pod = |name: &str| (name == "RUNPOD_POD_ID").then(|| "pod".to_owned());
+            args.load(&pod).unwrap()
+        };
+        std::fs::write(&path, models).unwrap();
+        assert_eq!(load(None).1, "127.0.0.1:9000");
+        std::fs::write(&path, format!("{models}server: {{listen: '127.0.0.1:9100'}}\n")).unwrap();
+        assert_eq!(load(None).1, "127.0.0.1:9100");
+        let (config, listen) = load(Some("0.0.0.0:9200"));
+        assert_eq!(listen, "0.0.0.0:9200");
+        assert_eq!(config.server.public_url.as_deref(), Some("https://pod-9200.proxy.runpod.net"));
+    }
+}
