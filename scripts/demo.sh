@@ -90,10 +90,11 @@ engines() {
     fi
 }
 
-server='' client='' data='' kept_log=''
+server='' client='' data=''
 finish() {
     local status=$?
     trap - EXIT INT TERM
+    set +e
     end_lanes
     [ -z "$client" ] || kill -TERM "$client" 2>/dev/null || true
     if [ -n "$server" ]; then
@@ -112,23 +113,24 @@ finish() {
         fi
     fi
     if [ -n "$data" ]; then
-        [ $status = 0 ] || { cp "$data/server.log" "$LANE_LOGS/" && kept_log=$LANE_LOGS/server.log; } 2>/dev/null
-        [ $status = 0 ] || cp "$data"/log/*.log "$LANE_LOGS/" 2>/dev/null
+        if [ $status != 0 ]; then
+            cp "$data"/server.log "$data"/log/*.log "$LANE_LOGS/" 2>/dev/null
+            say "The logs of the server and its workers: ${LANE_LOGS#"$ROOT"/}/"
+        fi
         rm -rf "$data"
     fi
-    [ -z "$kept_log" ] || say "The server's log and the workers': ${LANE_LOGS#"$ROOT"/}/"
     exit $status
 }
 
-# Processes that carry the mark of this demo in their environment: the server and all that it started.
+# Processes that carry the mark of this demo in their environment: the server and all that it started. (Its own marks,
+# ROUNDHOUSE_*, are not handed on to workers as they are; any other name is.)
 still_running() {
     local file pids=''
     for file in /proc/[0-9]*/environ; do
-        if { tr '\0' '\n' <"$file"; } 2>/dev/null | grep -qx "ROUNDHOUSE_DEMO=$mark"; then
+        if { tr '\0' '\n' <"$file"; } 2>/dev/null | grep -qx "DEMO_MARK=$mark"; then
             pids+=" ${file//[!0-9]/}"
         fi
     done
-    # A shell of ours that has just forked carries no mark: this script itself does not export it.
     [ -n "$pids" ] && echo "$pids"
 }
 
@@ -154,7 +156,7 @@ done
 mkdir -p .cache/demo
 data=$(mktemp -d "$ROOT/.cache/demo/data.XXXXXX")
 mark=$$-$RANDOM$RANDOM
-ROUNDHOUSE_DEMO=$mark target/release/roundhouse serve --config "$config" --data-dir "$data" --listen "127.0.0.1:$port" \
+DEMO_MARK=$mark target/release/roundhouse serve --config "$config" --data-dir "$data" --listen "127.0.0.1:$port" \
     >"$data/server.out" 2>"$data/server.log" </dev/null &
 server=$!
 for _ in $(seq 300); do

@@ -356,6 +356,9 @@ class Demo:
                 done = sum(job.state in TERMINAL for job in mine)
                 parts.append(f"{entry['model']} {entry['state']}{self.loading(entry['model'])} {done}/{len(mine)}")
         self.screen.say("progress  " + ", ".join(parts), stamped=True)
+        reason = (self.queue.get("decision") or {}).get("reason")
+        if reason:
+            self.screen.say(f"     now  {reason}", stamped=True)
 
     def save(self) -> list[str]:
         """Writes images and sounds to the output folder; returns their names."""

@@ -43,8 +43,15 @@ run_engines() {
     scripts/make-checkpoints.sh
 }
 run_workers() { scripts/test-workers.sh; }
-run_sdk() { scripts/test-sdk.sh; }
-run_through() { scripts/test-engines.sh; }
+# What `rust` has built is what these test; built anew only if they run alone.
+run_sdk() {
+    cargo test --locked --no-run
+    scripts/test-sdk.sh
+}
+run_through() {
+    cargo test --locked --no-run
+    scripts/test-engines.sh
+}
 run_dev() { dev_venv; }
 
 chosen=()
