@@ -93,7 +93,7 @@ engines() {
 server='' client='' data=''
 finish() {
     local status=$?
-    trap - EXIT INT TERM
+    trap - EXIT HUP INT TERM
     set +e
     end_lanes
     [ -z "$client" ] || kill -TERM "$client" 2>/dev/null || true
@@ -135,6 +135,7 @@ still_running() {
 }
 
 trap finish EXIT
+trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 

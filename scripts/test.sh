@@ -138,11 +138,12 @@ strict() (
 
 finish() {
     local status=$?
-    trap - EXIT INT TERM
+    trap - EXIT HUP INT TERM
     end_lanes
     exit $status
 }
 trap finish EXIT
+trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
