@@ -1,5 +1,12 @@
 //! What the driver says about GPUs.
 
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nvml_wrapper::Nvml;
+use nvml_wrapper::error::NvmlError;
+use serde::Deserialize;
+
 /// One GPU as the driver sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gpu {
@@ -17,4 +24,179 @@ pub struct Gpu {
 pub trait GpuProbe: Send + Sync + 'static {
     /// The GPUs of this box; empty without driver or card.
     fn gpus(&self) -> Vec<Gpu>;
+}
+
+/// The probe that a setting names: `nvml` (the default), `none`, or `dir:<path>` for a [`FakeProbe`].
+pub fn from_setting(setting: Option<&str>) -> Result<Arc<dyn GpuProbe>, String> {
+    match setting.map(str::trim) {
+        None | Some("" | "nvml") => Ok(Arc::new(NvmlProbe::default())),
+        Some("none") => Ok(Arc::new(NoGpus)),
+        Some(text) => match text.strip_prefix("dir:") {
+            Some(dir) if !dir.is_empty() => Ok(Arc::new(FakeProbe::new(dir))),
+            _ => Err(format!(
+                "the GPU probe `{text}` is unknown: use `nvml`, `none` or `dir:<folder>`"
+            )),
+        },
+    }
+}
+
+/// Never sees a GPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoGpus;
+
+impl GpuProbe for NoGpus {
+    fn gpus(&self) -> Vec<Gpu> {
+        Vec::new()
+    }
+}
+
+/// Asks NVIDIA's driver through NVML. The library is loaded at the first question, and again after a failure: a driver may
+/// come later, or come back.
+#[derive(Debug, Default)]
+pub struct NvmlProbe {
+    nvml: Mutex<Option<Nvml>>,
+}
+
+impl GpuProbe for NvmlProbe {
+    fn gpus(&self) -> Vec<Gpu> {
+        let mut nvml = self.nvml.lock().unwrap_or_else(PoisonError::into_inner);
+        if nvml.is_none() {
+            match Nvml::init() {
+                Ok(loaded) => *nvml = Some(loaded),
+                Err(error) => {
+                    tracing::debug!("no NVIDIA driver: {error}");
+                    return Vec::new();
+                }
+            }
+        }
+        let Some(loaded) = nvml.as_ref() else {
+            return Vec::new();
+        };
+        read_nvml(loaded).unwrap_or_else(|error| {
+            tracing::warn!("the NVIDIA driver does not tell its GPUs: {error}");
+            *nvml = None;
+            Vec::new()
+        })
+    }
+}
+
+fn read_nvml(nvml: &Nvml) -> Result<Vec<Gpu>, NvmlError> {
+    (0..nvml.device_count()?)
+        .map(|index| {
+            let device = nvml.device_by_index(index)?;
+            let memory = device.memory_info()?;
+            Ok(Gpu {
+                index,
+                name: device.name()?,
+                total_bytes: memory.total,
+                used_bytes: memory.used,
+            })
+        })
+        .collect()
+}
+
+/// A folder that plays the driver, for tests. `gpus.json` lists the cards (`[{"index","name","total_bytes"}]`; no file: no
+/// GPU). A file named by a process id holds the bytes which that process uses on the first card, for as long as the file is
+/// there: as with a real driver, that may be longer than the process lives.
+#[derive(Clone, Debug)]
+pub struct FakeProbe {
+    dir: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct FakeGpu {
+    index: u32,
+    name: String,
+    total_bytes: u64,
+}
+
+impl FakeProbe {
+    /// Reads `dir` at each question.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into() }
+    }
+
+    fn used_bytes(&self) -> u64 {
+        let Ok(entries) = std::fs::read_dir(&self.dir) else {
+            return 0;
+        };
+        entries
+            .flatten()
+            .filter(|entry| {
+                let name = entry.file_name();
+                name.to_str().is_some_and(|n| n.parse::<u32>().is_ok())
+            })
+            .filter_map(|entry| {
+                let text = std::fs::read_to_string(entry.path()).ok()?;
+                text.trim().parse::<u64>().ok()
+            })
+            .sum()
+    }
+}
+
+impl GpuProbe for FakeProbe {
+    fn gpus(&self) -> Vec<Gpu> {
+        let path = self.dir.join("gpus.json");
+        let Ok(text) = std::fs::read(&path) else {
+            return Vec::new();
+        };
+        let listed: Vec<FakeGpu> = serde_json::from_slice(&text).unwrap_or_else(|error| {
+            tracing::warn!(path = %path.display(), "the fake GPUs cannot be read: {error}");
+            Vec::new()
+        });
+        let used = self.used_bytes();
+        listed
+            .into_iter()
+            .enumerate()
+            .map(|(at, gpu)| Gpu {
+                index: gpu.index,
+                name: gpu.name,
+                total_bytes: gpu.total_bytes,
+                used_bytes: if at == 0 { used } else { 0 },
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_plays_the_driver() {
+        let dir = tempfile::tempdir().unwrap();
+        let setting = format!("dir:{}", dir.path().display());
+        let probe = from_setting(Some(&setting)).unwrap();
+        assert_eq!(probe.gpus(), []);
+
+        std::fs::write(
+            dir.path().join("gpus.json"),
+            r#"[{"index":0,"name":"Fake","total_bytes":100},{"index":1,"name":"Fake","total_bytes":50}]"#,
+        )
+        .unwrap();
+        std::fs::write(dir.path().join("12"), "30\n").unwrap();
+        std::fs::write(dir.path().join("13"), "5").unwrap();
+        std::fs::write(dir.path().join("13.tmp"), "7").unwrap();
+        let used: Vec<u64> = probe.gpus().iter().map(|g| g.used_bytes).collect();
+        assert_eq!(used, [35, 0]);
+        assert_eq!(probe.gpus()[1].total_bytes, 50);
+    }
+
+    #[test]
+    fn settings() {
+        assert!(from_setting(None).is_ok());
+        assert_eq!(from_setting(Some("none")).unwrap().gpus(), []);
+        let Err(refused) = from_setting(Some("rocm")) else {
+            panic!("accepted")
+        };
+        assert!(refused.contains("`rocm`") && refused.contains("dir:<folder>"));
+    }
+
+    #[test]
+    fn a_box_without_driver_has_no_gpus() {
+        // On a box with one, this reads the real cards; both must not fail.
+        for gpu in NvmlProbe::default().gpus() {
+            assert!(gpu.total_bytes > 0);
+        }
+    }
 }

@@ -1,1 +1,455 @@
 //! One worker process: start under the guard, log capture, stop of the whole group, sweep by instance mark.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use tokio::process::{Child, ChildStdin, Command};
+use tokio::task::JoinHandle;
+
+use crate::clock::{Clock, SystemClock};
+use crate::domain::{Launch, Millis, ModelSpec};
+use crate::lifecycle::Tasks;
+use crate::worker::leftovers;
+use crate::worker::logs::{self, Tail};
+use crate::worker::ports::Lease;
+use crate::worker::procfs::{Family, MARK};
+
+/// How long after the grace period the guard may take before its work is done for it. With the kill after it, a stubborn
+/// worker is gone 2 s after the grace period.
+const GUARD_SLACK: Duration = Duration::from_millis(1200);
+/// How long SIGKILL may take until the log says that something is stuck.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
+/// How long the last log lines may take to be read once every process is gone.
+const LOG_LIMIT: Duration = Duration::from_secs(1);
+/// Most that is waited at server start for orphans to end by themselves; they had their grace when the server died.
+const ORPHAN_GRACE_MAX: Duration = Duration::from_secs(3);
+/// Never inherited by a worker. Everything that starts with `ROUNDHOUSE_` is not either.
+const SECRETS: [&str; 8] = [
+    "HF_TOKEN",
+    "HF_API_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HUGGINGFACE_TOKEN",
+    "HUGGINGFACEHUB_API_TOKEN",
+    "RUNPOD_API_KEY",
+    "RUNPOD_AI_API_KEY",
+    "OPENAI_API_KEY",
+];
+
+/// What a start needs besides the model.
+pub(super) struct Start<'a> {
+    pub(super) spec: &'a ModelSpec,
+    pub(super) lease: Lease,
+    pub(super) data_dir_id: &'a str,
+    pub(super) log_dir: &'a Path,
+    pub(super) program: &'a Path,
+    pub(super) grace: Duration,
+    pub(super) tasks: &'a Tasks,
+}
+
+/// A running worker under its guard. Dropping it closes the lifeline, and the guard then ends the worker.
+pub(super) struct WorkerProcess {
+    guard: Child,
+    pid: i32,
+    lifeline: Option<ChildStdin>,
+    lease: Lease,
+    mark: String,
+    started_at: Millis,
+    tail: Tail,
+    capture: JoinHandle<()>,
+}
+
+impl WorkerProcess {
+    /// Starts the guard with the worker's command; the text of an error is for a person.
+    pub(super) fn start(start: Start) -> Result<Self, String> {
+        let command = command_line(start.spec, start.lease.port())?;
+        let mark = format!("{}:{}", start.data_dir_id, nonce()?);
+        let (reader, writer) = std::io::pipe().map_err(|e| format!("cannot make a pipe: {e}"))?;
+        let stderr = writer
+            .try_clone()
+            .map_err(|e| format!("cannot make a pipe: {e}"))?;
+        let mut guard = Command::new(start.program)
+            .arg("guard")
+            .arg("--grace-ms")
+            .arg(start.grace.as_millis().to_string())
+            .arg("--")
+            .args(&command)
+            .env_clear()
+            .envs(environment(std::env::vars_os(), start.spec, &mark))
+            .current_dir(&start.spec.dir)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::from(writer))
+            .stderr(Stdio::from(stderr))
+            .spawn()
+            .map_err(|e| {
+                format!(
+                    "cannot start {} in {}: {e}",
+                    start.program.display(),
+                    start.spec.dir.display()
+                )
+            })?;
+        // Taken out, since tokio closes a child's stdin when it is waited for.
+        let lifeline = guard.stdin.take();
+        let pid = guard.id().map_or(0, u32::cast_signed);
+        let tail = Tail::default();
+        let capture = start.tasks.spawn(
+            "worker log",
+            logs::capture(
+                reader,
+                logs::path(start.log_dir, &start.spec.name),
+                tail.clone(),
+                logs::FILE_LIMIT_BYTES,
+            ),
+        );
+        Ok(Self {
+            guard,
+            pid,
+            lifeline,
+            lease: start.lease,
+            mark,
+            started_at: SystemClock::default().now(),
+            tail,
+            capture,
+        })
+    }
+
+    /// The guard's process id.
+    pub(super) fn pid(&self) -> u32 {
+        self.pid.cast_unsigned()
+    }
+
+    pub(super) fn port(&self) -> u16 {
+        self.lease.port()
+    }
+
+    /// `<data dir id>:<nonce>`, as the worker's `/health` gives it back.
+    pub(super) fn mark(&self) -> &str {
+        &self.mark
+    }
+
+    /// Waits until the guard ends, which it does when the worker has ended; says how. Cancel-safe.
+    pub(super) async fn exited(&mut self) -> String {
+        match self.guard.wait().await {
+            Ok(status) => describe(status),
+            Err(error) => format!("cannot be waited for: {error}"),
+        }
+    }
+
+    /// Ends the worker: SIGTERM, the grace period, SIGKILL; returns when nothing of it lives.
+    pub(super) async fn stop(mut self, grace: Duration) -> Tail {
+        drop(self.lifeline.take());
+        if tokio::time::timeout(grace + GUARD_SLACK, self.guard.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!(
+                process.pid = self.pid,
+                "the guard did not end its worker in time"
+            );
+        }
+        self.clear_away().await
+    }
+
+    /// Ends the worker at once, with SIGKILL; returns when nothing of it lives. Also to be called after [`Self::exited`].
+    pub(super) async fn clear_away(mut self) -> Tail {
+        let family = Family::Instance {
+            mark: self.mark.clone(),
+            session: Some(self.pid),
+        };
+        let (guard, since) = (self.pid, self.started_at);
+        let worker = family.clone();
+        // The guard last: while it lives it waits for the worker's orphans.
+        blocking(move || worker.kill(Some(guard), KILL_LIMIT)).await;
+        drop(self.lifeline.take());
+        if tokio::time::timeout(GUARD_SLACK / 2, self.guard.wait())
+            .await
+            .is_err()
+        {
+            if let Err(error) = self.guard.start_kill() {
+                tracing::debug!(process.pid = guard, "cannot kill the guard: {error}");
+            }
+            if let Err(error) = self.guard.wait().await {
+                tracing::warn!(process.pid = guard, "cannot wait for the guard: {error}");
+            }
+        }
+        blocking(move || {
+            if !family.kill(None, KILL_LIMIT) {
+                tracing::error!("processes of a worker outlive SIGKILL");
+            }
+            leftovers::remove(since);
+        })
+        .await;
+        if tokio::time::timeout(LOG_LIMIT, &mut self.capture)
+            .await
+            .is_err()
+        {
+            tracing::warn!("a worker's log pipe is still held by somebody");
+        }
+        self.tail
+    }
+}
+
+/// See [`super::supervisor::end_orphans`].
+pub(super) async fn end_orphans(data_dir_id: &str, grace: Duration) -> usize {
+    let family = Family::DataDir {
+        id: data_dir_id.to_owned(),
+    };
+    let grace = grace.min(ORPHAN_GRACE_MAX);
+    blocking(move || {
+        let count = family.living(None).len();
+        if count > 0 {
+            tracing::warn!(
+                processes = count,
+                "ending processes that an earlier run left behind"
+            );
+            family.terminate(None);
+            if !family.wait_gone(None, grace) && !family.kill(None, KILL_LIMIT) {
+                tracing::error!("processes of an earlier run outlive SIGKILL");
+            }
+        }
+        count
+    })
+    .await
+    .unwrap_or(0)
+}
+
+/// Runs blocking work beside the async threads. `None` only if it panicked or the program ends.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    tokio::task::spawn_blocking(work).await.ok()
+}
+
+/// The program and its words, placeholders filled in.
+fn command_line(spec: &ModelSpec, port: u16) -> Result<Vec<OsString>, String> {
+    match &spec.launch {
+        Launch::Script { python, script } => {
+            script_is_there(spec, python, script)?;
+            let mut words: Vec<OsString> = vec![
+                python.into(),
+                script.into(),
+                "--name".into(),
+                spec.name.clone().into(),
+                "--port".into(),
+                port.to_string().into(),
+            ];
+            if let Some(model) = &spec.model {
+                words.extend(["--model".into(), model.into()]);
+            }
+            words.extend(spec.args.iter().map(OsString::from));
+            Ok(words)
+        }
+        Launch::Command(words) => {
+            if words.is_empty() {
+                return Err(format!("model `{}`: its `command` is empty", spec.name));
+            }
+            let all = words.iter().chain(&spec.args);
+            all.map(|word| fill(word, spec, port).map(OsString::from))
+                .collect()
+        }
+    }
+}
+
+fn script_is_there(spec: &ModelSpec, python: &Path, script: &Path) -> Result<(), String> {
+    if !script.is_file() {
+        return Err(format!(
+            "model `{}`: there is no script {}; correct `service_script`",
+            spec.name,
+            script.display()
+        ));
+    }
+    // A bare name such as `python3` is looked up in PATH.
+    if python.components().count() > 1 && !python.exists() {
+        let folder = script
+            .parent()
+            .and_then(Path::file_name)
+            .map(PathBuf::from)
+            .unwrap_or_default();
+        return Err(format!(
+            "model `{}`: there is no interpreter {}; run `scripts/install.sh {}`",
+            spec.name,
+            python.display(),
+            folder.display()
+        ));
+    }
+    Ok(())
+}
+
+fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
+    let word = word
+        .replace("{port}", &port.to_string())
+        .replace("{name}", &spec.name);
+    match &spec.model {
+        Some(model) => Ok(word.replace("{model}", model)),
+        None if word.contains("{model}") => Err(format!(
+            "model `{}`: its command uses {{model}}, but the entry has no `model`",
+            spec.name
+        )),
+        None => Ok(word),
+    }
+}
+
+/// The worker's environment: what the server has without its secrets, then ours, then the entry's, which wins.
+fn environment(
+    inherited: impl Iterator<Item = (OsString, OsString)>,
+    spec: &ModelSpec,
+    mark: &str,
+) -> BTreeMap<OsString, OsString> {
+    let is_secret = |name: &OsString| {
+        name.to_str()
+            .is_some_and(|n| n.starts_with("ROUNDHOUSE_") || SECRETS.contains(&n))
+    };
+    let mut vars: BTreeMap<OsString, OsString> =
+        inherited.filter(|(name, _)| !is_secret(name)).collect();
+    let mut set = |name: &str, value: &str| vars.insert(name.into(), value.into());
+    set("HF_HUB_OFFLINE", "1");
+    set("PYTHONUNBUFFERED", "1");
+    // Else setproctitle, which vLLM uses, overwrites the environment that the mark is read from.
+    set("SPT_NOENV", "1");
+    if spec.gpus == 0 {
+        set("CUDA_VISIBLE_DEVICES", "");
+    }
+    if let Some(bytes) = spec.memory {
+        set("ROUNDHOUSE_MEMORY_BYTES", &bytes.to_string());
+    }
+    for (name, value) in &spec.env {
+        set(name, value);
+    }
+    set(MARK, mark);
+    vars
+}
+
+fn nonce() -> Result<String, String> {
+    let number = getrandom::u64().map_err(|e| format!("no random numbers: {e}"))?;
+    Ok(format!("{number:016x}"))
+}
+
+/// The guard passes its worker's exit on: its code, or 128 + signal.
+fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(127), _) => "could not be started (exit status 127)".to_owned(),
+        (Some(code @ 129..=192), _) => {
+            let signal = nix::sys::signal::Signal::try_from(code - 128);
+            match signal {
+                Ok(signal) => format!("was killed by {signal}"),
+                Err(_) => format!("exited with status {code}"),
+            }
+        }
+        (Some(code), _) => format!("exited with status {code}"),
+        (None, Some(signal)) => format!("lost its guard to signal {signal}"),
+        (None, None) => "exited".to_owned(),
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::domain::ModelKind;
+
+    /// A CPU model that runs `words`.
+    pub(crate) fn spec(words: &[&str]) -> ModelSpec {
+        ModelSpec {
+            name: "toy".into(),
+            kind: ModelKind::Custom,
+            launch: Launch::Command(words.iter().map(|w| (*w).to_owned()).collect()),
+            model: None,
+            revision: None,
+            port: 8001,
+            startup_time: Duration::from_secs(1),
+            endpoints: vec!["/echo".into()],
+            args: Vec::new(),
+            env: BTreeMap::new(),
+            aliases: Vec::new(),
+            limit: 1,
+            max_batch: 1,
+            timeout: Duration::from_secs(60),
+            max_attempts: 3,
+            idle_ttl: None,
+            preload: false,
+            gpus: 0,
+            memory: None,
+            upstream_model: "toy".into(),
+            dir: "/".into(),
+        }
+    }
+
+    #[test]
+    fn placeholders_are_filled_in() {
+        let mut spec = spec(&["serve", "{model}", "--port={port}"]);
+        spec.args = vec!["--name".into(), "{name}".into()];
+        let refused = command_line(&spec, 8005).unwrap_err();
+        assert!(refused.contains("`toy`") && refused.contains("{model}"));
+        spec.model = Some("org/m".into());
+        assert_eq!(
+            command_line(&spec, 8005).unwrap(),
+            ["serve", "org/m", "--port=8005", "--name", "toy"]
+        );
+    }
+
+    #[test]
+    fn a_script_gets_its_flags_and_a_missing_interpreter_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("flux");
+        std::fs::create_dir(&folder).unwrap();
+        let (python, script) = (folder.join(".venv/bin/python"), folder.join("server.py"));
+        let mut spec = spec(&[]);
+        spec.model = Some("/weights".into());
+        spec.args = vec!["--x".into()];
+        spec.launch = Launch::Script {
+            python: python.clone(),
+            script: script.clone(),
+        };
+        let refused = command_line(&spec, 1).unwrap_err();
+        assert!(
+            refused.contains("server.py") && refused.contains("service_script"),
+            "{refused}"
+        );
+        std::fs::write(&script, "").unwrap();
+        let refused = command_line(&spec, 1).unwrap_err();
+        assert!(
+            refused.contains(".venv/bin/python") && refused.contains("`scripts/install.sh flux`"),
+            "{refused}"
+        );
+        spec.launch = Launch::Script {
+            python: "python3".into(),
+            script: script.clone(),
+        };
+        let words = command_line(&spec, 8002).unwrap();
+        assert_eq!(words[1], script);
+        assert_eq!(
+            words[2..],
+            [
+                "--name", "toy", "--port", "8002", "--model", "/weights", "--x"
+            ]
+        );
+    }
+
+    #[test]
+    fn secrets_stay_with_the_server() {
+        let inherited = [
+            ("PATH", "/bin"),
+            ("HF_TOKEN", "t"),
+            ("HUGGING_FACE_HUB_TOKEN", "t"),
+            ("RUNPOD_API_KEY", "t"),
+            ("ROUNDHOUSE_API_KEYS", "a:t"),
+            ("HF_HOME", "/hf"),
+        ];
+        let mut spec = spec(&["x"]);
+        spec.memory = Some(5);
+        spec.env = BTreeMap::from([
+            ("HF_HUB_OFFLINE".to_owned(), "0".to_owned()),
+            (MARK.to_owned(), "forged".to_owned()),
+        ]);
+        let inherited = inherited.map(|(k, v)| (OsString::from(k), OsString::from(v)));
+        let vars = environment(inherited.into_iter(), &spec, "id:1");
+        let get = |name: &str| vars.get(&OsString::from(name)).and_then(|v| v.to_str());
+        assert!(vars.values().all(|v| v != "t" && v != "a:t"));
+        assert_eq!(get("PATH"), Some("/bin"));
+        assert_eq!(get("HF_HOME"), Some("/hf"));
+        assert_eq!(get("HF_HUB_OFFLINE"), Some("0"), "the entry wins");
+        assert_eq!(get("CUDA_VISIBLE_DEVICES"), Some(""));
+        assert_eq!(get("ROUNDHOUSE_MEMORY_BYTES"), Some("5"));
+        assert_eq!(get(MARK), Some("id:1"), "but not over the mark");
+    }
+}

@@ -1,16 +1,39 @@
 //! One task per model, the only writer of its worker's state.
 
+use std::collections::BTreeSet;
+use std::future::Future;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::json;
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
-use crate::domain::ModelSpec;
 use crate::domain::worker::{Report, WorkerView};
+use crate::domain::{ErrorCode, JobError, Millis, ModelSpec, ModelState};
 use crate::lifecycle::Tasks;
 use crate::worker::gpu::GpuProbe;
+use crate::worker::health::{Doctor, Health};
+use crate::worker::logs::{self, Tail};
+use crate::worker::ports;
+use crate::worker::process::{self, Start, WorkerProcess};
+
+/// Failed loads in a row after which a model is quarantined.
+const QUARANTINE_AFTER: u32 = 5;
+/// Deaths soon after readiness, in a row, that cost no back-off: a job that kills its worker is the scheduler's to find.
+const FREE_EARLY_DEATHS: u32 = 2;
+/// Orders that may wait while a transition that cannot be broken off goes on.
+const ORDERS_LIMIT: usize = 64;
+/// Loads on other ports when a stranger answers on the chosen one.
+const PORTS_TRIED: usize = 3;
+/// Device memory that may stay in use after a stop, in bytes: other programs come and go.
+const MEMORY_SLACK_BYTES: u64 = 1 << 30;
+/// How often the clock is asked whether a back-off is over.
+const BACKOFF_LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// What all supervisors share.
 #[derive(Clone)]
@@ -55,20 +78,109 @@ pub enum Order {
     Suspect,
 }
 
+/// How fast a supervisor looks and how long it waits. The default is what runs; tests shorten it.
+#[derive(Clone, Debug)]
+pub struct Tempo {
+    /// Between two probes while loading.
+    pub probe_every: Duration,
+    /// Longest answer to such a probe.
+    pub probe_limit: Duration,
+    /// Between two probes of a ready worker.
+    pub watch_every: Duration,
+    /// Longest answer to such a probe.
+    pub watch_limit: Duration,
+    /// Probes in a row without a good answer after which a ready worker is ended.
+    pub watch_misses: u32,
+    /// Between two of the quick probes of a suspected worker, and the longest answer to one.
+    pub suspect_limit: Duration,
+    /// How long a stranger may answer on the port of a loading worker before another port is tried.
+    pub stranger_limit: Duration,
+    /// Between two looks for a GPU on a box without one.
+    pub gpu_every: Duration,
+    /// A death sooner than this after readiness is an early one.
+    pub early_death: Duration,
+    /// Longest wait for the driver to show the memory free.
+    pub memory_limit: Duration,
+    /// Shortest limit of a load; the limit is 10 times the model's `startup_time`, if that is longer.
+    pub load_limit_min: Duration,
+}
+
+impl Default for Tempo {
+    fn default() -> Self {
+        Self {
+            probe_every: Duration::from_millis(25),
+            probe_limit: Duration::from_secs(1),
+            watch_every: Duration::from_secs(2),
+            watch_limit: Duration::from_secs(5),
+            watch_misses: 3,
+            suspect_limit: Duration::from_secs(1),
+            stranger_limit: Duration::from_secs(2),
+            gpu_every: Duration::from_secs(5),
+            early_death: Duration::from_secs(10),
+            memory_limit: Duration::from_secs(10),
+            // A first vLLM start compiles for minutes, and a cold disk reads 0.5 GB/s.
+            load_limit_min: Duration::from_secs(600),
+        }
+    }
+}
+
 impl WorkerHandle {
-    /// Starts the supervisor of `spec`. Reports go to `reports` as (model, report).
+    /// Starts the supervisor of `spec`. Reports go to `reports` as (model, report). When the last clone of the handle is
+    /// dropped, the worker is stopped and the supervisor ends.
     pub fn start(
         spec: ModelSpec,
         around: Surroundings,
         reports: mpsc::UnboundedSender<(String, Report)>,
     ) -> Self {
-        let _ = (spec, around, reports);
-        unimplemented!()
+        Self::start_with(spec, around, Tempo::default(), reports)
     }
 
-    /// Gives an order.
+    /// As [`Self::start`], at another tempo.
+    pub fn start_with(
+        spec: ModelSpec,
+        around: Surroundings,
+        tempo: Tempo,
+        reports: mpsc::UnboundedSender<(String, Report)>,
+    ) -> Self {
+        let (orders, inbox) = mpsc::channel(ORDERS_LIMIT);
+        let log_path = logs::path(&around.log_dir, &spec.name);
+        let (view_writer, view) = watch::channel(WorkerView {
+            model: spec.name.clone(),
+            state: ModelState::Absent,
+            phase: None,
+            percent: None,
+            pid: None,
+            port: None,
+            since: around.clock.now(),
+            failed_loads: 0,
+            starts: 0,
+            retry_at: None,
+            reason: None,
+            log_path: log_path.display().to_string(),
+        });
+        let tasks = around.tasks.clone();
+        let supervisor = Supervisor {
+            hard: tasks.hard().clone(),
+            spec,
+            around,
+            tempo,
+            orders: inbox,
+            reports,
+            view: view_writer,
+            failed_loads: 0,
+            early_deaths: 0,
+        };
+        tasks.spawn("supervisor", supervisor.run());
+        Self { orders, view }
+    }
+
+    /// Gives an order. Orders are followed in turn; one that is given in the middle of a transition is followed after it,
+    /// except that `Stop` breaks a load off.
     pub fn order(&self, order: Order) {
-        let _ = (order, &self.orders);
+        if let Err(error) = self.orders.try_send(order) {
+            let model = &self.view.borrow().model;
+            tracing::error!(model, ?order, "a supervisor takes no order: {error}");
+        }
     }
 
     /// The latest view; may be stale.
@@ -78,8 +190,643 @@ impl WorkerHandle {
 }
 
 /// Ends every process whose environment carries this data dir's instance mark (an earlier run's orphans); returns how
-/// many there were, when they are gone.
+/// many there were, when they are gone. `grace` is cut to 3 s: they had theirs when their server ended.
 pub async fn end_orphans(data_dir_id: &str, grace: Duration) -> usize {
-    let _ = (data_dir_id, grace);
-    0
+    process::end_orphans(data_dir_id, grace).await
+}
+
+/// Longest time of a load: ten times what it usually takes, at least `at_least`.
+fn load_limit(startup_time: Duration, at_least: Duration) -> Duration {
+    startup_time.saturating_mul(10).max(at_least)
+}
+
+/// `first`, doubled for each further failure, at most `max`.
+fn backoff(first: Duration, max: Duration, failures: u32) -> Duration {
+    let doublings = failures.saturating_sub(1).min(20);
+    first.saturating_mul(1 << doublings).min(max)
+}
+
+/// What the supervisor does next. Each phase has its own function, which ends with the next phase.
+enum Phase {
+    Absent,
+    Loading,
+    Serving(Box<Running>),
+    BackingOff { error: JobError, until: Millis },
+    Blocked,
+    Ended,
+}
+
+/// A worker that is ready.
+struct Running {
+    process: WorkerProcess,
+    doctor: Doctor,
+    since: Instant,
+    /// Device memory in use before it was loaded, in bytes; `None` for a CPU model.
+    memory_before: Option<u64>,
+}
+
+/// How one try of a load ended.
+enum Try {
+    Ready(Box<Running>),
+    /// Another program answers on the port.
+    Stranger(u16),
+    Failed(String, Tail),
+    Stopped,
+    Ended,
+}
+
+/// What a ready worker's watch found.
+enum Pulse {
+    Alive,
+    Missed(String),
+}
+
+/// Something that happens while a worker serves.
+enum Event {
+    Hard,
+    Order(Option<Order>),
+    Exited(String),
+    Pulse(Pulse),
+}
+
+type Probe = Pin<Box<dyn Future<Output = Pulse> + Send>>;
+
+struct Supervisor {
+    spec: ModelSpec,
+    around: Surroundings,
+    tempo: Tempo,
+    hard: CancellationToken,
+    orders: mpsc::Receiver<Order>,
+    reports: mpsc::UnboundedSender<(String, Report)>,
+    view: watch::Sender<WorkerView>,
+    failed_loads: u32,
+    early_deaths: u32,
+}
+
+impl Supervisor {
+    async fn run(mut self) {
+        let mut phase = Phase::Absent;
+        loop {
+            phase = match phase {
+                Phase::Absent => self.absent().await,
+                Phase::Loading => self.load().await,
+                Phase::Serving(running) => self.serve(*running).await,
+                Phase::BackingOff { error, until } => self.back_off(error, until).await,
+                Phase::Blocked => self.blocked().await,
+                Phase::Ended => break,
+            };
+        }
+        self.enter(ModelState::Absent);
+    }
+
+    // ---- phases -----------------------------------------------------------------------------------------------------
+
+    async fn absent(&mut self) -> Phase {
+        self.enter(ModelState::Absent);
+        loop {
+            match self.next_order().await {
+                Some(Order::Load) => return Phase::Loading,
+                Some(Order::Stop) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Order::Retry) => self.forget_failures(),
+                Some(Order::Suspect) => {} // It has died since, and that was reported.
+                None => return Phase::Ended,
+            }
+        }
+    }
+
+    async fn load(&mut self) -> Phase {
+        let ordered_at = Instant::now();
+        let memory_before = match self.device_memory().await {
+            Some(memory) => memory,
+            None => return Phase::Blocked,
+        };
+        self.enter(ModelState::Loading);
+        let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
+        let deadline = ordered_at + limit;
+        let mut avoid = BTreeSet::new();
+        loop {
+            match self.try_load(&avoid, deadline, memory_before).await {
+                Try::Ready(running) => {
+                    let base_url = format!("http://127.0.0.1:{}", running.process.port());
+                    self.failed_loads = 0;
+                    self.enter(ModelState::Resident);
+                    let load_ms = millis(ordered_at.elapsed());
+                    tracing::info!(model = self.spec.name, base_url, load_ms, "ready");
+                    self.report(Report::Ready { base_url, load_ms });
+                    return Phase::Serving(running);
+                }
+                Try::Stranger(port) if avoid.len() + 1 < PORTS_TRIED => {
+                    tracing::warn!(
+                        model = self.spec.name,
+                        port,
+                        "another program answers on this port: trying another"
+                    );
+                    avoid.insert(port);
+                }
+                Try::Stranger(port) => {
+                    let reason = format!("another program answers on port {port}");
+                    return self
+                        .failed_load(reason, &Tail::default(), memory_before)
+                        .await;
+                }
+                Try::Failed(reason, tail) => {
+                    return self.failed_load(reason, &tail, memory_before).await;
+                }
+                Try::Stopped => {
+                    self.wait_memory_free(memory_before).await;
+                    self.enter(ModelState::Absent);
+                    let stop_ms = 0;
+                    self.report(Report::Stopped { stop_ms });
+                    return Phase::Absent;
+                }
+                Try::Ended => return Phase::Ended,
+            }
+        }
+    }
+
+    async fn serve(&mut self, mut running: Running) -> Phase {
+        let mut misses = 0;
+        let mut probe = self.watch_probe(&running.doctor);
+        let mut suspected = false;
+        loop {
+            let event = tokio::select! {
+                biased;
+                () = self.hard.cancelled() => Event::Hard,
+                order = self.orders.recv() => Event::Order(order),
+                how = running.process.exited() => Event::Exited(how),
+                pulse = &mut probe => Event::Pulse(pulse),
+            };
+            match event {
+                Event::Hard | Event::Order(None) => {
+                    self.enter(ModelState::Draining);
+                    running.process.stop(self.around.grace).await;
+                    return Phase::Ended;
+                }
+                Event::Order(Some(Order::Stop)) => return self.stop(running).await,
+                Event::Order(Some(Order::Suspect)) if !suspected => {
+                    suspected = true;
+                    probe = self.suspect_probe(&running.doctor);
+                }
+                Event::Order(Some(Order::Load | Order::Retry | Order::Suspect)) => {}
+                Event::Exited(how) => return self.died(running, format!("it {how}")).await,
+                Event::Pulse(Pulse::Alive) => {
+                    misses = 0;
+                    suspected = false;
+                    probe = self.watch_probe(&running.doctor);
+                }
+                Event::Pulse(Pulse::Missed(why)) => {
+                    misses += 1;
+                    tracing::warn!(
+                        model = self.spec.name,
+                        misses,
+                        "a health probe failed: {why}"
+                    );
+                    if suspected || misses >= self.tempo.watch_misses {
+                        let reason = format!("it stopped answering health probes: {why}");
+                        return self.died(running, reason).await;
+                    }
+                    probe = self.watch_probe(&running.doctor);
+                }
+            }
+        }
+    }
+
+    async fn back_off(&mut self, error: JobError, until: Millis) -> Phase {
+        loop {
+            let left = until - self.around.clock.now();
+            if left <= 0 {
+                self.enter(ModelState::Absent);
+                self.report(Report::Available);
+                return Phase::Absent;
+            }
+            let nap = Duration::from_millis(left.unsigned_abs()).min(BACKOFF_LOOK_EVERY);
+            let order = tokio::select! {
+                biased;
+                order = self.next_order() => order,
+                () = sleep(nap) => continue,
+            };
+            match order {
+                // Not yet: the same answer again, so that nobody waits for one.
+                Some(Order::Load) => self.report(Report::LoadFailed {
+                    error: error.clone(),
+                    retry_at: until,
+                    quarantined: self.failed_loads >= QUARANTINE_AFTER,
+                }),
+                Some(Order::Stop) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Order::Retry) => {
+                    self.enter(ModelState::Absent);
+                    self.forget_failures();
+                    return Phase::Absent;
+                }
+                Some(Order::Suspect) => {}
+                None => return Phase::Ended,
+            }
+        }
+    }
+
+    async fn blocked(&mut self) -> Phase {
+        let reason = "this model needs a GPU and the driver shows none";
+        tracing::warn!(model = self.spec.name, "blocked: {reason}");
+        self.enter(ModelState::Blocked);
+        self.view
+            .send_modify(|v| v.reason = Some(reason.to_owned()));
+        self.report(Report::NoGpu);
+        let look_every = self.tempo.gpu_every;
+        loop {
+            let order = tokio::select! {
+                biased;
+                order = self.next_order() => Some(order),
+                () = sleep(look_every) => None,
+            };
+            match order {
+                Some(None) => return Phase::Ended,
+                Some(Some(Order::Stop)) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Some(Order::Suspect)) => {}
+                Some(Some(Order::Load)) if self.sees_gpu().await => return Phase::Loading,
+                Some(Some(Order::Load)) => self.report(Report::NoGpu),
+                Some(Some(Order::Retry)) | None => {
+                    if self.sees_gpu().await {
+                        self.enter(ModelState::Absent);
+                        self.report(Report::Available);
+                        return Phase::Absent;
+                    }
+                }
+            }
+        }
+    }
+
+    // ---- steps ------------------------------------------------------------------------------------------------------
+
+    /// Starts the process and probes it until it is ready. Whatever the end but `Ready`, nothing of it runs any more.
+    async fn try_load(
+        &mut self,
+        avoid: &BTreeSet<u16>,
+        deadline: Instant,
+        memory_before: Option<u64>,
+    ) -> Try {
+        let mut process = match self.start_process(avoid) {
+            Ok(process) => process,
+            Err(reason) => return Try::Failed(reason, Tail::default()),
+        };
+        let doctor = Doctor::new(process.port(), process.mark());
+        self.view.send_modify(|v| {
+            v.pid = Some(process.pid());
+            v.port = Some(process.port());
+            v.starts += 1;
+        });
+        tracing::info!(
+            model = self.spec.name,
+            process.pid = process.pid(),
+            port = process.port(),
+            "loading"
+        );
+        self.report(Report::Loading {
+            phase: None,
+            percent: None,
+        });
+        let mut strange_since = None;
+        loop {
+            let probe = async {
+                sleep(self.tempo.probe_every).await;
+                doctor.ask(self.tempo.probe_limit).await
+            };
+            let health = tokio::select! {
+                biased;
+                () = self.hard.cancelled() => {
+                    process.stop(self.around.grace).await;
+                    return Try::Ended;
+                }
+                order = self.orders.recv() => {
+                    match order {
+                        Some(Order::Stop) => {
+                            self.enter(ModelState::Draining);
+                            process.stop(self.around.grace).await;
+                            return Try::Stopped;
+                        }
+                        None => {
+                            process.stop(self.around.grace).await;
+                            return Try::Ended;
+                        }
+                        Some(Order::Load | Order::Retry | Order::Suspect) => continue,
+                    }
+                }
+                how = process.exited() => {
+                    let tail = process.clear_away().await;
+                    return Try::Failed(format!("its worker {how}"), tail);
+                }
+                () = sleep_until(deadline) => {
+                    let tail = process.stop(self.around.grace).await;
+                    let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
+                    let reason = format!("its worker was not ready within {} s", limit.as_secs_f64());
+                    return Try::Failed(reason, tail);
+                }
+                health = probe => health,
+            };
+            if health != Health::Stranger {
+                strange_since = None;
+            }
+            match health {
+                Health::Ready => {
+                    return Try::Ready(Box::new(Running {
+                        process,
+                        doctor,
+                        since: Instant::now(),
+                        memory_before,
+                    }));
+                }
+                Health::NotYet { phase, percent } => self.show_progress(phase, percent),
+                Health::Failed(why) => {
+                    let tail = process.stop(self.around.grace).await;
+                    return Try::Failed(format!("its worker says: {why}"), tail);
+                }
+                Health::Stranger => {
+                    let since = *strange_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= self.tempo.stranger_limit {
+                        let port = process.port();
+                        process.stop(self.around.grace).await;
+                        return Try::Stranger(port);
+                    }
+                }
+                Health::Silent(_) => {}
+            }
+        }
+    }
+
+    fn start_process(&self, avoid: &BTreeSet<u16>) -> Result<WorkerProcess, String> {
+        let lease = ports::lease(self.spec.port, avoid)
+            .ok_or("no port from 8001 to 8999 is free on 127.0.0.1")?;
+        WorkerProcess::start(Start {
+            spec: &self.spec,
+            lease,
+            data_dir_id: &self.around.data_dir_id,
+            log_dir: &self.around.log_dir,
+            program: &self.around.program,
+            grace: self.around.grace,
+            tasks: &self.around.tasks,
+        })
+    }
+
+    async fn stop(&mut self, running: Running) -> Phase {
+        let ordered_at = Instant::now();
+        self.enter(ModelState::Draining);
+        self.note_life(running.since);
+        running.process.stop(self.around.grace).await;
+        self.wait_memory_free(running.memory_before).await;
+        let stop_ms = millis(ordered_at.elapsed());
+        tracing::info!(model = self.spec.name, stop_ms, "stopped");
+        self.enter(ModelState::Absent);
+        self.report(Report::Stopped { stop_ms });
+        Phase::Absent
+    }
+
+    /// A worker that had been ready is gone or has to go.
+    async fn died(&mut self, running: Running, reason: String) -> Phase {
+        let lived = running.since.elapsed();
+        let tail = running.process.clear_away().await;
+        let reason = match tail.reason() {
+            Some(line) => format!("{reason}; its log says: {line}"),
+            None => reason,
+        };
+        tracing::error!(model = self.spec.name, "the worker died: {reason}");
+        self.wait_memory_free(running.memory_before).await;
+        self.enter(ModelState::Absent);
+        self.report(Report::Died {
+            reason: reason.clone(),
+        });
+        if lived >= self.tempo.early_death {
+            self.early_deaths = 0;
+            return Phase::Absent;
+        }
+        self.early_deaths += 1;
+        if self.early_deaths <= FREE_EARLY_DEATHS {
+            return Phase::Absent;
+        }
+        let times = self.early_deaths;
+        let what =
+            format!("its worker died {times} times in a row soon after it was ready: {reason}");
+        self.enter_backoff(what, &tail, times - FREE_EARLY_DEATHS, false)
+    }
+
+    async fn failed_load(&mut self, reason: String, tail: &Tail, memory: Option<u64>) -> Phase {
+        self.wait_memory_free(memory).await;
+        self.failed_loads += 1;
+        let quarantined = self.failed_loads >= QUARANTINE_AFTER;
+        let reason = match tail.reason() {
+            Some(line) => format!("{reason}; its log says: {line}"),
+            None => reason,
+        };
+        self.enter_backoff(reason, tail, self.failed_loads, quarantined)
+    }
+
+    fn enter_backoff(
+        &mut self,
+        reason: String,
+        tail: &Tail,
+        failures: u32,
+        quarantined: bool,
+    ) -> Phase {
+        let wait = if quarantined {
+            self.around.backoff_max
+        } else {
+            backoff(self.around.backoff_first, self.around.backoff_max, failures)
+        };
+        let until = self.around.clock.now() + millis(wait);
+        let message = format!("model `{}` does not load: {reason}", self.spec.name);
+        tracing::error!(
+            model = self.spec.name,
+            failures,
+            quarantined,
+            retry_in_ms = millis(wait),
+            "{message}"
+        );
+        let mut error = JobError::new(ErrorCode::ModelLoadFailed, message.clone(), true);
+        error.details = Some(json!({
+            "failed_loads": failures,
+            "retry_at": until,
+            "log_tail": tail.lines(),
+        }));
+        self.enter(if quarantined {
+            ModelState::Quarantined
+        } else {
+            ModelState::Backoff
+        });
+        self.view.send_modify(|v| {
+            v.retry_at = Some(until);
+            v.reason = Some(message);
+        });
+        self.report(Report::LoadFailed {
+            error: error.clone(),
+            retry_at: until,
+            quarantined,
+        });
+        Phase::BackingOff { error, until }
+    }
+
+    fn note_life(&mut self, since: Instant) {
+        if since.elapsed() >= self.tempo.early_death {
+            self.early_deaths = 0;
+        }
+    }
+
+    fn forget_failures(&mut self) {
+        self.failed_loads = 0;
+        self.early_deaths = 0;
+        self.view.send_modify(|v| v.failed_loads = 0);
+        self.report(Report::Available);
+    }
+
+    // ---- probes -----------------------------------------------------------------------------------------------------
+
+    fn watch_probe(&self, doctor: &Doctor) -> Probe {
+        let (doctor, tempo) = (doctor.clone(), self.tempo.clone());
+        Box::pin(async move {
+            sleep(tempo.watch_every).await;
+            pulse(&doctor, tempo.watch_limit).await
+        })
+    }
+
+    /// Three quick tries.
+    fn suspect_probe(&self, doctor: &Doctor) -> Probe {
+        let (doctor, limit) = (doctor.clone(), self.tempo.suspect_limit);
+        Box::pin(async move {
+            let mut last = pulse(&doctor, limit).await;
+            for _ in 0..2 {
+                if matches!(last, Pulse::Alive) {
+                    break;
+                }
+                sleep(limit / 5).await;
+                last = pulse(&doctor, limit).await;
+            }
+            last
+        })
+    }
+
+    // ---- device -----------------------------------------------------------------------------------------------------
+
+    /// Device memory in use, in bytes: `Some(None)` for a CPU model, `None` if a GPU is needed and there is none.
+    async fn device_memory(&self) -> Option<Option<u64>> {
+        if self.spec.gpus == 0 {
+            return Some(None);
+        }
+        self.used_bytes().await.map(Some)
+    }
+
+    async fn sees_gpu(&self) -> bool {
+        self.used_bytes().await.is_some()
+    }
+
+    /// Of all GPUs; `None` if there is none.
+    async fn used_bytes(&self) -> Option<u64> {
+        let probe = self.around.gpus.clone();
+        let gpus = tokio::task::spawn_blocking(move || probe.gpus())
+            .await
+            .ok()?;
+        (!gpus.is_empty()).then(|| gpus.iter().map(|gpu| gpu.used_bytes).sum())
+    }
+
+    /// Memory is free when the driver says so, not when the process is gone.
+    async fn wait_memory_free(&self, before: Option<u64>) {
+        let Some(before) = before else {
+            return;
+        };
+        let until = Instant::now() + self.tempo.memory_limit;
+        loop {
+            let used = self.used_bytes().await.unwrap_or(0);
+            if used <= before.saturating_add(MEMORY_SLACK_BYTES) {
+                return;
+            }
+            if Instant::now() >= until {
+                tracing::warn!(
+                    model = self.spec.name,
+                    memory.used_bytes = used,
+                    memory.before_bytes = before,
+                    "the driver still shows the memory of a stopped worker in use: going on"
+                );
+                return;
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    // ---- telling ----------------------------------------------------------------------------------------------------
+
+    /// The next order; `None` when the supervisor has to end.
+    async fn next_order(&mut self) -> Option<Order> {
+        tokio::select! {
+            biased;
+            () = self.hard.cancelled() => None,
+            order = self.orders.recv() => order,
+        }
+    }
+
+    fn enter(&self, state: ModelState) {
+        let now = self.around.clock.now();
+        self.view.send_modify(|v| {
+            if v.state != state {
+                v.state = state;
+                v.since = now;
+            }
+            v.failed_loads = self.failed_loads;
+            v.retry_at = None;
+            v.reason = None;
+            v.phase = None;
+            v.percent = None;
+            if !matches!(state, ModelState::Resident | ModelState::Draining) {
+                v.pid = None;
+                v.port = None;
+            }
+        });
+    }
+
+    /// Tells only what changed.
+    fn show_progress(&self, phase: Option<String>, percent: Option<f64>) {
+        let changed = self.view.send_if_modified(|v| {
+            let changed = v.phase != phase || v.percent != percent;
+            v.phase.clone_from(&phase);
+            v.percent = percent;
+            changed
+        });
+        if changed {
+            self.report(Report::Loading { phase, percent });
+        }
+    }
+
+    /// Nobody listening means that the server is shutting down.
+    fn report(&self, report: Report) {
+        drop(self.reports.send((self.spec.name.clone(), report)));
+    }
+}
+
+async fn pulse(doctor: &Doctor, limit: Duration) -> Pulse {
+    match doctor.ask(limit).await {
+        // Asleep is alive.
+        Health::Ready | Health::NotYet { .. } => Pulse::Alive,
+        Health::Failed(why) => Pulse::Missed(format!("it says that it failed: {why}")),
+        Health::Stranger => Pulse::Missed("another program answers on its port".to_owned()),
+        Health::Silent(why) => Pulse::Missed(why),
+    }
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_load_may_take_ten_times_as_long_as_usual() {
+        let least = Tempo::default().load_limit_min;
+        let limit = |s: u64| load_limit(Duration::from_secs(s), least).as_secs();
+        assert_eq!((limit(10), limit(140)), (600, 1400));
+    }
+
+    #[test]
+    fn backoff_doubles_up_to_its_maximum() {
+        let (first, max) = (Duration::from_secs(10), Duration::from_secs(600));
+        let waits: Vec<u64> = (1..=8).map(|n| backoff(first, max, n).as_secs()).collect();
+        assert_eq!(waits, [10, 20, 40, 80, 160, 320, 600, 600]);
+        assert_eq!(backoff(first, max, u32::MAX), max);
+    }
 }

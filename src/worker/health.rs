@@ -1,0 +1,167 @@
+//! Asking a worker how it is: `GET /health`, or `GET /v1/models` of a server that has no `/health`.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::worker::verdict::cut;
+use crate::worker::wire::{Ask, Pool};
+
+/// Most that is read of an answer, in bytes.
+const LIMIT_BYTES: usize = 256 << 10;
+
+/// How a worker says it is.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Health {
+    /// Takes jobs.
+    Ready,
+    /// Lives and takes no jobs now: loading or asleep.
+    NotYet {
+        phase: Option<String>,
+        percent: Option<f64>,
+    },
+    /// Says that it has failed and why.
+    Failed(String),
+    /// Another worker answers on this port.
+    Stranger,
+    /// No answer, or one that says nothing good.
+    Silent(String),
+}
+
+/// Asks the worker that listens on one port.
+#[derive(Clone, Debug)]
+pub(super) struct Doctor {
+    pool: Pool,
+    authority: String,
+    mark: String,
+}
+
+/// The body of `/health` of a worker of ours. Stock servers answer without `instance`.
+#[derive(Deserialize)]
+struct Body {
+    status: String,
+    instance: Option<String>,
+    phase: Option<String>,
+    percent: Option<f64>,
+    error: Option<String>,
+}
+
+impl Doctor {
+    /// `mark` is what the worker has to give back as its `instance`.
+    pub(super) fn new(port: u16, mark: &str) -> Self {
+        Self {
+            pool: Pool::default(),
+            authority: format!("127.0.0.1:{port}"),
+            mark: mark.to_owned(),
+        }
+    }
+
+    /// One question; no answer within `limit` is [`Health::Silent`].
+    pub(super) async fn ask(&self, limit: Duration) -> Health {
+        match tokio::time::timeout(limit, self.exchange()).await {
+            Ok(health) => health,
+            Err(_) => Health::Silent(format!("no answer within {} s", limit.as_secs_f64())),
+        }
+    }
+
+    async fn exchange(&self) -> Health {
+        match self.get("/health").await {
+            Ok((404, _)) => match self.get("/v1/models").await {
+                Ok((200, _)) => Health::Ready,
+                Ok((status, _)) => {
+                    Health::Silent(format!("/v1/models answers with status {status}"))
+                }
+                Err(reason) => Health::Silent(reason),
+            },
+            Ok((status, body)) => read(status, &body, &self.mark),
+            Err(reason) => Health::Silent(reason),
+        }
+    }
+
+    async fn get(&self, path: &str) -> Result<(u16, bytes::Bytes), String> {
+        let called = self.pool.call(&self.authority, &Ask::get(path)).await;
+        let mut reply = called.map_err(|e| e.to_string())?;
+        let status = reply.status;
+        let body = reply.whole(LIMIT_BYTES).await.map_err(|e| e.to_string())?;
+        self.pool.give_back(&self.authority, reply);
+        Ok((status, body.unwrap_or_default()))
+    }
+}
+
+/// A body with `status` and `instance` is one of our workers' and decides; of any other server, the HTTP status does.
+fn read(status: u16, body: &[u8], mark: &str) -> Health {
+    let value: Value = serde_json::from_slice(body).unwrap_or_default();
+    let is_ours = value.get("instance").is_some();
+    if let Some(body) = is_ours
+        .then(|| serde_json::from_value::<Body>(value).ok())
+        .flatten()
+    {
+        if body.instance.as_deref() != Some(mark) {
+            return Health::Stranger;
+        }
+        return match body.status.as_str() {
+            "ready" if status == 200 => Health::Ready,
+            "failed" => Health::Failed(cut(
+                body.error
+                    .or(body.phase)
+                    .unwrap_or_else(|| "no reason given".into()),
+                400,
+            )),
+            _ => Health::NotYet {
+                phase: body.phase,
+                percent: body.percent,
+            },
+        };
+    }
+    match status {
+        200..=299 => Health::Ready,
+        _ => Health::Silent(format!("/health answers with status {status}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn our_workers_are_told_by_their_instance() {
+        let ask = |status: u16, word: &str, instance: Value| {
+            let body = json!({"status": word, "phase": "weights", "percent": 40.0, "instance": instance, "error": "no file"});
+            read(status, body.to_string().as_bytes(), "id:1")
+        };
+        assert_eq!(ask(200, "ready", "id:1".into()), Health::Ready);
+        let not_yet = Health::NotYet {
+            phase: Some("weights".into()),
+            percent: Some(40.0),
+        };
+        assert_eq!(ask(503, "loading", "id:1".into()), not_yet);
+        assert_eq!(ask(503, "asleep", "id:1".into()), not_yet);
+        assert_eq!(
+            ask(503, "ready", "id:1".into()),
+            not_yet,
+            "ready but stopping"
+        );
+        assert_eq!(
+            ask(503, "failed", "id:1".into()),
+            Health::Failed("no file".into())
+        );
+        assert_eq!(ask(200, "ready", "id:2".into()), Health::Stranger);
+        assert_eq!(
+            ask(200, "ready", Value::Null),
+            Health::Stranger,
+            "started by hand"
+        );
+    }
+
+    #[test]
+    fn stock_servers_are_told_by_their_status() {
+        assert_eq!(read(200, b"", "m"), Health::Ready);
+        assert_eq!(read(200, br#"{"status":"ok"}"#, "m"), Health::Ready);
+        assert!(matches!(
+            read(503, br#"{"error":{"message":"Loading model"}}"#, "m"),
+            Health::Silent(_)
+        ));
+    }
+}

@@ -1,0 +1,277 @@
+//! Log capture: a worker's stdout and stderr are always drained, into a file of limited size and a tail in memory.
+
+use std::collections::VecDeque;
+use std::io::PipeReader;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
+
+/// A log file is moved to `.1` when it reaches this; so one model's logs take twice as much at most.
+pub(super) const FILE_LIMIT_BYTES: u64 = 10 << 20;
+/// Longer lines are cut.
+const LINE_LIMIT_BYTES: usize = 8 << 10;
+/// Lines kept in memory for reasons.
+const TAIL_LINES: usize = 50;
+
+/// Where the log of a model is.
+pub(super) fn path(dir: &Path, model: &str) -> PathBuf {
+    let name: String = model
+        .chars()
+        .map(|c| match c {
+            'a'..='z' | 'A'..='Z' | '0'..='9' | '-' | '_' | '.' => c,
+            _ => '_',
+        })
+        .collect();
+    dir.join(format!("{name}.log"))
+}
+
+/// The latest lines of one process. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Tail {
+    lines: Arc<Mutex<VecDeque<String>>>,
+}
+
+impl Tail {
+    /// Oldest first.
+    pub(super) fn lines(&self) -> Vec<String> {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().cloned().collect()
+    }
+
+    /// The line that says best why a process ended: the last that names an error, else the last.
+    pub(super) fn reason(&self) -> Option<String> {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let meaningful = || lines.iter().rev().filter(|l| !l.trim().is_empty());
+        let names_error = |line: &&String| {
+            let line = line.to_ascii_lowercase();
+            ["error", "exception", "cannot ", "failed", "fatal"]
+                .iter()
+                .any(|word| line.contains(word))
+        };
+        meaningful()
+            .find(names_error)
+            .or_else(|| meaningful().next())
+            .map(|line| super::verdict::cut(line.trim().to_owned(), 400))
+    }
+
+    fn push(&self, line: &[u8]) {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.len() == TAIL_LINES {
+            lines.pop_front();
+        }
+        lines.push_back(String::from_utf8_lossy(line).into_owned());
+    }
+}
+
+/// Reads `pipe` until every process that holds its other end is gone. Trouble with the file never stops the draining: a
+/// worker whose pipe is full would hang.
+pub(super) async fn capture(pipe: PipeReader, path: PathBuf, tail: Tail, limit_bytes: u64) {
+    let mut pipe = match pipe::Receiver::from_owned_fd(pipe.into()) {
+        Ok(pipe) => pipe,
+        Err(error) => {
+            tracing::error!("the worker's output cannot be read: {error}");
+            return;
+        }
+    };
+    let mut file = File::open(path, limit_bytes).await;
+    let mut lines = Lines::default();
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        match pipe.read(&mut buffer).await {
+            Ok(0) => break,
+            Ok(count) => {
+                let cut = lines.take(&buffer[..count], &tail);
+                file.write(&cut).await;
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                tracing::warn!("the worker's output cannot be read: {error}");
+                break;
+            }
+        }
+    }
+    let rest = lines.end(&tail);
+    file.write(&rest).await;
+}
+
+/// Cuts bytes into lines of limited length.
+#[derive(Default)]
+struct Lines {
+    /// The start of a line whose end has not come.
+    line: Vec<u8>,
+    is_cut: bool,
+}
+
+impl Lines {
+    /// What to write: whole lines only.
+    fn take(&mut self, mut bytes: &[u8], tail: &Tail) -> Vec<u8> {
+        let mut out = Vec::with_capacity(self.line.len() + bytes.len());
+        while let Some(at) = bytes.iter().position(|b| *b == b'\n') {
+            self.extend(&bytes[..at]);
+            out.extend(self.end(tail));
+            bytes = &bytes[at + 1..];
+        }
+        self.extend(bytes);
+        out
+    }
+
+    fn extend(&mut self, bytes: &[u8]) {
+        let room = LINE_LIMIT_BYTES - self.line.len();
+        self.line.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        self.is_cut |= bytes.len() > room;
+    }
+
+    fn end(&mut self, tail: &Tail) -> Vec<u8> {
+        let mut line = std::mem::take(&mut self.line);
+        if std::mem::take(&mut self.is_cut) {
+            line.extend_from_slice("…".as_bytes());
+        }
+        if line.last() == Some(&b'\r') {
+            line.pop();
+        }
+        if line.is_empty() {
+            return line;
+        }
+        tail.push(&line);
+        line.push(b'\n');
+        line
+    }
+}
+
+/// A file that is moved aside when it is full.
+struct File {
+    path: PathBuf,
+    limit_bytes: u64,
+    open: Option<(tokio::fs::File, u64)>,
+}
+
+impl File {
+    async fn open(path: PathBuf, limit_bytes: u64) -> Self {
+        let mut file = Self {
+            path,
+            limit_bytes,
+            open: None,
+        };
+        file.reopen().await;
+        file
+    }
+
+    async fn reopen(&mut self) {
+        let opened = async {
+            if let Some(dir) = self.path.parent() {
+                tokio::fs::create_dir_all(dir).await?;
+            }
+            let mut options = tokio::fs::OpenOptions::new();
+            let file = options.create(true).append(true).open(&self.path).await?;
+            let size = file.metadata().await?.len();
+            std::io::Result::Ok((file, size))
+        };
+        match opened.await {
+            Ok(open) => self.open = Some(open),
+            Err(error) => {
+                tracing::warn!(path = %self.path.display(), "a worker's log cannot be opened: {error}");
+                self.open = None;
+            }
+        }
+    }
+
+    async fn write(&mut self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        let is_full =
+            |(_, size): &(tokio::fs::File, u64)| *size > 0 && size + length > self.limit_bytes;
+        if self.open.as_ref().is_some_and(is_full) {
+            self.open = None;
+            let aside = self.path.with_extension("log.1");
+            if let Err(error) = tokio::fs::rename(&self.path, &aside).await {
+                tracing::warn!(path = %self.path.display(), "a full log cannot be moved: {error}");
+                return; // Rather lose lines than grow without limit.
+            }
+            self.reopen().await;
+        }
+        let Some((file, size)) = &mut self.open else {
+            return;
+        };
+        let written = async {
+            file.write_all(bytes).await?;
+            file.flush().await
+        };
+        match written.await {
+            Ok(()) => *size += length,
+            Err(error) => {
+                tracing::warn!(path = %self.path.display(), "a worker's log cannot be written: {error}");
+                self.open = None;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_cut_and_kept() {
+        let tail = Tail::default();
+        let mut lines = Lines::default();
+        assert_eq!(lines.take(b"one\r\n\ntw", &tail), b"one\n");
+        assert_eq!(lines.take(b"o\n", &tail), b"two\n");
+        let long = vec![b'x'; 3 * LINE_LIMIT_BYTES];
+        assert!(lines.take(&long, &tail).is_empty());
+        let cut = lines.take(b"\nafter", &tail);
+        assert_eq!(cut.len(), LINE_LIMIT_BYTES + "…\n".len());
+        assert_eq!(lines.end(&tail), b"after\n");
+        assert_eq!(tail.lines().len(), 4);
+    }
+
+    #[test]
+    fn the_tail_keeps_the_last_lines_and_names_the_error() {
+        let tail = Tail::default();
+        assert_eq!(tail.reason(), None);
+        for at in 0..120 {
+            tail.push(format!("line {at}").as_bytes());
+        }
+        assert_eq!(tail.lines().len(), TAIL_LINES);
+        assert_eq!(tail.lines()[0], "line 70");
+        assert_eq!(tail.reason().as_deref(), Some("line 119"));
+        tail.push(b"ValueError: no such folder");
+        tail.push(b"bye");
+        tail.push(b"  ");
+        assert_eq!(tail.reason().as_deref(), Some("ValueError: no such folder"));
+    }
+
+    #[test]
+    fn model_names_make_plain_file_names() {
+        let file = path(Path::new("/logs"), "a/../b c");
+        assert_eq!(file, Path::new("/logs/a_.._b_c.log"));
+    }
+
+    #[tokio::test]
+    async fn a_full_file_is_moved_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.log");
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let tail = Tail::default();
+        let writing = std::thread::spawn(move || {
+            use std::io::Write;
+            for at in 0..20_000 {
+                writeln!(writer, "this is line number {at}").unwrap();
+            }
+        });
+        capture(reader, path.clone(), tail.clone(), 100_000).await;
+        writing.join().unwrap();
+        let size = |p: &Path| std::fs::metadata(p).unwrap().len();
+        assert!(size(&path) <= 100_000);
+        assert!(size(&path.with_extension("log.1")) <= 100_000);
+        assert_eq!(
+            tail.lines().last().map(String::as_str),
+            Some("this is line number 19999")
+        );
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.ends_with("this is line number 19999\n"));
+    }
+}

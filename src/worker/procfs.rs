@@ -1,0 +1,238 @@
+//! Finding and ending processes through /proc. Blocking; used by the guard and, off the async threads, by the server.
+
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::time::Instant;
+
+/// The environment variable that marks every process of a worker: `<data dir id>:<nonce>`.
+pub(super) const MARK: &str = "ROUNDHOUSE_INSTANCE";
+/// How often processes are looked at while they end.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How long Python's resource tracker may outlive the processes it cleans up after.
+const TRACKER_GRACE: Duration = Duration::from_millis(600);
+
+/// One process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Process {
+    pub(super) pid: i32,
+    pub(super) group: i32,
+    pub(super) session: i32,
+    /// Ended, not yet waited for; it holds nothing any more.
+    pub(super) is_zombie: bool,
+}
+
+/// All processes of this machine (of this pid namespace).
+pub(super) fn processes() -> Vec<Process> {
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter_map(|pid| {
+            let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+            parse_stat(pid, &stat)
+        })
+        .collect()
+}
+
+/// `pid (name) state ppid pgrp session ...`; the name may hold blanks and brackets.
+fn parse_stat(pid: i32, stat: &[u8]) -> Option<Process> {
+    let after_name = stat.iter().rposition(|b| *b == b')')? + 1;
+    let rest = std::str::from_utf8(stat.get(after_name..)?).ok()?;
+    let mut fields = rest.split_ascii_whitespace();
+    let state = fields.next()?;
+    let mut number = || fields.next()?.parse::<i32>().ok();
+    let _parent = number()?;
+    Some(Process {
+        pid,
+        group: number()?,
+        session: number()?,
+        is_zombie: matches!(state, "Z" | "X"),
+    })
+}
+
+/// Whether the environment that `pid` was started with has a mark that `accept` takes. Unreadable: no.
+fn has_mark(pid: i32, accept: impl Fn(&[u8]) -> bool) -> bool {
+    let Ok(environ) = std::fs::read(format!("/proc/{pid}/environ")) else {
+        return false;
+    };
+    environ.split(|b| *b == 0).any(|variable| {
+        variable
+            .strip_prefix(MARK.as_bytes())
+            .and_then(|rest| rest.strip_prefix(b"="))
+            .is_some_and(&accept)
+    })
+}
+
+/// Which processes belong together.
+#[derive(Clone, Debug)]
+pub(super) enum Family {
+    /// One worker: what carries its mark, and what is in its guard's session (a program may overwrite its environment).
+    Instance {
+        /// `<data dir id>:<nonce>`
+        mark: String,
+        /// The guard's process id; it leads the session.
+        session: Option<i32>,
+    },
+    /// Whatever carries a mark of this data dir.
+    DataDir {
+        /// First half of the mark.
+        id: String,
+    },
+}
+
+impl Family {
+    /// Its living processes, without the caller and `except`.
+    pub(super) fn living(&self, except: Option<i32>) -> Vec<Process> {
+        let own = nix::unistd::getpid().as_raw();
+        processes()
+            .into_iter()
+            .filter(|p| p.pid != own && Some(p.pid) != except && !p.is_zombie)
+            .filter(|p| self.includes(p))
+            .collect()
+    }
+
+    fn includes(&self, process: &Process) -> bool {
+        match self {
+            Self::Instance { mark, session } => {
+                *session == Some(process.session) || has_mark(process.pid, |m| m == mark.as_bytes())
+            }
+            Self::DataDir { id } => has_mark(process.pid, |m| {
+                m.strip_prefix(id.as_bytes())
+                    .is_some_and(|rest| rest.first() == Some(&b':'))
+            }),
+        }
+    }
+
+    /// Sends SIGTERM to all of it, once.
+    pub(super) fn terminate(&self, except: Option<i32>) {
+        for process in self.living(except) {
+            send(process.pid, Signal::SIGTERM);
+        }
+    }
+
+    /// Waits until nothing of it lives; false if something does after `limit`.
+    pub(super) fn wait_gone(&self, except: Option<i32>, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        loop {
+            if self.living(except).is_empty() {
+                return true;
+            }
+            if Instant::now() >= until {
+                return false;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+    }
+
+    /// SIGKILL to all of it until nothing lives; false if something does after `limit`.
+    ///
+    /// Python's resource tracker is left for a moment longer: once the others are gone it removes the shared memory and
+    /// semaphores they left behind, and ends by itself.
+    pub(super) fn kill(&self, except: Option<i32>, limit: Duration) -> bool {
+        let start = Instant::now();
+        loop {
+            let living = self.living(except);
+            if living.is_empty() {
+                return true;
+            }
+            let spare_trackers = start.elapsed() < TRACKER_GRACE;
+            for process in living {
+                if !(spare_trackers && is_resource_tracker(process.pid)) {
+                    send(process.pid, Signal::SIGKILL);
+                }
+            }
+            if start.elapsed() >= limit {
+                return false;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+    }
+}
+
+fn is_resource_tracker(pid: i32) -> bool {
+    std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|words| {
+        const NAME: &[u8] = b"multiprocessing.resource_tracker";
+        words.windows(NAME.len()).any(|w| w == NAME)
+    })
+}
+
+/// A process that is gone already is no trouble.
+fn send(pid: i32, signal: Signal) {
+    match kill(Pid::from_raw(pid), signal) {
+        Ok(()) | Err(Errno::ESRCH) => {}
+        Err(error) => {
+            tracing::warn!(
+                process.pid = pid,
+                "cannot send {signal} to a process: {error}"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_stat_with_an_odd_name() {
+        assert_eq!(
+            parse_stat(7, b"7 (a) b (c)) S 1 5 6 0 -1"),
+            Some(Process {
+                pid: 7,
+                group: 5,
+                session: 6,
+                is_zombie: false
+            })
+        );
+        assert!(parse_stat(7, b"7 (x) Z 1 5 6 0").is_some_and(|p| p.is_zombie));
+        assert_eq!(parse_stat(7, b"7 (x"), None);
+    }
+
+    #[test]
+    fn sees_itself() {
+        let own = nix::unistd::getpid().as_raw();
+        assert!(processes().iter().any(|p| p.pid == own && !p.is_zombie));
+    }
+
+    #[test]
+    fn ends_exactly_what_carries_the_mark() {
+        let spawn = |mark: &str| {
+            std::process::Command::new("sleep")
+                .arg("60")
+                .env(MARK, mark)
+                .spawn()
+                .unwrap()
+        };
+        let id = format!("procfs-test-{}", std::process::id());
+        let mut ours = spawn(&format!("{id}:1"));
+        let mut sibling = spawn(&format!("{id}:2"));
+        let mut other = spawn(&format!("{id}x:1"));
+        let pids = |family: &Family| -> Vec<u32> {
+            let living = family.living(None);
+            living.iter().map(|p| p.pid.cast_unsigned()).collect()
+        };
+
+        let instance = Family::Instance {
+            mark: format!("{id}:1"),
+            session: None,
+        };
+        assert_eq!(pids(&instance), [ours.id()]);
+        assert!(instance.kill(None, Duration::from_secs(5)));
+        ours.wait().unwrap();
+
+        let data_dir = Family::DataDir { id };
+        assert_eq!(pids(&data_dir), [sibling.id()]);
+        data_dir.terminate(None);
+        assert!(data_dir.wait_gone(None, Duration::from_secs(5)));
+        sibling.wait().unwrap();
+
+        assert_eq!(other.try_wait().unwrap(), None, "of another data dir");
+        other.kill().unwrap();
+        other.wait().unwrap();
+    }
+}
