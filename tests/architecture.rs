@@ -3,6 +3,8 @@
 //! Reads the source as text: what stands behind `#[cfg(test)]`, in `tests.rs` and in `*_tests.rs` is free, and so are
 //! comments and texts in quotes.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,7 @@
 //! The shipped model files and their JSON Schema.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
+
 use std::path::{Path, PathBuf};
 
 use roundhouse::config::{self, Config};

@@ -192,9 +192,15 @@ impl Reader<'_> {
         Some(Launch::Command(words.clone()))
     }
 
+    /// Only a `command` is filled in, its `args` included.
     fn check_words(&mut self) {
-        if let Some(args) = &self.entry.args {
-            self.check_placeholders(args.line, "args", args.value.iter().map(|word| word.0.as_str()));
+        let Some(args) = &self.entry.args else { return };
+        let words = || args.value.iter().map(|word| word.0.as_str());
+        if self.entry.command.is_some() {
+            self.check_placeholders(args.line, "args", words());
+        } else if let Some(found) = words().flat_map(placeholders).find(|found| PLACEHOLDERS.contains(found)) {
+            let help = format!("`{{{found}}}` is filled in only with `command`; a server.py is given --{found} anyway");
+            self.problem(args.line, "args", &help);
         }
     }
 

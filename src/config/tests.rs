@@ -259,6 +259,16 @@ fn commands_and_scripts_that_make_no_sense() {
 }
 
 #[test]
+fn args_of_a_script_are_not_filled_in() {
+    let of = |args: &str| {
+        read(&format!("models:\n  m:\n    type: text\n    service_script: server.py\n    args: ['{args}']\n"))
+    };
+    let error = of("--url=localhost:{port}").unwrap_err();
+    assert!(error.starts_with("models.yaml:5: models.m.args: `{port}` is filled in only with `command`"), "{error}");
+    assert_eq!(of("--template={prompt}").unwrap().models[0].args, ["--template={prompt}"]);
+}
+
+#[test]
 fn names_that_cannot_be_served() {
     for name in ["a/b", "'a b'", "-a", "''"] {
         let error = read(&format!("models:\n  {name}: {{type: text, command: x}}\n")).unwrap_err();

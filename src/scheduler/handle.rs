@@ -244,6 +244,11 @@ impl Handle {
         });
     }
 
+    /// Waits until the scheduler's loop has ended: in the soft stage, when the last running job has.
+    pub async fn drained(&self) {
+        self.messages.closed().await;
+    }
+
     /// Whether the scheduler's loop and the store's writer answer, each within a second; for `/readyz`.
     pub async fn is_ready(&self) -> Result<(), String> {
         let (reply, answer) = oneshot::channel();

@@ -193,9 +193,12 @@ impl Scheduler {
         self.carry_out(effects);
     }
 
+    /// The supervisors log what they report; here it is only counted and decided on.
     fn on_report(&mut self, model: String, report: Report) {
+        // A suspected worker that turns out to be alive reports `Ready` again, which is no load.
+        let loading = matches!(self.state.device, Device::Loading { .. });
         self.handle.count(|counters| match &report {
-            Report::Ready { load_ms, .. } => {
+            Report::Ready { load_ms, .. } if loading => {
                 let (count, seconds) = counters.loads.entry(model.clone()).or_default();
                 *count += 1;
                 *seconds += *load_ms as f64 / 1e3;
@@ -204,21 +207,6 @@ impl Scheduler {
             Report::Died { .. } => *counters.worker_deaths.entry(model.clone()).or_default() += 1,
             _ => {}
         });
-        match &report {
-            Report::Ready { base_url, load_ms } => {
-                tracing::info!(model.name = %model, load_ms, "{model} is ready on {base_url}")
-            }
-            Report::Died { reason } => {
-                tracing::warn!(model.name = %model, "worker of {model} died: {reason}")
-            }
-            Report::LoadFailed { error, .. } => {
-                tracing::warn!(model.name = %model, "{model} did not load: {}", error.message)
-            }
-            Report::NoGpu => {
-                tracing::warn!(model.name = %model, "{model} needs a GPU and this box sees none")
-            }
-            _ => tracing::debug!(model.name = %model, report = ?report, "worker report"),
-        }
         self.apply(Event::Report { model, report });
     }
 

@@ -25,6 +25,8 @@ use crate::worker::wire::{Ask, Lost, Pool, Reply};
 const ANSWER_LIMIT_BYTES: usize = 256 << 20;
 /// Most that is read of the body of a refusal, in bytes.
 const REFUSAL_LIMIT_BYTES: usize = 256 << 10;
+/// Most chunks of a stream that are held back while none had content.
+const HELD_LIMIT: usize = 64;
 const JSON: &str = "application/json";
 const NDJSON: &str = "application/x-ndjson";
 const SSE: &str = "text/event-stream";
@@ -65,13 +67,13 @@ pub struct WorkerClient {
 
 /// How an attempt goes wrong before it has an answer.
 enum Trouble {
-    Failed(Box<Failure>),
+    Failed(Failure),
     Lost(Lost),
 }
 
 impl From<Failure> for Trouble {
     fn from(failure: Failure) -> Self {
-        Self::Failed(Box::new(failure))
+        Self::Failed(failure)
     }
 }
 
@@ -105,6 +107,9 @@ impl WorkerClient {
             progress: &progress,
             relayed: AtomicBool::new(false),
         };
+        if stop.is_cancelled() {
+            return Outcome::Stopped; // Nothing was sent.
+        }
         // Dropping the unfinished attempt closes its connection, which cancels the request on the worker.
         tokio::select! {
             biased;
@@ -143,8 +148,9 @@ impl Attempt<'_> {
     async fn run(&self) -> Outcome {
         match self.exchange().await {
             Ok(answer) => Outcome::Answered(answer),
-            Err(Trouble::Failed(failure)) => self.failed(*failure),
+            Err(Trouble::Failed(failure)) => self.failed(failure),
             Err(Trouble::Lost(lost)) => Outcome::WorkerLost {
+                reached: lost.reached,
                 reason: lost.to_string(),
             },
         }
@@ -359,9 +365,8 @@ impl Stream<'_> {
         }
         let added = self.assembler.add(chunk).map_err(unassembled)?;
         self.held.push(data);
-        if added == Added::Content {
-            self.pass_on().await;
-        } else if self.attempt.relayed.load(Ordering::Relaxed) || self.held.len() > 64 {
+        let flows = self.attempt.relayed.load(Ordering::Relaxed);
+        if flows || added == Added::Content || self.held.len() > HELD_LIMIT {
             self.pass_on().await;
         }
         Ok(false)

@@ -1,8 +1,8 @@
 //! `roundhouse guard`: a small process between the server and one worker that ends the worker when the server is gone.
 //!
 //! Its stdin is a pipe whose other end only the server holds (the lifeline). When that closes, by order or because the
-//! server died, the guard ends the worker: SIGTERM to its process group, the grace period, then SIGKILL to whatever is in
-//! the guard's session or carries the worker's mark. When the worker ends by itself, its remains are ended the same way.
+//! server died, the guard ends the worker: SIGTERM to its process group, the grace period, then the same, shorter, for whatever
+//! else is in the guard's session or carries the worker's mark, and SIGKILL in the end. When the worker ends by itself, its remains are ended the same way.
 
 use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
@@ -22,8 +22,10 @@ use crate::worker::procfs::{Family, MARK};
 
 /// What a shell answers when it cannot start a program.
 const CANNOT_START: i32 = 127;
-/// Grace of the remains of a worker that ended by itself.
-const REMAINS_GRACE: Duration = Duration::from_secs(1);
+/// Grace of what a worker leaves behind: escaped children get SIGTERM only when their group is gone.
+const REMAINS_GRACE: Duration = Duration::from_millis(500);
+/// How long the exit status of an ended worker may take to come.
+const EXIT_NOTICE: Duration = Duration::from_millis(200);
 /// How long SIGKILL may take; a process in an uninterruptible wait can take its time.
 const KILL_LIMIT: Duration = Duration::from_secs(60);
 
@@ -73,24 +75,29 @@ fn guard(grace: Duration, command: &[String]) -> Result<i32, String> {
         session: Some(nix::unistd::getpid().as_raw()),
     };
     let code = match inbox.recv() {
-        Ok(Event::Exited(code)) => {
-            if !family.living(None).is_empty() {
-                family.terminate(None);
-                family.wait_gone(None, REMAINS_GRACE);
-            }
-            Some(code)
-        }
+        Ok(Event::Exited(code)) => Some(code),
         Ok(Event::LifelineClosed) | Err(mpsc::RecvError) => {
             // ESRCH: the whole group is gone already.
             let _ = killpg(group, Signal::SIGTERM);
-            family.wait_gone(None, grace);
+            family.wait_group_gone(group.as_raw(), grace);
             None
         }
     };
+    // What left the group, or outlived its leader, has not been asked yet.
+    let remains = family.living(None);
+    if remains
+        .iter()
+        .any(|p| code.is_some() || p.group != group.as_raw())
+    {
+        family.terminate();
+        family.wait_gone(REMAINS_GRACE);
+    }
     family.kill(None, KILL_LIMIT);
+    // For a guard started by hand without mark and session: its family is empty.
+    let _ = killpg(group, Signal::SIGKILL);
     leftovers::remove(started_at);
     Ok(
-        code.unwrap_or_else(|| match inbox.recv_timeout(REMAINS_GRACE) {
+        code.unwrap_or_else(|| match inbox.recv_timeout(EXIT_NOTICE) {
             Ok(Event::Exited(code)) => code,
             _ => 128 + Signal::SIGKILL as i32,
         }),

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::worker::verdict::cut;
-use crate::worker::wire::{Ask, Pool};
+use crate::worker::wire::{Ask, Lost, Pool};
 
 /// Most that is read of an answer, in bytes.
 const LIMIT_BYTES: usize = 256 << 10;
@@ -27,6 +27,8 @@ pub(super) enum Health {
     Stranger,
     /// No answer, or one that says nothing good.
     Silent(String),
+    /// Nobody listens on the port: it has not got that far, or it is gone.
+    Refused,
 }
 
 /// Asks the worker that listens on one port.
@@ -72,20 +74,27 @@ impl Doctor {
                 Ok((status, _)) => {
                     Health::Silent(format!("/v1/models answers with status {status}"))
                 }
-                Err(reason) => Health::Silent(reason),
+                Err(lost) => unheard(&lost),
             },
             Ok((status, body)) => read(status, &body, &self.mark),
-            Err(reason) => Health::Silent(reason),
+            Err(lost) => unheard(&lost),
         }
     }
 
-    async fn get(&self, path: &str) -> Result<(u16, bytes::Bytes), String> {
-        let called = self.pool.call(&self.authority, &Ask::get(path)).await;
-        let mut reply = called.map_err(|e| e.to_string())?;
+    async fn get(&self, path: &str) -> Result<(u16, bytes::Bytes), Lost> {
+        let mut reply = self.pool.call(&self.authority, &Ask::get(path)).await?;
         let status = reply.status;
-        let body = reply.whole(LIMIT_BYTES).await.map_err(|e| e.to_string())?;
+        let body = reply.whole(LIMIT_BYTES).await?;
         self.pool.give_back(&self.authority, reply);
         Ok((status, body.unwrap_or_default()))
+    }
+}
+
+fn unheard(lost: &Lost) -> Health {
+    if lost.is_refused {
+        Health::Refused
+    } else {
+        Health::Silent(lost.to_string())
     }
 }
 

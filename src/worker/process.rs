@@ -204,8 +204,8 @@ pub(super) async fn end_orphans(data_dir_id: &str, grace: Duration) -> usize {
                 processes = count,
                 "ending processes that an earlier run left behind"
             );
-            family.terminate(None);
-            if !family.wait_gone(None, grace) && !family.kill(None, KILL_LIMIT) {
+            family.terminate();
+            if !family.wait_gone(grace) && !family.kill(None, KILL_LIMIT) {
                 tracing::error!("processes of an earlier run outlive SIGKILL");
             }
         }

@@ -109,17 +109,26 @@ impl Family {
     }
 
     /// Sends SIGTERM to all of it, once.
-    pub(super) fn terminate(&self, except: Option<i32>) {
-        for process in self.living(except) {
+    pub(super) fn terminate(&self) {
+        for process in self.living(None) {
             send(process.pid, Signal::SIGTERM);
         }
     }
 
     /// Waits until nothing of it lives; false if something does after `limit`.
-    pub(super) fn wait_gone(&self, except: Option<i32>, limit: Duration) -> bool {
+    pub(super) fn wait_gone(&self, limit: Duration) -> bool {
+        self.wait(limit, |_| true)
+    }
+
+    /// Waits until none of its processes in `group` lives; false if one does after `limit`.
+    pub(super) fn wait_group_gone(&self, group: i32, limit: Duration) -> bool {
+        self.wait(limit, |process| process.group == group)
+    }
+
+    fn wait(&self, limit: Duration, counts: impl Fn(&Process) -> bool) -> bool {
         let until = Instant::now() + limit;
         loop {
-            if self.living(except).is_empty() {
+            if !self.living(None).iter().any(&counts) {
                 return true;
             }
             if Instant::now() >= until {
@@ -227,8 +236,8 @@ mod tests {
 
         let data_dir = Family::DataDir { id };
         assert_eq!(pids(&data_dir), [sibling.id()]);
-        data_dir.terminate(None);
-        assert!(data_dir.wait_gone(None, Duration::from_secs(5)));
+        data_dir.terminate();
+        assert!(data_dir.wait_gone(Duration::from_secs(5)));
         sibling.wait().unwrap();
 
         assert_eq!(other.try_wait().unwrap(), None, "of another data dir");

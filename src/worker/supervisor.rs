@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
@@ -32,6 +32,8 @@ const ORDERS_LIMIT: usize = 64;
 const PORTS_TRIED: usize = 3;
 /// Device memory that may stay in use after a stop, in bytes: other programs come and go.
 const MEMORY_SLACK_BYTES: u64 = 1 << 30;
+/// How long a guard may take to end what a dead worker left running, and to tell how the worker ended.
+const EXIT_NOTICE: Duration = Duration::from_millis(2500);
 /// How often the clock is asked whether a back-off is over.
 const BACKOFF_LOOK_EVERY: Duration = Duration::from_millis(250);
 
@@ -74,7 +76,8 @@ pub enum Order {
     Stop,
     /// Forget back-off and quarantine: `Available`.
     Retry,
-    /// A job got no answer though the worker looks alive: probe now, restart if it does not answer.
+    /// A job got no answer though the worker looks alive: probe now; `Ready` again if it answers, else it is ended and
+    /// `Died` reported.
     Suspect,
 }
 
@@ -231,7 +234,8 @@ enum Try {
     /// Another program answers on the port.
     Stranger(u16),
     Failed(String, Tail),
-    Stopped,
+    /// By an order given at this time.
+    Stopped(Instant),
     Ended,
 }
 
@@ -239,6 +243,8 @@ enum Try {
 enum Pulse {
     Alive,
     Missed(String),
+    /// Nobody listens: it is gone or about to be, and its guard will say how.
+    Refused,
 }
 
 /// Something that happens while a worker serves.
@@ -332,11 +338,12 @@ impl Supervisor {
                 Try::Failed(reason, tail) => {
                     return self.failed_load(reason, &tail, memory_before).await;
                 }
-                Try::Stopped => {
+                Try::Stopped(ordered_at) => {
                     self.wait_memory_free(memory_before).await;
                     self.enter(ModelState::Absent);
-                    let stop_ms = 0;
-                    self.report(Report::Stopped { stop_ms });
+                    self.report(Report::Stopped {
+                        stop_ms: millis(ordered_at.elapsed()),
+                    });
                     return Phase::Absent;
                 }
                 Try::Ended => return Phase::Ended,
@@ -371,18 +378,34 @@ impl Supervisor {
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
                 Event::Pulse(Pulse::Alive) => {
                     misses = 0;
-                    suspected = false;
+                    if std::mem::take(&mut suspected) {
+                        let base_url = format!("http://127.0.0.1:{}", running.process.port());
+                        self.report(Report::Ready { base_url, load_ms: 0 });
+                    }
                     probe = self.watch_probe(&running.doctor);
                 }
-                Event::Pulse(Pulse::Missed(why)) => {
+                Event::Pulse(pulse) => {
                     misses += 1;
+                    let why = match &pulse {
+                        Pulse::Missed(why) => why.as_str(),
+                        _ => "nobody listens on its port",
+                    };
                     tracing::warn!(
                         model = self.spec.name,
                         misses,
                         "a health probe failed: {why}"
                     );
                     if suspected || misses >= self.tempo.watch_misses {
-                        let reason = format!("it stopped answering health probes: {why}");
+                        let how = match pulse {
+                            Pulse::Refused => {
+                                timeout(EXIT_NOTICE, running.process.exited()).await.ok()
+                            }
+                            _ => None,
+                        };
+                        let reason = how.map_or_else(
+                            || format!("it stopped answering health probes: {why}"),
+                            |how| format!("it {how}"),
+                        );
                         return self.died(running, reason).await;
                     }
                     probe = self.watch_probe(&running.doctor);
@@ -499,9 +522,10 @@ impl Supervisor {
                 order = self.orders.recv() => {
                     match order {
                         Some(Order::Stop) => {
+                            let ordered_at = Instant::now();
                             self.enter(ModelState::Draining);
                             process.stop(self.around.grace).await;
-                            return Try::Stopped;
+                            return Try::Stopped(ordered_at);
                         }
                         None => {
                             process.stop(self.around.grace).await;
@@ -547,7 +571,7 @@ impl Supervisor {
                         return Try::Stranger(port);
                     }
                 }
-                Health::Silent(_) => {}
+                Health::Silent(_) | Health::Refused => {}
             }
         }
     }
@@ -744,7 +768,10 @@ impl Supervisor {
                 );
                 return;
             }
-            sleep(Duration::from_millis(50)).await;
+            tokio::select! {
+                () = self.hard.cancelled() => return,
+                () = sleep(Duration::from_millis(50)) => {}
+            }
         }
     }
 
@@ -804,6 +831,7 @@ async fn pulse(doctor: &Doctor, limit: Duration) -> Pulse {
         Health::Failed(why) => Pulse::Missed(format!("it says that it failed: {why}")),
         Health::Stranger => Pulse::Missed("another program answers on its port".to_owned()),
         Health::Silent(why) => Pulse::Missed(why),
+        Health::Refused => Pulse::Refused,
     }
 }
 

@@ -15,7 +15,7 @@ const BODY_LIMIT_BYTES: usize = 16 << 10;
 /// A failed attempt, before it is an [`Outcome`].
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Failure {
-    pub(super) error: JobError,
+    pub(super) error: Box<JobError>,
     pub(super) retriable: bool,
 }
 
@@ -23,7 +23,7 @@ impl Failure {
     /// A failure without param or details.
     pub(super) fn new(code: ErrorCode, message: impl Into<String>, retriable: bool) -> Self {
         Self {
-            error: JobError::new(code, message, retriable),
+            error: Box::new(JobError::new(code, message, retriable)),
             retriable,
         }
     }
@@ -50,7 +50,7 @@ impl Failure {
 impl From<Failure> for Outcome {
     fn from(failure: Failure) -> Self {
         Outcome::Failed {
-            error: failure.error,
+            error: *failure.error,
             retriable: failure.retriable,
         }
     }

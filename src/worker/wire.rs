@@ -31,8 +31,14 @@ const STALE_WINDOW: Duration = Duration::from_millis(100);
 
 /// The connection was refused, reset or ended early; the text is for the log.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(super) struct Lost(String);
+#[error("{text}")]
+pub(super) struct Lost {
+    text: String,
+    /// Nobody listens on the port.
+    pub(super) is_refused: bool,
+    /// Whether the request may have reached the worker.
+    pub(super) reached: bool,
+}
 
 impl Lost {
     fn new(what: &str, error: &dyn std::error::Error) -> Self {
@@ -43,7 +49,11 @@ impl Lost {
             text.push_str(&inner.to_string());
             source = inner.source();
         }
-        Self(text)
+        Self {
+            text,
+            is_refused: false,
+            reached: true,
+        }
     }
 }
 
@@ -98,9 +108,11 @@ struct Conn {
 
 impl Conn {
     async fn open(authority: &str) -> Result<Self, Lost> {
-        let stream = TcpStream::connect(authority)
-            .await
-            .map_err(|e| Lost::new("cannot connect to the worker", &e))?;
+        let stream = TcpStream::connect(authority).await.map_err(|e| Lost {
+            is_refused: e.kind() == std::io::ErrorKind::ConnectionRefused,
+            reached: false,
+            ..Lost::new("cannot connect to the worker", &e)
+        })?;
         stream
             .set_nodelay(true)
             .map_err(|e| Lost::new("cannot set TCP_NODELAY", &e))?;
@@ -265,6 +277,7 @@ impl Pool {
     /// without a single byte within [`STALE_WINDOW`], and the worker still accepts a fresh connection. A worker that died
     /// on the request refuses that one, and the caller learns that the worker is lost.
     pub(super) async fn call(&self, authority: &str, ask: &Ask) -> Result<Reply, Lost> {
+        let mut reached = false;
         while let Some(mut conn) = self.take(authority) {
             if !conn.is_usable().await {
                 continue;
@@ -273,11 +286,14 @@ impl Pool {
             match conn.send(ask.request(authority)?).await {
                 Ok(head) => return Ok(reply(head, conn)),
                 Err(error) if error.is_canceled() => {} // Never written.
-                Err(error) if sent.elapsed() < STALE_WINDOW && closed_silently(&error) => break,
+                Err(error) if sent.elapsed() < STALE_WINDOW && closed_silently(&error) => {
+                    reached = true;
+                    break;
+                }
                 Err(error) => return Err(Lost::new("the worker did not answer", &error)),
             }
         }
-        let mut conn = Conn::open(authority).await?;
+        let mut conn = Conn::open(authority).await.map_err(|lost| Lost { reached, ..lost })?;
         match conn.send(ask.request(authority)?).await {
             Ok(head) => Ok(reply(head, conn)),
             Err(error) => Err(Lost::new("the worker did not answer", &error)),
@@ -293,6 +309,11 @@ impl Pool {
         conn.rest = (!reply.ended).then_some(reply.body);
         conn.idle_since = Instant::now();
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        // Workers come and go; nobody asks any more for the connections of one that is gone.
+        idle.retain(|other, conns| {
+            let newest = conns.last().map(|c| c.idle_since);
+            other == authority || newest.is_some_and(|at| at.elapsed() <= IDLE_LIMIT)
+        });
         let conns = match idle.get_mut(authority) {
             Some(conns) => conns,
             None => idle.entry(authority.to_owned()).or_default(),
