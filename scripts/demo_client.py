@@ -301,6 +301,8 @@ class Demo:
         for job in self.jobs:
             if job.id in fresh and job.state not in TERMINAL:
                 self.update(job, fresh[job.id])
+            if job.state == "running" and job.model != self.models["text"]:
+                job.shown = self.api.get(f"/v1/jobs/{job.id}")  # with its progress, which lists leave out
 
     def update(self, job: Job, fresh: Json) -> None:
         if fresh["state"] != job.state:
