@@ -545,8 +545,9 @@ async fn a_worker_that_stops_answering_is_ended() {
         let mut worker = bench.worker(&["--hang-file", &hang_file]);
         worker.load().await;
         if suspect {
-            worker.handle.order(Order::Suspect); // It answers: nothing happens.
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            worker.handle.order(Order::Suspect);
+            let report = worker.settled().await;
+            assert!(matches!(report, Report::Ready { load_ms: 0, .. }), "it answers: {report:?}");
             assert_eq!(worker.handle.view().state, ModelState::Resident);
         }
         std::fs::write(&hang, "").unwrap();

@@ -291,6 +291,8 @@ pub struct State {
     pub(super) history: VecDeque<Decision>,
     stopping: bool,
     wake_at: Option<Millis>,
+    /// The second half of a swap that has been announced: its load is no decision of its own.
+    swapping_to: Option<usize>,
 }
 
 impl State {
@@ -318,6 +320,7 @@ impl State {
             history: VecDeque::new(),
             stopping: false,
             wake_at: None,
+            swapping_to: None,
         }
     }
 
@@ -551,6 +554,11 @@ impl State {
 
     fn on_left(&mut self, index: usize, now: Millis) -> Vec<Effect> {
         self.models[index].learned.left_at = Some(now);
+        if let Device::Stopping { model, to } = self.device
+            && model == index
+        {
+            self.swapping_to = to;
+        }
         self.free_device_of(index);
         vec![self.learn(index)]
     }
@@ -644,6 +652,10 @@ impl State {
 
     fn plan(&mut self, now: Millis, effects: &mut Vec<Effect>) -> Option<Millis> {
         let Plan { action, decision, wake_at } = plan::plan(&self.view(), &self.knobs, now);
+        let second_half = match (&action, self.swapping_to.take()) {
+            (Action::Load(name), Some(to)) => self.index_of(name) == Some(to),
+            _ => false,
+        };
         match action {
             Action::Stay => {}
             Action::Load(name) => self.load(&name, now, effects),
@@ -653,7 +665,8 @@ impl State {
             }
             Action::Unload(name) => self.leave(&name, None, effects),
         }
-        if decision.action == "load" || decision.action == "swap" || decision.action == "unload" {
+        let is_change = decision.action == "load" || decision.action == "swap" || decision.action == "unload";
+        if is_change && !second_half {
             self.history.push_front(decision.clone());
             self.history.truncate(HISTORY_MAX);
             effects.push(Effect::Announce(decision.clone()));
