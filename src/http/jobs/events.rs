@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Extension, OriginalUri, Path, State};
+use axum::extract::{Extension, OriginalUri, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use crate::clock::rfc3339;
 use crate::domain::{Job, JobId, JobState};
 use crate::http::auth::Caller;
-use crate::http::body;
+use crate::http::body::{self, Segments};
 use crate::http::error::ApiError;
 use crate::http::jobs::{job_id, onlooker};
 use crate::http::openai::sse_headers;
@@ -37,7 +37,7 @@ const PAGE_DEFAULT: u64 = 1_000;
 pub async fn get(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Segments(id): Segments<String>,
     OriginalUri(uri): OriginalUri,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
