@@ -122,7 +122,7 @@ async fn a_server_killed_while_a_model_loads_leaves_nothing_either() {
 
 #[tokio::test]
 async fn sigterm_lets_running_jobs_finish_and_keeps_the_others() {
-    let site = Site::new().model("a", echo("custom", &["--delay-ms", "1500"]));
+    let site = Site::new().model("a", echo("custom", &["--delay-ms", "2000"]));
     let mut server = site.start().await;
     let api = server.api.clone();
     let running = api.submit_echo("a", json!({})).await;
@@ -135,6 +135,8 @@ async fn sigterm_lets_running_jobs_finish_and_keeps_the_others() {
         let (api, running) = (api.clone(), running.clone());
         beside(async move { api.get(&format!("/v1/jobs/{running}?wait=30")).await })
     };
+    // Nothing shows when the caller's request has come; it is a matter of a few ms.
+    tokio::time::sleep(Duration::from_millis(300)).await;
     server.signal(Signal::SIGTERM);
     // New work is refused from now on: by an answer, or since nobody listens any more.
     let refused = eventually(Duration::from_secs(10), "new work is refused", || async {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::common::{Site, beside, echo, eventually, with};
+use crate::common::{LIMIT, Site, beside, echo, eventually, with};
 
 /// Looks at a device's memory all the time: how many processes held some of it at once, at most.
 struct DeviceWatch {
@@ -71,11 +71,15 @@ async fn sixty_interleaved_jobs_cost_two_swaps() {
         assert_eq!(job["attempt"], 1, "{job}");
     }
 
-    let queue = api.queue().await;
+    let queue = eventually(LIMIT, "the queue's view has seen the last end", || async {
+        let queue = api.queue().await;
+        (queue["running"] == 0).then_some(queue)
+    })
+    .await;
     assert!(queue["swaps"].as_u64().unwrap() <= 3, "{queue}");
     assert!(queue["swaps"].as_u64().unwrap() >= 2, "three models had their turn: {queue}");
     assert_eq!(queue["swaps_in_arrival_order"], 59, "{queue}");
-    assert_eq!((&queue["queued"], &queue["running"]), (&json!(0), &json!(0)), "{queue}");
+    assert_eq!(queue["queued"], 0, "{queue}");
     for decision in queue["history"].as_array().unwrap() {
         assert!(!decision["reason"].as_str().unwrap().is_empty(), "{decision}");
     }
