@@ -47,7 +47,8 @@ mark_of() { { echo "1 $1 $SMOLLM2_PACKAGE" && cat "$ROOT/scripts/checkpoints/$(b
 is_current() { [ "$(cat "$CHECKPOINTS/$1/.complete" 2>/dev/null)" = "$(mark_of "$1")" ]; }
 
 build() {
-    local name=$1 out=$2 python=$ROOT/models/$(venv_of "$1")/.venv/bin/python script
+    local name=$1 out=$2 python script
+    python=$ROOT/models/$(venv_of "$1")/.venv/bin/python
     script=$ROOT/scripts/checkpoints/$(builder_of "$name")
     case $name in
     smollm2)

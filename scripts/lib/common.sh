@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+# shellcheck disable=SC2034 # used by those who source this
 CHECKPOINTS=${ROUNDHOUSE_CHECKPOINTS:-$ROOT/.cache/checkpoints}
 
 # Where bytecode is not written (containers often say so), each start of torch costs 6 s more.
@@ -63,6 +64,16 @@ need_apt() {
         die "missing: $*. Install them first, for instance: sudo apt-get install $*"
     fi
 }
+
+# Makes sure that cargo and a C compiler (for SQLite) are there. The toolchain itself comes by rust-toolchain.toml.
+need_rust() {
+    command -v cargo >/dev/null 2>&1 || PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
+    command -v cargo >/dev/null 2>&1 || die "no cargo found; install Rust, for instance from https://rustup.rs"
+    command -v cc >/dev/null 2>&1 || need_apt gcc libc6-dev
+}
+
+# Makes sure that the Python can make virtual environments; Debian packs that apart.
+need_venv() { "$(base_python)" -c 'import ensurepip, venv' 2>/dev/null || need_apt python3-venv; }
 
 # Sets UV to a working uv: the one on PATH, else one in a small venv of the project.
 find_uv() {
