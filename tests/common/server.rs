@@ -55,6 +55,12 @@ impl Site {
         self
     }
 
+    /// Takes a model out.
+    pub(crate) fn without_model(mut self, name: &str) -> Self {
+        self.models.remove(name);
+        self
+    }
+
     /// Sets a key of `server:`.
     pub(crate) fn server(mut self, key: &str, value: impl Into<Value>) -> Self {
         self.server.insert(key.to_owned(), value.into());

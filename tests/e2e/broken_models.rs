@@ -46,8 +46,13 @@ async fn a_broken_model_blocks_its_own_jobs_only_and_comes_back() {
     .await;
     assert_eq!(job["attempt"], 0, "a failed load charges nothing: {job}");
 
+    // The others, and time, go on.
+    let limited =
+        api.submit(&json!({"endpoint": "/v1/chat/completions", "body": chat("broken"), "deadline_s": 1})).await;
     let other = api.submit_echo("well", json!({})).await;
     api.succeeded(&other).await;
+    let job = api.finished(&limited).await;
+    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("expired"), &json!("queue_deadline_exceeded")), "{job}");
 
     let worker = eventually(LIMIT, "five failed loads", || async {
         let worker = api.worker("broken").await;

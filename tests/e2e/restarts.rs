@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use reqwest::Method;
 use serde_json::json;
 
-use crate::common::{Api, Proc, Server, Site, beside, check_history, echo, echo_job, eventually};
+use crate::common::{Api, Proc, Server, Site, beside, check_history, echo, echo_job, eventually, with};
 
 /// Jobs in three rounds of submitting, killing and starting again.
 const ROUNDS: u64 = 3;
@@ -207,4 +207,58 @@ async fn a_second_server_on_the_same_data_dir_is_refused() {
     assert!(text.contains("another roundhouse server uses"), "{text}");
     let id = server.api.submit_echo("a", json!({})).await;
     server.api.succeeded(&id).await;
+}
+
+#[tokio::test]
+async fn callers_on_the_line_are_told_when_the_server_stops() {
+    let text = with(echo("text", &["--delay-ms", "2000"]), json!({"limit": 1}));
+    let site = Site::new().server("hop_grace", "30s").model("t", text);
+    let mut server = site.start().await;
+    let api = server.api.clone();
+    let chat = |who: &str, stream: bool| json!({"model": "t", "messages": [{"role": "user", "content": "hi"}], "metadata": {"who": who}, "stream": stream});
+    let call = |body: serde_json::Value| {
+        let api = api.clone();
+        beside(async move { api.post("/v1/chat/completions", &body).await })
+    };
+    let running = call(chat("running", true));
+    let id = api.job_of("running").await;
+    api.happened(&id, "job.started").await;
+    let waiting = call(chat("waiting", false));
+    let waiting_id = api.job_of("waiting").await;
+    server.signal(Signal::SIGTERM);
+    let refused = waiting.await.unwrap().refused(503, "draining");
+    assert_eq!(refused.json()["error"]["job_id"], waiting_id.as_str(), "where its answer will be");
+    let streamed = running.await.unwrap().is(200).text();
+    assert!(streamed.contains("echo:") && streamed.ends_with("data: [DONE]\n\n"), "{streamed}");
+    assert_eq!(server.ended().await.code(), Some(0));
+    drop(server);
+
+    let server = site.start().await;
+    let answer = server.api.following().get(&format!("/v1/jobs/{waiting_id}/response")).await.is(200).json();
+    assert_eq!(answer["choices"][0]["message"]["content"], "echo: hi", "{answer}");
+}
+
+#[tokio::test]
+async fn jobs_of_a_model_that_left_the_file_wait_until_it_is_back() {
+    let entry = || echo("custom", &[] as &[&str]);
+    let site = Site::new().model("gone", echo("custom", &["--load-s", "60"])).model("b", entry());
+    let server = site.start().await;
+    let waiting = server.api.submit_echo("gone", json!({})).await;
+    let unwanted = server.api.submit_echo("gone", json!({})).await;
+    drop(server);
+
+    let site = site.without_model("gone");
+    let server = site.start().await;
+    let api = &server.api;
+    let job = api.job(&waiting).await;
+    assert_eq!((&job["state"], &job["state_reason"]), (&json!("queued"), &json!("model_blocked")), "{job}");
+    let other = api.submit_echo("b", json!({})).await;
+    api.succeeded(&other).await;
+    api.poke(&format!("/v1/jobs/{unwanted}/cancel")).await.is(200);
+    assert_eq!(api.job(&unwanted).await["state"], "cancelled");
+    api.post("/v1/jobs", &echo_job("gone", json!({}))).await.refused(404, "model_not_found");
+    drop(server);
+
+    let server = site.model("gone", entry()).start().await;
+    server.api.succeeded(&waiting).await;
 }
