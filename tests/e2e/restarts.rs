@@ -17,9 +17,10 @@ async fn no_accepted_job_is_lost_or_ends_twice_when_the_server_is_killed() {
     let seed =
         std::env::var("ROUNDHOUSE_TEST_SEED").map_or_else(|_| u64::from(std::process::id()), |s| s.parse().unwrap());
     eprintln!("ROUNDHOUSE_TEST_SEED={seed}");
-    let site = Site::new();
+    let site = Site::new().server("worker_grace", "1s");
+    // Orphans that hold the device until they are killed: the next server must see to that before it loads.
     let mut args = site.whole_device();
-    args.extend(["--delay-ms", "30"].map(str::to_owned));
+    args.extend(["--ignore-sigterm", "--delay-ms", "30"].map(str::to_owned));
     let site = site.model("a", echo("custom", &args)).model("b", echo("text", &args));
     let mut accepted = Vec::new();
     let mut random = seed;
