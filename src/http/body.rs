@@ -1,10 +1,12 @@
 //! Reading requests: bodies with a limit, JSON with its place of error, queries, and names near a misspelt one.
 
 use axum::body::Body;
-use axum::extract::{FromRequest, Query, Request};
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, Uri, header};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::domain::ErrorCode;
@@ -22,6 +24,22 @@ impl FromRequest<AppState> for JsonObject {
         refuse_other_types(&parts.headers)?;
         let bytes = read(&parts.headers, body, state.server.body_bytes_max).await?;
         parse(&bytes).map(Self)
+    }
+}
+
+/// The variable segments of a path. What cannot be decoded is a path that does not exist.
+pub struct Segments<T>(pub T);
+
+impl<T, S> FromRequestParts<S> for Segments<T>
+where
+    T: DeserializeOwned + Send,
+    S: Send + Sync,
+{
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let path = Path::<T>::from_request_parts(parts, state).await;
+        path.map(|Path(segments)| Self(segments)).map_err(|_| ApiError::not_found("the path"))
     }
 }
 

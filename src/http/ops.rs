@@ -1,7 +1,7 @@
 //! Operations: the queue and its reasons, models, workers, health, metrics.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::{State};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::clock::rfc3339;
 use crate::domain::worker::WorkerView;
 use crate::domain::{ErrorCode, ModelSpec, ModelState};
+use crate::http::body::Segments;
 use crate::http::error::ApiError;
 use crate::http::{AppState, metrics as series};
 use crate::scheduler::handle::{Decision, ModelQueueView, QueueView};
@@ -53,7 +54,7 @@ pub async fn models(State(state): State<AppState>) -> Response {
 }
 
 /// `GET /v1/models/{name}`; names may hold slashes.
-pub async fn model(State(state): State<AppState>, Path(name): Path<String>) -> Result<Response, ApiError> {
+pub async fn model(State(state): State<AppState>, Segments(name): Segments<String>) -> Result<Response, ApiError> {
     let spec = state.models.get(&name)?;
     Ok(Json(model_json(&state, spec, &state.handle.queue())).into_response())
 }
@@ -80,7 +81,7 @@ fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) -> Value {
 }
 
 /// `POST /v1/models/{name}/retry`: forgets back-off and quarantine.
-pub async fn retry_model(State(state): State<AppState>, Path(path): Path<String>) -> Result<Response, ApiError> {
+pub async fn retry_model(State(state): State<AppState>, Segments(path): Segments<String>) -> Result<Response, ApiError> {
     let name = path.strip_suffix("/retry").ok_or_else(|| {
         ApiError::new(ErrorCode::NotFound, "the path does not exist; a model is retried by POST /v1/models/NAME/retry")
     })?;

@@ -55,6 +55,12 @@ impl Site {
         self
     }
 
+    /// Takes a model out.
+    pub(crate) fn without_model(mut self, name: &str) -> Self {
+        self.models.remove(name);
+        self
+    }
+
     /// Sets a key of `server:`.
     pub(crate) fn server(mut self, key: &str, value: impl Into<Value>) -> Self {
         self.server.insert(key.to_owned(), value.into());
@@ -121,7 +127,8 @@ impl Site {
             .arg(self.data())
             .env_remove("RUNPOD_POD_ID")
             .env_remove("ROUNDHOUSE_API_KEYS")
-            .env("ROUNDHOUSE_LOG", "info,roundhouse=debug")
+            .env("ROUNDHOUSE_LOG", "info")
+            .env("NO_COLOR", "1")
             .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -257,7 +264,7 @@ impl Drop for Server {
         if std::thread::panicking() {
             let log = self.log();
             let lines: Vec<&str> = log.lines().collect();
-            eprintln!("---- last lines of the server's log\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+            eprintln!("---- last lines of the server's log\n{}", lines[lines.len().saturating_sub(30)..].join("\n"));
             eprintln!("---- it said {:?}; left behind: {left:?}", self.said);
         } else {
             assert!(left.is_empty(), "left behind: {left:?}");

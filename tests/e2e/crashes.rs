@@ -119,7 +119,8 @@ async fn a_worker_whose_health_hangs_is_replaced() {
 
 #[tokio::test]
 async fn a_worker_that_hangs_on_a_job_is_replaced() {
-    let site = Site::new().model("a", with(echo("custom", &[] as &[&str]), json!({"timeout": "1s", "max_attempts": 1})));
+    let site =
+        Site::new().model("a", with(echo("custom", &[] as &[&str]), json!({"timeout": "1s", "max_attempts": 1})));
     let server = site.start().await;
     let api = &server.api;
     let hanging = api.submit_echo("a", json!({"hang": true})).await;
@@ -163,5 +164,5 @@ async fn failures_of_single_jobs_are_results_and_leave_the_worker_alone() {
                         "messages": [{"role": "user", "content": "hi"}]}}))
         .await;
     let job = api.finished(&endless).await;
-    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("invalid_output")), "{job}");
+    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("worker_error")), "{job}");
 }

@@ -75,6 +75,7 @@ async fn cancelling_ends_queued_and_running_jobs_and_changes_no_ended_one() {
         assert_eq!(api.job(id).await["state"], before["state"]);
         assert_eq!(check_history(&api.events(id).await), end);
     }
+    api.get(&format!("/v1/jobs/{queued}/response")).await.refused(409, "cancelled_by_user");
     // A body is allowed, as SDKs send one.
     api.post(&format!("/v1/jobs/{next}/cancel"), &json!({})).await.is(200);
 }

@@ -22,7 +22,7 @@ async fn a_full_queue_refuses_and_keeps_what_it_has() {
     let two = json!({"requests": [echo_job("a", json!({})), echo_job("a", json!({}))]});
     let reply = api.post("/v1/jobs/bulk", &two).await.refused(429, "queue_full");
     assert!(!reply.header("retry-after").is_empty(), "{:?}", reply.headers);
-    assert_eq!(api.queue().await["queued"], 3);
+    eventually(LIMIT, "three wait", || async { (api.queue().await["queued"] == 3).then_some(()) }).await;
     ids.push(api.submit_echo("a", json!({})).await);
     let reply = api.post("/v1/jobs", &echo_job("a", json!({}))).await.refused(429, "queue_full");
     let seconds: u64 = reply.header("retry-after").parse().unwrap();

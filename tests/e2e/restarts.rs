@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use reqwest::Method;
 use serde_json::json;
 
-use crate::common::{Api, Proc, Server, Site, beside, check_history, echo, echo_job, eventually};
+use crate::common::{Api, Proc, Server, Site, beside, check_history, echo, echo_job, eventually, with};
 
 /// Jobs in three rounds of submitting, killing and starting again.
 const ROUNDS: u64 = 3;
@@ -17,9 +17,10 @@ async fn no_accepted_job_is_lost_or_ends_twice_when_the_server_is_killed() {
     let seed =
         std::env::var("ROUNDHOUSE_TEST_SEED").map_or_else(|_| u64::from(std::process::id()), |s| s.parse().unwrap());
     eprintln!("ROUNDHOUSE_TEST_SEED={seed}");
-    let site = Site::new();
+    let site = Site::new().server("worker_grace", "1s");
+    // Orphans that hold the device until they are killed: the next server must see to that before it loads.
     let mut args = site.whole_device();
-    args.extend(["--delay-ms", "30"].map(str::to_owned));
+    args.extend(["--ignore-sigterm", "--delay-ms", "30"].map(str::to_owned));
     let site = site.model("a", echo("custom", &args)).model("b", echo("text", &args));
     let mut accepted = Vec::new();
     let mut random = seed;
@@ -122,7 +123,7 @@ async fn a_server_killed_while_a_model_loads_leaves_nothing_either() {
 
 #[tokio::test]
 async fn sigterm_lets_running_jobs_finish_and_keeps_the_others() {
-    let site = Site::new().model("a", echo("custom", &["--delay-ms", "1500"]));
+    let site = Site::new().model("a", echo("custom", &["--delay-ms", "2000"]));
     let mut server = site.start().await;
     let api = server.api.clone();
     let running = api.submit_echo("a", json!({})).await;
@@ -135,6 +136,8 @@ async fn sigterm_lets_running_jobs_finish_and_keeps_the_others() {
         let (api, running) = (api.clone(), running.clone());
         beside(async move { api.get(&format!("/v1/jobs/{running}?wait=30")).await })
     };
+    // Nothing shows when the caller's request has come; it is a matter of a few ms.
+    tokio::time::sleep(Duration::from_millis(300)).await;
     server.signal(Signal::SIGTERM);
     // New work is refused from now on: by an answer, or since nobody listens any more.
     let refused = eventually(Duration::from_secs(10), "new work is refused", || async {
@@ -205,4 +208,58 @@ async fn a_second_server_on_the_same_data_dir_is_refused() {
     assert!(text.contains("another roundhouse server uses"), "{text}");
     let id = server.api.submit_echo("a", json!({})).await;
     server.api.succeeded(&id).await;
+}
+
+#[tokio::test]
+async fn callers_on_the_line_are_told_when_the_server_stops() {
+    let text = with(echo("text", &["--delay-ms", "2000"]), json!({"limit": 1}));
+    let site = Site::new().server("hop_grace", "30s").model("t", text);
+    let mut server = site.start().await;
+    let api = server.api.clone();
+    let chat = |who: &str, stream: bool| json!({"model": "t", "messages": [{"role": "user", "content": "hi"}], "metadata": {"who": who}, "stream": stream});
+    let call = |body: serde_json::Value| {
+        let api = api.clone();
+        beside(async move { api.post("/v1/chat/completions", &body).await })
+    };
+    let running = call(chat("running", true));
+    let id = api.job_of("running").await;
+    api.happened(&id, "job.started").await;
+    let waiting = call(chat("waiting", false));
+    let waiting_id = api.job_of("waiting").await;
+    server.signal(Signal::SIGTERM);
+    let refused = waiting.await.unwrap().refused(503, "draining");
+    assert_eq!(refused.json()["error"]["job_id"], waiting_id.as_str(), "where its answer will be");
+    let streamed = running.await.unwrap().is(200).text();
+    assert!(streamed.contains("echo:") && streamed.ends_with("data: [DONE]\n\n"), "{streamed}");
+    assert_eq!(server.ended().await.code(), Some(0));
+    drop(server);
+
+    let server = site.start().await;
+    let answer = server.api.following().get(&format!("/v1/jobs/{waiting_id}/response")).await.is(200).json();
+    assert_eq!(answer["choices"][0]["message"]["content"], "echo: hi", "{answer}");
+}
+
+#[tokio::test]
+async fn jobs_of_a_model_that_left_the_file_wait_until_it_is_back() {
+    let entry = || echo("custom", &[] as &[&str]);
+    let site = Site::new().model("gone", echo("custom", &["--load-s", "60"])).model("b", entry());
+    let server = site.start().await;
+    let waiting = server.api.submit_echo("gone", json!({})).await;
+    let unwanted = server.api.submit_echo("gone", json!({})).await;
+    drop(server);
+
+    let site = site.without_model("gone");
+    let server = site.start().await;
+    let api = &server.api;
+    let job = api.job(&waiting).await;
+    assert_eq!((&job["state"], &job["state_reason"]), (&json!("queued"), &json!("model_blocked")), "{job}");
+    let other = api.submit_echo("b", json!({})).await;
+    api.succeeded(&other).await;
+    api.poke(&format!("/v1/jobs/{unwanted}/cancel")).await.is(200);
+    assert_eq!(api.job(&unwanted).await["state"], "cancelled");
+    api.post("/v1/jobs", &echo_job("gone", json!({}))).await.refused(404, "model_not_found");
+    drop(server);
+
+    let server = site.model("gone", entry()).start().await;
+    server.api.succeeded(&waiting).await;
 }

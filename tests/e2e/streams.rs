@@ -127,7 +127,7 @@ async fn a_stream_that_fails_says_so_and_ends_with_done() {
     let api = &server.api;
     let cases = [
         (json!({"stream_error_after": 2}), "worker_error", true),
-        (json!({"no_finish": true}), "invalid_output", true),
+        (json!({"no_finish": true}), "worker_error", true),
         (json!({"crash": true, "tokens": 40, "tokens_per_s": 40}), "worker_lost", true),
         // Not at once: what fails at once has a real status.
         (json!({"fail": "not today", "delay_ms": 1500}), "worker_error", false),

@@ -2,12 +2,13 @@
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Extension, Path, State};
+use axum::extract::{Extension, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
 use crate::http::auth::Caller;
+use crate::http::body::Segments;
 use crate::http::error::ApiError;
 use crate::http::jobs::job_id;
 use crate::http::{AppState, view};
@@ -18,7 +19,7 @@ use crate::store::read::Artifact;
 pub async fn list(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Segments(id): Segments<String>,
 ) -> Result<Response, ApiError> {
     let id = job_id(&id)?;
     state.job(&caller, id).await?;
@@ -39,7 +40,7 @@ pub async fn list(
 pub async fn get(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    Path((id, artifact)): Path<(String, String)>,
+    Segments((id, artifact)): Segments<(String, String)>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let id = job_id(&id)?;

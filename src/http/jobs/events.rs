@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Extension, OriginalUri, Path, State};
+use axum::extract::{Extension, OriginalUri, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -17,11 +17,10 @@ use tokio::time::Instant;
 use crate::clock::rfc3339;
 use crate::domain::{Job, JobId, JobState};
 use crate::http::auth::Caller;
-use crate::http::body;
+use crate::http::body::{self, Segments};
 use crate::http::error::ApiError;
-use crate::http::jobs::{job_id, onlooker};
+use crate::http::jobs::job_id;
 use crate::http::openai::sse_headers;
-use crate::http::waiters::Guard;
 use crate::http::{AppState, JOB_ID, view};
 use crate::scheduler::handle::Position;
 use crate::scheduler::hub::JobWatch;
@@ -37,7 +36,7 @@ const PAGE_DEFAULT: u64 = 1_000;
 pub async fn get(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Segments(id): Segments<String>,
     OriginalUri(uri): OriginalUri,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
@@ -54,8 +53,7 @@ pub async fn get(
     if job.state.is_terminal() && state.reader.events(id, after, 1).await?.is_empty() {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    let guard = onlooker(&state, &job);
-    let events = EventStream::new(state, id, watch, after, guard);
+    let events = EventStream::new(state, id, watch, after);
     let frames = stream::unfold(events, |mut events| async move {
         let bytes = events.next().await?;
         Some((Ok::<_, std::convert::Infallible>(bytes), events))
@@ -146,7 +144,7 @@ fn position_frame(id: JobId, position: &Position) -> String {
     format!("event: queue.position\ndata: {shown}\n\n")
 }
 
-/// One reader.
+/// One reader. Reading events is no waiting for the answer: it keeps no sync job alive.
 struct EventStream {
     state: AppState,
     id: JobId,
@@ -154,7 +152,6 @@ struct EventStream {
     /// The last event that was given out.
     after: i64,
     ready: VecDeque<String>,
-    guard: Option<Guard>,
     is_over: bool,
     heartbeat_at: Instant,
     look_at: Instant,
@@ -170,14 +167,13 @@ enum Step {
 }
 
 impl EventStream {
-    fn new(state: AppState, id: JobId, watch: JobWatch, after: i64, guard: Option<Guard>) -> Self {
+    fn new(state: AppState, id: JobId, watch: JobWatch, after: i64) -> Self {
         Self {
             state,
             id,
             watch,
             after,
             ready: VecDeque::from(["retry: 2000\n\n".to_owned()]),
-            guard,
             is_over: false,
             heartbeat_at: Instant::now() + HEARTBEAT,
             look_at: Instant::now(),
@@ -216,11 +212,6 @@ impl EventStream {
             self.ready.push_back(frame(&event, &event_json(self.id, &event, ended)));
             self.after = event.seq;
         }
-        if self.is_over
-            && let Some(guard) = self.guard.take()
-        {
-            guard.answered();
-        }
         Ok(())
     }
 
@@ -258,9 +249,6 @@ impl EventStream {
 
     fn close(&mut self, comment: &str) {
         self.is_over = true;
-        if let Some(guard) = self.guard.take() {
-            guard.hand_over();
-        }
         self.ready.push_back(comment.to_owned());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use axum::extract::{Extension, OriginalUri, Path, State};
+use axum::extract::{Extension, OriginalUri, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, http::Uri};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::domain::{BatchId, ErrorCode, Face, Job, JobId, JobKind, JobState, NewJob};
 use crate::http::auth::Caller;
-use crate::http::body::{self, JsonObject, shortened};
+use crate::http::body::{self, JsonObject, Segments, shortened};
 use crate::http::error::ApiError;
 use crate::http::openai::hops::{self, Prefer, WAIT_MAX_S};
 use crate::http::openai::{Waited, wait_for_end};
@@ -70,7 +70,7 @@ async fn accepted(state: &AppState, submitted: Submitted, wait_s: Option<u64>) -
 pub async fn get(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Segments(id): Segments<String>,
     OriginalUri(uri): OriginalUri,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
@@ -207,7 +207,7 @@ fn read_filter(state: &AppState, caller: &Caller, uri: &Uri) -> Result<JobFilter
 pub async fn cancel(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Segments(id): Segments<String>,
     OriginalUri(uri): OriginalUri,
 ) -> Result<Response, ApiError> {
     let id = job_id(&id)?;
@@ -228,7 +228,7 @@ pub async fn cancel(
 pub async fn retry(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Segments(id): Segments<String>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let id = job_id(&id)?;

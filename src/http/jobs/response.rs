@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use axum::extract::{Extension, OriginalUri, Path, State};
+use axum::extract::{Extension, OriginalUri, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 
 use crate::domain::{Face, Job};
 use crate::http::auth::Caller;
-use crate::http::body;
+use crate::http::body::{self, Segments};
 use crate::http::error::ApiError;
 use crate::http::jobs::job_id;
 use crate::http::openai::hops::{WAIT_MAX_S, hop_time};
@@ -21,7 +21,7 @@ use crate::scheduler::hub::JobWatch;
 pub async fn get(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Segments(id): Segments<String>,
     OriginalUri(uri): OriginalUri,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
