@@ -1,1 +1,187 @@
-//! Composition root.
+//! Composition root: builds everything, connects it, and runs until shutdown. The only module that knows all others.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+
+use crate::clock::{Clock, SystemClock};
+use crate::config::{Config, ServerSettings};
+use crate::http::auth::ApiKeys;
+use crate::http::{self, AppState};
+use crate::lifecycle::Tasks;
+use crate::scheduler::handle::Handle;
+use crate::scheduler::run::{self, Parts};
+use crate::store;
+use crate::worker::client::WorkerClient;
+use crate::worker::gpu;
+use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
+
+/// How long tasks may take to end after the hard stage, beyond the workers' own grace.
+const HARD_LIMIT: Duration = Duration::from_secs(5);
+/// Time for answers on the wire to be written after the last running job has ended.
+const FLUSH: Duration = Duration::from_millis(250);
+
+/// What `serve` was asked for, flags, environment and file already weighed.
+#[derive(Debug)]
+pub struct Serve {
+    /// From `models.yaml`.
+    pub config: Config,
+    /// Database, artifacts, logs.
+    pub data_dir: PathBuf,
+    /// Address to listen on.
+    pub listen: String,
+}
+
+/// Runs the server until it is told to stop. Says whether it ended well.
+pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
+    let Serve { config, data_dir, listen } = serve;
+    let tasks = Tasks::new();
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
+    let listener = TcpListener::bind(&listen).await.with_context(|| format!("cannot listen on {listen}"))?;
+    let address = listener.local_addr()?;
+    let on_fatal = {
+        let tasks = tasks.clone();
+        Arc::new(move |reason: &str| tasks.fail(reason))
+    };
+    let opened = store::open(&data_dir, clock.clone(), on_fatal).await?;
+    let orphans = supervisor::end_orphans(&opened.data_dir_id, config.server.worker_grace).await;
+    if orphans > 0 {
+        tracing::warn!(orphans, "ended {orphans} processes that an earlier run left behind");
+    }
+    if opened.recovered > 0 {
+        tracing::warn!(jobs = opened.recovered, "{} jobs ran when the last run ended; they wait again", opened.recovered);
+    }
+    let keys = api_keys(&data_dir, address.ip().is_loopback())?;
+    let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, &tasks)?;
+    let waiting = opened.queued.len();
+    let reader = opened.store.reader().clone();
+    let live_sync_jobs = reader.live_sync_jobs().await?;
+    let handle = run::start(Parts {
+        store: opened.store,
+        clock: clock.clone(),
+        tasks: tasks.clone(),
+        client: WorkerClient::new(),
+        models: config.models.clone(),
+        knobs: config.scheduler.clone(),
+        workers,
+        reports,
+        queued: opened.queued,
+        learned: opened.learned,
+        next_number: opened.next_number,
+    });
+    stop_when_drained(&tasks, &handle);
+    let state = AppState::new(http::Parts {
+        handle,
+        reader,
+        models: config.models.clone(),
+        server: config.server.clone(),
+        waiting_sync_max: config.scheduler.waiting_sync_max,
+        keys,
+        tasks: tasks.clone(),
+        clock,
+        url_secret: secret(&data_dir)?,
+    });
+    for id in live_sync_jobs {
+        state.expect_hop(id);
+    }
+    announce(address, config.models.len(), waiting)?;
+    let server = http::serve(listener, http::router(state), tasks.clone());
+    tasks.spawn("http", server);
+    wait_for_end(&tasks, &config.server).await?;
+    Ok(!tasks.has_failed())
+}
+
+fn api_keys(data_dir: &Path, loopback: bool) -> anyhow::Result<ApiKeys> {
+    let from_env = std::env::var("ROUNDHOUSE_API_KEYS").ok().filter(|text| !text.trim().is_empty());
+    match from_env {
+        Some(text) => ApiKeys::parse(&text).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_API_KEYS: {error}")),
+        None if loopback => Ok(ApiKeys::none()),
+        None => Ok(ApiKeys::generated(&data_dir.join("api_key"))?),
+    }
+}
+
+type Workers = (BTreeMap<String, WorkerHandle>, mpsc::UnboundedReceiver<(String, crate::domain::worker::Report)>);
+
+fn start_workers(
+    config: &Config,
+    data_dir: &Path,
+    data_dir_id: &str,
+    clock: &Arc<dyn Clock>,
+    tasks: &Tasks,
+) -> anyhow::Result<Workers> {
+    let setting = std::env::var("ROUNDHOUSE_GPU_PROBE").ok();
+    let around = Surroundings {
+        clock: clock.clone(),
+        gpus: gpu::from_setting(setting.as_deref()).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_GPU_PROBE: {error}"))?,
+        tasks: tasks.clone(),
+        data_dir_id: data_dir_id.to_owned(),
+        log_dir: data_dir.join("log"),
+        program: std::env::current_exe().context("cannot find this program's own file")?,
+        grace: config.server.worker_grace,
+        backoff_first: config.server.backoff_first,
+        backoff_max: config.server.backoff_max,
+    };
+    let (sender, reports) = mpsc::unbounded_channel();
+    let start = |spec: &crate::domain::ModelSpec| {
+        (spec.name.clone(), WorkerHandle::start(spec.clone(), around.clone(), sender.clone()))
+    };
+    Ok((config.models.iter().map(start).collect(), reports))
+}
+
+/// Once nothing runs any more, there is no reason to wait for the grace period's end.
+fn stop_when_drained(tasks: &Tasks, handle: &Handle) {
+    let (handle, hard) = (handle.clone(), tasks.hard().clone());
+    tasks.spawn("drain", async move {
+        tokio::select! {
+            () = handle.drained() => tokio::time::sleep(FLUSH).await,
+            () = hard.cancelled() => {}
+        }
+        hard.cancel();
+    });
+}
+
+/// The one line that says the server accepts requests.
+fn announce(address: std::net::SocketAddr, models: usize, waiting: usize) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "roundhouse listening on http://{address} ({models} models, {waiting} jobs waiting)")?;
+    out.flush()
+}
+
+async fn wait_for_end(tasks: &Tasks, server: &ServerSettings) -> anyhow::Result<()> {
+    tasks.run_until_signalled(server.shutdown_grace).await?;
+    tasks.hard().cancel();
+    let limit = server.worker_grace + HARD_LIMIT;
+    if !tasks.wait(limit).await {
+        tracing::warn!("some tasks did not end within {} s", limit.as_secs());
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Signs artifact URLs; made once per data dir, readable by its owner only.
+fn secret(data_dir: &Path) -> anyhow::Result<[u8; 32]> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let path = data_dir.join("url_secret");
+    let mut secret = [0_u8; 32];
+    match std::fs::read(&path) {
+        Ok(bytes) if bytes.len() == secret.len() => secret.copy_from_slice(&bytes),
+        _ => {
+            getrandom::fill(&mut secret).map_err(|error| anyhow::anyhow!("no random numbers: {error}"))?;
+            let mut file = std::fs::OpenOptions::new()
+                .create(true)
+                .truncate(true)
+                .write(true)
+                .mode(0o600)
+                .open(&path)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+            file.write_all(&secret)?;
+        }
+    }
+    Ok(secret)
+}

@@ -1,19 +1,48 @@
-//! Parses flags and calls the library; nothing else.
+//! Parses flags, installs telemetry, calls the library, and turns the outcome into an exit code.
 
 use std::process::ExitCode;
 
-/// Only `guard --grace-ms N -- COMMAND...` so far.
+use clap::Parser as _;
+use roundhouse::app::{self, Serve};
+use roundhouse::cli::{self, Cli, Command, LogFormat, ServeArgs};
+use roundhouse::telemetry;
+use roundhouse::worker::guard;
+
 fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    let [verb, flag, grace, dashes, command @ ..] = words.as_slice() else {
-        return ExitCode::from(2);
+    let Cli { log, command } = Cli::parse();
+    let outcome = match command {
+        // The guard stays a small process: no runtime, no telemetry.
+        Command::Guard { grace_ms, command } => {
+            return ExitCode::from(u8::try_from(guard::run(grace_ms, command)).unwrap_or(1));
+        }
+        Command::Serve(args) => {
+            telemetry::init(log.filter.as_deref(), log.format == LogFormat::Json);
+            serve(&args)
+        }
+        Command::Client(command) => {
+            telemetry::init(log.filter.as_deref().or(Some("warn")), log.format == LogFormat::Json);
+            block_on(cli::run(command))
+        }
     };
-    if verb != "guard" || flag != "--grace-ms" || dashes != "--" {
-        return ExitCode::from(2);
-    }
-    let Ok(grace_ms) = grace.parse() else {
-        return ExitCode::from(2);
-    };
-    let code = roundhouse::worker::guard::run(grace_ms, command.to_vec());
-    ExitCode::from(u8::try_from(code).unwrap_or(1))
+    outcome.unwrap_or_else(|error| {
+        // `{:#}` keeps the chain of causes on one line.
+        eprint_line(&format!("roundhouse: {error:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    let (config, listen) = args.load(&|name| std::env::var(name).ok())?;
+    let data_dir = std::path::absolute(&args.data_dir)?;
+    let ended_well = block_on(app::serve(Serve { config, data_dir, listen }))?;
+    Ok(if ended_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(future)
+}
+
+#[expect(clippy::print_stderr, reason = "the last word to the person who started us")]
+fn eprint_line(line: &str) {
+    eprintln!("{line}");
 }

@@ -501,7 +501,7 @@ async fn a_refused_connection_means_a_lost_worker() {
     call.base_url = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
     let (outcome, _) = run(&WorkerClient::new(), call).await;
-    let Outcome::WorkerLost { reason } = outcome else {
+    let Outcome::WorkerLost { reason, .. } = outcome else {
         panic!("{outcome:?}")
     };
     assert!(reason.contains("cannot connect"), "{reason}");

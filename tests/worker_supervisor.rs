@@ -141,10 +141,7 @@ impl Bench {
         ModelSpec {
             name: "toy".into(),
             kind: ModelKind::Custom,
-            launch: Launch::Script {
-                python: "python3".into(),
-                script: self.path().join("toy.py"),
-            },
+            launch: Launch::Script { python: "python3".into(), script: self.path().join("toy.py") },
             model: None,
             revision: None,
             port: 8101,
@@ -168,8 +165,7 @@ impl Bench {
 
     fn supervise(&self, spec: ModelSpec) -> Worker {
         let (sender, reports) = mpsc::unbounded_channel();
-        let handle =
-            WorkerHandle::start_with(spec, self.around.clone(), self.tempo.clone(), sender);
+        let handle = WorkerHandle::start_with(spec, self.around.clone(), self.tempo.clone(), sender);
         Worker { handle, reports }
     }
 
@@ -192,9 +188,7 @@ impl Bench {
     /// The processes that wrote a `pid-N` file, alive or not.
     fn toys(&self) -> Vec<i32> {
         let entries = std::fs::read_dir(self.path()).unwrap().flatten();
-        entries
-            .filter_map(|e| e.file_name().to_str()?.strip_prefix("pid-")?.parse().ok())
-            .collect()
+        entries.filter_map(|e| e.file_name().to_str()?.strip_prefix("pid-")?.parse().ok()).collect()
     }
 
     fn assert_nothing_left(&self) {
@@ -247,10 +241,7 @@ impl Worker {
 /// Not gone and not a zombie.
 fn is_alive(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat
-        .rsplit(')')
-        .next()
-        .and_then(|s| s.split_whitespace().next());
+    let state = stat.rsplit(')').next().and_then(|s| s.split_whitespace().next());
     state.is_some_and(|s| s != "Z" && s != "X")
 }
 
@@ -329,20 +320,11 @@ async fn failed_loads_back_off_and_are_quarantined() {
     let mut waits = Vec::new();
     for at in 1..=5 {
         worker.handle.order(Order::Load);
-        let Report::LoadFailed {
-            error,
-            retry_at,
-            quarantined,
-        } = worker.settled().await
-        else {
+        let Report::LoadFailed { error, retry_at, quarantined } = worker.settled().await else {
             panic!("loaded");
         };
         assert_eq!(error.code, ErrorCode::ModelLoadFailed);
-        for text in [
-            "`toy`",
-            "exited with status 3",
-            "ValueError: there are no weights",
-        ] {
+        for text in ["`toy`", "exited with status 3", "ValueError: there are no weights"] {
             assert!(error.message.contains(text), "{}", error.message);
         }
         let details = error.details.unwrap();
@@ -353,14 +335,7 @@ async fn failed_loads_back_off_and_are_quarantined() {
         waits.push(retry_at - view.since);
         assert_eq!(view.retry_at, Some(retry_at));
         assert_eq!(view.failed_loads, at);
-        assert_eq!(
-            view.state,
-            if at == 5 {
-                ModelState::Quarantined
-            } else {
-                ModelState::Backoff
-            }
-        );
+        assert_eq!(view.state, if at == 5 { ModelState::Quarantined } else { ModelState::Backoff });
         assert_eq!(worker.next().await, Report::Available);
     }
     for (wait, expected) in waits.iter().zip([20, 40, 80, 100, 100]) {
@@ -396,11 +371,7 @@ async fn a_worker_that_says_it_failed_has_failed() {
     let Report::LoadFailed { error, .. } = worker.settled().await else {
         panic!("loaded");
     };
-    assert!(
-        error.message.contains("not enough memory"),
-        "{}",
-        error.message
-    );
+    assert!(error.message.contains("not enough memory"), "{}", error.message);
     bench.assert_nothing_left();
 }
 
@@ -415,11 +386,7 @@ async fn a_load_that_takes_too_long_is_ended() {
     let Report::LoadFailed { error, .. } = worker.settled().await else {
         panic!("loaded");
     };
-    assert!(
-        error.message.contains("not ready within 0.5 s"),
-        "{}",
-        error.message
-    );
+    assert!(error.message.contains("not ready within 0.5 s"), "{}", error.message);
     bench.assert_nothing_left();
 }
 
@@ -433,29 +400,18 @@ async fn programs_that_are_not_there_are_named() {
     let Report::LoadFailed { error, .. } = worker.settled().await else {
         panic!("loaded");
     };
-    assert!(
-        error.message.contains("cannot start `no-such-engine`"),
-        "{}",
-        error.message
-    );
+    assert!(error.message.contains("cannot start `no-such-engine`"), "{}", error.message);
 
     let mut spec = bench.spec(&[]);
     let python = bench.path().join(".venv/bin/python");
-    spec.launch = Launch::Script {
-        python: python.clone(),
-        script: bench.path().join("toy.py"),
-    };
+    spec.launch = Launch::Script { python: python.clone(), script: bench.path().join("toy.py") };
     let mut worker = bench.supervise(spec);
     worker.handle.order(Order::Load);
     let Report::LoadFailed { error, .. } = worker.settled().await else {
         panic!("loaded");
     };
     assert!(error.message.contains(&python.display().to_string()));
-    assert!(
-        error.message.contains("scripts/install.sh"),
-        "{}",
-        error.message
-    );
+    assert!(error.message.contains("scripts/install.sh"), "{}", error.message);
 }
 
 #[tokio::test]
@@ -489,17 +445,9 @@ async fn a_killed_worker_is_reported_dead_and_nothing_of_it_is_left() {
     let parent = |pid: i32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let rest = stat.rsplit(')').next().unwrap().to_owned();
-        rest.split_whitespace()
-            .nth(1)
-            .unwrap()
-            .parse::<i32>()
-            .unwrap()
+        rest.split_whitespace().nth(1).unwrap().parse::<i32>().unwrap()
     };
-    let toy = bench
-        .toys()
-        .into_iter()
-        .find(|pid| parent(*pid) == guard)
-        .expect("the worker");
+    let toy = bench.toys().into_iter().find(|pid| parent(*pid) == guard).expect("the worker");
     assert_eq!(group(toy).as_raw(), toy, "its own group");
     kill(Pid::from_raw(toy), Signal::SIGKILL).unwrap();
     let reason = worker.death().await;
@@ -572,17 +520,10 @@ async fn deaths_soon_after_readiness_back_off_in_the_end() {
         }
         worker.death().await;
         if at == 3 {
-            let Report::LoadFailed {
-                error, quarantined, ..
-            } = worker.settled().await
-            else {
+            let Report::LoadFailed { error, quarantined, .. } = worker.settled().await else {
                 panic!("no back-off");
             };
-            assert!(
-                error.message.contains("3 times in a row"),
-                "{}",
-                error.message
-            );
+            assert!(error.message.contains("3 times in a row"), "{}", error.message);
             assert!(!quarantined);
             assert_eq!(worker.settled().await, Report::Available);
         }
@@ -604,8 +545,9 @@ async fn a_worker_that_stops_answering_is_ended() {
         let mut worker = bench.worker(&["--hang-file", &hang_file]);
         worker.load().await;
         if suspect {
-            worker.handle.order(Order::Suspect); // It answers: nothing happens.
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            worker.handle.order(Order::Suspect);
+            let report = worker.settled().await;
+            assert!(matches!(report, Report::Ready { load_ms: 0, .. }), "it answers: {report:?}");
             assert_eq!(worker.handle.view().state, ModelState::Resident);
         }
         std::fs::write(&hang, "").unwrap();
@@ -636,11 +578,7 @@ async fn a_gpu_model_waits_for_a_gpu() {
 
     let card = r#"[{"index":0,"name":"Fake","total_bytes":8000000000}]"#;
     std::fs::write(gpus.path().join("gpus.json.new"), card).unwrap();
-    std::fs::rename(
-        gpus.path().join("gpus.json.new"),
-        gpus.path().join("gpus.json"),
-    )
-    .unwrap();
+    std::fs::rename(gpus.path().join("gpus.json.new"), gpus.path().join("gpus.json")).unwrap();
     assert_eq!(worker.next().await, Report::Available);
     assert_eq!(worker.handle.view().state, ModelState::Absent);
     worker.load().await;
@@ -692,27 +630,11 @@ async fn dropping_the_handle_ends_the_worker() {
 /// Starts the guard as the server does, with the lifeline held by another process.
 fn guard_on_a_leash(bench: &Bench, flags: &[&str]) -> (std::process::Child, std::process::Child) {
     let (reader, writer) = std::io::pipe().unwrap();
-    let holder = Command::new("sleep")
-        .arg("600")
-        .stdout(writer)
-        .spawn()
-        .unwrap();
+    let holder = Command::new("sleep").arg("600").stdout(writer).spawn().unwrap();
     let guard = Command::new(&bench.around.program)
-        .args([
-            "guard",
-            "--grace-ms",
-            "500",
-            "--",
-            "python3",
-            "toy.py",
-            "--port",
-            "8199",
-        ])
+        .args(["guard", "--grace-ms", "500", "--", "python3", "toy.py", "--port", "8199"])
         .args(flags)
-        .env(
-            "ROUNDHOUSE_INSTANCE",
-            format!("{}:leash", bench.around.data_dir_id),
-        )
+        .env("ROUNDHOUSE_INSTANCE", format!("{}:leash", bench.around.data_dir_id))
         .current_dir(bench.path())
         .stdin(reader)
         .stdout(Stdio::null())

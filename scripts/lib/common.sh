@@ -107,3 +107,11 @@ dev_venv() {
         cp "$ROOT/requirements-dev.txt" "$venv/requirements-dev.installed"
     fi
 }
+
+# Sets and exports ROUNDHOUSE_BIN: as it is given, else what cargo built under the profile $1 (debug, release).
+need_binary() {
+    export ROUNDHOUSE_BIN=${ROUNDHOUSE_BIN:-$ROOT/target/$1/roundhouse}
+    ROUNDHOUSE_BIN=$(realpath -m "$ROUNDHOUSE_BIN")
+    [ -x "$ROUNDHOUSE_BIN" ] ||
+        die "no $ROUNDHOUSE_BIN: run cargo build$([ "$1" = debug ] || echo " --$1") first, or set ROUNDHOUSE_BIN"
+}

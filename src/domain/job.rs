@@ -215,6 +215,9 @@ pub struct Present {
     /// The `model` the caller wrote, alias included; shown again in the answer.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub model: String,
+    /// The service tier to echo; empty if the caller named none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub service_tier: String,
 }
 
 /// A job as the store has it.

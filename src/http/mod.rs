@@ -1,2 +1,236 @@
 //! The HTTP faces: native jobs (`jobs`), the OpenAI shim (`openai`), operations (`ops`). `error` alone turns errors into
-//! a status and a body.
+//! a status and a body; `auth` says who asks; `prepare` turns bodies into jobs; `waiters` knows who still waits.
+
+use std::ops::Deref;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use futures_util::FutureExt as _;
+use tokio::time::Instant;
+
+use crate::clock::Clock;
+use crate::config::ServerSettings;
+use crate::domain::{ErrorCode, Job, JobId, Millis, ModelSpec};
+use crate::http::auth::{ApiKeys, Caller, Signer};
+use crate::http::error::ApiError;
+use crate::http::prepare::Models;
+use crate::http::waiters::Waiters;
+use crate::lifecycle::Tasks;
+use crate::scheduler::handle::Handle;
+use crate::store::read::Reader;
+
+pub mod auth;
+pub mod body;
+pub mod error;
+pub mod jobs;
+pub mod metrics;
+pub mod openai;
+pub mod ops;
+pub mod prepare;
+pub mod server;
+pub mod submit;
+pub mod view;
+pub mod waiters;
+
+pub use server::serve;
+
+/// The job a response is about.
+pub const JOB_ID: HeaderName = HeaderName::from_static("x-roundhouse-job-id");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
+
+/// What the faces are built from.
+pub struct Parts {
+    /// The scheduler.
+    pub handle: Handle,
+    /// The store's reads.
+    pub reader: Reader,
+    /// By the order of `models.yaml`.
+    pub models: Vec<ModelSpec>,
+    /// Hops, limits, URLs.
+    pub server: ServerSettings,
+    /// Most sync calls that may wait at once.
+    pub waiting_sync_max: usize,
+    /// Who may ask.
+    pub keys: ApiKeys,
+    /// Spawning and stopping.
+    pub tasks: Tasks,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+    /// Signs artifact URLs.
+    pub url_secret: [u8; 32],
+}
+
+/// What every handler has. Cheap to clone.
+#[derive(Clone)]
+pub struct AppState {
+    shared: Arc<Shared>,
+}
+
+/// See [`Parts`].
+pub struct Shared {
+    pub(crate) handle: Handle,
+    pub(crate) reader: Reader,
+    pub(crate) models: Models,
+    pub(crate) server: ServerSettings,
+    pub(crate) waiting_sync_max: usize,
+    pub(crate) keys: ApiKeys,
+    pub(crate) tasks: Tasks,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) signer: Signer,
+    pub(crate) waiters: Waiters,
+    pub(crate) started_at: Millis,
+    requests: AtomicU64,
+}
+
+impl Deref for AppState {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
+}
+
+impl AppState {
+    /// Connects the faces with what is behind them.
+    pub fn new(parts: Parts) -> Self {
+        let Parts { handle, reader, models, server, waiting_sync_max, keys, tasks, clock, url_secret } = parts;
+        let canceller = handle.clone();
+        let cancel: waiters::Cancel = Arc::new(move |id| {
+            let handle = canceller.clone();
+            Box::pin(async move { cancel_abandoned(&handle, id).await })
+        });
+        let waiters = Waiters::new(cancel, tasks.clone(), server.hop_grace, server.disconnect_grace);
+        let started_at = clock.now();
+        Self {
+            shared: Arc::new(Shared {
+                handle,
+                reader,
+                models: Models::new(models),
+                server,
+                waiting_sync_max,
+                keys,
+                tasks,
+                clock,
+                signer: Signer::new(url_secret),
+                waiters,
+                started_at,
+                requests: AtomicU64::new(0),
+            }),
+        }
+    }
+
+    /// After a restart: the caller of this live sync job may come back by its next hop.
+    pub fn expect_hop(&self, id: JobId) {
+        self.waiters.expect_hop(id);
+    }
+
+    /// The job, if there is one that this caller may see.
+    pub(crate) async fn job(&self, caller: &Caller, id: JobId) -> Result<Job, ApiError> {
+        let job = self.reader.job(id).await?;
+        caller.may_see(&job)?;
+        Ok(job)
+    }
+
+    fn admit(&self, request: &Request) -> Result<Caller, ApiError> {
+        let path = request.uri().path();
+        let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+        if is_read && path == "/health" {
+            return Ok(Caller::signed());
+        }
+        let by_key = self.keys.check(request.headers());
+        let is_artifact = is_read && path.starts_with("/v1/jobs/") && path.contains("/artifacts/");
+        match (by_key, request.uri().query()) {
+            (Err(no_key), Some(query)) if is_artifact => match self.signer.check(path, query, self.clock.now() / 1_000)
+            {
+                Some(signed) => signed.map(|()| Caller::signed()),
+                None => Err(no_key),
+            },
+            (by_key, _) => by_key,
+        }
+    }
+
+    /// Unique within this server's life, and unlikely to be another's.
+    fn request_id(&self) -> String {
+        let number = self.requests.fetch_add(1, Ordering::Relaxed);
+        format!("req_{:x}-{number:x}", self.started_at)
+    }
+}
+
+async fn cancel_abandoned(handle: &Handle, id: JobId) {
+    match handle.cancel(id, ErrorCode::ClientDisconnected).await {
+        Ok(job) => tracing::info!(job.id = %id, job.state = %job.state, "nobody waits for this sync job any more"),
+        Err(error) => tracing::warn!(job.id = %id, "a job nobody waits for could not be cancelled: {error}"),
+    }
+}
+
+/// All paths. Unknown ones and wrong methods are answered with the same error body as everything else.
+pub fn router(state: AppState) -> Router {
+    Router::new()
+        .route("/v1/jobs", post(jobs::create).get(jobs::list))
+        .route("/v1/jobs/bulk", post(jobs::bulk::create))
+        .route("/v1/jobs/{id}", get(jobs::get))
+        .route("/v1/jobs/{id}/events", get(jobs::events::get))
+        .route("/v1/jobs/{id}/response", get(jobs::response::get))
+        .route("/v1/jobs/{id}/artifacts", get(jobs::artifacts::list))
+        .route("/v1/jobs/{id}/artifacts/{artifact}", get(jobs::artifacts::get))
+        .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
+        .route("/v1/jobs/{id}/retry", post(jobs::retry))
+        .route("/v1/queue", get(ops::queue))
+        .route("/v1/models", get(ops::models))
+        .route("/v1/models/{*name}", get(ops::model).post(ops::retry_model))
+        .route("/v1/workers", get(ops::workers))
+        .route("/v1/chat/completions", post(openai::call))
+        .route("/v1/completions", post(openai::call))
+        .route("/v1/images/generations", post(openai::call))
+        .route("/v1/audio/speech", post(openai::call))
+        .route("/v1/audio/generations", post(openai::call))
+        .route("/health", get(ops::health))
+        .route("/readyz", get(ops::ready))
+        .route("/metrics", get(ops::metrics))
+        .fallback(|| async { ApiError::not_found("the path") })
+        .method_not_allowed_fallback(|| async {
+            ApiError::new(ErrorCode::MethodNotAllowed, "this path is not served with this method; see the Allow header")
+        })
+        .layer(middleware::from_fn_with_state(state.clone(), edge))
+        .with_state(state)
+}
+
+/// The outermost layer: who asks, errors as bodies, ids and times as headers. A handler that panics fails one request.
+async fn edge(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
+    let began = Instant::now();
+    let path = request.uri().path().to_owned();
+    let mut response = match state.admit(&request) {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            let handled = AssertUnwindSafe(next.run(request)).catch_unwind().await;
+            handled.unwrap_or_else(|_| {
+                tracing::error!(http.path = path, "a request's handler panicked");
+                ApiError::new(ErrorCode::InternalError, "the server failed on this request; its log says why")
+                    .into_response()
+            })
+        }
+        Err(error) => error.into_response(),
+    };
+    if let Some(error) = error::taken_from(&mut response) {
+        let allow = response.headers_mut().remove(header::ALLOW);
+        response = error.render(&path);
+        allow.and_then(|allow| response.headers_mut().insert(header::ALLOW, allow));
+    }
+    let headers = response.headers_mut();
+    if !headers.contains_key(REQUEST_ID) {
+        let id = headers.get(JOB_ID).cloned().or_else(|| HeaderValue::from_str(&state.request_id()).ok());
+        id.and_then(|id| headers.insert(REQUEST_ID, id));
+    }
+    if error::is_openai(&path) {
+        headers.insert(PROCESSING_MS, HeaderValue::from(u64::try_from(began.elapsed().as_millis()).unwrap_or(0)));
+    }
+    response
+}

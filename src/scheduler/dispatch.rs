@@ -60,6 +60,8 @@ pub(super) struct Dispatch {
 #[derive(Debug, Default, Clone, Copy)]
 struct Relayed {
     chunks: bool,
+    /// When the last chunk or step came.
+    sign_at: Option<Instant>,
 }
 
 /// How an attempt's end was committed.
@@ -73,7 +75,11 @@ struct Committed {
 pub(super) async fn run(context: Context, dispatch: Dispatch) {
     let number = dispatch.token.id.number;
     let started = Instant::now();
+    let since = context.clock.now();
     let (outcome, relayed, deadline_passed) = attempt(&context, &dispatch).await;
+    // Half of the limit is long: engines that live give a sign of it many times a minute.
+    let silent_for = relayed.sign_at.unwrap_or(started).elapsed();
+    let silent = is_timeout(&outcome) && silent_for >= started.elapsed() / 2;
     let suspect = matches!(outcome, Outcome::WorkerLost { .. });
     let answered = matches!(outcome, Outcome::Answered(_));
     if let Outcome::WorkerLost { reason, .. } = &outcome {
@@ -91,6 +97,9 @@ pub(super) async fn run(context: Context, dispatch: Dispatch) {
         job.id = %dispatch.token.id, job.attempt = dispatch.token.attempt, job.state = state.map(JobState::as_str),
         elapsed_ms = started.elapsed().as_millis(), "attempt ended"
     );
+    if silent {
+        context.tell(Message::Event(Event::Silent { model: dispatch.job.model.clone(), since }));
+    }
     // The slot first, then the job: a job given back may be claimed by the same worker at once.
     let event = Event::Ended { model: dispatch.job.model.clone(), number, answered, suspect };
     context.tell(Message::Ended { event, state });
@@ -162,8 +171,12 @@ async fn attempt(context: &Context, dispatch: &Dispatch) -> (Outcome, Relayed, b
         done = both => done,
         () = stopper => unreachable!("waits for ever after it has asked to stop"),
     };
-    let timed_out = matches!(&outcome, Outcome::Failed { error, .. } if error.code == ErrorCode::ExecutionTimeout);
-    (outcome, relayed, by_deadline && timed_out)
+    let deadline_passed = by_deadline && is_timeout(&outcome);
+    (outcome, relayed, deadline_passed)
+}
+
+fn is_timeout(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Failed { error, .. } if error.code == ErrorCode::ExecutionTimeout)
 }
 
 /// The attempt's time limit, and whether it is the job's deadline that sets it.
@@ -197,6 +210,7 @@ async fn relay(context: &Context, token: Token, mut receiver: mpsc::Receiver<Pro
         match progress {
             Some(Some(Progress::Chunk(chunk))) => {
                 relayed.chunks = true;
+                relayed.sign_at = Some(Instant::now());
                 context.hub.chunk(token.id.number, chunk.clone());
                 output_bytes += chunk.len();
                 output.push(chunk);
@@ -204,6 +218,7 @@ async fn relay(context: &Context, token: Token, mut receiver: mpsc::Receiver<Pro
                 flush_at = Some(flush_at.map_or(due, |at| at.min(due)));
             }
             Some(Some(Progress::Step { step: done, total })) => {
+                relayed.sign_at = Some(Instant::now());
                 step = Some((done, total));
                 let due = last_step_at.map_or_else(Instant::now, |at| at + PROGRESS_EVERY);
                 flush_at = Some(flush_at.map_or(due, |at| at.min(due)));

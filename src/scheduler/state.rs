@@ -48,6 +48,14 @@ pub enum Event {
         /// Its worker could not be reached or broke the connection.
         suspect: bool,
     },
+    /// An attempt ran into its time limit and showed no progress for the last half of it: its worker may hang, though its
+    /// health is well.
+    Silent {
+        /// Entry name.
+        model: Arc<str>,
+        /// When the attempt was sent.
+        since: Millis,
+    },
     /// A waiting job is not to be scheduled any more (cancelled, expired or failed; committed).
     Gone {
         /// The job.
@@ -143,10 +151,12 @@ pub(super) struct Model {
     service_prior_ms: f64,
     idle_ttl_ms: Option<i64>,
     preload: bool,
+    timeout_ms: i64,
     learned: Learned,
     rate: f64,
     rate_at: Millis,
     backlogged_since: Option<Millis>,
+    answered_at: Option<Millis>,
 }
 
 impl Model {
@@ -165,10 +175,12 @@ impl Model {
             service_prior_ms,
             idle_ttl_ms: spec.idle_ttl.map(|ttl| i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX)),
             preload: spec.preload,
+            timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
             learned: Learned::default(),
             rate: 0.0,
             rate_at: 0,
             backlogged_since: None,
+            answered_at: None,
         }
     }
 
@@ -184,10 +196,12 @@ impl Model {
             service_prior_ms: 3_000.0,
             idle_ttl_ms: None,
             preload: false,
+            timeout_ms: i64::MAX,
             learned: Learned::default(),
             rate: 0.0,
             rate_at: 0,
             backlogged_since: None,
+            answered_at: None,
         }
     }
 
@@ -277,6 +291,8 @@ pub struct State {
     pub(super) history: VecDeque<Decision>,
     stopping: bool,
     wake_at: Option<Millis>,
+    /// The second half of a swap that has been announced: its load is no decision of its own.
+    swapping_to: Option<usize>,
 }
 
 impl State {
@@ -304,6 +320,7 @@ impl State {
             history: VecDeque::new(),
             stopping: false,
             wake_at: None,
+            swapping_to: None,
         }
     }
 
@@ -378,6 +395,7 @@ impl State {
                 }
                 Vec::new()
             }
+            Event::Silent { model, since } => self.on_silent(&model, since, now),
             Event::Ended { model, number, answered, suspect } => self.on_ended(&model, number, answered, suspect, now),
             Event::Gone { number } => {
                 self.dequeue(number);
@@ -430,6 +448,20 @@ impl State {
         }
     }
 
+    /// Restarts a worker that let an attempt run into the model's own time limit without progress, and has answered nobody
+    /// since the attempt began. A limit that the client set shorter proves nothing.
+    fn on_silent(&mut self, model: &str, since: Millis, now: Millis) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        if let Some(index) = self.index_of(model)
+            && matches!(self.device, Device::Serving { model, .. } if model == index)
+            && now - since >= self.models[index].timeout_ms
+            && self.models[index].answered_at.is_none_or(|at| at < since)
+        {
+            self.leave(model, None, &mut effects);
+        }
+        effects
+    }
+
     fn on_ended(&mut self, model: &str, number: i64, answered: bool, suspect: bool, now: Millis) -> Vec<Effect> {
         let Some(index) = self.index_of(model) else {
             return Vec::new();
@@ -439,6 +471,7 @@ impl State {
             return Vec::new();
         };
         if answered {
+            model.answered_at = Some(now);
             let service = (now - running.claimed_at) as f64;
             blend(&mut model.learned.service_ms, service, SERVICE_WEIGHT);
             // Device time per completion is only seen while jobs wait: otherwise the pauses are the callers'.
@@ -521,6 +554,11 @@ impl State {
 
     fn on_left(&mut self, index: usize, now: Millis) -> Vec<Effect> {
         self.models[index].learned.left_at = Some(now);
+        if let Device::Stopping { model, to } = self.device
+            && model == index
+        {
+            self.swapping_to = to;
+        }
         self.free_device_of(index);
         vec![self.learn(index)]
     }
@@ -614,6 +652,10 @@ impl State {
 
     fn plan(&mut self, now: Millis, effects: &mut Vec<Effect>) -> Option<Millis> {
         let Plan { action, decision, wake_at } = plan::plan(&self.view(), &self.knobs, now);
+        let second_half = match (&action, self.swapping_to.take()) {
+            (Action::Load(name), Some(to)) => self.index_of(name) == Some(to),
+            _ => false,
+        };
         match action {
             Action::Stay => {}
             Action::Load(name) => self.load(&name, now, effects),
@@ -623,7 +665,8 @@ impl State {
             }
             Action::Unload(name) => self.leave(&name, None, effects),
         }
-        if decision.action == "load" || decision.action == "swap" || decision.action == "unload" {
+        let is_change = decision.action == "load" || decision.action == "swap" || decision.action == "unload";
+        if is_change && !second_half {
             self.history.push_front(decision.clone());
             self.history.truncate(HISTORY_MAX);
             effects.push(Effect::Announce(decision.clone()));

@@ -227,6 +227,35 @@ fn nothing_is_sent_to_a_suspect_worker_until_it_is_seen_alive() {
 }
 
 #[test]
+fn a_worker_that_is_silent_for_the_models_own_limit_is_restarted() {
+    let mut world = World::new(&[("a", 1)]);
+    world.queue(vec![job(1, "a"), job(2, "a")]);
+    world.obey();
+    let since = world.now;
+    let silent = Event::Silent { model: Arc::from("a"), since };
+    let timed_out = |number| Event::Ended { model: Arc::from("a"), number, answered: false, suspect: false };
+    world.now = since + 1_000;
+    world.event(silent.clone());
+    assert_eq!(world.orders, [], "a limit of the client's proves nothing");
+    world.now = since + 60_000;
+    world.event(silent);
+    world.event(timed_out(1));
+    assert_eq!(world.orders.pop(), Some(("a".to_owned(), Order::Stop)));
+    world.running.clear();
+    world.report("a", Report::Stopped { stop_ms: 1 });
+    world.obey();
+    assert_eq!(world.running.len(), 1, "the next job runs on the next worker");
+
+    world.now += 1;
+    let since = world.now;
+    world.finish_all();
+    world.queue(vec![job(3, "a")]);
+    world.now += 60_000;
+    world.event(Event::Silent { model: Arc::from("a"), since });
+    assert_eq!(world.orders, [], "it has answered others in the meantime");
+}
+
+#[test]
 fn overdue_jobs_end_with_the_code_that_tells_whether_they_were_started() {
     let mut world = World::new(&[("a", 1)]);
     world.report("a", Report::NoGpu);

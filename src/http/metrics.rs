@@ -1,0 +1,155 @@
+//! `/metrics`: every series of this program, in one table and one function.
+
+use std::fmt::{Display, Write as _};
+
+use crate::domain::JobState;
+use crate::scheduler::handle::{Counters, QueueView};
+
+/// Name, type and help of every series.
+pub const SERIES: [(&str, &str, &str); 12] = [
+    ("roundhouse_jobs", "gauge", "Jobs that have not ended, by model and state."),
+    ("roundhouse_jobs_ended_total", "counter", "Jobs that ended since the server started, by state."),
+    ("roundhouse_swaps_total", "counter", "Loads of a model after another one had held the device."),
+    ("roundhouse_swaps_in_arrival_order_total", "counter", "Swaps that arrival order would have cost."),
+    ("roundhouse_load_seconds", "summary", "Time of loads until ready, by model."),
+    ("roundhouse_failed_loads_total", "counter", "Loads that failed, by model."),
+    ("roundhouse_worker_deaths_total", "counter", "Times a ready worker died, by model."),
+    ("roundhouse_stale_results_total", "counter", "Results of old attempts that were dropped."),
+    ("roundhouse_wait_seconds", "histogram", "Time from acceptance to the first claim."),
+    ("roundhouse_waiting_sync_calls", "gauge", "Sync calls whose callers hold the line."),
+    ("roundhouse_model_state", "gauge", "1 for the state each model is in."),
+    ("roundhouse_uptime_seconds", "gauge", "Time since the server started."),
+];
+
+/// What is rendered.
+pub struct Seen<'a> {
+    /// The latest view.
+    pub queue: &'a QueueView,
+    /// Since start.
+    pub counters: &'a Counters,
+    /// Waiting now.
+    pub sync_calls: usize,
+    /// Since start.
+    pub uptime_s: f64,
+}
+
+/// Prometheus text format 0.0.4.
+pub fn render(seen: &Seen<'_>) -> String {
+    let mut out = String::with_capacity(4 * 1024);
+    for (name, kind, help) in SERIES {
+        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        samples(name, seen, &mut out);
+    }
+    out
+}
+
+fn samples(name: &str, seen: &Seen<'_>, out: &mut String) {
+    let Seen { queue, counters, .. } = seen;
+    match name {
+        "roundhouse_jobs" => {
+            for model in &queue.models {
+                sample(out, name, &[("model", &model.model), ("state", "queued")], model.queued);
+                sample(out, name, &[("model", &model.model), ("state", "running")], model.running);
+            }
+        }
+        "roundhouse_jobs_ended_total" => {
+            for state in JobState::ALL.iter().filter(|state| state.is_terminal()) {
+                let count = counters.ended.get(state).copied().unwrap_or(0);
+                sample(out, name, &[("state", state.as_str())], count);
+            }
+        }
+        "roundhouse_swaps_total" => sample(out, name, &[], queue.swaps),
+        "roundhouse_swaps_in_arrival_order_total" => sample(out, name, &[], queue.swaps_in_arrival_order),
+        "roundhouse_load_seconds" => {
+            for (model, (count, seconds)) in &counters.loads {
+                sample(out, "roundhouse_load_seconds_sum", &[("model", model)], seconds);
+                sample(out, "roundhouse_load_seconds_count", &[("model", model)], count);
+            }
+        }
+        "roundhouse_failed_loads_total" => by_model(out, name, &counters.failed_loads),
+        "roundhouse_worker_deaths_total" => by_model(out, name, &counters.worker_deaths),
+        "roundhouse_stale_results_total" => sample(out, name, &[], counters.stale_results),
+        "roundhouse_wait_seconds" => {
+            for (bound, count) in &counters.wait_buckets {
+                sample(out, "roundhouse_wait_seconds_bucket", &[("le", &bound.to_string())], count);
+            }
+            sample(out, "roundhouse_wait_seconds_bucket", &[("le", "+Inf")], counters.wait_count);
+            sample(out, "roundhouse_wait_seconds_sum", &[], counters.wait_sum_s);
+            sample(out, "roundhouse_wait_seconds_count", &[], counters.wait_count);
+        }
+        "roundhouse_waiting_sync_calls" => sample(out, name, &[], seen.sync_calls),
+        "roundhouse_model_state" => {
+            for model in &queue.models {
+                sample(out, name, &[("model", &model.model), ("state", model.state.as_str())], 1);
+            }
+        }
+        "roundhouse_uptime_seconds" => sample(out, name, &[], seen.uptime_s),
+        _ => {}
+    }
+}
+
+fn by_model(out: &mut String, name: &str, counts: &std::collections::BTreeMap<String, u64>) {
+    for (model, count) in counts {
+        sample(out, name, &[("model", model)], count);
+    }
+}
+
+fn sample(out: &mut String, name: &str, labels: &[(&str, &str)], value: impl Display) {
+    out.push_str(name);
+    for (index, (label, text)) in labels.iter().enumerate() {
+        let text = text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+        let _ = write!(out, "{}{label}=\"{text}\"", if index == 0 { '{' } else { ',' });
+    }
+    let close = if labels.is_empty() { "" } else { "}" };
+    let _ = writeln!(out, "{close} {value}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_series_of_the_table_is_rendered() {
+        let counters = Counters {
+            ended: [(JobState::Succeeded, 3)].into(),
+            loads: [("a\"b".to_owned(), (2, 3.5))].into(),
+            failed_loads: [("flux".to_owned(), 1)].into(),
+            worker_deaths: [("flux".to_owned(), 4)].into(),
+            stale_results: 5,
+            wait_buckets: vec![(0.5, 1), (60.0, 2)],
+            wait_sum_s: 70.25,
+            wait_count: 3,
+        };
+        let model = crate::scheduler::handle::ModelQueueView {
+            model: "flux".into(),
+            queued: 7,
+            queued_interactive: 0,
+            running: 1,
+            oldest_age_s: None,
+            resident: true,
+            est_wait_s: None,
+            swap_cost_s: 0.0,
+            due_at: None,
+            state: crate::domain::ModelState::Resident,
+            state_reason: None,
+            trouble: None,
+        };
+        let queue = QueueView { swaps: 6, swaps_in_arrival_order: 9, models: vec![model], ..QueueView::default() };
+        let text = render(&Seen { queue: &queue, counters: &counters, sync_calls: 8, uptime_s: 1.5 });
+        for (name, _, _) in SERIES {
+            let samples = text.lines().filter(|line| !line.starts_with('#') && line.starts_with(name)).count();
+            assert!(samples > 0, "{name} has no sample");
+        }
+        for line in [
+            "roundhouse_jobs{model=\"flux\",state=\"queued\"} 7",
+            "roundhouse_jobs_ended_total{state=\"succeeded\"} 3",
+            "roundhouse_jobs_ended_total{state=\"failed\"} 0",
+            "roundhouse_load_seconds_sum{model=\"a\\\"b\"} 3.5",
+            "roundhouse_wait_seconds_bucket{le=\"0.5\"} 1",
+            "roundhouse_wait_seconds_bucket{le=\"+Inf\"} 3",
+            "roundhouse_waiting_sync_calls 8",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line}\n{text}");
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Operations: the queue and its reasons, models, workers, health, metrics.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::clock::rfc3339;
+use crate::domain::worker::WorkerView;
+use crate::domain::{ErrorCode, ModelSpec, ModelState};
+use crate::http::error::ApiError;
+use crate::http::{AppState, metrics as series};
+use crate::scheduler::handle::{Decision, ModelQueueView, QueueView};
+
+/// `GET /v1/queue`
+pub async fn queue(State(state): State<AppState>) -> Response {
+    Json(queue_json(&state.handle.queue())).into_response()
+}
+
+fn queue_json(view: &QueueView) -> Value {
+    let models: Vec<Value> = view.models.iter().map(model_queue_json).collect();
+    let history: Vec<Value> = view.history.iter().map(decision_json).collect();
+    json!({
+        "object": "queue",
+        "queued": view.queued,
+        "running": view.running,
+        "decision": view.decision.as_ref().map(decision_json),
+        "history": history,
+        "swaps": view.swaps,
+        "swaps_in_arrival_order": view.swaps_in_arrival_order,
+        "models": models,
+    })
+}
+
+fn decision_json(decision: &Decision) -> Value {
+    let mut shown = json!(decision);
+    shown["at"] = json!(rfc3339(decision.at));
+    shown
+}
+
+fn model_queue_json(view: &ModelQueueView) -> Value {
+    let mut shown = json!(view);
+    shown["due_at"] = json!(view.due_at.map(rfc3339));
+    shown
+}
+
+/// `GET /v1/models`, in OpenAI's shape with ours beside it. Touches no GPU.
+pub async fn models(State(state): State<AppState>) -> Response {
+    let queue = state.handle.queue();
+    let data: Vec<Value> = state.models.specs.iter().map(|spec| model_json(&state, spec, &queue)).collect();
+    Json(json!({"object": "list", "data": data})).into_response()
+}
+
+/// `GET /v1/models/{name}`; names may hold slashes.
+pub async fn model(State(state): State<AppState>, Path(name): Path<String>) -> Result<Response, ApiError> {
+    let spec = state.models.get(&name)?;
+    Ok(Json(model_json(&state, spec, &state.handle.queue())).into_response())
+}
+
+fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) -> Value {
+    let view = queue.models.iter().find(|view| view.model == spec.name);
+    json!({
+        "id": spec.name,
+        "object": "model",
+        "created": state.started_at / 1_000,
+        "owned_by": "roundhouse",
+        "roundhouse": {
+            "kind": spec.kind.as_str(),
+            "endpoints": spec.endpoints,
+            "aliases": spec.aliases,
+            "state": view.map_or(ModelState::Absent, |view| view.state).as_str(),
+            "state_reason": view.and_then(|view| view.state_reason).map(|reason| reason.as_str()),
+            "trouble": view.and_then(|view| view.trouble.as_deref()),
+            "queue_depth": view.map_or(0, |view| view.queued),
+            "running": view.map_or(0, |view| view.running),
+            "est_wait_s": view.and_then(|view| view.est_wait_s),
+        },
+    })
+}
+
+/// `POST /v1/models/{name}/retry`: forgets back-off and quarantine.
+pub async fn retry_model(State(state): State<AppState>, Path(path): Path<String>) -> Result<Response, ApiError> {
+    let name = path.strip_suffix("/retry").ok_or_else(|| {
+        ApiError::new(ErrorCode::NotFound, "the path does not exist; a model is retried by POST /v1/models/NAME/retry")
+    })?;
+    let spec = state.models.get(name)?;
+    if !state.handle.retry_model(&spec.name) {
+        return Err(ApiError::new(ErrorCode::NoWorkerForModel, format!("`{}` has no worker here", spec.name)));
+    }
+    Ok(Json(model_json(&state, spec, &state.handle.queue())).into_response())
+}
+
+/// `GET /v1/workers`
+pub async fn workers(State(state): State<AppState>) -> Response {
+    let data: Vec<Value> = state.handle.workers().iter().map(worker_json).collect();
+    Json(json!({"object": "list", "data": data})).into_response()
+}
+
+fn worker_json(view: &WorkerView) -> Value {
+    let mut shown = json!(view);
+    shown["since"] = json!(rfc3339(view.since));
+    shown["retry_at"] = json!(view.retry_at.map(rfc3339));
+    shown
+}
+
+/// `GET /health`: the process answers. Cheap, and open to everybody.
+pub async fn health() -> Response {
+    Json(json!({"status": "ok"})).into_response()
+}
+
+/// `GET /readyz`: jobs can be accepted durably. Models in trouble are listed, and are no reason to be unready.
+pub async fn ready(State(state): State<AppState>) -> Result<Response, ApiError> {
+    if state.tasks.soft().is_cancelled() {
+        return Err(ApiError::new(ErrorCode::Draining, "the server is shutting down"));
+    }
+    state.handle.is_ready().await.map_err(|reason| ApiError::new(ErrorCode::StorageUnavailable, reason))?;
+    let degraded = degraded(&state.handle.queue());
+    Ok(Json(json!({"status": "ready", "degraded": degraded})).into_response())
+}
+
+fn degraded(view: &QueueView) -> Vec<Value> {
+    let troubled = view.models.iter().filter(|model| {
+        let is_broken = matches!(model.state, ModelState::Backoff | ModelState::Quarantined | ModelState::Blocked);
+        is_broken || model.trouble.is_some()
+    });
+    troubled
+        .map(|model| {
+            json!({
+                "model": model.model,
+                "state": model.state.as_str(),
+                "state_reason": model.state_reason.map(|reason| reason.as_str()),
+                "reason": model.trouble,
+            })
+        })
+        .collect()
+}
+
+/// `GET /metrics`, Prometheus text.
+pub async fn metrics(State(state): State<AppState>) -> Response {
+    let seen = series::Seen {
+        queue: &state.handle.queue(),
+        counters: &state.handle.counters(),
+        sync_calls: state.waiters.sync_calls(),
+        #[expect(clippy::cast_precision_loss, reason = "uptimes are far below 2^52 ms")]
+        uptime_s: (state.clock.now() - state.started_at) as f64 / 1e3,
+    };
+    let mut response = series::render(&seen).into_response();
+    let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, text);
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::StateReason;
+
+    #[test]
+    fn times_of_the_queue_are_shown_as_times_and_troubles_listed() {
+        let model = ModelQueueView {
+            model: "flux".into(),
+            queued: 2,
+            queued_interactive: 1,
+            running: 0,
+            oldest_age_s: Some(1.5),
+            resident: false,
+            est_wait_s: None,
+            swap_cost_s: 41.0,
+            due_at: Some(1_790_000_000_123),
+            state: ModelState::Quarantined,
+            state_reason: Some(StateReason::ModelBlocked),
+            trouble: Some("out of memory".into()),
+        };
+        let decision = Decision {
+            at: 1_790_000_000_123,
+            action: "wait",
+            code: "blocked",
+            model: Some("flux".into()),
+            other: None,
+            reason: "flux does not load".into(),
+            numbers: [("retry_s", 10.0)].into(),
+        };
+        let view = QueueView { queued: 2, decision: Some(decision), models: vec![model], ..QueueView::default() };
+        let shown = queue_json(&view);
+        assert_eq!(shown["models"][0]["due_at"], "2026-09-21T14:13:20.123Z");
+        assert_eq!(shown["decision"]["at"], "2026-09-21T14:13:20.123Z");
+        assert_eq!(shown["decision"]["numbers"]["retry_s"], 10.0);
+        assert_eq!(
+            json!(degraded(&view)),
+            json!([{"model": "flux", "state": "quarantined", "state_reason": "model_blocked", "reason": "out of memory"}])
+        );
+    }
+}

@@ -1,0 +1,81 @@
+//! The listener and its connections. In the soft stage nothing new is accepted and idle connections close; what runs may
+//! finish until the hard stage.
+
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::Request;
+use futures_util::FutureExt as _;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tower::ServiceExt as _;
+
+use crate::lifecycle::Tasks;
+
+/// Longest time for a request's head, and of an idle connection. Longer than clients and proxies keep theirs, so that it
+/// is them who close, and no request crosses a closing connection.
+const HEAD_WITHIN: Duration = Duration::from_secs(90);
+/// Pause after the listener failed, for example for lack of file descriptors.
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
+/// Serves until the soft stage, then until the last connection has ended or the hard stage is reached. Connections are
+/// tasks of `tasks`.
+pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = tasks.soft().cancelled() => return,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let connection = connection(stream, router.clone(), tasks.clone());
+                tasks.spawn("connection", connection);
+            }
+            Err(error) => {
+                tracing::warn!("a connection could not be accepted: {error}");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, router: Router, tasks: Tasks) {
+    // Small frames of a stream leave at once. Without it the connection still works.
+    let _ = stream.set_nodelay(true);
+    // A body that panics ends its connection, not the server.
+    if AssertUnwindSafe(exchange(stream, router, tasks)).catch_unwind().await.is_err() {
+        tracing::error!("a connection's task panicked");
+    }
+}
+
+async fn exchange(stream: TcpStream, router: Router, tasks: Tasks) {
+    let service = router.map_request(|request: Request<Incoming>| request.map(Body::new));
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_WITHIN)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+    tokio::pin!(connection);
+    tokio::select! {
+        ended = connection.as_mut() => return ignore(ended),
+        () = tasks.soft().cancelled() => connection.as_mut().graceful_shutdown(),
+    }
+    tokio::select! {
+        ended = connection.as_mut() => ignore(ended),
+        () = tasks.hard().cancelled() => {
+            // Streams see the hard stage, too, and end with a last word.
+            let _ = tokio::time::timeout(Duration::from_millis(200), connection).await;
+        }
+    }
+}
+
+/// Clients break connections all the time; their waiters know what that means.
+fn ignore(ended: Result<(), hyper::Error>) {
+    if let Err(error) = ended {
+        tracing::debug!("a connection ended early: {error}");
+    }
+}

@@ -1,0 +1,167 @@
+//! Workers that die, hang, run out of memory or fail on single jobs.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::common::{Site, check_history, echo, echo_job, eventually, with};
+
+fn kinds(events: &[Value]) -> Vec<&str> {
+    events.iter().map(|event| event["type"].as_str().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn jobs_of_a_killed_worker_run_again_uncharged() {
+    let site = Site::new();
+    let mut args = site.whole_device();
+    args.extend(["--delay-ms", "1500"].map(str::to_owned));
+    let site = site.model("a", echo("text", &args));
+    let server = site.start().await;
+    let api = &server.api;
+    let chat = json!({"endpoint": "/v1/chat/completions",
+                      "body": {"model": "a", "messages": [{"role": "user", "content": "hi"}]}});
+    let mut ids = Vec::new();
+    for _ in 0..4 {
+        ids.push(api.submit(&chat).await);
+    }
+    for id in &ids {
+        api.happened(id, "job.progress").await;
+    }
+    let worker = server.worker("a").await;
+    worker.signal(Signal::SIGKILL);
+    for id in &ids {
+        let job = api.succeeded(id).await;
+        let events = api.events(id).await;
+        check_history(&events);
+        assert_eq!(job["attempt"], 2, "{job}");
+        assert!(kinds(&events).contains(&"job.retrying"), "{events:?}");
+        let (failures, crashes, _) = server.charged(id);
+        assert_eq!((failures, crashes), (0, 1), "a crash isolates and charges nothing");
+    }
+    assert!(!server.worker_log("a").contains("out of memory"), "the dead one's memory was free");
+}
+
+#[tokio::test]
+async fn the_killer_of_a_run_fails_and_its_companions_do_not() {
+    let args = ["--load-s", "1", "--delay-ms", "50"];
+    let site = Site::new()
+        .model("a", with(echo("image", &args), json!({"max_batch": 8, "limit": 8})))
+        .model("b", echo("custom", &[] as &[&str]));
+    let server = site.start().await;
+    let api = &server.api;
+    let image = |wishes: Value| json!({"endpoint": "/v1/images/generations", "body": {"model": "a", "prompt": "x", "echo": wishes}});
+    let mut innocents = Vec::new();
+    for _ in 0..4 {
+        innocents.push(api.submit(&image(json!({}))).await);
+    }
+    let killer = api.submit(&image(json!({"crash": true}))).await;
+    for _ in 0..3 {
+        innocents.push(api.submit(&image(json!({}))).await);
+    }
+
+    let job = api.finished(&killer).await;
+    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("worker_lost")), "{job}");
+    assert_eq!(job["attempt"], 2, "once in company, once alone: {job}");
+    assert_eq!(check_history(&api.events(&killer).await), "job.failed");
+    for id in &innocents {
+        let job = api.succeeded(id).await;
+        check_history(&api.events(id).await);
+        let (failures, crashes, _) = server.charged(id);
+        assert_eq!(failures, 0, "{job}");
+        assert!(crashes <= 1, "it never ran beside the killer again: {job}");
+    }
+    // The run of eight: all of it was there when the worker died.
+    let started = api.events(&killer).await.into_iter().find(|event| event["type"] == "job.started").unwrap();
+    let together = innocents.len();
+    let mut beside_the_killer = 0;
+    for id in &innocents {
+        let events = api.events(id).await;
+        beside_the_killer +=
+            usize::from(events.iter().any(|e| e["type"] == "job.started" && e["run"] == started["run"]));
+    }
+    assert_eq!(beside_the_killer, together, "one run had all eight: {started}");
+    let other = api.submit_echo("b", json!({})).await;
+    api.succeeded(&other).await;
+}
+
+#[tokio::test]
+async fn a_killed_guard_takes_its_worker_along() {
+    let site = Site::new();
+    let mut args = site.whole_device();
+    args.extend(["--delay-ms", "1000"].map(str::to_owned));
+    let site = site.model("a", echo("custom", &args));
+    let server = site.start().await;
+    let api = &server.api;
+    let id = api.submit_echo("a", json!({})).await;
+    api.happened(&id, "job.progress").await;
+    let worker = server.worker("a").await;
+    let guard = server.processes().into_iter().find(|found| !found.is_worker());
+    guard.expect("a guard").signal(Signal::SIGKILL);
+    eventually(Duration::from_secs(15), "the worker is gone", || async { (!worker.is_alive()).then_some(()) }).await;
+    api.succeeded(&id).await;
+    assert!(!server.worker_log("a").contains("out of memory"), "no second worker beside the first");
+}
+
+#[tokio::test]
+async fn a_worker_whose_health_hangs_is_replaced() {
+    // Misses are counted every 2 s with 5 s of patience each, so this takes a while.
+    let site = Site::new().model("a", echo("custom", &["--hang-health", "--delay-ms", "10"]));
+    let server = site.start().await;
+    let api = &server.api;
+    let first = api.submit_echo("a", json!({})).await;
+    api.succeeded(&first).await;
+    let worker = server.worker("a").await;
+    eventually(Duration::from_secs(60), "the worker is gone", || async { (!worker.is_alive()).then_some(()) }).await;
+    let second = api.submit_echo("a", json!({})).await;
+    api.succeeded(&second).await;
+}
+
+#[tokio::test]
+async fn a_worker_that_hangs_on_a_job_is_replaced() {
+    let site = Site::new().model("a", with(echo("custom", &[] as &[&str]), json!({"timeout": "1s", "max_attempts": 1})));
+    let server = site.start().await;
+    let api = &server.api;
+    let hanging = api.submit_echo("a", json!({"hang": true})).await;
+    let next = api.submit_echo("a", json!({})).await;
+    let job = api.finished(&hanging).await;
+    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("execution_timeout")), "{job}");
+    let job = api.succeeded(&next).await;
+    assert_eq!(job["attempt"], 1, "it was not sent to the hanging worker: {job}");
+    assert_eq!(api.worker("a").await["starts"], 2);
+}
+
+#[tokio::test]
+async fn failures_of_single_jobs_are_results_and_leave_the_worker_alone() {
+    let site = Site::new()
+        .model("a", with(echo("image", &["--load-s", "1"]), json!({"max_batch": 4, "limit": 4, "max_attempts": 2})))
+        .model("t", with(echo("text", &[] as &[&str]), json!({"max_attempts": 1})));
+    let server = site.start().await;
+    let api = &server.api;
+    let image = |wishes: Value| json!({"endpoint": "/v1/images/generations", "body": {"model": "a", "prompt": "x", "echo": wishes}});
+    let good = api.submit(&image(json!({}))).await;
+    let failing = api.submit(&image(json!({"fail": "no such colour"}))).await;
+    let refused = api.submit(&image(json!({"status": 422}))).await;
+    let job = api.finished(&failing).await;
+    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("worker_error")), "{job}");
+    assert!(job["error"]["message"].as_str().unwrap().contains("no such colour"), "{job}");
+    assert_eq!((server.charged(&failing).0, &job["attempt"]), (1, &json!(2)), "{job}");
+    let job = api.finished(&refused).await;
+    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("upstream_rejected")), "{job}");
+    assert_eq!(job["attempt"], 1, "what the engine refuses is not tried again: {job}");
+    assert_eq!(api.get(&format!("/v1/jobs/{refused}/response")).await.status, 422, "its own status");
+    api.succeeded(&good).await;
+
+    let oom = api.submit(&image(json!({"oom": true}))).await;
+    let job = api.finished(&oom).await;
+    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("worker_oom")), "{job}");
+    assert_eq!(api.worker("a").await["starts"], 1, "none of it restarted the worker");
+
+    // A success without an end is none.
+    let endless = api
+        .submit(&json!({"endpoint": "/v1/chat/completions", "body": {"model": "t", "echo": {"no_finish": true},
+                        "messages": [{"role": "user", "content": "hi"}]}}))
+        .await;
+    let job = api.finished(&endless).await;
+    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("invalid_output")), "{job}");
+}

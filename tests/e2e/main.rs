@@ -1,0 +1,19 @@
+//! The whole server, as users run it: the real binary, real worker processes (echo), real HTTP. Each test has a server of
+//! its own. `scripts/test.sh` makes the Python environment that the workers need.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod api;
+mod auth;
+mod broken_models;
+mod crashes;
+mod ends;
+mod gpu;
+mod input;
+mod limits;
+mod restarts;
+mod streams;
+mod swaps;
+mod sync_calls;

@@ -1,0 +1,208 @@
+//! The server is killed or stopped, and started again on the same data dir.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use reqwest::Method;
+use serde_json::json;
+
+use crate::common::{Api, Proc, Server, Site, beside, check_history, echo, echo_job, eventually};
+
+/// Jobs in three rounds of submitting, killing and starting again.
+const ROUNDS: u64 = 3;
+const JOBS_PER_ROUND: usize = 40;
+
+#[tokio::test]
+async fn no_accepted_job_is_lost_or_ends_twice_when_the_server_is_killed() {
+    let seed =
+        std::env::var("ROUNDHOUSE_TEST_SEED").map_or_else(|_| u64::from(std::process::id()), |s| s.parse().unwrap());
+    eprintln!("ROUNDHOUSE_TEST_SEED={seed}");
+    let site = Site::new();
+    let mut args = site.whole_device();
+    args.extend(["--delay-ms", "30"].map(str::to_owned));
+    let site = site.model("a", echo("custom", &args)).model("b", echo("text", &args));
+    let mut accepted = Vec::new();
+    let mut random = seed;
+    let mut server = site.start().await;
+    for _ in 0..ROUNDS {
+        let submitting = beside(submit_until_refused(server.api.clone()));
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        // A moment without meaning: what matters is that each round has another one.
+        tokio::time::sleep(Duration::from_millis(100 + (random >> 33) % 1_500)).await;
+        let before = server.processes();
+        server.kill();
+        accepted.extend(submitting.await.unwrap());
+        let orphans: Vec<Proc> = before.into_iter().filter(Proc::is_alive).collect();
+        server.forget_processes();
+        server = site.start().await;
+        no_orphan_beside_a_new_worker(&server, &orphans).await;
+    }
+    assert!(accepted.len() > 10, "the rounds did something: {}", accepted.len());
+
+    for id in &accepted {
+        let job = server.api.succeeded(id).await;
+        let events = server.api.events(id).await;
+        assert_eq!(check_history(&events), "job.succeeded");
+        let started = events.iter().filter(|event| event["type"] == "job.started").count();
+        assert_eq!(job["attempt"], started, "each claim is an attempt: {job}");
+        let (failures, crashes, _) = server.charged(id);
+        assert_eq!((failures, crashes), (0, 0), "a restart charges nothing: {job}");
+    }
+    for state in ["queued", "running", "cancelling", "failed"] {
+        let page = server.api.get(&format!("/v1/jobs?state={state}")).await.is(200).json();
+        // One that was committed without its 202 having reached us counts, too: it must not hang about either.
+        let left = page["data"].as_array().unwrap();
+        for job in left {
+            server.api.succeeded(job["id"].as_str().unwrap()).await;
+        }
+    }
+    for model in ["a", "b"] {
+        assert!(!server.worker_log(model).contains("out of memory"), "{model} found the device free");
+    }
+}
+
+/// Submits until the connection breaks; returns the ids of accepted jobs.
+async fn submit_until_refused(api: Api) -> Vec<String> {
+    let mut ids = Vec::new();
+    for n in 0..JOBS_PER_ROUND {
+        let request = if n % 4 == 3 {
+            json!({"endpoint": "/v1/chat/completions",
+                   "body": {"model": "b", "messages": [{"role": "user", "content": "hi"}]}})
+        } else {
+            echo_job("a", json!({}))
+        };
+        match api.try_send(Method::POST, "/v1/jobs", Some(request.to_string().into_bytes())).await {
+            Ok(reply) => ids.push(reply.is(202).json()["id"].as_str().unwrap().to_owned()),
+            Err(_) => break,
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    ids
+}
+
+/// At the moment the first worker of the new server is seen, no process of the old one may live.
+async fn no_orphan_beside_a_new_worker(server: &Server, orphans: &[Proc]) {
+    let new = eventually(Duration::from_secs(30), "a new worker, or nothing to do", || async {
+        let new: Vec<Proc> = server.processes().into_iter().filter(|p| p.is_worker() && !orphans.contains(p)).collect();
+        if !new.is_empty() {
+            return Some(new);
+        }
+        let queue = server.api.queue().await;
+        (queue["queued"] == 0 && queue["running"] == 0).then(Vec::new)
+    })
+    .await;
+    let alive: Vec<&Proc> = orphans.iter().filter(|p| p.is_alive()).collect();
+    assert!(alive.is_empty(), "{alive:?} live beside {new:?}");
+}
+
+#[tokio::test]
+async fn nothing_of_a_killed_server_runs_on() {
+    // A worker that hears neither SIGTERM nor the end of its request, in the middle of a job.
+    let site = Site::new()
+        .model("a", echo("custom", &["--ignore-sigterm", "--hang"]))
+        .model("b", echo("custom", &["--load-s", "60"]));
+    let mut server = site.start().await;
+    let id = server.api.submit_echo("a", json!({})).await;
+    server.api.happened(&id, "job.started").await;
+    assert!(!server.processes().is_empty());
+    server.kill();
+    server.all_gone(Duration::from_secs(15)).await;
+}
+
+#[tokio::test]
+async fn a_server_killed_while_a_model_loads_leaves_nothing_either() {
+    let site = Site::new().model("a", echo("custom", &["--load-s", "60"]));
+    let mut server = site.start().await;
+    let id = server.api.submit_echo("a", json!({})).await;
+    server.api.happened(&id, "job.loading").await;
+    server.worker("a").await;
+    server.kill();
+    server.all_gone(Duration::from_secs(15)).await;
+}
+
+#[tokio::test]
+async fn sigterm_lets_running_jobs_finish_and_keeps_the_others() {
+    let site = Site::new().model("a", echo("custom", &["--delay-ms", "1500"]));
+    let mut server = site.start().await;
+    let api = server.api.clone();
+    let running = api.submit_echo("a", json!({})).await;
+    let mut waiting = Vec::new();
+    for _ in 0..3 {
+        waiting.push(api.submit_echo("a", json!({})).await);
+    }
+    api.happened(&running, "job.started").await;
+    let caller = {
+        let (api, running) = (api.clone(), running.clone());
+        beside(async move { api.get(&format!("/v1/jobs/{running}?wait=30")).await })
+    };
+    server.signal(Signal::SIGTERM);
+    // New work is refused from now on: by an answer, or since nobody listens any more.
+    let refused = eventually(Duration::from_secs(10), "new work is refused", || async {
+        let request = echo_job("a", json!({})).to_string().into_bytes();
+        match api.try_send(Method::POST, "/v1/jobs", Some(request)).await {
+            Ok(reply) if reply.status == 202 => None,
+            Ok(reply) => Some(Some(reply)),
+            Err(_) => Some(None),
+        }
+    })
+    .await;
+    if let Some(reply) = refused {
+        reply.refused(503, "draining");
+    }
+    let status = server.ended().await;
+    assert_eq!(status.code(), Some(0));
+    assert!(server.processes().is_empty(), "nothing is left when the server has ended");
+    let answered = caller.await.unwrap();
+    assert_eq!(answered.is(200).json()["state"], "succeeded", "who waits for a running job is answered");
+    drop(server);
+
+    let server = site.start().await;
+    let job = server.api.job(&running).await;
+    assert_eq!((&job["state"], &job["attempt"]), (&json!("succeeded"), &json!(1)), "it was let finish: {job}");
+    for id in &waiting {
+        let job = server.api.succeeded(id).await;
+        assert_eq!(job["attempt"], 1, "it was not touched: {job}");
+        check_history(&server.api.events(id).await);
+    }
+}
+
+#[tokio::test]
+async fn a_second_signal_stops_at_once_and_the_running_job_runs_again() {
+    let site = Site::new().model("a", echo("custom", &["--delay-ms", "60000"]));
+    let mut server = site.start().await;
+    let id = server.api.submit_echo("a", json!({})).await;
+    server.api.happened(&id, "job.started").await;
+    server.signal(Signal::SIGTERM);
+    eventually(Duration::from_secs(10), "the first signal is heard", || async {
+        server.log().contains("a second signal stops at once").then_some(())
+    })
+    .await;
+    server.signal(Signal::SIGTERM);
+    server.ended().await;
+    assert!(server.processes().is_empty());
+    drop(server);
+    let server = site.start().await;
+    server.api.happened(&id, "job.started").await;
+    assert_eq!(server.charged(&id).0, 0, "stopping charges nothing");
+    assert_eq!(server.api.poke(&format!("/v1/jobs/{id}/cancel")).await.is(200).json()["id"], id.as_str());
+    assert_eq!(server.api.finished(&id).await["state"], "cancelled");
+}
+
+#[tokio::test]
+async fn a_second_server_on_the_same_data_dir_is_refused() {
+    let site = Site::new().model("a", echo("custom", &[] as &[&str]));
+    let server = site.start().await;
+    let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_roundhouse"))
+        .args(["serve", "--listen", "127.0.0.1:0", "--config"])
+        .arg(site.path().join("models.yaml"))
+        .arg("--data-dir")
+        .arg(site.data())
+        .output()
+        .await
+        .unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("another roundhouse server uses"), "{text}");
+    let id = server.api.submit_echo("a", json!({})).await;
+    server.api.succeeded(&id).await;
+}
