@@ -247,7 +247,7 @@ class Demo:
             for seed, what in enumerate(PICTURES, 1)
         ]
         tunes = [("audio", "/v1/audio/generations", what, {"prompt": what, "duration": seconds}) for what in TUNES]
-        order = "text image audio text image text audio image text audio image text audio image text image text text"
+        order = "text image audio text image text audio text image text image audio text image text audio text image"
         sources = {"text": iter(texts), "image": iter(images), "audio": iter(tunes)}
         counts = {"text": 0, "image": 0, "audio": 0}
         burst = []

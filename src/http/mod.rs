@@ -203,6 +203,13 @@ pub fn router(state: AppState) -> Router {
         .with_state(state)
 }
 
+/// The framework's own refusals, for example of a path that is not UTF-8, as an error of ours.
+fn unreadable(response: &Response) -> Option<ApiError> {
+    let status = response.status();
+    let is_error = status.is_client_error() || status.is_server_error();
+    is_error.then(|| ApiError::new(ErrorCode::InvalidRequest, "the request's path or query cannot be read"))
+}
+
 /// The outermost layer: who asks, errors as bodies, ids and times as headers. A handler that panics fails one request.
 async fn edge(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     let began = Instant::now();
@@ -219,7 +226,7 @@ async fn edge(State(state): State<AppState>, mut request: Request, next: Next) -
         }
         Err(error) => error.into_response(),
     };
-    if let Some(error) = error::taken_from(&mut response) {
+    if let Some(error) = error::taken_from(&mut response).or_else(|| unreadable(&response)) {
         let allow = response.headers_mut().remove(header::ALLOW);
         response = error.render(&path);
         allow.and_then(|allow| response.headers_mut().insert(header::ALLOW, allow));

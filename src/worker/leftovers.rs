@@ -1,7 +1,7 @@
 //! Files that killed engines leave in shared folders: shared memory, semaphores, rendezvous files. A killed vLLM leaves
 //! 420 MB of memory in /dev/shm each time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -74,6 +74,7 @@ fn another_vllm_runs() -> bool {
 /// Every file below /dev/shm and /tmp that a process has open or mapped.
 fn in_use() -> BTreeSet<PathBuf> {
     let is_shared = |path: &Path| path.starts_with("/dev/shm") || path.starts_with("/tmp");
+    let semaphores = semaphores();
     let mut used = BTreeSet::new();
     for process in super::procfs::processes() {
         let base = format!("/proc/{}", process.pid);
@@ -91,16 +92,74 @@ fn in_use() -> BTreeSet<PathBuf> {
                 && is_shared(Path::new(&line[at..]))
             {
                 used.insert(PathBuf::from(&line[at..]));
+                used.extend(mapped_inode(line).and_then(|inode| semaphores.get(&inode).cloned()));
             }
         }
     }
     used
 }
 
+/// Semaphores by device and inode. glibc makes one under a name of its own and links it to the wanted one, so a mapping
+/// shows a path that is deleted: only the inode tells which file it is.
+fn semaphores() -> BTreeMap<(u64, u64), PathBuf> {
+    let Ok(entries) = std::fs::read_dir("/dev/shm") else {
+        return BTreeMap::new();
+    };
+    entries
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("sem."))
+        .filter_map(|entry| {
+            let file = std::fs::symlink_metadata(entry.path()).ok()?;
+            Some(((file.dev(), file.ino()), entry.path()))
+        })
+        .collect()
+}
+
+/// Device and inode of a line of `/proc/<pid>/maps`: `address perms offset major:minor inode path`.
+fn mapped_inode(line: &str) -> Option<(u64, u64)> {
+    let mut words = line.split_whitespace().skip(3);
+    let (major, minor) = words.next()?.split_once(':')?;
+    let device = nix::sys::stat::makedev(
+        u64::from_str_radix(major, 16).ok()?,
+        u64::from_str_radix(minor, 16).ok()?,
+    );
+    Some((device, words.next()?.parse().ok()?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::clock::{Clock, SystemClock};
+
+    /// Python's locks between processes are such semaphores; an engine that starts beside us must not lose its own.
+    #[test]
+    fn a_semaphore_is_kept_while_its_process_lives() {
+        use std::io::{BufRead as _, BufReader};
+        let script = "import multiprocessing, sys\n\
+                      lock = multiprocessing.get_context('spawn').Lock()\n\
+                      print('/dev/shm/sem.' + lock._semlock.name[1:], flush=True)\n\
+                      sys.stdin.read()";
+        let mut python = std::process::Command::new("python3")
+            .args(["-c", script])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(python.stdout.as_mut().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let semaphore = Path::new(line.trim());
+        let since = SystemClock::default().now() - 60_000;
+        assert!(semaphore.exists());
+        remove(since);
+        assert!(semaphore.exists(), "mapped by a living process");
+        python.kill().unwrap();
+        python.wait().unwrap();
+        remove(since);
+        assert!(!semaphore.exists());
+    }
 
     #[test]
     fn removes_only_new_files_that_nobody_has_open() {

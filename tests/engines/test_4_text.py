@@ -129,7 +129,7 @@ def test_a_stream_nobody_reads_is_cancelled(server: RoundhouseServer) -> None:
     with server.client.stream("POST", ENDPOINT, json=long_body(LONG_TOKENS), timeout=LOAD_PATIENCE_S) as answer:
         assert answer.status_code == 200
         next(line for line in answer.iter_lines() if line.startswith("data: "))
-    job = server.finished(answer.headers["x-roundhouse-job-id"])
+    job = server.abandoned(answer.headers["x-roundhouse-job-id"])
     assert (job["state"], job["error"]["code"]) == ("cancelled", "client_disconnected")
     assert "4" in content(call(server).json())
     assert engine_is_idle_soon(server)

@@ -203,7 +203,7 @@ def test_a_stream_that_is_closed_ends_its_job(client: OpenAI, server: Roundhouse
     stream = answer.parse()
     next(iter(stream))
     stream.close()
-    job = server.finished(answer.headers["x-roundhouse-job-id"])
+    job = server.abandoned(answer.headers["x-roundhouse-job-id"])
     assert job["state"] == "cancelled"
     assert job["error"]["code"] == "client_disconnected"
 

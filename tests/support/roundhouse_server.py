@@ -241,6 +241,14 @@ class RoundhouseServer:
                 return job
             assert time.monotonic() < end, f"never finished: {job}\n{self.log()}"
 
+    def abandoned(self, job_id: str) -> Json:
+        """The job once it is terminal, without waiting for it: who waits keeps a synchronous job alive."""
+        end = time.monotonic() + PATIENCE_S
+        while (job := self.job(job_id))["state"] not in TERMINAL:
+            assert time.monotonic() < end, f"never finished: {job}\n{self.log()}"
+            time.sleep(0.05)
+        return job
+
     def succeeded(self, job_id: str, patience_s: float = PATIENCE_S) -> Json:
         """The job, which must have succeeded."""
         job = self.finished(job_id, patience_s)
