@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use roundhouse::domain::worker::{Answer, Outcome, Progress};
 use roundhouse::domain::{ErrorCode, JobError, JobId, Token};
 use roundhouse::lifecycle::Tasks;
@@ -154,8 +155,12 @@ fn end() -> Act {
 }
 
 fn call(server: &Server, endpoint: &str, stream: bool) -> Call {
+    call_to(&server.url, endpoint, stream)
+}
+
+fn call_to(url: &str, endpoint: &str, stream: bool) -> Call {
     Call {
-        base_url: server.url.clone(),
+        base_url: url.to_owned(),
         endpoint: endpoint.to_owned(),
         token: Token {
             id: JobId::new(1_700_000_000_000, 5, 7),
@@ -516,6 +521,49 @@ async fn a_connection_closed_while_idle_is_replaced() {
     tokio::time::sleep(Duration::from_millis(30)).await;
     answer(run(&client, call(&server, CHAT, false)).await.0);
     assert_eq!(server.counts(), (2, 2));
+}
+
+/// More stale connections than a task may look at before it has to yield: at some point their end is not seen in time.
+#[tokio::test]
+async fn any_number_of_connections_may_be_stale() {
+    const CONNECTIONS: usize = 200;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let Act::Send(hello) = whole(200, "application/json", CHAT_ANSWER.as_bytes()) else {
+        unreachable!("whole() sends")
+    };
+    let serve = async {
+        let mut streams = Vec::new();
+        while streams.len() < CONNECTIONS {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            read_request(&mut stream).await.unwrap();
+            streams.push(stream);
+        }
+        for stream in &mut streams {
+            stream.write_all(&hello).await.unwrap();
+        }
+        streams
+    };
+    let client = WorkerClient::new();
+    let calls = join_all((0..CONNECTIONS).map(|_| run(&client, call_to(&url, CHAT, false))));
+    let (streams, answered) = tokio::join!(serve, calls);
+    assert!(answered.into_iter().all(|(outcome, _)| answer(outcome).status == 200));
+
+    drop(streams);
+    tokio::time::sleep(Duration::from_millis(30)).await;
+    let again = async {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            if read_request(&mut stream).await.is_some() {
+                stream.write_all(&hello).await.unwrap();
+                return stream;
+            }
+        }
+    };
+    let call = call_to(&url, CHAT, false);
+    let both = async { tokio::join!(again, run(&client, call)) };
+    let (_stream, (outcome, _)) = tokio::time::timeout(Duration::from_secs(20), both).await.expect("it hangs");
+    assert_eq!(answer(outcome).status, 200);
 }
 
 #[tokio::test]

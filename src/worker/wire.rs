@@ -98,9 +98,9 @@ impl Ask {
 /// One connection with its driver.
 struct Conn {
     sender: SendRequest<Full<Bytes>>,
-    driver: Connection<TokioIo<TcpStream>, Full<Bytes>>,
-    /// Whether the driver has ended.
-    closed: bool,
+    /// `None` once it has ended. It must be dropped then: it may hold a request that it never took up, and only its drop
+    /// tells the sender so.
+    driver: Option<Connection<TokioIo<TcpStream>, Full<Bytes>>>,
     /// The end of the last answer's body, if it was not read to the end: usually the last, empty chunk.
     rest: Option<Incoming>,
     idle_since: Instant,
@@ -121,17 +121,14 @@ impl Conn {
             .map_err(|e| Lost::new("cannot speak HTTP to the worker", &e))?;
         Ok(Self {
             sender,
-            driver,
-            closed: false,
+            driver: Some(driver),
             rest: None,
             idle_since: Instant::now(),
         })
     }
 
     fn drive(&mut self, cx: &mut Context<'_>) {
-        if !self.closed && Pin::new(&mut self.driver).poll(cx).is_ready() {
-            self.closed = true;
-        }
+        drive(&mut self.driver, cx);
     }
 
     /// Whether another request can be written now. Looks at the socket without waiting.
@@ -146,7 +143,7 @@ impl Conn {
                 }
                 self.drive(cx);
             }
-            Poll::Ready(!self.closed && self.sender.is_ready())
+            Poll::Ready(self.driver.is_some() && self.sender.is_ready())
         })
         .await
     }
@@ -156,17 +153,22 @@ impl Conn {
         request: Request<Full<Bytes>>,
     ) -> Result<Response<Incoming>, hyper::Error> {
         let mut answer = pin!(self.sender.send_request(request));
-        let (driver, closed) = (&mut self.driver, &mut self.closed);
+        let driver = &mut self.driver;
         poll_fn(|cx| {
             if let Poll::Ready(done) = answer.as_mut().poll(cx) {
                 return Poll::Ready(done);
             }
-            if !*closed && Pin::new(&mut *driver).poll(cx).is_ready() {
-                *closed = true;
-            }
+            drive(driver, cx);
             answer.as_mut().poll(cx)
         })
         .await
+    }
+}
+
+/// Lets the driver do what it can, and drops it at its end.
+fn drive<D: Future + Unpin>(driver: &mut Option<D>, cx: &mut Context<'_>) {
+    if driver.as_mut().is_some_and(|driver| Pin::new(driver).poll(cx).is_ready()) {
+        *driver = None;
     }
 }
 
@@ -303,7 +305,7 @@ impl Pool {
     /// Keeps the reply's connection for the next call. The unread end of its body, if any, is read then.
     pub(super) fn give_back(&self, authority: &str, reply: Reply) {
         let mut conn = reply.conn;
-        if conn.closed {
+        if conn.driver.is_none() {
             return;
         }
         conn.rest = (!reply.ended).then_some(reply.body);
