@@ -527,7 +527,7 @@ async fn bad_requests_are_told_what_is_wrong() {
     assert_eq!(wrong_method.error(), (405, "method_not_allowed".into()));
     assert!(wrong_method.header("allow").contains("POST"));
     assert_eq!(bench.get("/v1/nope").await.error(), (404, "not_found".into()));
-    assert_eq!(bench.get("/v1/jobs/%FF").await.error(), (400, "invalid_request".into()));
+    assert_eq!(bench.get("/v1/jobs/%FF").await.error(), (404, "not_found".into()));
     assert_eq!(bench.get("/v1/models/fluxx").await.error(), (404, "model_not_found".into()));
     assert_eq!(bench.post("/v1/models/flux/reload", &json!({})).await.error(), (404, "not_found".into()));
     assert_eq!(bench.get("/v1/jobs").await.json()["data"], json!([]), "the queue has seen nothing of it");
