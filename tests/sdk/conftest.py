@@ -44,6 +44,7 @@ def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RoundhouseSe
     models = {
         "slow": echo("text", "--load-s", "1.5", limit=1, max_attempts=1),
         "tune": echo("audio"),
+        "draw": echo("image"),
     }
     with RoundhouseServer(
         tmp_path_factory.mktemp("impatient"),
