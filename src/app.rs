@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::mpsc;
 
 use crate::clock::{Clock, SystemClock};
@@ -19,11 +19,15 @@ use crate::scheduler::handle::Handle;
 use crate::scheduler::run::{self, Parts};
 use crate::store;
 use crate::worker::client::WorkerClient;
-use crate::worker::gpu;
+use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
 
 /// How long tasks may take to end after the hard stage, beyond the workers' own grace.
 const HARD_LIMIT: Duration = Duration::from_secs(5);
+/// Longest wait for the driver to give back the memory of an earlier run's workers.
+const MEMORY_SETTLES_WITHIN: Duration = Duration::from_secs(10);
+/// Connections that may wait to be accepted.
+const BACKLOG: u32 = 4_096;
 /// Time for answers on the wire to be written after the last running job has ended.
 const FLUSH: Duration = Duration::from_millis(250);
 
@@ -43,16 +47,21 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     let Serve { config, data_dir, listen } = serve;
     let tasks = Tasks::new();
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
-    let listener = TcpListener::bind(&listen).await.with_context(|| format!("cannot listen on {listen}"))?;
+    let listener = listen_on(&listen).await.with_context(|| format!("cannot listen on {listen}"))?;
     let address = listener.local_addr()?;
     let on_fatal = {
         let tasks = tasks.clone();
         Arc::new(move |reason: &str| tasks.fail(reason))
     };
     let opened = store::open(&data_dir, clock.clone(), on_fatal).await?;
+    let setting = std::env::var("ROUNDHOUSE_GPU_PROBE").ok();
+    let gpus =
+        gpu::from_setting(setting.as_deref()).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_GPU_PROBE: {error}"))?;
     let orphans = supervisor::end_orphans(&opened.data_dir_id, config.server.worker_grace).await;
     if orphans > 0 {
         tracing::warn!(orphans, "ended {orphans} processes that an earlier run left behind");
+        // Memory is free when the driver says so.
+        gpu::settled(gpus.clone(), MEMORY_SETTLES_WITHIN).await;
     }
     if opened.recovered > 0 {
         tracing::warn!(
@@ -62,7 +71,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         );
     }
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
-    let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, &tasks)?;
+    let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus, &tasks)?;
     let waiting = opened.queued.len();
     let reader = opened.store.reader().clone();
     let live_sync_jobs = reader.live_sync_jobs().await?;
@@ -101,6 +110,20 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     Ok(!tasks.has_failed())
 }
 
+/// A listener on the first address of `listen` that can be had, with room for a burst of callers.
+async fn listen_on(listen: &str) -> std::io::Result<TcpListener> {
+    let mut failed = std::io::Error::new(std::io::ErrorKind::InvalidInput, "the name has no address");
+    for address in tokio::net::lookup_host(listen).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.set_reuseaddr(true)?;
+        match socket.bind(address).and_then(|()| socket.listen(BACKLOG)) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
+}
+
 fn api_keys(data_dir: &Path, loopback: bool) -> anyhow::Result<ApiKeys> {
     let from_env = std::env::var("ROUNDHOUSE_API_KEYS").ok().filter(|text| !text.trim().is_empty());
     match from_env {
@@ -117,13 +140,12 @@ fn start_workers(
     data_dir: &Path,
     data_dir_id: &str,
     clock: &Arc<dyn Clock>,
+    gpus: Arc<dyn GpuProbe>,
     tasks: &Tasks,
 ) -> anyhow::Result<Workers> {
-    let setting = std::env::var("ROUNDHOUSE_GPU_PROBE").ok();
     let around = Surroundings {
         clock: clock.clone(),
-        gpus: gpu::from_setting(setting.as_deref())
-            .map_err(|error| anyhow::anyhow!("ROUNDHOUSE_GPU_PROBE: {error}"))?,
+        gpus,
         tasks: tasks.clone(),
         data_dir_id: data_dir_id.to_owned(),
         log_dir: data_dir.join("log"),

@@ -1,7 +1,7 @@
 //! Who is asking: API keys as bearer tokens, and signatures that open one artifact without a key.
 
 use std::fmt;
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -167,12 +167,16 @@ fn make_key(path: &Path) -> std::io::Result<String> {
 }
 
 fn show_once(key: &str, path: &Path) {
+    if !std::io::stderr().is_terminal() {
+        // What is no terminal is a log, and keys have no place in one.
+        tracing::warn!("this server can be reached from other machines: an API key was made, see {}", path.display());
+        return;
+    }
     let text = format!(
         "This server can be reached from other machines, so it needs an API key. One was made, and is shown only now:\n\n    \
          {key}\n\nSend it as `Authorization: Bearer KEY` (OPENAI_API_KEY of the SDKs). It is kept in {}.\n",
         path.display()
     );
-    // Without a terminal the file is still there.
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 

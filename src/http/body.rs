@@ -217,7 +217,7 @@ mod tests {
         let headers = HeaderMap::from_iter([(header::CONTENT_LENGTH, "11".parse().unwrap())]);
         let declared = read(&headers, Body::empty(), 10).await.unwrap_err();
         assert_eq!(declared.code, ErrorCode::PayloadTooLarge);
-        let chunks = || Body::from_stream(tokio_stream::iter([Ok::<_, std::io::Error>("12345"), Ok("67890")]));
+        let chunks = || Body::from_stream(futures_util::stream::iter([Ok::<_, std::io::Error>("12345"), Ok("67890")]));
         assert_eq!(read(&HeaderMap::new(), chunks(), 10).await.unwrap(), "1234567890");
         assert_eq!(read(&HeaderMap::new(), chunks(), 9).await.unwrap_err().code, ErrorCode::PayloadTooLarge);
     }

@@ -15,9 +15,8 @@ use crate::store::read::Artifact;
 pub const URL_LIFE_S: i64 = 24 * 3_600;
 /// Longest answer that is shown within its job.
 const INLINE_BYTES_MAX: usize = 64 * 1024;
-/// Events read at once in search of the latest progress.
-const EVENTS_PER_READ: u32 = 500;
 const POLL_MAX_S: i64 = 30;
+const QUEUE_POSITION: HeaderName = HeaderName::from_static("x-queue-position");
 const POLL_AFTER_MS: HeaderName = HeaderName::from_static("openai-poll-after-ms");
 
 /// A job as shown, and how soon to ask again.
@@ -144,29 +143,13 @@ fn poll_after(eta_start: Option<Millis>, now: Millis) -> i64 {
     eta_start.map_or(5, |eta| (eta - now) / 4_000).clamp(1, POLL_MAX_S)
 }
 
-/// The latest progress event's figures. Text jobs have none.
+/// The figures of the latest progress event of this attempt. Text jobs have none.
 async fn progress(state: &AppState, job: &Job) -> Value {
     if matches!(job.kind, JobKind::Chat | JobKind::Completion) {
         return Value::Null;
     }
-    let (mut after, mut latest) = (0, Value::Null);
-    loop {
-        let events = state.reader.events(job.id, after, EVENTS_PER_READ).await.unwrap_or_default();
-        let Some(last) = events.last() else {
-            return latest;
-        };
-        after = last.seq;
-        for event in &events {
-            match event.kind.as_str() {
-                "job.progress" => latest = event.body.get("progress").cloned().unwrap_or(Value::Null),
-                "job.started" => latest = Value::Null,
-                _ => {}
-            }
-        }
-        if events.len() < EVENTS_PER_READ as usize {
-            return latest;
-        }
-    }
+    let latest = state.reader.latest_event(job.id, job.attempt, "job.progress").await;
+    latest.ok().flatten().and_then(|event| event.body.get("progress").cloned()).unwrap_or(Value::Null)
 }
 
 /// Where the answer is; short JSON answers are in it.
@@ -240,9 +223,11 @@ pub fn artifact_url(state: &AppState, id: JobId, artifact: &str, expires_s: i64)
 /// A job as a response: its version as ETag, advice on polling, and with 202 where to find it.
 pub async fn respond(state: &AppState, status: StatusCode, job: &Job) -> Response {
     let view = full(state, job).await;
+    let position = view.json.pointer("/queue/position").and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
     let mut response = (status, Json(view.json)).into_response();
     let headers = response.headers_mut();
     job_headers(headers, job);
+    set_position(headers, position);
     if status == StatusCode::ACCEPTED {
         set(headers, header::LOCATION, &format!("/v1/jobs/{}", job.id));
     }
@@ -270,6 +255,13 @@ fn job_headers(headers: &mut HeaderMap, job: &Job) {
     set(headers, JOB_ID, &job.id.to_string());
     set(headers, header::ETAG, &etag(job.version));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+}
+
+/// `X-Queue-Position`: jobs that the current plan starts first, while the job waits.
+pub fn set_position(headers: &mut HeaderMap, position: Option<usize>) {
+    if let Some(position) = position {
+        headers.insert(QUEUE_POSITION, HeaderValue::from(position));
+    }
 }
 
 /// Sets a header to a text of ours.

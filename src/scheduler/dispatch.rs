@@ -29,7 +29,11 @@ const FLUSH_BYTES: usize = 4 * 1024;
 /// Progress that may wait between the worker's reader and this task.
 const PROGRESS_WAITING_MAX: usize = 256;
 /// First pause after the store refused a final write; doubles up to 30 s.
-const STORE_RETRY: Duration = Duration::from_millis(200);
+pub(super) const STORE_RETRY: Duration = Duration::from_millis(200);
+/// The longest of these pauses.
+pub(super) const STORE_RETRY_MAX: Duration = Duration::from_secs(30);
+/// How long a job waits whose request could not be read.
+const GIVE_UP_PAUSE_MS: i64 = 1_000;
 
 /// What every dispatch needs. Cheap to clone.
 #[derive(Clone)]
@@ -73,7 +77,6 @@ struct Committed {
 
 /// Runs the attempt to its committed end, then frees its slot.
 pub(super) async fn run(context: Context, dispatch: Dispatch) {
-    let number = dispatch.token.id.number;
     let started = Instant::now();
     let since = context.clock.now();
     let (outcome, relayed, deadline_passed) = attempt(&context, &dispatch).await;
@@ -85,20 +88,37 @@ pub(super) async fn run(context: Context, dispatch: Dispatch) {
     if let Outcome::WorkerLost { reason, .. } = &outcome {
         tracing::warn!(job.id = %dispatch.token.id, model = %dispatch.job.model, "worker lost: {reason}");
     }
+    if silent {
+        context.tell(Message::Event(Event::Silent { model: dispatch.job.model.clone(), since }));
+    }
     let verdict = retry::judge(outcome, &judged(&context, &dispatch, relayed, deadline_passed), context.clock.now());
+    tracing::debug!(
+        job.id = %dispatch.token.id, job.attempt = dispatch.token.attempt, elapsed_ms = started.elapsed().as_millis(),
+        "attempt ended"
+    );
+    conclude(context, dispatch, verdict, answered, suspect).await;
+}
+
+/// The claimed job's request could not be read: it goes back to the queue for a moment, uncharged.
+pub(super) async fn give_up(context: Context, dispatch: Dispatch) {
+    let requeue = Requeue {
+        not_before: Some(context.clock.now() + GIVE_UP_PAUSE_MS),
+        failures: dispatch.job.failures,
+        crashes: dispatch.job.crashes,
+        error: None,
+    };
+    conclude(context, dispatch, Verdict::Requeue(requeue), false, false).await;
+}
+
+/// Commits the verdict, tells watchers, and frees the slot whatever became of it.
+async fn conclude(context: Context, dispatch: Dispatch, verdict: Verdict, answered: bool, suspect: bool) {
+    let number = dispatch.token.id.number;
     let committed = commit(&context, &dispatch, verdict).await;
     let state = committed.change.map(|change| change.state);
     if let (Some(change), Some(ended)) = (committed.change, committed.ended) {
         context.hub.end(number, change.version, change.seq, ended);
     } else if let Some(change) = committed.change {
         context.hub.publish(number, change.version, change.seq);
-    }
-    tracing::debug!(
-        job.id = %dispatch.token.id, job.attempt = dispatch.token.attempt, job.state = state.map(JobState::as_str),
-        elapsed_ms = started.elapsed().as_millis(), "attempt ended"
-    );
-    if silent {
-        context.tell(Message::Event(Event::Silent { model: dispatch.job.model.clone(), since }));
     }
     // The slot first, then the job: a job given back may be claimed by the same worker at once.
     let event = Event::Ended { model: dispatch.job.model.clone(), number, answered, suspect };
@@ -280,7 +300,7 @@ async fn commit(context: &Context, dispatch: &Dispatch, verdict: Verdict) -> Com
             }
         }
         tokio::select! {
-            () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_secs(30)),
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(STORE_RETRY_MAX),
             () = context.tasks.hard().cancelled() => break,
         }
     }

@@ -212,7 +212,14 @@ impl Scheduler {
 
     fn on_message(&mut self, message: Message) {
         match message {
-            Message::Event(event) => self.apply(event),
+            Message::Event(event) => {
+                match &event {
+                    Event::Claimed { lost, .. } => lost.iter().for_each(|number| drop(self.stops.remove(number))),
+                    Event::Ended { number, .. } => drop(self.stops.remove(number)),
+                    _ => {}
+                }
+                self.apply(event);
+            }
             Message::Ended { event, state } => {
                 self.count_end(state);
                 if let Event::Ended { number, .. } = &event {
@@ -308,7 +315,7 @@ impl Scheduler {
         self.state.admit(&first.tenant, jobs.len()).map_err(|full| SubmitError::QueueFull {
             queued: full.queued,
             limit: full.limit,
-            retry_after_s: 60,
+            retry_after_s: self.state.room_in_s(),
         })?;
         let sync = jobs.iter().find(|job| job.face == Face::Sync);
         match sync.and_then(|job| self.state.refusal(&job.model)) {
@@ -504,20 +511,7 @@ impl Scheduler {
         let context = self.context.clone();
         self.context.tasks.spawn("end queued", async move {
             for number in numbers {
-                let (state, end) = if overdue {
-                    (JobState::Expired, End::Expired(error.clone()))
-                } else {
-                    (JobState::Failed, End::Failed(error.clone()))
-                };
-                match context.store.end_queued(number, end).await {
-                    Ok(Some(change)) => {
-                        let ended = Ended { state, answer: None, error: Some(error.clone()) };
-                        context.hub.end(number, change.version, change.seq, ended);
-                        context.tell(Message::EndedQueued { number, state });
-                    }
-                    Ok(None) => {}
-                    Err(error) => tracing::error!(job.number = number, "a waiting job could not be ended: {error}"),
-                }
+                end_one_queued(&context, number, &error, overdue).await;
             }
         });
     }
@@ -602,15 +596,36 @@ async fn send(
             dispatch::run(context, Dispatch { job, token, endpoint, body, base_url, run, alone, cancelled }).await;
         }
         Err(error) => {
-            tracing::error!(job.id = %token.id, "a claimed job's request could not be read: {error}");
-            let model = job.model.clone();
-            let (failures, crashes) = (job.failures, job.crashes);
-            if let Ok(Some(_)) = context.store.requeue(token, failures, crashes, None, None).await {
-                tokio::time::sleep(CLAIM_RETRY).await;
-                let number = token.id.number;
-                context.tell(Message::Event(Event::Ended { model, number, answered: false, suspect: false }));
-                context.tell(Message::Event(Event::Queued(vec![QueuedJob { attempt: token.attempt, ..job }])));
+            tracing::error!(job.id = %token.id, "a claimed job's request could not be read, trying again: {error}");
+            let (endpoint, body) = (String::new(), bytes::Bytes::new());
+            dispatch::give_up(context, Dispatch { job, token, endpoint, body, base_url, run, alone, cancelled }).await;
+        }
+    }
+}
+
+/// Ends a waiting job, trying again while the store refuses: the loop may have forgotten it already.
+async fn end_one_queued(context: &Context, number: i64, error: &JobError, overdue: bool) {
+    let mut pause = dispatch::STORE_RETRY;
+    loop {
+        let (state, end) = if overdue {
+            (JobState::Expired, End::Expired(error.clone()))
+        } else {
+            (JobState::Failed, End::Failed(error.clone()))
+        };
+        match context.store.end_queued(number, end).await {
+            Ok(Some(change)) => {
+                let ended = Ended { state, answer: None, error: Some(error.clone()) };
+                context.hub.end(number, change.version, change.seq, ended);
+                return context.tell(Message::EndedQueued { number, state });
             }
+            Ok(None) | Err(StoreError::Stopped) => return,
+            Err(error) => {
+                tracing::error!(job.number = number, "a waiting job could not be ended, trying again: {error}")
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(dispatch::STORE_RETRY_MAX),
+            () = context.tasks.hard().cancelled() => return,
         }
     }
 }

@@ -324,6 +324,12 @@ impl State {
         }
     }
 
+    /// When a place in the full queue should be free, in seconds from 1 to 60: one job of the model that holds the device.
+    pub fn room_in_s(&self) -> u64 {
+        let holder = self.device.model().map_or(60_000.0, |index| self.models[index].each_ms());
+        u64::try_from(round(holder / 1e3)).unwrap_or(60).clamp(1, 60)
+    }
+
     /// When [`State::step`] should be called again if no event comes before.
     pub fn wake_at(&self) -> Option<Millis> {
         self.wake_at
@@ -482,8 +488,8 @@ impl State {
         model.backlogged_since = (model.queue.len() > 0).then_some(now);
         match &mut self.device {
             Device::Serving { model, suspect: s, .. } if *model == index && suspect => {
-                *s = true;
-                vec![self.order(index, Order::Suspect)]
+                // Once: a worker that dies takes up to `limit` jobs along, and each of them says so.
+                if std::mem::replace(s, true) { Vec::new() } else { vec![self.order(index, Order::Suspect)] }
             }
             _ => Vec::new(),
         }
@@ -494,9 +500,11 @@ impl State {
             Report::Loading { .. } => Vec::new(),
             Report::Ready { base_url, load_ms } => self.on_ready(index, base_url, load_ms, now),
             Report::Stopped { stop_ms } => {
-                if matches!(self.device, Device::Stopping { model, .. } if model == index) {
-                    blend(&mut self.models[index].learned.stop_ms, stop_ms as f64, LOAD_WEIGHT);
+                // The answer to a stop that crossed with a death says nothing about a load that was ordered since.
+                if !matches!(self.device, Device::Stopping { model, .. } if model == index) {
+                    return Vec::new();
                 }
+                blend(&mut self.models[index].learned.stop_ms, stop_ms as f64, LOAD_WEIGHT);
                 self.on_left(index, now)
             }
             Report::Died { .. } => self.on_left(index, now),

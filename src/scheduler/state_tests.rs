@@ -326,3 +326,24 @@ fn limits_count_waiting_jobs_by_tenant() {
     world.event(Event::Gone { number: 2 });
     assert!(world.state.admit("default", 1).is_ok());
 }
+
+#[test]
+fn a_worker_is_suspected_once_however_many_jobs_it_takes_along() {
+    let mut world = World::new(&[("a", 200)]);
+    world.queue((1..=200).map(|n| job(n, "a")).collect());
+    world.obey();
+    for n in 1..=150 {
+        world.event(Event::Ended { model: Arc::from("a"), number: n, answered: false, suspect: true });
+    }
+    assert_eq!(world.orders, [("a".to_owned(), Order::Suspect)]);
+}
+
+#[test]
+fn a_stop_that_crossed_with_a_death_does_not_free_a_device_that_loads_again() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    world.queue(vec![job(1, "a")]);
+    world.orders.clear();
+    world.report("a", Report::Stopped { stop_ms: 0 });
+    world.queue(vec![job(2, "b")]);
+    assert!(world.orders.is_empty(), "a still loads: {:?}", world.orders);
+}

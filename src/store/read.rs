@@ -61,6 +61,14 @@ pub struct EventRow {
     pub body: serde_json::Value,
 }
 
+impl TryFrom<(i64, i64, String, i64, String)> for EventRow {
+    type Error = StoreError;
+
+    fn try_from((seq, attempt, kind, at, body): (i64, i64, String, i64, String)) -> Result<Self, StoreError> {
+        Ok(Self { seq, attempt, kind, at, body: json("event.body", &body)? })
+    }
+}
+
 /// One stored file of a job.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Artifact {
@@ -242,11 +250,21 @@ impl Reader {
         .bind(i64::from(limit))
         .fetch_all(&self.inner.pool)
         .await?;
-        rows.into_iter()
-            .map(|(seq, attempt, kind, at, body)| {
-                Ok(EventRow { seq, attempt, kind, at, body: json("event.body", &body)? })
-            })
-            .collect()
+        rows.into_iter().map(EventRow::try_from).collect()
+    }
+
+    /// The latest event of one kind within an attempt.
+    pub async fn latest_event(&self, id: JobId, attempt: i64, kind: &str) -> Result<Option<EventRow>, StoreError> {
+        let row: Option<(i64, i64, String, i64, String)> = sqlx::query_as(
+            "SELECT seq, attempt, kind, at, body FROM event WHERE number = ? AND attempt = ? AND kind = ?
+             ORDER BY seq DESC LIMIT 1",
+        )
+        .bind(id.number)
+        .bind(attempt)
+        .bind(kind)
+        .fetch_optional(&self.inner.pool)
+        .await?;
+        row.map(EventRow::try_from).transpose()
     }
 
     /// The forwarded body as it was submitted.

@@ -19,7 +19,8 @@ const GROUP_MAX: usize = 1_024;
 const WAITING_MAX: usize = 16_384;
 
 type Reply = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
-type Operation = Box<dyn FnOnce(&Connection) -> Reply + Send>;
+/// Runs in the open transaction; `None`: there is none (any more), and the reply will be told why.
+type Operation = Box<dyn FnOnce(Option<&Connection>) -> Reply + Send>;
 /// Called with a reason when the process must not go on.
 pub type OnFatal = Arc<dyn Fn(&str) + Send + Sync>;
 
@@ -60,7 +61,10 @@ impl Writer {
     {
         let (sender, receiver) = oneshot::channel();
         let boxed: Operation = Box::new(move |connection| {
-            let result = in_savepoint(connection, operation);
+            let result = match connection {
+                Some(connection) => in_savepoint(connection, operation),
+                None => Err(StoreError::Database("the transaction was not open".to_owned())),
+            };
             Box::new(move |committed| {
                 // Nobody may wait any more; the change stands all the same.
                 let _ = sender.send(committed.and(result));
@@ -116,14 +120,19 @@ fn write_until_closed(
 }
 
 fn commit(connection: &Connection, group: Vec<Operation>, on_fatal: &OnFatal) {
-    if let Err(error) = run(connection, "BEGIN IMMEDIATE") {
-        let replies: Vec<Reply> = group.into_iter().map(refuse).collect();
-        return answer_all(replies, &Err(error));
-    }
-    let replies: Vec<Reply> = group.into_iter().map(|operation| operation(connection)).collect();
-    let committed = run(connection, "COMMIT");
+    let begun = run(connection, "BEGIN IMMEDIATE");
+    // Some errors (a full disk, an I/O error) make SQLite roll the whole transaction back: then nothing more may be
+    // written, or it would commit one by one.
+    let open = || begun.is_ok() && !connection.is_autocommit();
+    let replies: Vec<Reply> = group.into_iter().map(|operation| operation(open().then_some(connection))).collect();
+    let is_open = open();
+    let committed = match begun {
+        Ok(()) if is_open => run(connection, "COMMIT"),
+        Ok(()) => Err(StoreError::Database("the transaction was rolled back by an error within it".to_owned())),
+        Err(error) => Err(error),
+    };
     if let Err(error) = &committed {
-        tracing::error!("commit failed: {error}");
+        tracing::error!(operations = replies.len(), "nothing was stored: {error}");
         if !connection.is_autocommit() {
             let _ = run(connection, "ROLLBACK");
         }
@@ -141,12 +150,6 @@ fn answer_all(replies: Vec<Reply>, committed: &Result<(), StoreError>) {
             Err(error) => Err(StoreError::Database(error.to_string())),
         });
     }
-}
-
-/// An operation that is never run: dropping it closes its answer's channel, which reads as `Stopped`.
-fn refuse(operation: Operation) -> Reply {
-    drop(operation);
-    Box::new(|_| ())
 }
 
 /// After a failed write or fsync the page cache may claim to be clean: only a restart through recovery knows.
@@ -183,5 +186,39 @@ mod tests {
         assert_eq!(results, [true, false, true]);
         let count = writer.apply(|c| Ok(c.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0))?));
         assert_eq!(answer(count).await.unwrap(), 4);
+    }
+
+    #[tokio::test]
+    async fn a_database_that_is_locked_by_another_is_an_error_to_try_again_and_no_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("t.db");
+        let connection = Connection::open(&file).unwrap();
+        connection.execute_batch("CREATE TABLE t (x INTEGER UNIQUE)").unwrap();
+        connection.busy_timeout(std::time::Duration::from_millis(10)).unwrap();
+        let writer = Writer::start(connection, Arc::new(|reason| panic!("{reason}"))).unwrap();
+        let shell = Connection::open(&file).unwrap();
+        shell.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let refused = answer(insert(&writer, 1)).await;
+        assert!(matches!(&refused, Err(StoreError::Database(text)) if text.contains("locked")), "{refused:?}");
+        shell.execute_batch("COMMIT").unwrap();
+        assert!(answer(insert(&writer, 1)).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_transaction_that_sqlite_rolled_back_stores_nothing_of_its_group() {
+        let writer = writer();
+        let first = insert(&writer, 1);
+        // What a full disk does to a transaction.
+        let broken: Pending<()> = writer.apply(|c| {
+            c.execute_batch("ROLLBACK")?;
+            Err(StoreError::Database("disk full".to_owned()))
+        });
+        let last = insert(&writer, 2);
+        let (first, broken, last) = (answer(first).await, answer(broken).await, answer(last).await);
+        assert!(broken.is_err());
+        let count = writer.apply(|c| Ok(c.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0))?));
+        let stored = usize::try_from(answer(count).await.unwrap()).unwrap();
+        let promised = [first.is_ok(), last.is_ok()].iter().filter(|ok| **ok).count();
+        assert_eq!(stored, 2 * promised, "what was promised is there, and nothing else");
     }
 }

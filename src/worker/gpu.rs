@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
@@ -149,6 +150,27 @@ impl GpuProbe for FakeProbe {
             })
             .collect()
     }
+}
+
+/// Waits until the driver has stopped giving memory back, at most `limit`: after processes were killed that held some.
+pub async fn settled(probe: Arc<dyn GpuProbe>, limit: Duration) {
+    let until = tokio::time::Instant::now() + limit;
+    let mut before = used_bytes(probe.clone()).await;
+    while before > 0 && tokio::time::Instant::now() < until {
+        tokio::time::sleep(SETTLE_EVERY).await;
+        let now = used_bytes(probe.clone()).await;
+        if now >= before {
+            return;
+        }
+        before = now;
+    }
+}
+
+/// A driver takes up to 1.5 s to free a dead process's memory, in steps.
+const SETTLE_EVERY: Duration = Duration::from_millis(1_500);
+
+async fn used_bytes(probe: Arc<dyn GpuProbe>) -> u64 {
+    tokio::task::spawn_blocking(move || probe.gpus().iter().map(|gpu| gpu.used_bytes).sum()).await.unwrap_or(0)
 }
 
 #[cfg(test)]

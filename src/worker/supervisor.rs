@@ -267,7 +267,9 @@ struct Supervisor {
 
 impl Supervisor {
     async fn run(mut self) {
-        let mut phase = Phase::Absent;
+        // A pod may come back without its GPU: better known now than by a swap in vain.
+        let blocked = self.spec.gpus > 0 && !self.sees_gpu().await;
+        let mut phase = if blocked { Phase::Blocked } else { Phase::Absent };
         loop {
             phase = match phase {
                 Phase::Absent => self.absent().await,

@@ -132,8 +132,6 @@ class TestImages:
         assert (after["pid"], after["starts"]) == (before["pid"], before["starts"])
 
     def test_a_job_outlives_its_worker(self, server: RoundhouseServer, model: str) -> None:
-        if model == "klein":
-            pytest.skip("the same program as schnell; a start takes long")
         job = server.submit(ENDPOINT, body(model, steps=LONG_STEPS))
         done = kill_worker_at(server, job, "job.progress", LOAD_PATIENCE_S)
         (entry,) = server.response(done["id"]).json()["data"]

@@ -197,7 +197,7 @@ impl EventStream {
                 self.close(": the store cannot be read now; come back\n\n");
                 continue;
             }
-            if self.ready.is_empty() {
+            if self.ready.is_empty() && !self.is_over {
                 self.wait().await;
             }
         }
@@ -205,7 +205,11 @@ impl EventStream {
 
     /// Reads what is stored beyond what was given out.
     async fn read(&mut self) -> Result<(), ApiError> {
+        // Asked before reading: an end that comes in between is read the next time.
+        let has_ended = self.watch.live().ended.is_some();
         let events = self.state.reader.events(self.id, self.after, EVENTS_PER_READ).await?;
+        // The reader asked for what lies beyond the end.
+        self.is_over |= has_ended && events.is_empty();
         for event in events {
             let ended = ended(&self.state, self.id, &event).await?;
             self.is_over |= ended.is_some();

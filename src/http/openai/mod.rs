@@ -122,7 +122,7 @@ pub async fn hold(
         }
         Waited::TimeUp if hop < state.server.sync_max_hops => {
             release(guard, Guard::hand_over);
-            see_other(job.id, hop + 1)
+            see_other(state, job, hop + 1).await
         }
         Waited::TimeUp => {
             release(guard, Guard::keep_job);
@@ -136,12 +136,15 @@ pub async fn hold(
 }
 
 /// Relative, so that the same origin is asked with the same key.
-fn see_other(id: JobId, hop: u32) -> Response {
+async fn see_other(state: &AppState, job: &Job, hop: u32) -> Response {
+    let id = job.id;
+    let position = state.handle.position(job).await;
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SEE_OTHER;
     let headers = response.headers_mut();
     view::set(headers, header::LOCATION, &format!("/v1/jobs/{id}/response?hop={hop}"));
     view::set(headers, JOB_ID, &id.to_string());
+    view::set_position(headers, position.position);
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }
