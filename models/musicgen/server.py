@@ -220,7 +220,9 @@ class MusicgenServer(BaseService):
             )
         # (requests, channels, samples) -> (requests, samples, channels)
         waves = sound.float().clamp(-1, 1).transpose(1, 2).cpu().numpy()
-        note = json.dumps({"model": self.served_name, "seed": params.seed} | self.model_facts)
+        # The seed of a shared pass gives no single one of its sounds again.
+        told = seed if len(items) == 1 else None
+        note = json.dumps({"model": self.served_name, "seed": told} | self.model_facts)
         length = round(params.seconds * self._rate)
         return [
             encode(wave[:length], self._rate, item.params.format, note) for item, wave in zip(items, waves, strict=True)
