@@ -46,13 +46,13 @@ describe_real() {
 An NVIDIA GPU answers here. The models of models.yaml would be:
 
     model                           download   GPU memory    licence of the weights
-    Qwen3-4B-Instruct-2507  text      8.1 GB   up to 20 GB   Apache-2.0
+    Qwen3-4B-Instruct-2507  text        8 GB   up to 20 GB   Apache-2.0
     FLUX.2-klein-4B         images     16 GB   16 GB         Apache-2.0
     MusicGen medium         music       8 GB   5 GB          CC-BY-NC 4.0: NOT for commercial use
     Python packages                    ~5 GB                 11 GB on disk
 
-About 37 GB to download: 5 minutes at 1 Gbit/s, 50 at 100 Mbit/s. Each model then takes 30 s to 3 minutes to load.
-They take turns on the card; one of 24 GB will do.
+About 37 GB to download (32 GB of weights, 5 GB of packages): 5 minutes at 1 Gbit/s, 50 at 100 Mbit/s. Each model then
+takes 30 s to 3 minutes to load. They take turns on the card; one of 24 GB will do.
 
 TEXT
 }

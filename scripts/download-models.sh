@@ -9,8 +9,8 @@
 # --json-progress   JSON lines on stdout instead of text
 #
 # Free space is checked first, and a fetch that was cut goes on where it ended. Weights go to HF_HUB_CACHE or
-# HF_HOME/hub (on RunPod: /workspace/.cache/huggingface/hub, which outlives the pod). Gated models need HF_TOKEN;
-# nothing else reads it. HF_ENDPOINT chooses another hub.
+# HF_HOME/hub (else on RunPod: /workspace/.cache/huggingface/hub, which outlives the pod), where workers look for them.
+# Gated models need HF_TOKEN; nothing else reads it. HF_ENDPOINT chooses another hub.
 set -euo pipefail
 source "$(dirname "$0")/lib/common.sh"
 
@@ -34,10 +34,6 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ -f "$config" ] || die "no $config"
-
-if [ -z "${HF_HOME:-}" ] && [ -z "${HF_HUB_CACHE:-}" ] && [ -n "${RUNPOD_POD_ID:-}" ] && [ -d /workspace ]; then
-    export HF_HOME=/workspace/.cache/huggingface
-fi
 
 # Any environment with the fetcher's libraries can fetch any model.
 python=

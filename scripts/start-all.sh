@@ -7,7 +7,8 @@
 #
 # When serve ends for whatever reason it is started again: after 1 s, doubling to 30 s, and 1 s again once it was up for
 # 60 s. A first start that fails is not repeated but told. Output goes to DATA/log/roundhouse.log, rotated at 20 MB to
-# roundhouse.log.1. Running it again while all is well only says so.
+# roundhouse.log.1. Running it again while all is well only says so. If the server makes an API key at this start, it is
+# shown here, once, and is in no log; it stays in DATA/api_key.
 #
 # ROUNDHOUSE_BIN: the program (default: target/release/roundhouse, built if it is missing).
 # ROUNDHOUSE_CONFIG, ROUNDHOUSE_DATA_DIR, ROUNDHOUSE_LISTEN: as in `roundhouse serve --help`.
@@ -54,6 +55,8 @@ if serve=$(pid_in "$data/serve.pid"); then
     die "roundhouse serve ($serve) runs on $data, but nothing keeps it alive; run scripts/stop-all.sh$(data_flag "$data") first"
 fi
 
+had_key=0
+[ ! -e "$data/api_key" ] || had_key=1
 touch "$log"
 chmod 600 "$log"
 offset=$(stat -c %s "$log")
@@ -79,7 +82,11 @@ while :; do
 done
 
 echo "Roundhouse accepts requests on $address"
-if [ -f "$data/api_key" ]; then echo "  API key  $data/api_key"; fi
+if [ -f "$data/api_key" ]; then
+    # To the person who started it, and never to the log.
+    [ "$had_key" = 1 ] || echo "  API key  $(cat "$data/api_key") (new; shown this once)"
+    echo "  key in   $data/api_key"
+fi
 echo "  log      $log"
 echo "  look     curl $address/health"
 echo "  stop     scripts/stop-all.sh$(data_flag "$data")"

@@ -165,6 +165,19 @@ fn it_starts_once_and_stops_everything() {
 }
 
 #[test]
+fn a_new_api_key_is_shown_once_and_not_logged() {
+    const KEY: &str = "rh-made-at-this-start";
+    let it = Sandbox::new(&["key"]);
+    let output = it.script("start-all.sh", &[]);
+    assert!(output.status.success(), "{}", both(&output));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).matches(KEY).count(), 1, "{}", both(&output));
+    it.stop();
+    let again = it.start();
+    assert!(again.contains("/api_key") && !again.contains(KEY), "{again}");
+    assert!(it.log_text().contains("/api_key") && !it.log_text().contains(KEY), "{}", it.log_text());
+}
+
+#[test]
 fn a_killed_server_comes_back() {
     let it = Sandbox::new(&[]);
     it.start();

@@ -104,8 +104,9 @@ class FluxServer(BaseService):
         parser.add_argument(
             "--host-copy",
             choices=("auto", "load", "sleep"),
-            default="auto",
-            help="when the copy of the weights that /sleep needs is made; auto: at load if the memory is there",
+            default="sleep",
+            help="when the copy of the weights in host memory is made that /sleep needs: at the first sleep, at load, "
+            "or auto: at load if the memory is there",
         )
 
     def check(self) -> dict[str, Any]:

@@ -85,8 +85,9 @@ class MusicgenServer(BaseService):
         parser.add_argument(
             "--host-copy",
             choices=("auto", "load", "sleep"),
-            default="auto",
-            help="when the copy of the weights that /sleep needs is made; auto: at load if the memory is there",
+            default="sleep",
+            help="when the copy of the weights in host memory is made that /sleep needs: at the first sleep, at load, "
+            "or auto: at load if the memory is there",
         )
 
     def check(self) -> dict[str, Any]:
@@ -219,7 +220,9 @@ class MusicgenServer(BaseService):
             )
         # (requests, channels, samples) -> (requests, samples, channels)
         waves = sound.float().clamp(-1, 1).transpose(1, 2).cpu().numpy()
-        note = json.dumps({"model": self.served_name, "seed": params.seed} | self.model_facts)
+        # The seed of a shared pass gives no single one of its sounds again.
+        told = seed if len(items) == 1 else None
+        note = json.dumps({"model": self.served_name, "seed": told} | self.model_facts)
         length = round(params.seconds * self._rate)
         return [
             encode(wave[:length], self._rate, item.params.format, note) for item, wave in zip(items, waves, strict=True)

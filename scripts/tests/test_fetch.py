@@ -122,14 +122,61 @@ def test_a_model_is_fetched_whole_and_found_offline_by_name(hub: Path, tmp_path:
     assert Path(found.stdout.strip()).resolve() == folder.resolve(), found.stderr
 
 
-def test_our_own_lookup_finds_it_too(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing says where the cache is; a folder stands in for a pod's volume."""
+    for name in ("HF_HUB_CACHE", "HF_HOME", "RUNPOD_POD_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home-cache"))
+    volume = tmp_path / "workspace"
+    volume.mkdir()
+    monkeypatch.setattr(weights, "POD_VOLUME", volume)
+    return volume
+
+
+ON_A_POD = """
+import pathlib, sys
+from roundhouse_worker import fetch, weights
+weights.POD_VOLUME = pathlib.Path(sys.argv.pop(1))
+sys.exit(fetch.main())
+"""
+
+
+@pytest.mark.parametrize("told_by", ["HF_HUB_CACHE", "RUNPOD_POD_ID"])
+def test_our_own_lookup_finds_it_too(
+    hub: Path, tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch, told_by: str
+) -> None:
+    on_a_pod = told_by == "RUNPOD_POD_ID"
+    value = "pod1" if on_a_pod else str(tmp_path / "cache")
+    monkeypatch.setenv(told_by, value)
     with pytest.raises(ValueError, match=r"roundhouse_worker\.fetch --repo org/tiny"):
         weights.local_folder("org/tiny")
     with standin(hub) as site:
-        folder = snapshot(run(site, tmp_path / "cache"))
+        done = subprocess.run(
+            [PYTHON, "-c", ON_A_POD, nowhere, "--repo", "org/tiny", "--json-progress"],
+            env=site.environment(**{told_by: value}),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+    assert done.returncode == 0, done.stderr
+    folder = snapshot([json.loads(line) for line in done.stdout.splitlines()])
+    cache = nowhere / ".cache/huggingface/hub" if on_a_pod else tmp_path / "cache"
+    assert folder.is_relative_to(cache)
     assert weights.local_folder("org/tiny") == folder
     assert weights.local_folder("org/tiny", folder.name) == folder
+
+
+def test_a_pod_s_volume_is_used_only_if_nothing_else_is_said(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = nowhere.parent / "home-cache/huggingface/hub"
+    assert weights.default_cache() == usual, "no pod"
+    monkeypatch.setenv("RUNPOD_POD_ID", "pod1")
+    assert weights.default_cache() == nowhere / ".cache/huggingface/hub"
+    monkeypatch.setenv("HF_HOME", "/hf")
+    assert weights.default_cache() == Path("/hf/hub")
+    monkeypatch.delenv("HF_HOME")
+    nowhere.rmdir()
+    assert weights.default_cache() == usual, "a pod without a volume"
 
 
 def test_a_second_fetch_gets_no_file_again(hub: Path, tmp_path: Path) -> None:

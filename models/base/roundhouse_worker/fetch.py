@@ -415,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repo", required=True, help="the repository, ORG/NAME")
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
-    parser.add_argument("--out", help="the Hugging Face cache folder (default: $HF_HUB_CACHE, $HF_HOME/hub)")
+    parser.add_argument("--out", help="the Hugging Face cache folder (default: where workers look)")
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="fetch only these files")
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these files out")
     parser.add_argument("--json-progress", action="store_true", help="JSON lines on stdout")

@@ -7,14 +7,21 @@ import pathlib
 
 RANDOM_MARKER = "RANDOM_WEIGHTS"
 """A file of this name in a model's folder says that its weights are random: what comes out is noise."""
+POD_VOLUME = pathlib.Path("/workspace")
+"""Where RunPod mounts the volume that outlives a pod; all else there, the home folder too, goes with the pod."""
 
 
 def default_cache() -> pathlib.Path:
-    """The Hugging Face cache: `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else the usual place in the home folder."""
+    """The Hugging Face cache.
+
+    `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else on a RunPod pod its volume, else the usual place in the home folder.
+    """
     cache = os.environ.get("HF_HUB_CACHE")
     if cache:
         return pathlib.Path(cache).expanduser()
     home = os.environ.get("HF_HOME")
+    if not home and os.environ.get("RUNPOD_POD_ID") and POD_VOLUME.is_dir():
+        home = str(POD_VOLUME / ".cache/huggingface")
     if not home:
         home = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return pathlib.Path(home).expanduser() / "hub"

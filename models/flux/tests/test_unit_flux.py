@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -64,3 +65,9 @@ def test_only_the_keywords_that_a_pipeline_takes_are_known() -> None:
         def __call__(self, prompt: str, height: int = 1) -> None: ...
 
     assert server.call_parameters(Pipe()) == {"prompt", "height"}
+
+
+def test_no_host_copy_is_made_before_a_sleep_needs_it() -> None:
+    parser = argparse.ArgumentParser()
+    server.FluxServer.add_arguments(parser)
+    assert parser.parse_args([]).host_copy == "sleep"

@@ -94,6 +94,16 @@ def test_the_prompt_and_the_seed_decide_the_sound(worker: Worker) -> None:
     assert not np.array_equal(make(worker, seed=None), make(worker, seed=None))
 
 
+def test_a_drawn_seed_is_told_and_gives_the_sound_again(worker: Worker) -> None:
+    drawn = worker.post(PATH, body(response_format="flac", seed=None))
+    with soundfile.SoundFile(io.BytesIO(drawn.content)) as file:
+        seed = json.loads(file.comment)["seed"]
+        sound = file.read(dtype="int16", always_2d=True)
+    again = worker.post(PATH, body(response_format="flac", seed=seed))
+    with soundfile.SoundFile(io.BytesIO(again.content)) as file:
+        assert np.array_equal(sound, file.read(dtype="int16", always_2d=True))
+
+
 def test_the_file_says_that_the_weights_are_random(worker: Worker) -> None:
     answer = worker.post(PATH, body(response_format="flac"))
     with soundfile.SoundFile(io.BytesIO(answer.content)) as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -51,3 +52,9 @@ def test_pcm_is_little_endian_at_openai_s_rate() -> None:
     samples = np.frombuffer(made.data, dtype="<i2")
     assert samples.size == 24_000
     assert abs(int(samples[12_000]) - 16_383) < 100
+
+
+def test_no_host_copy_is_made_before_a_sleep_needs_it() -> None:
+    parser = argparse.ArgumentParser()
+    server.MusicgenServer.add_arguments(parser)
+    assert parser.parse_args([]).host_copy == "sleep"
