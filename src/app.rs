@@ -55,7 +55,11 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         tracing::warn!(orphans, "ended {orphans} processes that an earlier run left behind");
     }
     if opened.recovered > 0 {
-        tracing::warn!(jobs = opened.recovered, "{} jobs ran when the last run ended; they wait again", opened.recovered);
+        tracing::warn!(
+            jobs = opened.recovered,
+            "{} jobs ran when the last run ended; they wait again",
+            opened.recovered
+        );
     }
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
     let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, &tasks)?;
@@ -118,7 +122,8 @@ fn start_workers(
     let setting = std::env::var("ROUNDHOUSE_GPU_PROBE").ok();
     let around = Surroundings {
         clock: clock.clone(),
-        gpus: gpu::from_setting(setting.as_deref()).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_GPU_PROBE: {error}"))?,
+        gpus: gpu::from_setting(setting.as_deref())
+            .map_err(|error| anyhow::anyhow!("ROUNDHOUSE_GPU_PROBE: {error}"))?,
         tasks: tasks.clone(),
         data_dir_id: data_dir_id.to_owned(),
         log_dir: data_dir.join("log"),

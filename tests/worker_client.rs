@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use roundhouse::domain::worker::{Answer, Outcome, Progress};
 use roundhouse::domain::{ErrorCode, JobError, JobId, Token};
 use roundhouse::lifecycle::Tasks;
@@ -116,12 +117,7 @@ async fn read_request(stream: &mut TcpStream) -> Option<String> {
         let Some((head, body)) = text.split_once("\r\n\r\n") else {
             continue;
         };
-        let length = head.lines().find_map(|line| {
-            line.to_lowercase()
-                .strip_prefix("content-length: ")?
-                .parse()
-                .ok()
-        });
+        let length = head.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
         if body.len() == length.unwrap_or(0) {
             return Some(text);
         }
@@ -129,19 +125,15 @@ async fn read_request(stream: &mut TcpStream) -> Option<String> {
 }
 
 fn whole(status: u16, content_type: &str, body: &[u8]) -> Act {
-    let mut bytes = format!(
-        "HTTP/1.1 {status} X\r\ncontent-type: {content_type}\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    )
-    .into_bytes();
+    let mut bytes =
+        format!("HTTP/1.1 {status} X\r\ncontent-type: {content_type}\r\ncontent-length: {}\r\n\r\n", body.len())
+            .into_bytes();
     bytes.extend_from_slice(body);
     Act::Send(bytes)
 }
 
 fn head(content_type: &str) -> Act {
-    let head = format!(
-        "HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\ntransfer-encoding: chunked\r\n\r\n"
-    );
+    let head = format!("HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\ntransfer-encoding: chunked\r\n\r\n");
     Act::Send(head.into_bytes())
 }
 
@@ -154,13 +146,14 @@ fn end() -> Act {
 }
 
 fn call(server: &Server, endpoint: &str, stream: bool) -> Call {
+    call_to(&server.url, endpoint, stream)
+}
+
+fn call_to(url: &str, endpoint: &str, stream: bool) -> Call {
     Call {
-        base_url: server.url.clone(),
+        base_url: url.to_owned(),
         endpoint: endpoint.to_owned(),
-        token: Token {
-            id: JobId::new(1_700_000_000_000, 5, 7),
-            attempt: 2,
-        },
+        token: Token { id: JobId::new(1_700_000_000_000, 5, 7), attempt: 2 },
         body: Bytes::from_static(b"{\"prompt\":\"x\"}"),
         stream,
         run: None,
@@ -202,17 +195,9 @@ const CHAT_ANSWER: &str = r#"{"id":"c","choices":[{"index":0,"message":{"role":"
 
 #[tokio::test]
 async fn a_stock_server_answers_in_json() {
-    let server = Server::start(vec![vec![whole(
-        200,
-        "application/json; charset=utf-8",
-        CHAT_ANSWER.as_bytes(),
-    )]])
-    .await;
+    let server = Server::start(vec![vec![whole(200, "application/json; charset=utf-8", CHAT_ANSWER.as_bytes())]]).await;
     let mut call = call(&server, CHAT, false);
-    call.run = Some(RunTag {
-        id: "r7".into(),
-        count: 4,
-    });
+    call.run = Some(RunTag { id: "r7".into(), count: 4 });
     let (outcome, told) = run(&WorkerClient::new(), call).await;
     let answer = answer(outcome);
     assert_eq!(answer.status, 200);
@@ -241,17 +226,9 @@ async fn connections_are_kept_after_each_kind_of_answer() {
     let sse = "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"},\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n";
     let server = Server::start(vec![
         vec![whole(200, "application/json", CHAT_ANSWER.as_bytes())],
-        vec![whole(
-            400,
-            "application/json",
-            b"{\"error\":{\"message\":\"no\"}}",
-        )],
+        vec![whole(400, "application/json", b"{\"error\":{\"message\":\"no\"}}")],
         vec![head("text/event-stream"), chunk(sse), end()],
-        vec![
-            head("application/x-ndjson"),
-            chunk(&format!("{{\"type\":\"result\",\"json\":{CHAT_ANSWER}}}\n")),
-            end(),
-        ],
+        vec![head("application/x-ndjson"), chunk(&format!("{{\"type\":\"result\",\"json\":{CHAT_ANSWER}}}\n")), end()],
         vec![whole(200, "application/json", CHAT_ANSWER.as_bytes())],
     ])
     .await;
@@ -274,31 +251,13 @@ async fn our_workers_tell_progress_and_a_result() {
         r#"{"type":"result","content_type":"application/json","json":{"data":[{"b64_json":"AA=="}], "usage":{"n":1}}}"#,
     );
     let mut script = vec![head("application/x-ndjson")];
-    script.extend(
-        lines
-            .as_bytes()
-            .chunks(7)
-            .map(|piece| chunk(std::str::from_utf8(piece).unwrap())),
-    );
+    script.extend(lines.as_bytes().chunks(7).map(|piece| chunk(std::str::from_utf8(piece).unwrap())));
     script.push(end());
     let server = Server::start(vec![script]).await;
-    let (outcome, told) = run(
-        &WorkerClient::new(),
-        call(&server, "/v1/images/generations", false),
-    )
-    .await;
-    assert_eq!(
-        told,
-        [
-            Progress::Step { step: 1, total: 4 },
-            Progress::Step { step: 4, total: 4 }
-        ]
-    );
+    let (outcome, told) = run(&WorkerClient::new(), call(&server, "/v1/images/generations", false)).await;
+    assert_eq!(told, [Progress::Step { step: 1, total: 4 }, Progress::Step { step: 4, total: 4 }]);
     let answer = answer(outcome);
-    assert_eq!(
-        answer.body,
-        r#"{"data":[{"b64_json":"AA=="}], "usage":{"n":1}}"#
-    );
+    assert_eq!(answer.body, r#"{"data":[{"b64_json":"AA=="}], "usage":{"n":1}}"#);
     assert_eq!(answer.content_type, "application/json");
     assert_eq!(answer.usage, Some(json!({"n": 1})));
 }
@@ -308,49 +267,25 @@ async fn our_workers_send_bytes_in_base64() {
     let line = r#"{"type":"result","content_type":"audio/wav","body_b64":"UklGRg=="}"#;
     // Without a line end, as the last line may come.
     let server = Server::start(vec![vec![head("application/x-ndjson"), chunk(line), end()]]).await;
-    let (outcome, _) = run(
-        &WorkerClient::new(),
-        call(&server, "/v1/audio/speech", false),
-    )
-    .await;
+    let (outcome, _) = run(&WorkerClient::new(), call(&server, "/v1/audio/speech", false)).await;
     let answer = answer(outcome);
-    assert_eq!(
-        (&answer.body[..], answer.content_type.as_str()),
-        (&b"RIFF"[..], "audio/wav")
-    );
+    assert_eq!((&answer.body[..], answer.content_type.as_str()), (&b"RIFF"[..], "audio/wav"));
 }
 
 #[tokio::test]
 async fn error_lines_have_their_own_codes() {
     let cases = [
-        (
-            r#"{"type":"error","status":507,"code":"worker_oom","message":"oom"}"#,
-            ErrorCode::WorkerOom,
-            true,
-        ),
+        (r#"{"type":"error","status":507,"code":"worker_oom","message":"oom"}"#, ErrorCode::WorkerOom, true),
         (
             r#"{"type":"error","status":400,"code":"invalid_request","message":"odd","param":"size"}"#,
             ErrorCode::InvalidRequest,
             false,
         ),
-        (
-            r#"{"type":"error","status":500,"code":"worker_error","message":"x"}"#,
-            ErrorCode::WorkerError,
-            true,
-        ),
-        (
-            r#"{"type":"error","status":499,"code":"cancelled","message":"x"}"#,
-            ErrorCode::WorkerError,
-            true,
-        ),
+        (r#"{"type":"error","status":500,"code":"worker_error","message":"x"}"#, ErrorCode::WorkerError, true),
+        (r#"{"type":"error","status":499,"code":"cancelled","message":"x"}"#, ErrorCode::WorkerError, true),
     ];
     for (line, code, retriable) in cases {
-        let server = Server::start(vec![vec![
-            head("application/x-ndjson"),
-            chunk(&format!("{line}\n")),
-            end(),
-        ]])
-        .await;
+        let server = Server::start(vec![vec![head("application/x-ndjson"), chunk(&format!("{line}\n")), end()]]).await;
         let (outcome, _) = run(&WorkerClient::new(), call(&server, "/echo", false)).await;
         let (got, got_retriable, error) = failure(outcome);
         assert_eq!((got, got_retriable), (code, retriable), "{line}");
@@ -378,20 +313,14 @@ fn delta(content: &str, finish: Option<&str>) -> String {
         .to_string()
 }
 
-const ROLE: &str = r#"{"id":"c","created":1,"model":"m","choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}"#;
+const ROLE: &str =
+    r#"{"id":"c","created":1,"model":"m","choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}"#;
 
 /// A stream of these payloads, in network pieces of `size` bytes.
 fn stream(payloads: &[&str], size: usize) -> Vec<Act> {
-    let text: String = payloads
-        .iter()
-        .map(|p| format!(": comment\r\n\r\ndata: {p}\r\n\r\n"))
-        .collect();
+    let text: String = payloads.iter().map(|p| format!(": comment\r\n\r\ndata: {p}\r\n\r\n")).collect();
     let mut acts = vec![head("text/event-stream; charset=utf-8")];
-    acts.extend(
-        text.as_bytes()
-            .chunks(size)
-            .map(|piece| chunk(std::str::from_utf8(piece).unwrap())),
-    );
+    acts.extend(text.as_bytes().chunks(size).map(|piece| chunk(std::str::from_utf8(piece).unwrap())));
     acts.push(end());
     acts
 }
@@ -399,19 +328,13 @@ fn stream(payloads: &[&str], size: usize) -> Vec<Act> {
 #[tokio::test]
 async fn a_stream_is_passed_on_as_it_came_and_assembled() {
     let usage = r#"{"id":"c","choices":[],"usage":{"total_tokens":9}}"#;
-    let (first, second, last) = (
-        delta("Hel", None),
-        delta("lo", None),
-        delta("", Some("stop")),
-    );
+    let (first, second, last) = (delta("Hel", None), delta("lo", None), delta("", Some("stop")));
     let payloads = [ROLE, &first, &second, &last, usage, "[DONE]"];
     for size in [1 << 20, 11] {
         let server = Server::start(vec![stream(&payloads, size)]).await;
         let (outcome, told) = run(&WorkerClient::new(), call(&server, CHAT, true)).await;
-        let expected: Vec<Progress> = payloads[..5]
-            .iter()
-            .map(|p| Progress::Chunk(Bytes::copy_from_slice(p.as_bytes())))
-            .collect();
+        let expected: Vec<Progress> =
+            payloads[..5].iter().map(|p| Progress::Chunk(Bytes::copy_from_slice(p.as_bytes()))).collect();
         assert_eq!(told, expected);
         let answer = answer(outcome);
         assert_eq!(answer.content_type, "application/json");
@@ -443,11 +366,7 @@ async fn a_stream_that_fails_may_be_tried_again_only_before_its_first_content() 
         let server = Server::start(vec![stream(payloads, 1 << 20)]).await;
         let (outcome, told) = run(&WorkerClient::new(), call(&server, CHAT, true)).await;
         let (code, got, _) = failure(outcome);
-        assert_eq!(
-            (code, got, told.len()),
-            (ErrorCode::WorkerError, retriable, passed_on),
-            "{payloads:?}"
-        );
+        assert_eq!((code, got, told.len()), (ErrorCode::WorkerError, retriable, passed_on), "{payloads:?}");
     }
 }
 
@@ -463,33 +382,18 @@ async fn an_answer_without_a_good_finish_reason_is_a_failure() {
 
 #[tokio::test]
 async fn a_broken_connection_means_a_lost_worker() {
-    let half = Act::Send(
-        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
-            .to_vec(),
-    );
+    let half = Act::Send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{".to_vec());
     let scripts: [Vec<Act>; 4] = [
         vec![Act::Close],
         vec![half, Act::Close],
-        vec![
-            head("application/x-ndjson"),
-            chunk("{\"type\":\"progress\",\"step\":1,\"total\":2}\n"),
-            Act::Close,
-        ],
-        vec![
-            head("text/event-stream"),
-            chunk(&format!("data: {}\n\n", delta("a", None))),
-            Act::Close,
-        ],
+        vec![head("application/x-ndjson"), chunk("{\"type\":\"progress\",\"step\":1,\"total\":2}\n"), Act::Close],
+        vec![head("text/event-stream"), chunk(&format!("data: {}\n\n", delta("a", None))), Act::Close],
     ];
     for script in scripts {
         let server = Server::start(vec![script]).await;
         let (outcome, _) = run(&WorkerClient::new(), call(&server, CHAT, false)).await;
         assert!(matches!(outcome, Outcome::WorkerLost { .. }), "{outcome:?}");
-        assert_eq!(
-            server.counts(),
-            (1, 1),
-            "a fresh connection is not tried twice"
-        );
+        assert_eq!(server.counts(), (1, 1), "a fresh connection is not tried twice");
     }
 }
 
@@ -501,9 +405,7 @@ async fn a_refused_connection_means_a_lost_worker() {
     call.base_url = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
     let (outcome, _) = run(&WorkerClient::new(), call).await;
-    let Outcome::WorkerLost { reason, .. } = outcome else {
-        panic!("{outcome:?}")
-    };
+    let Outcome::WorkerLost { reason, .. } = outcome else { panic!("{outcome:?}") };
     assert!(reason.contains("cannot connect"), "{reason}");
 }
 
@@ -516,6 +418,49 @@ async fn a_connection_closed_while_idle_is_replaced() {
     tokio::time::sleep(Duration::from_millis(30)).await;
     answer(run(&client, call(&server, CHAT, false)).await.0);
     assert_eq!(server.counts(), (2, 2));
+}
+
+/// More stale connections than a task may look at before it has to yield: at some point their end is not seen in time.
+#[tokio::test]
+async fn any_number_of_connections_may_be_stale() {
+    const CONNECTIONS: usize = 200;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let Act::Send(hello) = whole(200, "application/json", CHAT_ANSWER.as_bytes()) else {
+        unreachable!("whole() sends")
+    };
+    let serve = async {
+        let mut streams = Vec::new();
+        while streams.len() < CONNECTIONS {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            read_request(&mut stream).await.unwrap();
+            streams.push(stream);
+        }
+        for stream in &mut streams {
+            stream.write_all(&hello).await.unwrap();
+        }
+        streams
+    };
+    let client = WorkerClient::new();
+    let calls = join_all((0..CONNECTIONS).map(|_| run(&client, call_to(&url, CHAT, false))));
+    let (streams, answered) = tokio::join!(serve, calls);
+    assert!(answered.into_iter().all(|(outcome, _)| answer(outcome).status == 200));
+
+    drop(streams);
+    tokio::time::sleep(Duration::from_millis(30)).await;
+    let again = async {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            if read_request(&mut stream).await.is_some() {
+                stream.write_all(&hello).await.unwrap();
+                return stream;
+            }
+        }
+    };
+    let call = call_to(&url, CHAT, false);
+    let both = async { tokio::join!(again, run(&client, call)) };
+    let (_stream, (outcome, _)) = tokio::time::timeout(Duration::from_secs(20), both).await.expect("it hangs");
+    assert_eq!(answer(outcome).status, 200);
 }
 
 #[tokio::test]
@@ -542,8 +487,7 @@ async fn a_worker_that_died_on_a_reused_connection_is_lost() {
 
 #[tokio::test]
 async fn a_refusal_keeps_status_and_body() {
-    let body =
-        br#"{"error":{"message":"no such field","type":"BadRequestError","param":"x","code":400}}"#;
+    let body = br#"{"error":{"message":"no such field","type":"BadRequestError","param":"x","code":400}}"#;
     let server = Server::start(vec![vec![whole(422, "application/json", body)]]).await;
     let (outcome, _) = run(&WorkerClient::new(), call(&server, CHAT, false)).await;
     let (code, retriable, error) = failure(outcome);
@@ -589,9 +533,7 @@ async fn a_job_stopped_before_it_starts_is_not_sent() {
     let stop = CancellationToken::new();
     stop.cancel();
     let (sender, _told) = mpsc::channel(1);
-    let outcome = WorkerClient::new()
-        .run(call(&server, CHAT, false), sender, stop)
-        .await;
+    let outcome = WorkerClient::new().run(call(&server, CHAT, false), sender, stop).await;
     assert_eq!(outcome, Outcome::Stopped);
     assert_eq!(server.counts(), (0, 0));
 }
@@ -622,8 +564,6 @@ async fn a_full_channel_is_waited_for_and_a_closed_one_ignored() {
 
     let (sender, told) = mpsc::channel(1);
     drop(told);
-    let outcome = client
-        .run(call(&server, CHAT, true), sender, CancellationToken::new())
-        .await;
+    let outcome = client.run(call(&server, CHAT, true), sender, CancellationToken::new()).await;
     answer(outcome);
 }

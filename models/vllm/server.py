@@ -107,7 +107,9 @@ def plan(
         ValueError: the flags or the environment make no sense.
     """
     script = pathlib.Path(sys.executable).with_name("vllm")
-    argv = [sys.executable, str(script), "serve", str(folder)]
+    # Packages that were installed beside an environment (PYTHONPATH) bring no script into it.
+    program = [str(script)] if script.exists() else ["-P", "-m", "vllm.entrypoints.cli.main"]
+    argv = [sys.executable, *program, "serve", str(folder)]
     argv += ["--served-model-name", options.name, "--host", "127.0.0.1", "--port", str(options.port)]
     # The scheduler asks /health all the time, and prompts have no place in a log.
     argv += ["--disable-uvicorn-access-log"]

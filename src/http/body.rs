@@ -1,6 +1,8 @@
 //! Reading requests: bodies with a limit, JSON with its place of error, queries, and names near a misspelt one.
 
-use axum::body::Body;
+use std::time::Duration;
+
+use axum::body::{Body, BodyDataStream};
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Uri, header};
@@ -12,6 +14,10 @@ use serde_json::{Map, Value};
 use crate::domain::ErrorCode;
 use crate::http::AppState;
 use crate::http::error::ApiError;
+
+/// How much of a body that is too long is read, and for how long.
+const DISCARD_BYTES_MAX: usize = 64 * 1024 * 1024;
+const DISCARD_WITHIN: Duration = Duration::from_secs(5);
 
 /// A parsed JSON object, fields in the order they were sent.
 pub struct JsonObject(pub Map<String, Value>);
@@ -65,10 +71,14 @@ async fn read(headers: &HeaderMap, body: Body, bytes_max: usize) -> Result<Bytes
         ApiError::new(ErrorCode::PayloadTooLarge, message)
     };
     let declared = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+    let mut stream = body.into_data_stream();
     if declared.is_some_and(|bytes| bytes > bytes_max) {
+        // Who asks first has sent nothing yet.
+        if !headers.contains_key(header::EXPECT) {
+            discard(&mut stream).await;
+        }
         return Err(too_large());
     }
-    let mut stream = body.into_data_stream();
     let mut first: Option<Bytes> = None;
     let mut rest = BytesMut::new();
     while let Some(chunk) = stream.next().await {
@@ -77,6 +87,7 @@ async fn read(headers: &HeaderMap, body: Body, bytes_max: usize) -> Result<Bytes
         })?;
         let so_far = first.as_ref().map_or(0, Bytes::len) + rest.len();
         if so_far + chunk.len() > bytes_max {
+            discard(&mut stream).await;
             return Err(too_large());
         }
         match &first {
@@ -94,6 +105,21 @@ async fn read(headers: &HeaderMap, body: Body, bytes_max: usize) -> Result<Bytes
         }
         None => Ok(Bytes::new()),
     }
+}
+
+/// Lets a client finish what it sends, within bounds: one whose connection is closed while it still writes may never see
+/// why.
+async fn discard(stream: &mut BodyDataStream) {
+    let all = async {
+        let mut bytes = 0;
+        while let Some(Ok(chunk)) = stream.next().await
+            && bytes < DISCARD_BYTES_MAX
+        {
+            bytes += chunk.len();
+        }
+    };
+    // Refused either way.
+    let _ = tokio::time::timeout(DISCARD_WITHIN, all).await;
 }
 
 /// Parses a body into an object; errors say where.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use axum::Router;
+use axum::body::HttpBody as _;
 use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::{self, Next};
@@ -43,6 +44,9 @@ pub use server::serve;
 
 /// The job a response is about.
 pub const JOB_ID: HeaderName = HeaderName::from_static("x-roundhouse-job-id");
+/// A refused request whose body is longer may be refused before all of it was read. Then the connection is closed, and has
+/// to say so, or the client's next request is lost on it.
+const UNREAD_BYTES_MAX: u64 = 8 * 1024;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
 
@@ -214,6 +218,7 @@ fn unreadable(response: &Response) -> Option<ApiError> {
 async fn edge(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     let began = Instant::now();
     let path = request.uri().path().to_owned();
+    let may_be_unread = request.body().size_hint().upper().is_none_or(|bytes| bytes > UNREAD_BYTES_MAX);
     let mut response = match state.admit(&request) {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
@@ -231,7 +236,11 @@ async fn edge(State(state): State<AppState>, mut request: Request, next: Next) -
         response = error.render(&path);
         allow.and_then(|allow| response.headers_mut().insert(header::ALLOW, allow));
     }
+    let is_refusal = response.status().is_client_error();
     let headers = response.headers_mut();
+    if is_refusal && may_be_unread {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     if !headers.contains_key(REQUEST_ID) {
         let id = headers.get(JOB_ID).cloned().or_else(|| HeaderValue::from_str(&state.request_id()).ok());
         id.and_then(|id| headers.insert(REQUEST_ID, id));

@@ -1,7 +1,7 @@
 //! Operations: the queue and its reasons, models, workers, health, metrics.
 
 use axum::Json;
-use axum::extract::{State};
+use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -81,7 +81,10 @@ fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) -> Value {
 }
 
 /// `POST /v1/models/{name}/retry`: forgets back-off and quarantine.
-pub async fn retry_model(State(state): State<AppState>, Segments(path): Segments<String>) -> Result<Response, ApiError> {
+pub async fn retry_model(
+    State(state): State<AppState>,
+    Segments(path): Segments<String>,
+) -> Result<Response, ApiError> {
     let name = path.strip_suffix("/retry").ok_or_else(|| {
         ApiError::new(ErrorCode::NotFound, "the path does not exist; a model is retried by POST /v1/models/NAME/retry")
     })?;

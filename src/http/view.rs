@@ -173,7 +173,8 @@ async fn progress(state: &AppState, job: &Job) -> Value {
 async fn result(state: &AppState, job: &Job) -> Value {
     let body_url = format!("/v1/jobs/{}/response", job.id);
     if matches!(job.kind, JobKind::Image | JobKind::Audio) {
-        return json!({"status_code": 200, "body": null, "body_url": body_url});
+        let body = if job.kind == JobKind::Image { image_body(state, job.id).await } else { None };
+        return json!({"status_code": 200, "body": body, "body_url": body_url});
     }
     let Ok(Some(answer)) = state.reader.answer(job.id).await else {
         return Value::Null;
@@ -182,6 +183,25 @@ async fn result(state: &AppState, job: &Job) -> Value {
     let body = is_short.then(|| super::openai::answer::named(job, &answer.body));
     let body: Option<Value> = body.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     json!({"status_code": answer.status, "body": body, "body_url": body_url})
+}
+
+/// What an answer says about its images (seeds, size, settings), with links in their place.
+async fn image_body(state: &AppState, id: JobId) -> Option<Value> {
+    let body = state.reader.kept_body(id).await.ok()?.filter(|body| body.len() <= INLINE_BYTES_MAX)?;
+    let expires_s = url_expiry_s(state);
+    with_links(&body, |artifact| artifact_url(state, id, artifact, expires_s))
+}
+
+fn with_links(body: &[u8], url: impl Fn(&str) -> String) -> Option<Value> {
+    let mut answer: Value = serde_json::from_slice(body).ok()?;
+    for image in answer.get_mut("data")?.as_array_mut()? {
+        let url = image.pointer("/b64_json/$artifact").and_then(Value::as_str).map(&url);
+        if let (Some(url), Some(image)) = (url, image.as_object_mut()) {
+            image.shift_remove("b64_json");
+            image.shift_insert(0, "url".to_owned(), json!(url));
+        }
+    }
+    Some(answer)
 }
 
 /// A job's artifacts with URLs that open them without a key.
@@ -263,6 +283,14 @@ pub fn set(headers: &mut HeaderMap, name: HeaderName, text: &str) {
 mod tests {
     use super::*;
     use crate::domain::{BatchId, ErrorCode, Face, JobError, ModelState};
+
+    #[test]
+    fn a_kept_answer_shows_links_and_all_that_is_said_about_the_images() {
+        let kept = json!({"data": [{"b64_json": {"$artifact": "art_0"}, "seed": 7}, {"seed": 8}], "size": "64x64"});
+        let shown = with_links(kept.to_string().as_bytes(), |artifact| format!("/{artifact}")).unwrap();
+        assert_eq!(shown, json!({"data": [{"url": "/art_0", "seed": 7}, {"seed": 8}], "size": "64x64"}));
+        assert_eq!(with_links(b"RIFF", |_| String::new()), None);
+    }
 
     fn job() -> Job {
         Job {

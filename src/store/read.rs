@@ -292,6 +292,16 @@ impl Reader {
         Ok(Some(Answer { status: u16::try_from(status).unwrap_or(200), content_type, body, usage }))
     }
 
+    /// The JSON answer of a succeeded job as it is kept: the place of an image has `{"$artifact": "art_<n>"}`. `None`: no
+    /// answer, or one that is a file alone.
+    pub async fn kept_body(&self, id: JobId) -> Result<Option<Bytes>, StoreError> {
+        let row: Option<(Option<Vec<u8>>,)> = sqlx::query_as("SELECT body FROM result WHERE number = ?")
+            .bind(id.number)
+            .fetch_optional(&self.inner.pool)
+            .await?;
+        Ok(row.and_then(|(body,)| body).map(Bytes::from))
+    }
+
     /// The job's artifacts, in order.
     pub async fn artifacts(&self, id: JobId) -> Result<Vec<Artifact>, StoreError> {
         Ok(self.files(id).await?.into_iter().map(|(artifact, _)| artifact).collect())

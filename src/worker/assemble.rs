@@ -11,13 +11,7 @@ const PARTS_LIMIT: usize = 1024;
 /// Parts of a chat delta that are texts cut in pieces.
 const PIECES: [&str; 4] = ["content", "reasoning_content", "reasoning", "refusal"];
 /// Why a choice may end for its answer to count.
-const FINISHED: [&str; 5] = [
-    "stop",
-    "length",
-    "tool_calls",
-    "content_filter",
-    "function_call",
-];
+const FINISHED: [&str; 5] = ["stop", "length", "tool_calls", "content_filter", "function_call"];
 
 /// Whether `finish_reason` is one with which a choice is whole. vLLM's `abort` is not.
 pub fn is_finished(finish_reason: &str) -> bool {
@@ -130,9 +124,7 @@ impl Assembler {
     pub fn is_complete(&self) -> bool {
         let finished = |c: &Choice| c.rest.get("finish_reason").is_some_and(Value::is_string);
         match self.kind {
-            JobKind::Chat | JobKind::Completion => {
-                !self.choices.is_empty() && self.choices.values().all(finished)
-            }
+            JobKind::Chat | JobKind::Completion => !self.choices.is_empty() && self.choices.values().all(finished),
             _ => true,
         }
     }
@@ -155,11 +147,7 @@ impl Assembler {
         if let Some(id) = head.shift_remove("id") {
             answer.insert("id".into(), id);
         }
-        let object = if is_chat {
-            "chat.completion"
-        } else {
-            "text_completion"
-        };
+        let object = if is_chat { "chat.completion" } else { "text_completion" };
         answer.insert("object".into(), object.into());
         for key in ["created", "model"] {
             if let Some(value) = head.shift_remove(key) {
@@ -250,9 +238,7 @@ impl Choice {
 
     fn add_tool_call(&mut self, call: Value) -> Result<(), AssembleError> {
         let Value::Object(call) = call else {
-            return Err(AssembleError::Malformed(
-                "has a tool call that is no object",
-            ));
+            return Err(AssembleError::Malformed("has a tool call that is no object"));
         };
         let index = index_of(&call);
         if self.tool_calls.len() >= PARTS_LIMIT && !self.tool_calls.contains_key(&index) {
@@ -284,27 +270,18 @@ impl Choice {
         let mut choice = Map::new();
         choice.insert("index".into(), index.into());
         if is_chat {
-            choice.insert(
-                "message".into(),
-                message(self.message, self.tool_calls).into(),
-            );
+            choice.insert("message".into(), message(self.message, self.tool_calls).into());
         } else {
             choice.insert("text".into(), self.text.into());
         }
-        choice.insert(
-            "logprobs".into(),
-            rest.shift_remove("logprobs").unwrap_or(Value::Null),
-        );
+        choice.insert("logprobs".into(), rest.shift_remove("logprobs").unwrap_or(Value::Null));
         choice.insert("finish_reason".into(), finish_reason);
         choice.extend(rest);
         Ok(choice.into())
     }
 }
 
-fn message(
-    mut parts: Map<String, Value>,
-    tool_calls: BTreeMap<u64, Map<String, Value>>,
-) -> Map<String, Value> {
+fn message(mut parts: Map<String, Value>, tool_calls: BTreeMap<u64, Map<String, Value>>) -> Map<String, Value> {
     let mut message = Map::new();
     let role = parts.shift_remove("role");
     message.insert("role".into(), role.unwrap_or_else(|| "assistant".into()));
@@ -429,18 +406,12 @@ mod tests {
     #[test]
     fn reasoning_refusal_and_logprobs_grow() {
         let with_logprobs = |token: &str| {
-            chat(
-                json!([{"index": 0, "delta": {"content": token, "reasoning_content": token, "refusal": null},
-                "logprobs": {"content": [{"token": token}]}, "finish_reason": null}]),
-            )
+            chat(json!([{"index": 0, "delta": {"content": token, "reasoning_content": token, "refusal": null},
+                "logprobs": {"content": [{"token": token}]}, "finish_reason": null}]))
         };
         let (answer, _) = assemble(
             "/v1/chat/completions",
-            &[
-                with_logprobs("a"),
-                with_logprobs("b"),
-                delta(0, json!({"refusal": "no"}), Some("content_filter")),
-            ],
+            &[with_logprobs("a"), with_logprobs("b"), delta(0, json!({"refusal": "no"}), Some("content_filter"))],
         )
         .unwrap();
         let choice = &answer["choices"][0];
@@ -448,10 +419,7 @@ mod tests {
             choice["message"],
             json!({"role": "assistant", "content": "ab", "reasoning_content": "ab", "refusal": "no"})
         );
-        assert_eq!(
-            choice["logprobs"],
-            json!({"content": [{"token": "a"}, {"token": "b"}]})
-        );
+        assert_eq!(choice["logprobs"], json!({"content": [{"token": "a"}, {"token": "b"}]}));
     }
 
     #[test]
@@ -460,11 +428,7 @@ mod tests {
             json!({"id": "t", "object": "text_completion", "created": 1, "model": "m",
             "choices": [{"index": 0, "text": text, "logprobs": {"tokens": [text], "token_logprobs": [0.5]}, "finish_reason": finish}]})
         };
-        let (answer, usage) = assemble(
-            "/v1/completions",
-            &[chunk("a", None), chunk("b", Some("stop"))],
-        )
-        .unwrap();
+        let (answer, usage) = assemble("/v1/completions", &[chunk("a", None), chunk("b", Some("stop"))]).unwrap();
         assert_eq!(
             answer["choices"],
             json!([{"index": 0, "text": "ab", "logprobs": {"tokens": ["a", "b"], "token_logprobs": [0.5, 0.5]}, "finish_reason": "stop"}])
@@ -477,37 +441,22 @@ mod tests {
     fn an_unfinished_or_aborted_choice_is_no_answer() {
         let endpoint = "/v1/chat/completions";
         let text = delta(0, json!({"content": "a"}), None);
-        assert_eq!(
-            assemble(endpoint, std::slice::from_ref(&text)),
-            Err(AssembleError::Unfinished { index: 0 })
-        );
+        assert_eq!(assemble(endpoint, std::slice::from_ref(&text)), Err(AssembleError::Unfinished { index: 0 }));
         assert_eq!(assemble(endpoint, &[]), Err(AssembleError::Empty));
         let aborted = delta(0, json!({}), Some("abort"));
         assert_eq!(
             assemble(endpoint, &[text, aborted]),
-            Err(AssembleError::Aborted {
-                index: 0,
-                reason: "abort".into()
-            })
+            Err(AssembleError::Aborted { index: 0, reason: "abort".into() })
         );
-        let one_of_two = [
-            delta(0, json!({"content": "a"}), Some("stop")),
-            delta(1, json!({"content": "a"}), None),
-        ];
-        assert_eq!(
-            assemble(endpoint, &one_of_two),
-            Err(AssembleError::Unfinished { index: 1 })
-        );
+        let one_of_two = [delta(0, json!({"content": "a"}), Some("stop")), delta(1, json!({"content": "a"}), None)];
+        assert_eq!(assemble(endpoint, &one_of_two), Err(AssembleError::Unfinished { index: 1 }));
     }
 
     #[test]
     fn says_what_a_chunk_adds() {
         let mut assembler = Assembler::new("/v1/chat/completions");
         let mut add = |chunk: Value| assembler.add(chunk).unwrap();
-        assert_eq!(
-            add(delta(0, json!({"role": "assistant", "content": ""}), None)),
-            Added::Frame
-        );
+        assert_eq!(add(delta(0, json!({"role": "assistant", "content": ""}), None)), Added::Frame);
         assert_eq!(add(delta(0, json!({"content": "x"}), None)), Added::Content);
         assert_eq!(add(delta(0, json!({}), Some("stop"))), Added::Content);
         assert_eq!(add(json!({"choices": [], "usage": {}})), Added::Frame);
@@ -522,10 +471,7 @@ mod tests {
             json!({"choices": ["x"]}),
             chat(json!([{"delta": {"tool_calls": [7]}}])),
         ] {
-            assert!(
-                matches!(assembler.add(odd.clone()), Err(AssembleError::Malformed(_))),
-                "{odd}"
-            );
+            assert!(matches!(assembler.add(odd.clone()), Err(AssembleError::Malformed(_))), "{odd}");
         }
     }
 }

@@ -94,12 +94,7 @@ impl WorkerClient {
     ///
     /// A stream's chunks are passed on from the first one with content; those before it (a role, an empty text) are held
     /// until then, so a stream that fails without content has passed nothing on and may be tried again.
-    pub async fn run(
-        &self,
-        call: Call,
-        progress: mpsc::Sender<Progress>,
-        stop: CancellationToken,
-    ) -> Outcome {
+    pub async fn run(&self, call: Call, progress: mpsc::Sender<Progress>, stop: CancellationToken) -> Outcome {
         let attempt = Attempt {
             pool: &self.pool,
             authority: authority(&call.base_url),
@@ -121,18 +116,12 @@ impl WorkerClient {
 }
 
 fn timed_out(limit: Duration) -> Failure {
-    let message = format!(
-        "the attempt ran longer than its limit of {} s",
-        limit.as_secs_f64()
-    );
+    let message = format!("the attempt ran longer than its limit of {} s", limit.as_secs_f64());
     Failure::new(ErrorCode::ExecutionTimeout, message, true)
 }
 
 fn authority(base_url: &str) -> &str {
-    base_url
-        .strip_prefix("http://")
-        .unwrap_or(base_url)
-        .trim_end_matches('/')
+    base_url.strip_prefix("http://").unwrap_or(base_url).trim_end_matches('/')
 }
 
 struct Attempt<'a> {
@@ -149,19 +138,12 @@ impl Attempt<'_> {
         match self.exchange().await {
             Ok(answer) => Outcome::Answered(answer),
             Err(Trouble::Failed(failure)) => self.failed(failure),
-            Err(Trouble::Lost(lost)) => Outcome::WorkerLost {
-                reached: lost.reached,
-                reason: lost.to_string(),
-            },
+            Err(Trouble::Lost(lost)) => Outcome::WorkerLost { reached: lost.reached, reason: lost.to_string() },
         }
     }
 
     fn failed(&self, failure: Failure) -> Outcome {
-        if self.relayed.load(Ordering::Relaxed) {
-            failure.after_output().into()
-        } else {
-            failure.into()
-        }
+        if self.relayed.load(Ordering::Relaxed) { failure.after_output().into() } else { failure.into() }
     }
 
     async fn exchange(&self) -> Result<Answer, Trouble> {
@@ -183,10 +165,8 @@ impl Attempt<'_> {
 
     fn ask(&self) -> Ask {
         let accept = if self.call.stream { SSE } else { NDJSON };
-        let mut headers = vec![
-            (CONTENT_TYPE, HeaderValue::from_static(JSON)),
-            (ACCEPT, HeaderValue::from_static(accept)),
-        ];
+        let mut headers =
+            vec![(CONTENT_TYPE, HeaderValue::from_static(JSON)), (ACCEPT, HeaderValue::from_static(accept))];
         let mut add = |name: &'static str, value: String| {
             // Both values are made of ids and digits, which are legal in a header.
             if let Ok(value) = HeaderValue::try_from(value) {
@@ -197,12 +177,7 @@ impl Attempt<'_> {
         if let Some(run) = &self.call.run {
             add("x-roundhouse-run", format!("{};n={}", run.id, run.count));
         }
-        Ask {
-            method: Method::POST,
-            path: self.call.endpoint.clone(),
-            headers,
-            body: self.call.body.clone(),
-        }
+        Ask { method: Method::POST, path: self.call.endpoint.clone(), headers, body: self.call.body.clone() }
     }
 
     /// A whole body, JSON or binary, as stock servers answer.
@@ -284,28 +259,17 @@ impl Attempt<'_> {
                 .map_err(|e| Failure::invalid_output(format!("the result's body_b64: {e}")))?
                 .into()
         } else {
-            return Err(
-                Failure::invalid_output("the result has neither `json` nor `body_b64`").into(),
-            );
+            return Err(Failure::invalid_output("the result has neither `json` nor `body_b64`").into());
         };
         let content_type = parsed.content_type.as_deref().unwrap_or(JSON);
         let media_type = content_type.split(';').next().unwrap_or_default().trim();
         let usage = verdict::check(&self.call.endpoint, media_type, &body)?;
-        Ok(Answer {
-            status: 200,
-            content_type: content_type.to_owned(),
-            body,
-            usage,
-        })
+        Ok(Answer { status: 200, content_type: content_type.to_owned(), body, usage })
     }
 
     /// Server-sent events: each is passed on as it came and put together.
     async fn read_events(&self, reply: &mut Reply) -> Result<Answer, Trouble> {
-        let mut stream = Stream {
-            attempt: self,
-            assembler: Assembler::new(&self.call.endpoint),
-            held: Vec::new(),
-        };
+        let mut stream = Stream { attempt: self, assembler: Assembler::new(&self.call.endpoint), held: Vec::new() };
         let mut parser = sse::Parser::default();
         let mut total = 0;
         while let Some(piece) = reply.chunk().await? {
@@ -314,10 +278,7 @@ impl Attempt<'_> {
                 return Err(too_long().into());
             }
             parser.push(&piece);
-            while let Some(data) = parser
-                .next()
-                .map_err(|e| Failure::invalid_output(e.to_string()))?
-            {
+            while let Some(data) = parser.next().map_err(|e| Failure::invalid_output(e.to_string()))? {
                 if stream.take(data).await? {
                     return stream.finish(reply.status).await;
                 }
@@ -384,12 +345,7 @@ impl Stream<'_> {
             self.pass_on().await;
         }
         let (answer, usage) = self.assembler.finish().map_err(unassembled)?;
-        Ok(Answer {
-            status,
-            content_type: JSON.to_owned(),
-            body: answer.to_string().into(),
-            usage,
-        })
+        Ok(Answer { status, content_type: JSON.to_owned(), body: answer.to_string().into(), usage })
     }
 }
 
@@ -401,9 +357,7 @@ fn unassembled(error: AssembleError) -> Failure {
 }
 
 fn too_long() -> Failure {
-    Failure::invalid_output(format!(
-        "the engine's answer is longer than {ANSWER_LIMIT_BYTES} bytes"
-    ))
+    Failure::invalid_output(format!("the engine's answer is longer than {ANSWER_LIMIT_BYTES} bytes"))
 }
 
 /// One NDJSON line.

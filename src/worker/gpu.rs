@@ -33,9 +33,7 @@ pub fn from_setting(setting: Option<&str>) -> Result<Arc<dyn GpuProbe>, String> 
         Some("none") => Ok(Arc::new(NoGpus)),
         Some(text) => match text.strip_prefix("dir:") {
             Some(dir) if !dir.is_empty() => Ok(Arc::new(FakeProbe::new(dir))),
-            _ => Err(format!(
-                "the GPU probe `{text}` is unknown: use `nvml`, `none` or `dir:<folder>`"
-            )),
+            _ => Err(format!("the GPU probe `{text}` is unknown: use `nvml`, `none` or `dir:<folder>`")),
         },
     }
 }
@@ -85,12 +83,7 @@ fn read_nvml(nvml: &Nvml) -> Result<Vec<Gpu>, NvmlError> {
         .map(|index| {
             let device = nvml.device_by_index(index)?;
             let memory = device.memory_info()?;
-            Ok(Gpu {
-                index,
-                name: device.name()?,
-                total_bytes: memory.total,
-                used_bytes: memory.used,
-            })
+            Ok(Gpu { index, name: device.name()?, total_bytes: memory.total, used_bytes: memory.used })
         })
         .collect()
 }
@@ -186,9 +179,7 @@ mod tests {
     fn settings() {
         assert!(from_setting(None).is_ok());
         assert_eq!(from_setting(Some("none")).unwrap().gpus(), []);
-        let Err(refused) = from_setting(Some("rocm")) else {
-            panic!("accepted")
-        };
+        let Err(refused) = from_setting(Some("rocm")) else { panic!("accepted") };
         assert!(refused.contains("`rocm`") && refused.contains("dir:<folder>"));
     }
 

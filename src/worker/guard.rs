@@ -85,10 +85,7 @@ fn guard(grace: Duration, command: &[String]) -> Result<i32, String> {
     };
     // What left the group, or outlived its leader, has not been asked yet.
     let remains = family.living(None);
-    if remains
-        .iter()
-        .any(|p| code.is_some() || p.group != group.as_raw())
-    {
+    if remains.iter().any(|p| code.is_some() || p.group != group.as_raw()) {
         family.terminate();
         family.wait_gone(REMAINS_GRACE);
     }
@@ -96,12 +93,10 @@ fn guard(grace: Duration, command: &[String]) -> Result<i32, String> {
     // For a guard started by hand without mark and session: its family is empty.
     let _ = killpg(group, Signal::SIGKILL);
     leftovers::remove(started_at);
-    Ok(
-        code.unwrap_or_else(|| match inbox.recv_timeout(EXIT_NOTICE) {
-            Ok(Event::Exited(code)) => code,
-            _ => 128 + Signal::SIGKILL as i32,
-        }),
-    )
+    Ok(code.unwrap_or_else(|| match inbox.recv_timeout(EXIT_NOTICE) {
+        Ok(Event::Exited(code)) => code,
+        _ => 128 + Signal::SIGKILL as i32,
+    }))
 }
 
 /// Handlers instead of ignored signals: a handler is reset when the worker is started, an ignored signal would be
@@ -112,12 +107,7 @@ fn outlive_signals() -> Result<impl Sized, String> {
         .build()
         .map_err(|e| format!("cannot handle signals: {e}"))?;
     let entered = runtime.enter();
-    for kind in [
-        SignalKind::terminate(),
-        SignalKind::interrupt(),
-        SignalKind::hangup(),
-        SignalKind::quit(),
-    ] {
+    for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup(), SignalKind::quit()] {
         drop(tokio::signal::unix::signal(kind).map_err(|e| format!("cannot handle signals: {e}"))?);
     }
     drop(entered);

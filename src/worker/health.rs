@@ -17,10 +17,7 @@ pub(super) enum Health {
     /// Takes jobs.
     Ready,
     /// Lives and takes no jobs now: loading or asleep.
-    NotYet {
-        phase: Option<String>,
-        percent: Option<f64>,
-    },
+    NotYet { phase: Option<String>, percent: Option<f64> },
     /// Says that it has failed and why.
     Failed(String),
     /// Another worker answers on this port.
@@ -52,11 +49,7 @@ struct Body {
 impl Doctor {
     /// `mark` is what the worker has to give back as its `instance`.
     pub(super) fn new(port: u16, mark: &str) -> Self {
-        Self {
-            pool: Pool::default(),
-            authority: format!("127.0.0.1:{port}"),
-            mark: mark.to_owned(),
-        }
+        Self { pool: Pool::default(), authority: format!("127.0.0.1:{port}"), mark: mark.to_owned() }
     }
 
     /// One question; no answer within `limit` is [`Health::Silent`].
@@ -71,9 +64,7 @@ impl Doctor {
         match self.get("/health").await {
             Ok((404, _)) => match self.get("/v1/models").await {
                 Ok((200, _)) => Health::Ready,
-                Ok((status, _)) => {
-                    Health::Silent(format!("/v1/models answers with status {status}"))
-                }
+                Ok((status, _)) => Health::Silent(format!("/v1/models answers with status {status}")),
                 Err(lost) => unheard(&lost),
             },
             Ok((status, body)) => read(status, &body, &self.mark),
@@ -91,36 +82,21 @@ impl Doctor {
 }
 
 fn unheard(lost: &Lost) -> Health {
-    if lost.is_refused {
-        Health::Refused
-    } else {
-        Health::Silent(lost.to_string())
-    }
+    if lost.is_refused { Health::Refused } else { Health::Silent(lost.to_string()) }
 }
 
 /// A body with `status` and `instance` is one of our workers' and decides; of any other server, the HTTP status does.
 fn read(status: u16, body: &[u8], mark: &str) -> Health {
     let value: Value = serde_json::from_slice(body).unwrap_or_default();
     let is_ours = value.get("instance").is_some();
-    if let Some(body) = is_ours
-        .then(|| serde_json::from_value::<Body>(value).ok())
-        .flatten()
-    {
+    if let Some(body) = is_ours.then(|| serde_json::from_value::<Body>(value).ok()).flatten() {
         if body.instance.as_deref() != Some(mark) {
             return Health::Stranger;
         }
         return match body.status.as_str() {
             "ready" if status == 200 => Health::Ready,
-            "failed" => Health::Failed(cut(
-                body.error
-                    .or(body.phase)
-                    .unwrap_or_else(|| "no reason given".into()),
-                400,
-            )),
-            _ => Health::NotYet {
-                phase: body.phase,
-                percent: body.percent,
-            },
+            "failed" => Health::Failed(cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400)),
+            _ => Health::NotYet { phase: body.phase, percent: body.percent },
         };
     }
     match status {
@@ -137,40 +113,24 @@ mod tests {
     #[test]
     fn our_workers_are_told_by_their_instance() {
         let ask = |status: u16, word: &str, instance: Value| {
-            let body = json!({"status": word, "phase": "weights", "percent": 40.0, "instance": instance, "error": "no file"});
+            let body =
+                json!({"status": word, "phase": "weights", "percent": 40.0, "instance": instance, "error": "no file"});
             read(status, body.to_string().as_bytes(), "id:1")
         };
         assert_eq!(ask(200, "ready", "id:1".into()), Health::Ready);
-        let not_yet = Health::NotYet {
-            phase: Some("weights".into()),
-            percent: Some(40.0),
-        };
+        let not_yet = Health::NotYet { phase: Some("weights".into()), percent: Some(40.0) };
         assert_eq!(ask(503, "loading", "id:1".into()), not_yet);
         assert_eq!(ask(503, "asleep", "id:1".into()), not_yet);
-        assert_eq!(
-            ask(503, "ready", "id:1".into()),
-            not_yet,
-            "ready but stopping"
-        );
-        assert_eq!(
-            ask(503, "failed", "id:1".into()),
-            Health::Failed("no file".into())
-        );
+        assert_eq!(ask(503, "ready", "id:1".into()), not_yet, "ready but stopping");
+        assert_eq!(ask(503, "failed", "id:1".into()), Health::Failed("no file".into()));
         assert_eq!(ask(200, "ready", "id:2".into()), Health::Stranger);
-        assert_eq!(
-            ask(200, "ready", Value::Null),
-            Health::Stranger,
-            "started by hand"
-        );
+        assert_eq!(ask(200, "ready", Value::Null), Health::Stranger, "started by hand");
     }
 
     #[test]
     fn stock_servers_are_told_by_their_status() {
         assert_eq!(read(200, b"", "m"), Health::Ready);
         assert_eq!(read(200, br#"{"status":"ok"}"#, "m"), Health::Ready);
-        assert!(matches!(
-            read(503, br#"{"error":{"message":"Loading model"}}"#, "m"),
-            Health::Silent(_)
-        ));
+        assert!(matches!(read(503, br#"{"error":{"message":"Loading model"}}"#, "m"), Health::Silent(_)));
     }
 }

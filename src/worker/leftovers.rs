@@ -79,9 +79,7 @@ fn in_use() -> BTreeSet<PathBuf> {
     for process in super::procfs::processes() {
         let base = format!("/proc/{}", process.pid);
         if let Ok(fds) = std::fs::read_dir(format!("{base}/fd")) {
-            let open = fds
-                .flatten()
-                .filter_map(|fd| std::fs::read_link(fd.path()).ok());
+            let open = fds.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
             used.extend(open.filter(|path| is_shared(path)));
         }
         let Ok(maps) = std::fs::read(format!("{base}/maps")) else {
@@ -119,10 +117,7 @@ fn semaphores() -> BTreeMap<(u64, u64), PathBuf> {
 fn mapped_inode(line: &str) -> Option<(u64, u64)> {
     let mut words = line.split_whitespace().skip(3);
     let (major, minor) = words.next()?.split_once(':')?;
-    let device = nix::sys::stat::makedev(
-        u64::from_str_radix(major, 16).ok()?,
-        u64::from_str_radix(minor, 16).ok()?,
-    );
+    let device = nix::sys::stat::makedev(u64::from_str_radix(major, 16).ok()?, u64::from_str_radix(minor, 16).ok()?);
     Some((device, words.next()?.parse().ok()?))
 }
 
@@ -147,9 +142,7 @@ mod tests {
             .spawn()
             .unwrap();
         let mut line = String::new();
-        BufReader::new(python.stdout.as_mut().unwrap())
-            .read_line(&mut line)
-            .unwrap();
+        BufReader::new(python.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         let semaphore = Path::new(line.trim());
         let since = SystemClock::default().now() - 60_000;
         assert!(semaphore.exists());
@@ -166,13 +159,9 @@ mod tests {
         if !Path::new("/dev/shm").is_dir() {
             return;
         }
-        let name =
-            |what: &str| PathBuf::from(format!("/dev/shm/psm_rh{}_{what}", std::process::id()));
-        let (left, open, other) = (
-            name("left"),
-            name("open"),
-            name("x").with_file_name(format!("rh{}", std::process::id())),
-        );
+        let name = |what: &str| PathBuf::from(format!("/dev/shm/psm_rh{}_{what}", std::process::id()));
+        let (left, open, other) =
+            (name("left"), name("open"), name("x").with_file_name(format!("rh{}", std::process::id())));
         std::fs::write(&left, "x").unwrap();
         let held = std::fs::File::create(&open).unwrap();
         std::fs::write(&other, "x").unwrap();

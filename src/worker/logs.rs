@@ -46,9 +46,7 @@ impl Tail {
         let meaningful = || lines.iter().rev().filter(|l| !l.trim().is_empty());
         let names_error = |line: &&String| {
             let line = line.to_ascii_lowercase();
-            ["error", "exception", "cannot ", "failed", "fatal"]
-                .iter()
-                .any(|word| line.contains(word))
+            ["error", "exception", "cannot ", "failed", "fatal"].iter().any(|word| line.contains(word))
         };
         meaningful()
             .find(names_error)
@@ -149,11 +147,7 @@ struct File {
 
 impl File {
     async fn open(path: PathBuf, limit_bytes: u64) -> Self {
-        let mut file = Self {
-            path,
-            limit_bytes,
-            open: None,
-        };
+        let mut file = Self { path, limit_bytes, open: None };
         file.reopen().await;
         file
     }
@@ -182,8 +176,7 @@ impl File {
             return;
         }
         let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-        let is_full =
-            |(_, size): &(tokio::fs::File, u64)| *size > 0 && size + length > self.limit_bytes;
+        let is_full = |(_, size): &(tokio::fs::File, u64)| *size > 0 && size + length > self.limit_bytes;
         if self.open.as_ref().is_some_and(is_full) {
             self.open = None;
             let aside = self.path.with_extension("log.1");
@@ -267,10 +260,7 @@ mod tests {
         let size = |p: &Path| std::fs::metadata(p).unwrap().len();
         assert!(size(&path) <= 100_000);
         assert!(size(&path.with_extension("log.1")) <= 100_000);
-        assert_eq!(
-            tail.lines().last().map(String::as_str),
-            Some("this is line number 19999")
-        );
+        assert_eq!(tail.lines().last().map(String::as_str), Some("this is line number 19999"));
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(text.ends_with("this is line number 19999\n"));
     }

@@ -67,9 +67,7 @@ impl WorkerProcess {
         let command = command_line(start.spec, start.lease.port())?;
         let mark = format!("{}:{}", start.data_dir_id, nonce()?);
         let (reader, writer) = std::io::pipe().map_err(|e| format!("cannot make a pipe: {e}"))?;
-        let stderr = writer
-            .try_clone()
-            .map_err(|e| format!("cannot make a pipe: {e}"))?;
+        let stderr = writer.try_clone().map_err(|e| format!("cannot make a pipe: {e}"))?;
         let mut guard = Command::new(start.program)
             .arg("guard")
             .arg("--grace-ms")
@@ -83,25 +81,14 @@ impl WorkerProcess {
             .stdout(Stdio::from(writer))
             .stderr(Stdio::from(stderr))
             .spawn()
-            .map_err(|e| {
-                format!(
-                    "cannot start {} in {}: {e}",
-                    start.program.display(),
-                    start.spec.dir.display()
-                )
-            })?;
+            .map_err(|e| format!("cannot start {} in {}: {e}", start.program.display(), start.spec.dir.display()))?;
         // Taken out, since tokio closes a child's stdin when it is waited for.
         let lifeline = guard.stdin.take();
         let pid = guard.id().map_or(0, u32::cast_signed);
         let tail = Tail::default();
         let capture = start.tasks.spawn(
             "worker log",
-            logs::capture(
-                reader,
-                logs::path(start.log_dir, &start.spec.name),
-                tail.clone(),
-                logs::FILE_LIMIT_BYTES,
-            ),
+            logs::capture(reader, logs::path(start.log_dir, &start.spec.name), tail.clone(), logs::FILE_LIMIT_BYTES),
         );
         Ok(Self {
             guard,
@@ -140,33 +127,21 @@ impl WorkerProcess {
     /// Ends the worker: SIGTERM, the grace period, SIGKILL; returns when nothing of it lives.
     pub(super) async fn stop(mut self, grace: Duration) -> Tail {
         drop(self.lifeline.take());
-        if tokio::time::timeout(grace + GUARD_SLACK, self.guard.wait())
-            .await
-            .is_err()
-        {
-            tracing::warn!(
-                process.pid = self.pid,
-                "the guard did not end its worker in time"
-            );
+        if tokio::time::timeout(grace + GUARD_SLACK, self.guard.wait()).await.is_err() {
+            tracing::warn!(process.pid = self.pid, "the guard did not end its worker in time");
         }
         self.clear_away().await
     }
 
     /// Ends the worker at once, with SIGKILL; returns when nothing of it lives. Also to be called after [`Self::exited`].
     pub(super) async fn clear_away(mut self) -> Tail {
-        let family = Family::Instance {
-            mark: self.mark.clone(),
-            session: Some(self.pid),
-        };
+        let family = Family::Instance { mark: self.mark.clone(), session: Some(self.pid) };
         let (guard, since) = (self.pid, self.started_at);
         let worker = family.clone();
         // The guard last: while it lives it waits for the worker's orphans.
         blocking(move || worker.kill(Some(guard), KILL_LIMIT)).await;
         drop(self.lifeline.take());
-        if tokio::time::timeout(GUARD_SLACK / 2, self.guard.wait())
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(GUARD_SLACK / 2, self.guard.wait()).await.is_err() {
             if let Err(error) = self.guard.start_kill() {
                 tracing::debug!(process.pid = guard, "cannot kill the guard: {error}");
             }
@@ -181,10 +156,7 @@ impl WorkerProcess {
             leftovers::remove(since);
         })
         .await;
-        if tokio::time::timeout(LOG_LIMIT, &mut self.capture)
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(LOG_LIMIT, &mut self.capture).await.is_err() {
             tracing::warn!("a worker's log pipe is still held by somebody");
         }
         self.tail
@@ -193,17 +165,12 @@ impl WorkerProcess {
 
 /// See [`super::supervisor::end_orphans`].
 pub(super) async fn end_orphans(data_dir_id: &str, grace: Duration) -> usize {
-    let family = Family::DataDir {
-        id: data_dir_id.to_owned(),
-    };
+    let family = Family::DataDir { id: data_dir_id.to_owned() };
     let grace = grace.min(ORPHAN_GRACE_MAX);
     blocking(move || {
         let count = family.living(None).len();
         if count > 0 {
-            tracing::warn!(
-                processes = count,
-                "ending processes that an earlier run left behind"
-            );
+            tracing::warn!(processes = count, "ending processes that an earlier run left behind");
             family.terminate();
             if !family.wait_gone(grace) && !family.kill(None, KILL_LIMIT) {
                 tracing::error!("processes of an earlier run outlive SIGKILL");
@@ -244,8 +211,7 @@ fn command_line(spec: &ModelSpec, port: u16) -> Result<Vec<OsString>, String> {
                 return Err(format!("model `{}`: its `command` is empty", spec.name));
             }
             let all = words.iter().chain(&spec.args);
-            all.map(|word| fill(word, spec, port).map(OsString::from))
-                .collect()
+            all.map(|word| fill(word, spec, port).map(OsString::from)).collect()
         }
     }
 }
@@ -260,11 +226,7 @@ fn script_is_there(spec: &ModelSpec, python: &Path, script: &Path) -> Result<(),
     }
     // A bare name such as `python3` is looked up in PATH.
     if python.components().count() > 1 && !python.exists() {
-        let folder = script
-            .parent()
-            .and_then(Path::file_name)
-            .map(PathBuf::from)
-            .unwrap_or_default();
+        let folder = script.parent().and_then(Path::file_name).map(PathBuf::from).unwrap_or_default();
         return Err(format!(
             "model `{}`: there is no interpreter {}; run `scripts/install.sh {}`",
             spec.name,
@@ -276,15 +238,12 @@ fn script_is_there(spec: &ModelSpec, python: &Path, script: &Path) -> Result<(),
 }
 
 fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
-    let word = word
-        .replace("{port}", &port.to_string())
-        .replace("{name}", &spec.name);
+    let word = word.replace("{port}", &port.to_string()).replace("{name}", &spec.name);
     match &spec.model {
         Some(model) => Ok(word.replace("{model}", model)),
-        None if word.contains("{model}") => Err(format!(
-            "model `{}`: its command uses {{model}}, but the entry has no `model`",
-            spec.name
-        )),
+        None if word.contains("{model}") => {
+            Err(format!("model `{}`: its command uses {{model}}, but the entry has no `model`", spec.name))
+        }
         None => Ok(word),
     }
 }
@@ -295,12 +254,9 @@ fn environment(
     spec: &ModelSpec,
     mark: &str,
 ) -> BTreeMap<OsString, OsString> {
-    let is_secret = |name: &OsString| {
-        name.to_str()
-            .is_some_and(|n| n.starts_with("ROUNDHOUSE_") || SECRETS.contains(&n))
-    };
-    let mut vars: BTreeMap<OsString, OsString> =
-        inherited.filter(|(name, _)| !is_secret(name)).collect();
+    let is_secret =
+        |name: &OsString| name.to_str().is_some_and(|n| n.starts_with("ROUNDHOUSE_") || SECRETS.contains(&n));
+    let mut vars: BTreeMap<OsString, OsString> = inherited.filter(|(name, _)| !is_secret(name)).collect();
     let mut set = |name: &str, value: &str| vars.insert(name.into(), value.into());
     set("HF_HUB_OFFLINE", "1");
     set("PYTHONUNBUFFERED", "1");
@@ -381,10 +337,7 @@ pub(super) mod tests {
         let refused = command_line(&spec, 8005).unwrap_err();
         assert!(refused.contains("`toy`") && refused.contains("{model}"));
         spec.model = Some("org/m".into());
-        assert_eq!(
-            command_line(&spec, 8005).unwrap(),
-            ["serve", "org/m", "--port=8005", "--name", "toy"]
-        );
+        assert_eq!(command_line(&spec, 8005).unwrap(), ["serve", "org/m", "--port=8005", "--name", "toy"]);
     }
 
     #[test]
@@ -396,33 +349,16 @@ pub(super) mod tests {
         let mut spec = spec(&[]);
         spec.model = Some("/weights".into());
         spec.args = vec!["--x".into()];
-        spec.launch = Launch::Script {
-            python: python.clone(),
-            script: script.clone(),
-        };
+        spec.launch = Launch::Script { python: python.clone(), script: script.clone() };
         let refused = command_line(&spec, 1).unwrap_err();
-        assert!(
-            refused.contains("server.py") && refused.contains("service_script"),
-            "{refused}"
-        );
+        assert!(refused.contains("server.py") && refused.contains("service_script"), "{refused}");
         std::fs::write(&script, "").unwrap();
         let refused = command_line(&spec, 1).unwrap_err();
-        assert!(
-            refused.contains(".venv/bin/python") && refused.contains("`scripts/install.sh flux`"),
-            "{refused}"
-        );
-        spec.launch = Launch::Script {
-            python: "python3".into(),
-            script: script.clone(),
-        };
+        assert!(refused.contains(".venv/bin/python") && refused.contains("`scripts/install.sh flux`"), "{refused}");
+        spec.launch = Launch::Script { python: "python3".into(), script: script.clone() };
         let words = command_line(&spec, 8002).unwrap();
         assert_eq!(words[1], script);
-        assert_eq!(
-            words[2..],
-            [
-                "--name", "toy", "--port", "8002", "--model", "/weights", "--x"
-            ]
-        );
+        assert_eq!(words[2..], ["--name", "toy", "--port", "8002", "--model", "/weights", "--x"]);
     }
 
     #[test]
@@ -437,10 +373,8 @@ pub(super) mod tests {
         ];
         let mut spec = spec(&["x"]);
         spec.memory = Some(5);
-        spec.env = BTreeMap::from([
-            ("HF_HUB_OFFLINE".to_owned(), "0".to_owned()),
-            (MARK.to_owned(), "forged".to_owned()),
-        ]);
+        spec.env =
+            BTreeMap::from([("HF_HUB_OFFLINE".to_owned(), "0".to_owned()), (MARK.to_owned(), "forged".to_owned())]);
         let inherited = inherited.map(|(k, v)| (OsString::from(k), OsString::from(v)));
         let vars = environment(inherited.into_iter(), &spec, "id:1");
         let get = |name: &str| vars.get(&OsString::from(name)).and_then(|v| v.to_str());

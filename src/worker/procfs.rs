@@ -47,12 +47,7 @@ fn parse_stat(pid: i32, stat: &[u8]) -> Option<Process> {
     let state = fields.next()?;
     let mut number = || fields.next()?.parse::<i32>().ok();
     let _parent = number()?;
-    Some(Process {
-        pid,
-        group: number()?,
-        session: number()?,
-        is_zombie: matches!(state, "Z" | "X"),
-    })
+    Some(Process { pid, group: number()?, session: number()?, is_zombie: matches!(state, "Z" | "X") })
 }
 
 /// Whether the environment that `pid` was started with has a mark that `accept` takes. Unreadable: no.
@@ -61,10 +56,7 @@ fn has_mark(pid: i32, accept: impl Fn(&[u8]) -> bool) -> bool {
         return false;
     };
     environ.split(|b| *b == 0).any(|variable| {
-        variable
-            .strip_prefix(MARK.as_bytes())
-            .and_then(|rest| rest.strip_prefix(b"="))
-            .is_some_and(&accept)
+        variable.strip_prefix(MARK.as_bytes()).and_then(|rest| rest.strip_prefix(b"=")).is_some_and(&accept)
     })
 }
 
@@ -101,10 +93,9 @@ impl Family {
             Self::Instance { mark, session } => {
                 *session == Some(process.session) || has_mark(process.pid, |m| m == mark.as_bytes())
             }
-            Self::DataDir { id } => has_mark(process.pid, |m| {
-                m.strip_prefix(id.as_bytes())
-                    .is_some_and(|rest| rest.first() == Some(&b':'))
-            }),
+            Self::DataDir { id } => {
+                has_mark(process.pid, |m| m.strip_prefix(id.as_bytes()).is_some_and(|rest| rest.first() == Some(&b':')))
+            }
         }
     }
 
@@ -175,10 +166,7 @@ fn send(pid: i32, signal: Signal) {
     match kill(Pid::from_raw(pid), signal) {
         Ok(()) | Err(Errno::ESRCH) => {}
         Err(error) => {
-            tracing::warn!(
-                process.pid = pid,
-                "cannot send {signal} to a process: {error}"
-            );
+            tracing::warn!(process.pid = pid, "cannot send {signal} to a process: {error}");
         }
     }
 }
@@ -191,12 +179,7 @@ mod tests {
     fn reads_stat_with_an_odd_name() {
         assert_eq!(
             parse_stat(7, b"7 (a) b (c)) S 1 5 6 0 -1"),
-            Some(Process {
-                pid: 7,
-                group: 5,
-                session: 6,
-                is_zombie: false
-            })
+            Some(Process { pid: 7, group: 5, session: 6, is_zombie: false })
         );
         assert!(parse_stat(7, b"7 (x) Z 1 5 6 0").is_some_and(|p| p.is_zombie));
         assert_eq!(parse_stat(7, b"7 (x"), None);
@@ -210,13 +193,7 @@ mod tests {
 
     #[test]
     fn ends_exactly_what_carries_the_mark() {
-        let spawn = |mark: &str| {
-            std::process::Command::new("sleep")
-                .arg("60")
-                .env(MARK, mark)
-                .spawn()
-                .unwrap()
-        };
+        let spawn = |mark: &str| std::process::Command::new("sleep").arg("60").env(MARK, mark).spawn().unwrap();
         let id = format!("procfs-test-{}", std::process::id());
         let mut ours = spawn(&format!("{id}:1"));
         let mut sibling = spawn(&format!("{id}:2"));
@@ -226,10 +203,7 @@ mod tests {
             living.iter().map(|p| p.pid.cast_unsigned()).collect()
         };
 
-        let instance = Family::Instance {
-            mark: format!("{id}:1"),
-            session: None,
-        };
+        let instance = Family::Instance { mark: format!("{id}:1"), session: None };
         assert_eq!(pids(&instance), [ours.id()]);
         assert!(instance.kill(None, Duration::from_secs(5)));
         ours.wait().unwrap();

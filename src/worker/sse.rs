@@ -51,10 +51,7 @@ impl Parser {
     }
 
     fn line(&mut self) -> Option<Bytes> {
-        let Some(at) = self.buffer[self.searched..]
-            .iter()
-            .position(|b| *b == b'\n')
-        else {
+        let Some(at) = self.buffer[self.searched..].iter().position(|b| *b == b'\n') else {
             self.searched = self.buffer.len();
             return None;
         };
@@ -112,11 +109,7 @@ mod tests {
 
     #[test]
     fn finds_events_however_the_bytes_are_cut() {
-        let expected: Vec<Vec<u8>> = vec![
-            b"{\"a\":1}".to_vec(),
-            b"two\nlines".to_vec(),
-            b"[DONE]".to_vec(),
-        ];
+        let expected: Vec<Vec<u8>> = vec![b"{\"a\":1}".to_vec(), b"two\nlines".to_vec(), b"[DONE]".to_vec()];
         assert_eq!(events(&[STREAM]), expected);
         for size in 1..STREAM.len() {
             let pieces: Vec<&[u8]> = STREAM.chunks(size).collect();

@@ -130,11 +130,7 @@ impl Default for Tempo {
 impl WorkerHandle {
     /// Starts the supervisor of `spec`. Reports go to `reports` as (model, report). When the last clone of the handle is
     /// dropped, the worker is stopped and the supervisor ends.
-    pub fn start(
-        spec: ModelSpec,
-        around: Surroundings,
-        reports: mpsc::UnboundedSender<(String, Report)>,
-    ) -> Self {
+    pub fn start(spec: ModelSpec, around: Surroundings, reports: mpsc::UnboundedSender<(String, Report)>) -> Self {
         Self::start_with(spec, around, Tempo::default(), reports)
     }
 
@@ -331,9 +327,7 @@ impl Supervisor {
                 }
                 Try::Stranger(port) => {
                     let reason = format!("another program answers on port {port}");
-                    return self
-                        .failed_load(reason, &Tail::default(), memory_before)
-                        .await;
+                    return self.failed_load(reason, &Tail::default(), memory_before).await;
                 }
                 Try::Failed(reason, tail) => {
                     return self.failed_load(reason, &tail, memory_before).await;
@@ -341,9 +335,7 @@ impl Supervisor {
                 Try::Stopped(ordered_at) => {
                     self.wait_memory_free(memory_before).await;
                     self.enter(ModelState::Absent);
-                    self.report(Report::Stopped {
-                        stop_ms: millis(ordered_at.elapsed()),
-                    });
+                    self.report(Report::Stopped { stop_ms: millis(ordered_at.elapsed()) });
                     return Phase::Absent;
                 }
                 Try::Ended => return Phase::Ended,
@@ -390,16 +382,10 @@ impl Supervisor {
                         Pulse::Missed(why) => why.as_str(),
                         _ => "nobody listens on its port",
                     };
-                    tracing::warn!(
-                        model = self.spec.name,
-                        misses,
-                        "a health probe failed: {why}"
-                    );
+                    tracing::warn!(model = self.spec.name, misses, "a health probe failed: {why}");
                     if suspected || misses >= self.tempo.watch_misses {
                         let how = match pulse {
-                            Pulse::Refused => {
-                                timeout(EXIT_NOTICE, running.process.exited()).await.ok()
-                            }
+                            Pulse::Refused => timeout(EXIT_NOTICE, running.process.exited()).await.ok(),
                             _ => None,
                         };
                         let reason = how.map_or_else(
@@ -451,8 +437,7 @@ impl Supervisor {
         let reason = "this model needs a GPU and the driver shows none";
         tracing::warn!(model = self.spec.name, "blocked: {reason}");
         self.enter(ModelState::Blocked);
-        self.view
-            .send_modify(|v| v.reason = Some(reason.to_owned()));
+        self.view.send_modify(|v| v.reason = Some(reason.to_owned()));
         self.report(Report::NoGpu);
         let look_every = self.tempo.gpu_every;
         loop {
@@ -481,12 +466,7 @@ impl Supervisor {
     // ---- steps ------------------------------------------------------------------------------------------------------
 
     /// Starts the process and probes it until it is ready. Whatever the end but `Ready`, nothing of it runs any more.
-    async fn try_load(
-        &mut self,
-        avoid: &BTreeSet<u16>,
-        deadline: Instant,
-        memory_before: Option<u64>,
-    ) -> Try {
+    async fn try_load(&mut self, avoid: &BTreeSet<u16>, deadline: Instant, memory_before: Option<u64>) -> Try {
         let mut process = match self.start_process(avoid) {
             Ok(process) => process,
             Err(reason) => return Try::Failed(reason, Tail::default()),
@@ -497,16 +477,8 @@ impl Supervisor {
             v.port = Some(process.port());
             v.starts += 1;
         });
-        tracing::info!(
-            model = self.spec.name,
-            process.pid = process.pid(),
-            port = process.port(),
-            "loading"
-        );
-        self.report(Report::Loading {
-            phase: None,
-            percent: None,
-        });
+        tracing::info!(model = self.spec.name, process.pid = process.pid(), port = process.port(), "loading");
+        self.report(Report::Loading { phase: None, percent: None });
         let mut strange_since = None;
         loop {
             let probe = async {
@@ -551,12 +523,7 @@ impl Supervisor {
             }
             match health {
                 Health::Ready => {
-                    return Try::Ready(Box::new(Running {
-                        process,
-                        doctor,
-                        since: Instant::now(),
-                        memory_before,
-                    }));
+                    return Try::Ready(Box::new(Running { process, doctor, since: Instant::now(), memory_before }));
                 }
                 Health::NotYet { phase, percent } => self.show_progress(phase, percent),
                 Health::Failed(why) => {
@@ -577,8 +544,7 @@ impl Supervisor {
     }
 
     fn start_process(&self, avoid: &BTreeSet<u16>) -> Result<WorkerProcess, String> {
-        let lease = ports::lease(self.spec.port, avoid)
-            .ok_or("no port from 8001 to 8999 is free on 127.0.0.1")?;
+        let lease = ports::lease(self.spec.port, avoid).ok_or("no port from 8001 to 8999 is free on 127.0.0.1")?;
         WorkerProcess::start(Start {
             spec: &self.spec,
             lease,
@@ -614,9 +580,7 @@ impl Supervisor {
         tracing::error!(model = self.spec.name, "the worker died: {reason}");
         self.wait_memory_free(running.memory_before).await;
         self.enter(ModelState::Absent);
-        self.report(Report::Died {
-            reason: reason.clone(),
-        });
+        self.report(Report::Died { reason: reason.clone() });
         if lived >= self.tempo.early_death {
             self.early_deaths = 0;
             return Phase::Absent;
@@ -626,8 +590,7 @@ impl Supervisor {
             return Phase::Absent;
         }
         let times = self.early_deaths;
-        let what =
-            format!("its worker died {times} times in a row soon after it was ready: {reason}");
+        let what = format!("its worker died {times} times in a row soon after it was ready: {reason}");
         self.enter_backoff(what, &tail, times - FREE_EARLY_DEATHS, false)
     }
 
@@ -642,13 +605,7 @@ impl Supervisor {
         self.enter_backoff(reason, tail, self.failed_loads, quarantined)
     }
 
-    fn enter_backoff(
-        &mut self,
-        reason: String,
-        tail: &Tail,
-        failures: u32,
-        quarantined: bool,
-    ) -> Phase {
+    fn enter_backoff(&mut self, reason: String, tail: &Tail, failures: u32, quarantined: bool) -> Phase {
         let wait = if quarantined {
             self.around.backoff_max
         } else {
@@ -656,33 +613,19 @@ impl Supervisor {
         };
         let until = self.around.clock.now() + millis(wait);
         let message = format!("model `{}` does not load: {reason}", self.spec.name);
-        tracing::error!(
-            model = self.spec.name,
-            failures,
-            quarantined,
-            retry_in_ms = millis(wait),
-            "{message}"
-        );
+        tracing::error!(model = self.spec.name, failures, quarantined, retry_in_ms = millis(wait), "{message}");
         let mut error = JobError::new(ErrorCode::ModelLoadFailed, message.clone(), true);
         error.details = Some(json!({
             "failed_loads": failures,
             "retry_at": until,
             "log_tail": tail.lines(),
         }));
-        self.enter(if quarantined {
-            ModelState::Quarantined
-        } else {
-            ModelState::Backoff
-        });
+        self.enter(if quarantined { ModelState::Quarantined } else { ModelState::Backoff });
         self.view.send_modify(|v| {
             v.retry_at = Some(until);
             v.reason = Some(message);
         });
-        self.report(Report::LoadFailed {
-            error: error.clone(),
-            retry_at: until,
-            quarantined,
-        });
+        self.report(Report::LoadFailed { error: error.clone(), retry_at: until, quarantined });
         Phase::BackingOff { error, until }
     }
 
@@ -742,9 +685,7 @@ impl Supervisor {
     /// Of all GPUs; `None` if there is none.
     async fn used_bytes(&self) -> Option<u64> {
         let probe = self.around.gpus.clone();
-        let gpus = tokio::task::spawn_blocking(move || probe.gpus())
-            .await
-            .ok()?;
+        let gpus = tokio::task::spawn_blocking(move || probe.gpus()).await.ok()?;
         (!gpus.is_empty()).then(|| gpus.iter().map(|gpu| gpu.used_bytes).sum())
     }
 

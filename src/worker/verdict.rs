@@ -22,10 +22,7 @@ pub(super) struct Failure {
 impl Failure {
     /// A failure without param or details.
     pub(super) fn new(code: ErrorCode, message: impl Into<String>, retriable: bool) -> Self {
-        Self {
-            error: Box::new(JobError::new(code, message, retriable)),
-            retriable,
-        }
+        Self { error: Box::new(JobError::new(code, message, retriable)), retriable }
     }
 
     /// The answer is not what its endpoint promises; the same request would get the same again.
@@ -40,19 +37,13 @@ impl Failure {
 
     /// The same failure after part of the answer has been passed on: no second attempt may follow.
     pub(super) fn after_output(self) -> Self {
-        Self {
-            retriable: false,
-            ..self
-        }
+        Self { retriable: false, ..self }
     }
 }
 
 impl From<Failure> for Outcome {
     fn from(failure: Failure) -> Self {
-        Outcome::Failed {
-            error: *failure.error,
-            retriable: failure.retriable,
-        }
+        Outcome::Failed { error: *failure.error, retriable: failure.retriable }
     }
 }
 
@@ -69,13 +60,7 @@ struct Complaint {
 impl Complaint {
     /// `error` is an OpenAI error object, FastAPI's `{"detail"}`, an error line of ours, or a text.
     fn read(status: u16, error: &Value) -> Self {
-        let text = |key: &str| {
-            error
-                .get(key)
-                .and_then(Value::as_str)
-                .unwrap_or_default()
-                .to_owned()
-        };
+        let text = |key: &str| error.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         let message = match error {
             Value::String(text) => text.clone(),
             _ if error.get("message").is_some() => text("message"),
@@ -90,10 +75,7 @@ impl Complaint {
             code: text("code"),
             kind: text("type"),
             message: cut(message, MESSAGE_LIMIT_BYTES),
-            param: error
-                .get("param")
-                .and_then(Value::as_str)
-                .map(str::to_owned),
+            param: error.get("param").and_then(Value::as_str).map(str::to_owned),
         }
     }
 
@@ -226,21 +208,14 @@ struct AnyAnswer {
 }
 
 /// Checks a whole answer against what its endpoint promises; gives its usage.
-pub(super) fn check(
-    endpoint: &str,
-    media_type: &str,
-    body: &[u8],
-) -> Result<Option<Value>, Failure> {
+pub(super) fn check(endpoint: &str, media_type: &str, body: &[u8]) -> Result<Option<Value>, Failure> {
     let is_json = media_type == "application/json" || media_type.ends_with("+json");
     match JobKind::of_endpoint(endpoint) {
         JobKind::Chat | JobKind::Completion => check_text(body),
         JobKind::Image => check_image(body),
-        _ if body.is_empty() => Err(Failure::invalid_output(format!(
-            "the engine's answer to {endpoint} is empty"
-        ))),
+        _ if body.is_empty() => Err(Failure::invalid_output(format!("the engine's answer to {endpoint} is empty"))),
         _ if is_json => {
-            serde_json::from_slice::<serde::de::IgnoredAny>(body)
-                .map_err(|e| not_as_promised("JSON", &e))?;
+            serde_json::from_slice::<serde::de::IgnoredAny>(body).map_err(|e| not_as_promised("JSON", &e))?;
             // An array is JSON too, it only has no usage.
             let is_object = body.trim_ascii_start().first() == Some(&b'{');
             let answer = is_object.then(|| serde_json::from_slice::<AnyAnswer>(body).ok());
@@ -251,12 +226,9 @@ pub(super) fn check(
 }
 
 fn check_text(body: &[u8]) -> Result<Option<Value>, Failure> {
-    let answer: TextAnswer =
-        serde_json::from_slice(body).map_err(|e| not_as_promised("text", &e))?;
+    let answer: TextAnswer = serde_json::from_slice(body).map_err(|e| not_as_promised("text", &e))?;
     if answer.choices.is_empty() {
-        return Err(Failure::invalid_output(
-            "the engine's answer has no `choices`",
-        ));
+        return Err(Failure::invalid_output("the engine's answer has no `choices`"));
     }
     for choice in &answer.choices {
         match choice.finish_reason.as_deref() {
@@ -269,10 +241,7 @@ fn check_text(body: &[u8]) -> Result<Option<Value>, Failure> {
                 )));
             }
             None => {
-                return Err(Failure::worker_error(format!(
-                    "choice {} has no finish_reason",
-                    choice.index
-                )));
+                return Err(Failure::worker_error(format!("choice {} has no finish_reason", choice.index)));
             }
         }
     }
@@ -280,11 +249,9 @@ fn check_text(body: &[u8]) -> Result<Option<Value>, Failure> {
 }
 
 fn check_image(body: &[u8]) -> Result<Option<Value>, Failure> {
-    let answer: ImageAnswer =
-        serde_json::from_slice(body).map_err(|e| not_as_promised("images", &e))?;
+    let answer: ImageAnswer = serde_json::from_slice(body).map_err(|e| not_as_promised("images", &e))?;
     let has_content = |image: &Image| {
-        let is_there =
-            |text: &Option<std::borrow::Cow<str>>| text.as_ref().is_some_and(|t| !t.is_empty());
+        let is_there = |text: &Option<std::borrow::Cow<str>>| text.as_ref().is_some_and(|t| !t.is_empty());
         is_there(&image.b64_json) || is_there(&image.url)
     };
     if answer.data.is_empty() || !answer.data.iter().all(has_content) {
@@ -337,17 +304,12 @@ mod tests {
             (507, ErrorCode::WorkerOom, true),
         ];
         for (status, code, retriable) in cases {
-            let failure = refused(
-                status,
-                br#"{"error":{"message":"no","type":"x","code":"y"}}"#,
-            );
+            let failure = refused(status, br#"{"error":{"message":"no","type":"x","code":"y"}}"#);
             assert_eq!(code_of(&failure), (code, retriable), "{status}");
             assert_eq!(failure.error.message, "no");
             assert_eq!(
                 failure.error.details,
-                Some(
-                    json!({"status": status, "body": {"error": {"message": "no", "type": "x", "code": "y"}}})
-                )
+                Some(json!({"status": status, "body": {"error": {"message": "no", "type": "x", "code": "y"}}}))
             );
         }
     }
@@ -361,28 +323,15 @@ mod tests {
             r#"{"error":{"message":"too long","code":"context_length_exceeded"}}"#,
         ] {
             let failure = refused(400, body.as_bytes());
-            assert_eq!(
-                code_of(&failure),
-                (ErrorCode::ContextLengthExceeded, false),
-                "{body}"
-            );
+            assert_eq!(code_of(&failure), (ErrorCode::ContextLengthExceeded, false), "{body}");
         }
     }
 
     #[test]
     fn bodies_that_are_no_error_objects() {
-        assert_eq!(
-            refused(404, br#"{"detail":"Not Found"}"#).error.message,
-            "Not Found"
-        );
-        assert_eq!(
-            refused(500, b"Internal Server Error").error.message,
-            "Internal Server Error"
-        );
-        assert_eq!(
-            refused(502, b"").error.message,
-            "the engine answered with status 502 and no message"
-        );
+        assert_eq!(refused(404, br#"{"detail":"Not Found"}"#).error.message, "Not Found");
+        assert_eq!(refused(500, b"Internal Server Error").error.message, "Internal Server Error");
+        assert_eq!(refused(502, b"").error.message, "the engine answered with status 502 and no message");
         let long = refused(400, &vec![b'x'; 100_000]);
         assert!(long.error.message.len() < 3000);
         assert!(serde_json::to_string(&long.error.details).unwrap().len() < 20_000);
@@ -390,22 +339,11 @@ mod tests {
 
     #[test]
     fn our_lines_and_frames() {
-        let line = line_error(
-            Some(400),
-            Some("invalid_request"),
-            Some("size is odd"),
-            Some("size"),
-        );
+        let line = line_error(Some(400), Some("invalid_request"), Some("size is odd"), Some("size"));
         assert_eq!(code_of(&line), (ErrorCode::InvalidRequest, false));
         assert_eq!(line.error.param.as_deref(), Some("size"));
-        assert_eq!(
-            code_of(&line_error(None, Some("worker_oom"), None, None)),
-            (ErrorCode::WorkerOom, true)
-        );
-        assert_eq!(
-            code_of(&line_error(Some(500), Some("worker_error"), None, None)),
-            (ErrorCode::WorkerError, true)
-        );
+        assert_eq!(code_of(&line_error(None, Some("worker_oom"), None, None)), (ErrorCode::WorkerOom, true));
+        assert_eq!(code_of(&line_error(Some(500), Some("worker_error"), None, None)), (ErrorCode::WorkerError, true));
         let frame = frame_error(&json!({"message": "EngineCore", "code": 500}));
         assert_eq!(code_of(&frame), (ErrorCode::WorkerError, true));
         let frame = frame_error(&json!({"message": "bad", "code": 400}));
@@ -416,14 +354,9 @@ mod tests {
 
     #[test]
     fn text_needs_a_finish_reason() {
-        let check = |body: Value| {
-            check(
-                "/v1/chat/completions",
-                "application/json",
-                body.to_string().as_bytes(),
-            )
-        };
-        let good = json!({"choices": [{"index": 0, "finish_reason": "stop", "message": {}}], "usage": {"total_tokens": 3}});
+        let check = |body: Value| check("/v1/chat/completions", "application/json", body.to_string().as_bytes());
+        let good =
+            json!({"choices": [{"index": 0, "finish_reason": "stop", "message": {}}], "usage": {"total_tokens": 3}});
         assert_eq!(check(good), Ok(Some(json!({"total_tokens": 3}))));
         for bad in [
             json!({"choices": [{"index": 0, "finish_reason": "abort"}]}),
@@ -435,44 +368,19 @@ mod tests {
         }
         for bad in [json!({"choices": []}), json!({}), json!([])] {
             let failure = check(bad.clone()).unwrap_err();
-            assert_eq!(
-                code_of(&failure),
-                (ErrorCode::InvalidOutput, false),
-                "{bad}"
-            );
+            assert_eq!(code_of(&failure), (ErrorCode::InvalidOutput, false), "{bad}");
         }
     }
 
     #[test]
     fn images_need_content() {
-        let check = |body: &str| {
-            check(
-                "/v1/images/generations",
-                "application/json",
-                body.as_bytes(),
-            )
-        };
-        assert_eq!(
-            check(r#"{"created":1,"data":[{"b64_json":"AA=="}]}"#),
-            Ok(None)
-        );
-        assert_eq!(
-            check(r#"{"data":[{"url":"http:\/\/x"}],"usage":{"a":1}}"#),
-            Ok(Some(json!({"a": 1})))
-        );
-        for bad in [
-            r#"{"data":[]}"#,
-            r#"{"data":[{"b64_json":""}]}"#,
-            r#"{"data":[{"b64_json":"AA=="},{}]}"#,
-            "{}",
-            "PNG",
-            "",
-        ] {
-            assert_eq!(
-                code_of(&check(bad).unwrap_err()),
-                (ErrorCode::InvalidOutput, false),
-                "{bad}"
-            );
+        let check = |body: &str| check("/v1/images/generations", "application/json", body.as_bytes());
+        assert_eq!(check(r#"{"created":1,"data":[{"b64_json":"AA=="}]}"#), Ok(None));
+        assert_eq!(check(r#"{"data":[{"url":"http:\/\/x"}],"usage":{"a":1}}"#), Ok(Some(json!({"a": 1}))));
+        for bad in
+            [r#"{"data":[]}"#, r#"{"data":[{"b64_json":""}]}"#, r#"{"data":[{"b64_json":"AA=="},{}]}"#, "{}", "PNG", ""]
+        {
+            assert_eq!(code_of(&check(bad).unwrap_err()), (ErrorCode::InvalidOutput, false), "{bad}");
         }
     }
 

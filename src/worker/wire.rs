@@ -49,11 +49,7 @@ impl Lost {
             text.push_str(&inner.to_string());
             source = inner.source();
         }
-        Self {
-            text,
-            is_refused: false,
-            reached: true,
-        }
+        Self { text, is_refused: false, reached: true }
     }
 }
 
@@ -73,34 +69,25 @@ pub(super) struct Ask {
 impl Ask {
     /// A GET without headers.
     pub(super) fn get(path: &str) -> Self {
-        Self {
-            method: Method::GET,
-            path: path.to_owned(),
-            headers: Vec::new(),
-            body: Bytes::new(),
-        }
+        Self { method: Method::GET, path: path.to_owned(), headers: Vec::new(), body: Bytes::new() }
     }
 
     fn request(&self, authority: &str) -> Result<Request<Full<Bytes>>, Lost> {
-        let mut request = Request::builder()
-            .method(self.method.clone())
-            .uri(self.path.as_str())
-            .header(HOST, authority);
+        let mut request =
+            Request::builder().method(self.method.clone()).uri(self.path.as_str()).header(HOST, authority);
         if let Some(headers) = request.headers_mut() {
             headers.extend(self.headers.iter().cloned());
         }
-        request
-            .body(Full::new(self.body.clone()))
-            .map_err(|e| Lost::new("the request cannot be built", &e))
+        request.body(Full::new(self.body.clone())).map_err(|e| Lost::new("the request cannot be built", &e))
     }
 }
 
 /// One connection with its driver.
 struct Conn {
     sender: SendRequest<Full<Bytes>>,
-    driver: Connection<TokioIo<TcpStream>, Full<Bytes>>,
-    /// Whether the driver has ended.
-    closed: bool,
+    /// `None` once it has ended. It must be dropped then: it may hold a request that it never took up, and only its drop
+    /// tells the sender so.
+    driver: Option<Connection<TokioIo<TcpStream>, Full<Bytes>>>,
     /// The end of the last answer's body, if it was not read to the end: usually the last, empty chunk.
     rest: Option<Incoming>,
     idle_since: Instant,
@@ -113,25 +100,14 @@ impl Conn {
             reached: false,
             ..Lost::new("cannot connect to the worker", &e)
         })?;
-        stream
-            .set_nodelay(true)
-            .map_err(|e| Lost::new("cannot set TCP_NODELAY", &e))?;
-        let (sender, driver) = handshake(TokioIo::new(stream))
-            .await
-            .map_err(|e| Lost::new("cannot speak HTTP to the worker", &e))?;
-        Ok(Self {
-            sender,
-            driver,
-            closed: false,
-            rest: None,
-            idle_since: Instant::now(),
-        })
+        stream.set_nodelay(true).map_err(|e| Lost::new("cannot set TCP_NODELAY", &e))?;
+        let (sender, driver) =
+            handshake(TokioIo::new(stream)).await.map_err(|e| Lost::new("cannot speak HTTP to the worker", &e))?;
+        Ok(Self { sender, driver: Some(driver), rest: None, idle_since: Instant::now() })
     }
 
     fn drive(&mut self, cx: &mut Context<'_>) {
-        if !self.closed && Pin::new(&mut self.driver).poll(cx).is_ready() {
-            self.closed = true;
-        }
+        drive(&mut self.driver, cx);
     }
 
     /// Whether another request can be written now. Looks at the socket without waiting.
@@ -146,27 +122,29 @@ impl Conn {
                 }
                 self.drive(cx);
             }
-            Poll::Ready(!self.closed && self.sender.is_ready())
+            Poll::Ready(self.driver.is_some() && self.sender.is_ready())
         })
         .await
     }
 
-    async fn send(
-        &mut self,
-        request: Request<Full<Bytes>>,
-    ) -> Result<Response<Incoming>, hyper::Error> {
+    async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, hyper::Error> {
         let mut answer = pin!(self.sender.send_request(request));
-        let (driver, closed) = (&mut self.driver, &mut self.closed);
+        let driver = &mut self.driver;
         poll_fn(|cx| {
             if let Poll::Ready(done) = answer.as_mut().poll(cx) {
                 return Poll::Ready(done);
             }
-            if !*closed && Pin::new(&mut *driver).poll(cx).is_ready() {
-                *closed = true;
-            }
+            drive(driver, cx);
             answer.as_mut().poll(cx)
         })
         .await
+    }
+}
+
+/// Lets the driver do what it can, and drops it at its end.
+fn drive<D: Future + Unpin>(driver: &mut Option<D>, cx: &mut Context<'_>) {
+    if driver.as_mut().is_some_and(|driver| Pin::new(driver).poll(cx).is_ready()) {
+        *driver = None;
     }
 }
 
@@ -190,10 +168,7 @@ impl Reply {
 
     /// The whole `content-type`.
     pub(super) fn content_type(&self) -> &str {
-        self.headers
-            .get(CONTENT_TYPE)
-            .and_then(|v| v.to_str().ok())
-            .unwrap_or_default()
+        self.headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default()
     }
 
     /// The next piece of the body; `None` at its end.
@@ -236,13 +211,7 @@ impl Reply {
         let Some(second) = self.chunk().await? else {
             return Ok(Some(first)); // The usual case: nothing is copied.
         };
-        let expected = self
-            .body
-            .size_hint()
-            .lower()
-            .try_into()
-            .unwrap_or(0usize)
-            .min(limit_bytes);
+        let expected = self.body.size_hint().lower().try_into().unwrap_or(0usize).min(limit_bytes);
         let mut all = Vec::with_capacity(first.len() + second.len() + expected);
         all.extend_from_slice(&first);
         let mut next = Some(second);
@@ -303,7 +272,7 @@ impl Pool {
     /// Keeps the reply's connection for the next call. The unread end of its body, if any, is read then.
     pub(super) fn give_back(&self, authority: &str, reply: Reply) {
         let mut conn = reply.conn;
-        if conn.closed {
+        if conn.driver.is_none() {
             return;
         }
         conn.rest = (!reply.ended).then_some(reply.body);
@@ -338,13 +307,7 @@ impl Pool {
 
 fn reply(head: Response<Incoming>, conn: Conn) -> Reply {
     let (head, body) = head.into_parts();
-    Reply {
-        status: head.status.as_u16(),
-        headers: head.headers,
-        ended: body.is_end_stream(),
-        conn,
-        body,
-    }
+    Reply { status: head.status.as_u16(), headers: head.headers, ended: body.is_end_stream(), conn, body }
 }
 
 /// Whether the connection ended without a byte of an answer, as opposed to a malformed one.
@@ -353,6 +316,5 @@ fn closed_silently(error: &hyper::Error) -> bool {
     let io = std::error::Error::source(error).and_then(|s| s.downcast_ref::<std::io::Error>());
     error.is_incomplete_message()
         || error.is_closed()
-        || io
-            .is_some_and(|e| matches!(e.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe))
+        || io.is_some_and(|e| matches!(e.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe))
 }

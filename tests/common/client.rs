@@ -149,6 +149,13 @@ impl Api {
         self.submit(&echo_job(model, wishes)).await
     }
 
+    /// Submits jobs in one go, and returns their ids in order.
+    pub(crate) async fn submit_together(&self, requests: Vec<Value>) -> Vec<String> {
+        let reply = self.post("/v1/jobs/bulk", &json!({"requests": requests})).await.is(202).json();
+        let jobs = reply["jobs"].as_array().unwrap();
+        jobs.iter().map(|job| job["id"].as_str().unwrap().to_owned()).collect()
+    }
+
     /// The job as it is now.
     pub(crate) async fn job(&self, id: &str) -> Value {
         self.get(&format!("/v1/jobs/{id}")).await.is(200).json()

@@ -51,14 +51,10 @@ async fn the_killer_of_a_run_fails_and_its_companions_do_not() {
     let server = site.start().await;
     let api = &server.api;
     let image = |wishes: Value| json!({"endpoint": "/v1/images/generations", "body": {"model": "a", "prompt": "x", "echo": wishes}});
-    let mut innocents = Vec::new();
-    for _ in 0..4 {
-        innocents.push(api.submit(&image(json!({}))).await);
-    }
-    let killer = api.submit(&image(json!({"crash": true}))).await;
-    for _ in 0..3 {
-        innocents.push(api.submit(&image(json!({}))).await);
-    }
+    let mut requests = vec![image(json!({})); 8];
+    requests[4] = image(json!({"crash": true}));
+    let mut innocents = api.submit_together(requests).await;
+    let killer = innocents.remove(4);
 
     let job = api.finished(&killer).await;
     assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("worker_lost")), "{job}");

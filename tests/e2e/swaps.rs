@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::common::{LIMIT, Site, beside, echo, eventually, with};
+use crate::common::{LIMIT, Site, beside, echo, echo_job, eventually, with};
 
 /// Looks at a device's memory all the time: how many processes held some of it at once, at most.
 struct DeviceWatch {
@@ -126,8 +126,10 @@ async fn a_worker_that_ignores_sigterm_is_gone_within_its_grace_and_two_seconds(
     let worker = server.worker("stubborn").await;
     let started = Instant::now();
     let next = api.submit_echo("polite", json!({})).await;
-    eventually(Duration::from_secs(3), "the stubborn worker is gone", || async { (!worker.is_alive()).then_some(()) })
-        .await;
+    eventually(Duration::from_millis(3_500), "the stubborn worker is gone", || async {
+        (!worker.is_alive()).then_some(())
+    })
+    .await;
     assert!(started.elapsed() >= Duration::from_millis(900), "it had its grace: {:?}", started.elapsed());
     api.succeeded(&next).await;
     assert!(server.worker_log("stubborn").contains("ignored stop.signal=SIGTERM"));
@@ -166,14 +168,11 @@ async fn preloaded_models_are_there_without_a_job() {
 
 #[tokio::test]
 async fn jobs_of_one_shape_share_a_run() {
-    let args = ["--load-s", "1", "--delay-ms", "100"];
+    let args = ["--load-s", "1", "--delay-ms", "100", "--batch-wait-ms", "10000"];
     let site = Site::new().model("a", with(echo("custom", &args), json!({"max_batch": 8, "limit": 8})));
     let server = site.start().await;
     let api = &server.api;
-    let mut ids = Vec::new();
-    for _ in 0..8 {
-        ids.push(api.submit_echo("a", json!({})).await);
-    }
+    let ids = api.submit_together(vec![echo_job("a", json!({})); 8]).await;
     let other = api.submit(&json!({"endpoint": "/echo", "body": {"model": "a", "shape": 2}})).await;
     for id in &ids {
         api.succeeded(id).await;

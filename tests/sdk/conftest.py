@@ -42,8 +42,9 @@ def client(server: RoundhouseServer) -> Iterator[OpenAI]:
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RoundhouseServer]:
     """With a key, room for two queued jobs, and hops after 0.3 s where others have 85: loading takes several."""
     models = {
-        "slow": echo("text", "--load-s", "1.5", limit=1),
+        "slow": echo("text", "--load-s", "1.5", limit=1, max_attempts=1),
         "tune": echo("audio"),
+        "draw": echo("image"),
     }
     with RoundhouseServer(
         tmp_path_factory.mktemp("impatient"),

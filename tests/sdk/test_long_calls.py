@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
-from roundhouse_server import KEY, RoundhouseServer, echo
+from roundhouse_server import RoundhouseServer, echo
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 
@@ -24,7 +24,12 @@ def hops(answer: Any) -> list[int]:
     return [response.status_code for response in answer.http_response.history]
 
 
+def give_the_device_to_tune(client: OpenAI) -> None:
+    client.audio.speech.create(model="tune", voice="alloy", input="la", response_format="wav")
+
+
 def test_a_call_that_waits_for_its_model(keyed: OpenAI) -> None:
+    give_the_device_to_tune(keyed)
     answer = keyed.chat.completions.with_raw_response.create(model="slow", messages=HELLO)
     assert answer.parse().choices[0].message.content == "echo: hello"
     assert answer.status_code == 200
@@ -63,14 +68,13 @@ def test_a_failure_comes_through_redirects_as_its_exception(keyed: OpenAI) -> No
     assert "late, and in vain" in caught.value.message
 
 
-def test_a_stream_waits_without_redirects(impatient: RoundhouseServer) -> None:
-    with OpenAI(base_url=f"{impatient.url}/v1", api_key=KEY) as client:
-        client.audio.speech.create(model="tune", voice="alloy", input="la", response_format="wav")  # takes the device
-        answer = client.chat.completions.with_raw_response.create(model="slow", messages=HELLO, stream=True)
-        assert answer.status_code == 200
-        assert not hops(answer)
-        with answer.parse() as stream:
-            chunks = list(stream)
+def test_a_stream_waits_without_redirects(keyed: OpenAI) -> None:
+    give_the_device_to_tune(keyed)
+    answer = keyed.chat.completions.with_raw_response.create(model="slow", messages=HELLO, stream=True)
+    assert answer.status_code == 200
+    assert not hops(answer)
+    with answer.parse() as stream:
+        chunks = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "echo: hello"
 
 

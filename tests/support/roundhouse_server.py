@@ -150,7 +150,6 @@ class RoundhouseServer:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=inherited | (environment or {}),
-                start_new_session=True,
                 text=True,
             )
         self.url = ""
