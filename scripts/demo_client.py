@@ -423,7 +423,8 @@ class Demo:
 Try it yourself{"" if stays_up else " (scripts/demo.sh --keep leaves the server up)"}:
 
     curl {base}/v1/chat/completions -H 'content-type: application/json' \\
-         -d '{{"model": "{models["text"]}", "messages": [{{"role": "user", "content": "What is 2+2?"}}]}}'
+         -d '{{"model": "{models["text"]}", "temperature": 0,
+              "messages": [{{"role": "user", "content": "What is 2+2?"}}]}}'
 
     curl {base}/v1/jobs -H 'content-type: application/json' \\
          -d '{{"endpoint": "/v1/images/generations", "body": {{"model": "{models["image"]}", "prompt": "a red fox"}}}}'

@@ -14,8 +14,13 @@ lane() {
     local name=$1
     shift
     mkdir -p "$LANE_LOGS"
+    rm -f "$LANE_LOGS/$name.end"
     set -m
-    "$@" >"$LANE_LOGS/$name.log" 2>&1 </dev/null &
+    (
+        trap 'echo $SECONDS >"$LANE_LOGS/$name.end"' EXIT
+        export TERM=dumb
+        "$@"
+    ) >"$LANE_LOGS/$name.log" 2>&1 </dev/null &
     LANE_PID[$name]=$!
     set +m
     LANE_BEGAN[$name]=$SECONDS
@@ -51,7 +56,8 @@ watch_lanes() {
             if lane_runs "$name"; then
                 running+=("$name")
             elif [ -z "${LANE_TOOK[$name]:-}" ]; then
-                LANE_TOOK[$name]=$((SECONDS - LANE_BEGAN[$name]))
+                # When it ended, which may be long before it was asked about.
+                LANE_TOOK[$name]=$(($(cat "$LANE_LOGS/$name.end" 2>/dev/null || echo $SECONDS) - LANE_BEGAN[$name]))
                 [ $drawn = 0 ] || printf '\033[%dA\033[J' "$drawn" >&2
                 drawn=0
                 if lane_status "$name"; then
