@@ -568,8 +568,7 @@ async fn a_gpu_model_waits_for_a_gpu() {
     let mut spec = bench.spec(&[]);
     spec.gpus = 1;
     let mut worker = bench.supervise(spec);
-    worker.handle.order(Order::Load);
-    assert_eq!(worker.next().await, Report::NoGpu);
+    assert_eq!(worker.next().await, Report::NoGpu, "known from the start, without an order");
     let view = worker.handle.view();
     assert_eq!(view.state, ModelState::Blocked);
     assert!(view.reason.unwrap().contains("GPU"));

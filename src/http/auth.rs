@@ -98,7 +98,7 @@ impl ApiKeys {
     }
 
     /// The key kept in the file `path`, tenant `default`. If there is none yet, makes one, stores it readable by its
-    /// owner only, and shows it once on stderr.
+    /// owner only, and shows it once on stderr if that is a terminal; else the log names the file.
     pub fn generated(path: &Path) -> Result<Self, KeysError> {
         let failed = |message: String| KeysError::File { path: path.display().to_string(), message };
         let key = match std::fs::read_to_string(path) {
