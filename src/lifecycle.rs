@@ -4,10 +4,12 @@
 //! whole program down through the hard stage, since nobody would restart it alone.
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -28,17 +30,13 @@ impl Tasks {
     }
 
     /// Starts a task that shutdown waits for. `name` is for the log if it panics.
-    #[expect(clippy::disallowed_methods, reason = "the one place that spawns, so that every task is tracked")]
     pub fn spawn<F>(&self, name: &'static str, future: F) -> tokio::task::JoinHandle<()>
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let (failed, soft, hard) = (self.failed.clone(), self.soft.clone(), self.hard.clone());
         self.tracker.spawn(async move {
-            let inner = tokio::spawn(future);
-            if let Err(error) = inner.await
-                && error.is_panic()
-            {
+            if AssertUnwindSafe(future).catch_unwind().await.is_err() {
                 tracing::error!(
                     task.name = name,
                     "task `{name}` panicked: stopping the server so that recovery can run"

@@ -434,7 +434,7 @@ fn record(
 
 fn set_error(c: &Connection, number: i64, error: Option<&JobError>) -> Result<(), StoreError> {
     let text = error.map(|error| json!(error).to_string());
-    execute(c, "UPDATE job_detail SET error = ?2 WHERE number = ?1", params![number, text])
+    execute(c, "UPDATE job_detail SET error = ?2 WHERE number = ?1 AND error IS NOT ?2", params![number, text])
 }
 
 fn retrying(attempt: i64, error: Option<&JobError>, not_before: Option<Millis>, seq: i64) -> Value {
