@@ -422,7 +422,7 @@ class Demo:
             f"""
 Try it yourself{"" if stays_up else " (scripts/demo.sh --keep leaves the server up)"}:
 
-    curl {base}/v1/chat/completions -H 'content-type: application/json' \\
+    curl -L {base}/v1/chat/completions -H 'content-type: application/json' \\
          -d '{{"model": "{models["text"]}", "temperature": 0,
               "messages": [{{"role": "user", "content": "What is 2+2?"}}]}}'
 

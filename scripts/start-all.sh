@@ -48,7 +48,7 @@ address_of() { sed -n 's/^roundhouse listening on \(http:[^ ]*\).*/\1/p' | tail 
 
 if keeper=$(pid_in "$data/keeper.pid"); then
     address=$({ cat "$log.1" "$log" 2>/dev/null || true; } | address_of)
-    echo "Already running (keeper $keeper)${address:+: $address}. Stop it with scripts/stop-all.sh$(data_flag "$data")"
+    echo "Already running (keeper $keeper)${address:+: $address}. Flags and models.yaml are read at a new start: first stop it with scripts/stop-all.sh$(data_flag "$data")"
     exit 0
 fi
 if serve=$(pid_in "$data/serve.pid"); then

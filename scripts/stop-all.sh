@@ -64,7 +64,9 @@ within() {
 
 signal() { kill "-$1" "$2" 2>/dev/null || true; }
 
-say "Stopping${serve:+ roundhouse serve ($serve)}; running jobs may finish."
+fate="running jobs may finish"
+[ "$now" = 0 ] || fate="running jobs go back into the queue"
+say "Stopping${serve:+ roundhouse serve ($serve)}; $fate."
 # The keeper passes it on; without a keeper the server gets it from here.
 if [ -n "$keeper" ]; then signal TERM "$keeper"; elif [ -n "$serve" ]; then signal TERM "$serve"; fi
 if [ "$now" = 1 ] && [ -n "$serve" ]; then

@@ -1,7 +1,8 @@
 //! Opening the data dir: lock, migrations, pragmas read back, recovery, and what the scheduler has to know.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{DirBuilder, File};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,7 +39,12 @@ pub struct Opened {
 
 /// Opens (and makes) the data dir `dir`. `on_fatal` is called if the database cannot be made durable any more.
 pub async fn open(dir: &Path, clock: Arc<dyn Clock>, on_fatal: OnFatal) -> Result<Opened, StoreError> {
-    std::fs::create_dir_all(dir).map_err(|source| StoreError::File { path: dir.display().to_string(), source })?;
+    // For its owner only: prompts and answers lie in it.
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|source| StoreError::File { path: dir.display().to_string(), source })?;
     let lock = lock(dir)?;
     if rusqlite::version_number() < SQLITE_MIN {
         return Err(StoreError::Unusable(format!(

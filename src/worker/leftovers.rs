@@ -2,18 +2,22 @@
 //! 420 MB of memory in /dev/shm each time.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt};
 use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
 
 use crate::domain::Millis;
 
 /// Removes what a worker that lived from `since` on has left, now that it is gone: files of Python's and vLLM's naming,
 /// owned by this user, made since then, and neither open nor mapped in any living process. Blocking; returns how many.
 pub(super) fn remove(since: Millis) -> usize {
-    let mut candidates = made_since(Path::new("/dev/shm"), &["psm_", "sem.mp-"], since);
+    let shared = |name: &str| name.starts_with("psm_") || name.starts_with("sem.mp-");
+    let mut candidates = made_since(Path::new("/dev/shm"), shared, since);
     if !another_vllm_runs() {
         // torch opens its rendezvous file only now and then, so "not open" does not tell whether it is in use.
-        candidates.extend(made_since(Path::new("/tmp"), &["vllm_dist_"], since));
+        candidates.extend(made_since(Path::new("/tmp"), |name| name.starts_with("vllm_dist_"), since));
+        candidates.extend(dead_sockets(Path::new("/tmp"), since));
     }
     if candidates.is_empty() {
         return 0;
@@ -31,7 +35,7 @@ pub(super) fn remove(since: Millis) -> usize {
     removed
 }
 
-fn made_since(dir: &Path, prefixes: &[&str], since: Millis) -> Vec<PathBuf> {
+fn made_since(dir: &Path, is_wanted: impl Fn(&str) -> bool, since: Millis) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(dir) else {
         return Vec::new();
     };
@@ -41,7 +45,7 @@ fn made_since(dir: &Path, prefixes: &[&str], since: Millis) -> Vec<PathBuf> {
         .filter(|entry| {
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            prefixes.iter().any(|prefix| name.starts_with(prefix))
+            is_wanted(&name)
         })
         .filter(|entry| {
             // Not following links: only plain files of this user, made since then.
@@ -49,6 +53,27 @@ fn made_since(dir: &Path, prefixes: &[&str], since: Millis) -> Vec<PathBuf> {
                 .is_ok_and(|file| file.is_file() && file.uid() == own && made_ms(&file) >= since)
         })
         .map(|entry| entry.path())
+        .collect()
+}
+
+/// Sockets of ZeroMQ, by which vLLM's processes talk: named by a UUID alone, and nobody has them bound any more.
+fn dead_sockets(dir: &Path, since: Millis) -> Vec<PathBuf> {
+    let (Ok(entries), Ok(bound)) = (std::fs::read_dir(dir), std::fs::read_to_string("/proc/net/unix")) else {
+        return Vec::new();
+    };
+    let bound: BTreeSet<&str> = bound.lines().filter_map(|line| line.split_whitespace().nth(7)).collect();
+    let own = nix::unistd::geteuid().as_raw();
+    let is_uuid = |path: &Path| {
+        path.file_name().and_then(|name| name.to_str()).is_some_and(|n| n.len() == 36 && Uuid::try_parse(n).is_ok())
+    };
+    entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| is_uuid(path) && path.to_str().is_some_and(|path| !bound.contains(path)))
+        .filter(|path| {
+            std::fs::symlink_metadata(path)
+                .is_ok_and(|file| file.file_type().is_socket() && file.uid() == own && made_ms(&file) >= since)
+        })
         .collect()
 }
 
@@ -176,5 +201,16 @@ mod tests {
         drop(held);
         std::fs::remove_file(&open).ok();
         std::fs::remove_file(&other).ok();
+    }
+
+    #[test]
+    fn a_socket_that_nobody_has_bound_any_more_is_a_leftover() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(Uuid::from_u128(7).to_string());
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(dead_sockets(dir.path(), 0).is_empty(), "it is bound");
+        drop(listener);
+        assert_eq!(dead_sockets(dir.path(), 0), [path]);
+        assert!(dead_sockets(dir.path(), i64::MAX).is_empty(), "older than the worker");
     }
 }
