@@ -82,7 +82,19 @@ find_uv() {
         return
     fi
     UV=$ROOT/.venv-tools/bin/uv
-    [ -x "$UV" ] && "$UV" --version >/dev/null 2>&1 && return
+    has_own_uv && return
+    # Scripts that run side by side want it at the same moment: one installs, the others wait and find it.
+    local lock
+    mkdir -p "$ROOT/.cache"
+    exec {lock}>"$ROOT/.cache/uv.lock"
+    flock "$lock"
+    if ! has_own_uv; then install_own_uv; fi
+    exec {lock}>&-
+}
+
+has_own_uv() { [ -x "$UV" ] && "$UV" --version >/dev/null 2>&1; }
+
+install_own_uv() {
     step "no uv found: installing it into .venv-tools"
     local python
     python=$(base_python)
