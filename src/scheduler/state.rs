@@ -258,7 +258,7 @@ pub(super) enum Device {
     Empty,
     Loading { model: usize, since: Millis },
     Serving { model: usize, since: Millis, base_url: String, idle_since: Option<Millis>, suspect: bool },
-    Draining { model: usize, to: Option<usize>, base_url: String },
+    Draining { model: usize, to: Option<usize> },
     Stopping { model: usize, to: Option<usize> },
 }
 
@@ -536,6 +536,8 @@ impl State {
                 *known = base_url;
                 return Vec::new();
             }
+            // The same, after it was told to leave: its running jobs may still finish.
+            Device::Draining { model, .. } | Device::Stopping { model, .. } if *model == index => return Vec::new(),
             Device::Loading { model, .. } if *model == index => {}
             // Ready after we changed our mind: it must not stay beside another.
             _ => return vec![self.order(index, Order::Stop)],
@@ -715,8 +717,8 @@ impl State {
         let Some(index) = self.index_of(name) else {
             return;
         };
-        if let Device::Serving { base_url, .. } = &self.device {
-            self.device = Device::Draining { model: index, to, base_url: base_url.clone() };
+        if let Device::Serving { .. } = &self.device {
+            self.device = Device::Draining { model: index, to };
             self.finish_draining(effects);
         }
     }

@@ -347,3 +347,17 @@ fn a_stop_that_crossed_with_a_death_does_not_free_a_device_that_loads_again() {
     world.queue(vec![job(2, "b")]);
     assert!(world.orders.is_empty(), "a still loads: {:?}", world.orders);
 }
+
+#[test]
+fn a_suspect_that_is_seen_alive_while_it_drains_may_finish_its_jobs() {
+    let mut world = World::new(&[("a", 2), ("b", 1)]);
+    world.queue(vec![job(1, "a"), job(2, "a")]);
+    world.obey();
+    world.state.device = Device::Draining { model: 0, to: Some(1) };
+    world.report("a", Report::Ready { base_url: "http://a".into(), load_ms: 0 });
+    assert!(world.orders.is_empty(), "two jobs still run: {:?}", world.orders);
+    for n in [1, 2] {
+        world.event(Event::Ended { model: Arc::from("a"), number: n, answered: true, suspect: false });
+    }
+    assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
+}
