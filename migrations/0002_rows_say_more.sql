@@ -2,16 +2,20 @@
 -- that readers derive from the row (docs/adr/0007). What only the submission carries stands in one row with the body;
 -- large bodies and answers are files like artifacts are, all named in one table.
 
+-- Chains of `=` instead of `IN (...)`: SQLite builds a temporary index for a list of more than two, each time a row is
+-- written.
 CREATE TABLE job_new (
     number         INTEGER PRIMARY KEY CHECK (number BETWEEN 0 AND 17179869183),
     tag            INTEGER NOT NULL,
-    kind           TEXT NOT NULL CHECK (kind IN ('chat', 'completion', 'image', 'audio', 'custom')),
+    kind           TEXT NOT NULL CHECK
+                       (kind = 'chat' OR kind = 'image' OR kind = 'audio' OR kind = 'completion' OR kind = 'custom'),
     face           TEXT NOT NULL CHECK (face IN ('sync', 'async')),
     model          INTEGER NOT NULL,
     tenant         INTEGER NOT NULL,
     batch          INTEGER,
-    state          TEXT NOT NULL CHECK (state IN
-                       ('queued', 'running', 'cancelling', 'succeeded', 'failed', 'cancelled', 'expired')),
+    state          TEXT NOT NULL CHECK
+                       (state = 'queued' OR state = 'running' OR state = 'succeeded' OR state = 'failed' OR
+                        state = 'cancelling' OR state = 'cancelled' OR state = 'expired'),
     priority       INTEGER NOT NULL CHECK (priority BETWEEN 0 AND 9),
     attempt        INTEGER NOT NULL DEFAULT 0 CHECK (attempt >= 0),
     failures       INTEGER NOT NULL DEFAULT 0 CHECK (failures >= 0),
@@ -47,9 +51,10 @@ CREATE TABLE job_new (
     -- When what it held was deleted.
     emptied_at     INTEGER,
     -- A claimed job has an attempt and its time.
-    CONSTRAINT claimed_has_attempt CHECK (state NOT IN ('running', 'cancelling', 'succeeded') OR (attempt > 0 AND started_at IS NOT NULL)),
+    CONSTRAINT claimed_has_attempt CHECK
+        ((state <> 'running' AND state <> 'cancelling' AND state <> 'succeeded') OR (attempt > 0 AND started_at IS NOT NULL)),
     CONSTRAINT terminal_has_time CHECK
-        ((state IN ('succeeded', 'failed', 'cancelled', 'expired')) = (finished_at IS NOT NULL)),
+        ((state = 'queued' OR state = 'running' OR state = 'cancelling') = (finished_at IS NULL)),
     -- Nothing of a job that has not ended is ever deleted by age.
     CONSTRAINT only_ended_expires CHECK (finished_at IS NOT NULL OR (expires_at IS NULL AND emptied_at IS NULL))
 ) STRICT;
@@ -93,7 +98,7 @@ SELECT number, status, content_type, usage, body FROM result;
 -- Files of a job, under the data dir's `artifacts/`; `path` begins with the folder number / 1000.
 CREATE TABLE file (
     number   INTEGER NOT NULL,
-    role     TEXT NOT NULL CHECK (role IN ('request', 'response', 'artifact')),
+    role     TEXT NOT NULL CHECK (role = 'request' OR role = 'response' OR role = 'artifact'),
     position INTEGER NOT NULL,
     name     TEXT NOT NULL,
     mime     TEXT NOT NULL,
@@ -133,7 +138,7 @@ CREATE INDEX job_expiry ON job (expires_at) WHERE expires_at IS NOT NULL;
 
 -- A terminal job never changes: the last line of defence behind the guarded updates.
 CREATE TRIGGER job_terminal_is_final BEFORE UPDATE OF state, attempt ON job
-WHEN OLD.state IN ('succeeded', 'failed', 'cancelled', 'expired')
+WHEN OLD.finished_at IS NOT NULL
 BEGIN
     SELECT RAISE(ABORT, 'a terminal job never changes');
 END;
