@@ -348,19 +348,17 @@ impl Queue {
         all.take(most).map(|(key, _)| key.number()).collect()
     }
 
-    /// Jobs before `number` in this queue; `None`: not waiting, or more than `most`.
+    /// Jobs before `number` in this queue; `None`: not waiting, or more than `most` places from either end of its class.
     pub(super) fn rank(&self, priority: u8, number: i64, most: usize) -> Option<usize> {
         let key = Key::new(priority, number);
-        let before = |map: &BTreeMap<Key, Waiting>| map.range(..key).take(most + 1).count();
         let isolated: usize = self.isolated.values().map(|suspects| suspects.jobs.len()).sum();
-        let rank = if self.interactive.contains_key(&key) {
-            isolated + before(&self.interactive)
+        if self.interactive.contains_key(&key) {
+            Some(isolated + before(&self.interactive, key, most)?)
         } else if self.batch.contains_key(&key) {
-            isolated + self.interactive.len() + before(&self.batch)
+            Some(isolated + self.interactive.len() + before(&self.batch, key, most)?)
         } else {
-            self.isolated_keys().position(|(other, _)| *other == key)?
-        };
-        (rank <= most).then_some(rank)
+            self.isolated_keys().position(|(other, _)| *other == key)
+        }
     }
 
     /// Jobs on the worker.
@@ -463,6 +461,20 @@ impl Queue {
             .find_map(|(_, key)| map.get_key_value(key));
         urgent.or_else(|| map.first_key_value()).map(|(key, waiting)| (*key, *waiting))
     }
+}
+
+/// Entries before `key`, counted from the nearer end; `None`: more than `most` steps from either.
+fn before(map: &BTreeMap<Key, Waiting>, key: Key, most: usize) -> Option<usize> {
+    let (mut ahead, mut behind) = (map.range(..key), map.range(key..));
+    for steps in 0..=most {
+        if ahead.next_back().is_none() {
+            return Some(steps);
+        }
+        if behind.next().is_none() {
+            return Some(map.len() - steps);
+        }
+    }
+    None
 }
 
 /// An `Arc<str>` for a name, shared by all jobs of a model or tenant.
@@ -643,6 +655,14 @@ pub(super) mod tests {
         assert!(q.has_free_slot(TEXT, 7), "a delayed job is not passed");
         q.push(&job(2, 0), 0);
         assert!(!q.has_free_slot(TEXT, 9));
+    }
+
+    #[test]
+    fn ranks_are_counted_from_the_nearer_end() {
+        let q = queue((1..=100).map(|n| job(n, 5)));
+        for (number, rank) in [(1, Some(0)), (6, Some(5)), (50, None), (95, Some(94)), (100, Some(99))] {
+            assert_eq!(q.rank(5, number, 10), rank, "{number}");
+        }
     }
 
     #[test]

@@ -17,8 +17,8 @@ use crate::worker::supervisor::Order;
 const HISTORY_MAX: usize = 50;
 /// Waiting jobs that are told when their model is being loaded.
 const TOLD_MAX: usize = 256;
-/// Farthest position that is counted.
-const RANK_MAX: usize = 10_000;
+/// Farthest position that is counted, from the nearer end of a queue.
+const RANK_MAX: usize = 1_000;
 /// Weight of a new sample: loads, then service times. See `design`: EWMAs with .3 and .1.
 const LOAD_WEIGHT: f64 = 0.3;
 const SERVICE_WEIGHT: f64 = 0.1;
