@@ -53,7 +53,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         let tasks = tasks.clone();
         Arc::new(move |reason: &str| tasks.fail(reason))
     };
-    let opened = store::open(&data_dir, clock.clone(), on_fatal).await?;
+    let opened = store::open(&data_dir, clock.clone(), config.storage.clone(), on_fatal).await?;
     let setting = std::env::var("ROUNDHOUSE_GPU_PROBE").ok();
     let gpus =
         gpu::from_setting(setting.as_deref()).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_GPU_PROBE: {error}"))?;
@@ -72,7 +72,6 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     }
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
     let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus, &tasks)?;
-    let waiting = opened.queued.len();
     let reader = opened.store.reader().clone();
     let live_sync_jobs = reader.live_sync_jobs().await?;
     let handle = run::start(Parts {
@@ -84,10 +83,12 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         knobs: config.scheduler.clone(),
         workers,
         reports,
-        queued: opened.queued,
+        epoch: opened.epoch,
         learned: opened.learned,
         next_number: opened.next_number,
-    });
+    })
+    .await?;
+    let waiting = handle.queue().queued;
     stop_when_drained(&tasks, &handle);
     let state = AppState::new(http::Parts {
         handle,

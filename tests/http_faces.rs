@@ -13,7 +13,7 @@ use bytes::Bytes;
 use roundhouse::clock::SystemClock;
 use roundhouse::config::ServerSettings;
 use roundhouse::domain::worker::Answer;
-use roundhouse::domain::{ErrorCode, JobId, JobKind, JobState, Launch, ModelKind, ModelSpec, Token};
+use roundhouse::domain::{ErrorCode, JobId, JobKind, JobState, Launch, ModelKind, ModelSpec};
 use roundhouse::http::auth::ApiKeys;
 use roundhouse::http::{self, AppState};
 use roundhouse::lifecycle::Tasks;
@@ -76,8 +76,14 @@ impl Bench {
     async fn with(server: ServerSettings, keys: &str, waiting_sync_max: usize) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let (tasks, clock) = (Tasks::new(), Arc::new(SystemClock::default()));
-        let opened =
-            store::open(dir.path(), clock.clone(), Arc::new(|reason| panic!("{reason}"))).await.expect("a store");
+        let opened = store::open(
+            dir.path(),
+            clock.clone(),
+            roundhouse::domain::StorageSettings::default(),
+            Arc::new(|reason| panic!("{reason}")),
+        )
+        .await
+        .expect("a store");
         let models = vec![
             spec("text", ModelKind::Text, "/v1/chat/completions"),
             spec("flux", ModelKind::Image, "/v1/images/generations"),
@@ -93,10 +99,12 @@ impl Bench {
             knobs: Knobs::default(),
             workers: BTreeMap::new(),
             reports,
-            queued: opened.queued,
+            epoch: opened.epoch,
             learned: opened.learned,
             next_number: opened.next_number,
-        });
+        })
+        .await
+        .expect("a scheduler");
         let state = AppState::new(http::Parts {
             handle: handle.clone(),
             reader: store.reader().clone(),
@@ -154,8 +162,8 @@ impl Bench {
 
     /// Ends a queued job as its worker would.
     async fn succeed(&self, id: JobId, kind: JobKind, content_type: &str, body: &str) {
-        let claimed = self.store.claim(vec![id.number], "flux".into(), "run_1".into()).await.expect("claimed");
-        let token = Token { id, attempt: claimed[0].attempt };
+        let claimed = self.store.claim(vec![id.number], 1).await.expect("claimed");
+        let token = claimed[0].token;
         let answer = Answer {
             status: 200,
             content_type: content_type.into(),

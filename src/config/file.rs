@@ -23,6 +23,8 @@ pub(super) struct File {
     pub(super) scheduler: Option<Scheduler>,
     /// The HTTP server and its workers' grace periods.
     pub(super) server: Option<Server>,
+    /// How long things are kept, and how much room they take.
+    pub(super) storage: Option<Storage>,
 }
 
 /// The entries of `models:` in the order of the file.
@@ -183,6 +185,29 @@ pub(super) struct Server {
     pub(super) backoff_max: Option<At<Period>>,
     /// How long running jobs may finish after SIGTERM of the server. Default 30.
     pub(super) shutdown_grace: Option<At<Period>>,
+}
+
+/// How long things are kept, and how much room they take.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub(super) struct Storage {
+    /// How long results, events and artifacts are kept after a job's end. Default 168h (7 days).
+    pub(super) results_ttl: Option<At<Period>>,
+    /// The same for synchronous calls. Default 24h.
+    pub(super) sync_ttl: Option<At<Period>>,
+    /// The same for members of a batch. Default 720h (30 days).
+    pub(super) batch_ttl: Option<At<Period>>,
+    /// How long after its end a job can still be looked up. Default 720h (30 days).
+    pub(super) tombstone_ttl: Option<At<Period>>,
+    /// Room for results and artifacts: at the limit, expired ones go first, then delivered ones, then new jobs are refused.
+    /// Default half of what is free on the disk at the start.
+    pub(super) quota: Option<At<Size>>,
+    /// New jobs are refused while less than this is free on the disk. Default 512MiB.
+    pub(super) free_min: Option<At<Size>>,
+    /// Room set aside for the answers of running jobs when the disk is full. Default 64MiB.
+    pub(super) reserve: Option<At<Size>>,
+    /// Pages (4 KiB) of the write-ahead log after which it is copied into the database. Default 1000.
+    pub(super) wal_pages: Option<At<u32>>,
 }
 
 impl File {

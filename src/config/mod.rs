@@ -16,7 +16,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::domain::ModelSpec;
+use crate::domain::{ModelSpec, StorageSettings};
 use crate::policy::Knobs;
 
 /// Where the server listens if nobody says otherwise.
@@ -33,6 +33,8 @@ pub struct Config {
     pub scheduler: Knobs,
     /// `server:`
     pub server: ServerSettings,
+    /// `storage:`
+    pub storage: StorageSettings,
 }
 
 /// The `server:` section.
@@ -182,6 +184,7 @@ fn parse(path: &Path, text: &str, env: &dyn Fn(&str) -> Option<String>) -> (Opti
         models: entry::models(&file, dir, &mut problems),
         scheduler: sections::scheduler(&file, &mut problems),
         server: sections::server(&file, env, &mut problems),
+        storage: sections::storage(&file, &mut problems),
     };
     (Some(config), problems.0)
 }

@@ -2,15 +2,19 @@
 
 use std::time::Duration;
 
-use super::file::{At, File, MaxWait, Scheduler, Server, SwapBudget};
+use super::file::{At, File, MaxWait, Scheduler, Server, Storage, SwapBudget};
 use super::units::{Period, Share, Size};
 use super::{DEFAULT_LISTEN, Problems, ServerSettings};
+use crate::domain::StorageSettings;
 use crate::policy::Knobs;
 
 /// Smallest useful limit of a request body.
 const BODY_BYTES_MIN: u64 = 1024;
 /// Largest sensible limit of a request body; bodies are held in memory.
 const BODY_BYTES_MAX: u64 = 1 << 30;
+
+const QUOTA_MIN: u64 = 1 << 20;
+const WAL_PAGES_MIN: u32 = 100;
 
 pub(super) fn scheduler(file: &File, problems: &mut Problems) -> Knobs {
     let usual = Knobs::default();
@@ -85,6 +89,34 @@ pub(super) fn server(file: &File, env: &dyn Fn(&str) -> Option<String>, problems
         public_url: section.public_url(given, env, settings.listen.as_deref()),
         ..settings
     }
+}
+
+pub(super) fn storage(file: &File, problems: &mut Problems) -> StorageSettings {
+    let nothing = Storage::default();
+    let given = file.storage.as_ref().unwrap_or(&nothing);
+    let usual = StorageSettings::default();
+    let mut section = Section { problems };
+    let mut period = |key: &str, at: &Option<At<Period>>, usual: Duration| {
+        section.period(&format!("storage.{key}"), at.as_ref(), usual)
+    };
+    let settings = StorageSettings {
+        results_ttl: period("results_ttl", &given.results_ttl, usual.results_ttl),
+        sync_ttl: period("sync_ttl", &given.sync_ttl, usual.sync_ttl),
+        batch_ttl: period("batch_ttl", &given.batch_ttl, usual.batch_ttl),
+        tombstone_ttl: period("tombstone_ttl", &given.tombstone_ttl, usual.tombstone_ttl),
+        quota_bytes: given.quota.as_ref().map(|at| at.value.0),
+        free_min_bytes: given.free_min.as_ref().map_or(usual.free_min_bytes, |at| at.value.0),
+        reserve_bytes: given.reserve.as_ref().map_or(usual.reserve_bytes, |at| at.value.0),
+        wal_pages: given.wal_pages.as_ref().map_or(usual.wal_pages, |at| at.value),
+        ..usual
+    };
+    if let Some(at) = given.quota.as_ref().filter(|at| at.value.0 < QUOTA_MIN) {
+        section.problems.add(at.line, "storage.quota: must be at least 1MiB");
+    }
+    if let Some(at) = given.wal_pages.as_ref().filter(|at| at.value < WAL_PAGES_MIN) {
+        section.problems.add(at.line, "storage.wal_pages: must be at least 100");
+    }
+    settings
 }
 
 struct Section<'a> {

@@ -45,6 +45,8 @@ codes! {
     JobAlreadyTerminal => "job_already_terminal",
     /// The result is past its retention.
     ResultExpired => "result_expired",
+    /// The idempotency key came with another body before.
+    IdempotencyKeyReused => "idempotency_key_reused",
     /// A body over the limit.
     PayloadTooLarge => "payload_too_large",
     /// Not JSON where JSON is needed.

@@ -6,6 +6,7 @@ pub mod error;
 pub mod ids;
 pub mod job;
 pub mod model;
+pub mod storage;
 pub mod worker;
 
 pub use batch::BatchId;
@@ -13,6 +14,7 @@ pub use error::{ErrorCode, JobError};
 pub use ids::{IdError, JobId};
 pub use job::{Class, Face, Job, JobKind, JobState, NewJob, StateReason, Token};
 pub use model::{Launch, ModelKind, ModelSpec, ModelState};
+pub use storage::StorageSettings;
 
 /// Milliseconds since the Unix epoch, the only wall-clock unit in this program.
 pub type Millis = i64;

@@ -52,6 +52,7 @@ fn meaning(code: ErrorCode) -> Meaning {
         C::JobNotTerminal => (409, "The job has not ended yet", Retry::Never),
         C::JobAlreadyTerminal => (409, "The job has ended already", Retry::Never),
         C::ResultExpired => (410, "The result is past its retention", Retry::Unsaid),
+        C::IdempotencyKeyReused => (422, "The idempotency key was used for another request", Retry::Unsaid),
         C::PayloadTooLarge => (413, "The body is too large", Retry::Unsaid),
         C::UnsupportedMediaType => (415, "The body is not JSON", Retry::Unsaid),
         C::RateLimited => (429, "Too many requests", Retry::After(1)),
@@ -318,6 +319,16 @@ impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::NotFound => Self::not_found("the job"),
+            StoreError::Expired => Self::new(ErrorCode::ResultExpired, "the job's content is past its retention"),
+            StoreError::KeyReused => Self::new(
+                ErrorCode::IdempotencyKeyReused,
+                "this Idempotency-Key came with another body before: use a new key for a new request",
+            )
+            .at("Idempotency-Key"),
+            StoreError::DiskFull(reason) => {
+                tracing::warn!("a request was refused: {reason}");
+                Self::new(ErrorCode::StorageUnavailable, "no room on the server's disk for new jobs; try again later")
+            }
             StoreError::Full => Self::new(ErrorCode::StorageUnavailable, "too many writes wait; try again shortly"),
             StoreError::Stopped => Self::new(ErrorCode::Draining, "the server is shutting down"),
             error => {
@@ -360,6 +371,7 @@ method_not_allowed 405 invalid_request_error -
 job_not_terminal 409 invalid_request_error never
 job_already_terminal 409 invalid_request_error never
 result_expired 410 not_found_error -
+idempotency_key_reused 422 invalid_request_error -
 payload_too_large 413 invalid_request_error -
 unsupported_media_type 415 invalid_request_error -
 rate_limited 429 rate_limit_error after 1

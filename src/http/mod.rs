@@ -30,6 +30,7 @@ use crate::store::read::Reader;
 pub mod auth;
 pub mod body;
 pub mod error;
+pub mod idempotency;
 pub mod jobs;
 pub mod metrics;
 pub mod openai;

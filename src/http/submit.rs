@@ -6,34 +6,50 @@ use std::task::{Context, Poll};
 
 use futures_util::future::BoxFuture;
 
-use crate::domain::{ErrorCode, Face, NewJob};
+use crate::domain::{ErrorCode, Face, Job, NewJob};
 use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::http::waiters::{Guard, Role, Waiters};
 use crate::lifecycle::Tasks;
-use crate::scheduler::handle::{SubmitError, Submitted};
+use crate::scheduler::handle::{Accepted, SubmitError};
+use crate::scheduler::hub::JobWatch;
+use crate::store::IdempotencyKey;
+
+/// An accepted job.
+#[derive(Debug)]
+pub struct Submitted {
+    /// As committed.
+    pub job: Job,
+    /// Subscribed before anything could happen to it.
+    pub watch: JobWatch,
+    /// It was accepted before, under the same idempotency key.
+    pub replayed: bool,
+}
 
 /// Submits one job. A sync one comes with the guard of its caller.
-pub async fn submit(state: &AppState, job: NewJob) -> Result<(Submitted, Option<Guard>), ApiError> {
+pub async fn submit(
+    state: &AppState,
+    job: NewJob,
+    key: Option<IdempotencyKey>,
+) -> Result<(Submitted, Option<Guard>), ApiError> {
     let face = job.face;
     let handle = state.handle.clone();
-    let future: Submitting = Box::pin(async move { handle.submit(vec![job]).await });
-    let submitted = match face {
+    let future: Submitting = Box::pin(async move { handle.submit(vec![job], key).await });
+    let Accepted { jobs, watch, replayed } = match face {
         Face::Async => future.await?,
         Face::Sync => {
             let (tasks, waiters) = (state.tasks.clone(), state.waiters.clone());
             Watched { future: Some(future), tasks, waiters }.await?
         }
     };
-    let submitted = submitted
-        .into_iter()
-        .next()
-        .ok_or_else(|| ApiError::new(ErrorCode::InternalError, "the scheduler accepted no job"))?;
-    let guard = (face == Face::Sync).then(|| state.waiters.wait(submitted.job.id, Role::Caller));
-    Ok((submitted, guard))
+    let (Some(job), Some(watch)) = (jobs.into_iter().next(), watch) else {
+        return Err(ApiError::new(ErrorCode::InternalError, "the scheduler accepted no job"));
+    };
+    let guard = (job.face == Face::Sync && face == Face::Sync).then(|| state.waiters.wait(job.id, Role::Caller));
+    Ok((Submitted { job, watch, replayed }, guard))
 }
 
-type Submitting = BoxFuture<'static, Result<Vec<Submitted>, SubmitError>>;
+type Submitting = BoxFuture<'static, Result<Accepted, SubmitError>>;
 
 /// A submission whose caller may leave before the commit: then it is finished beside, and the job counts as abandoned.
 struct Watched {
@@ -43,7 +59,7 @@ struct Watched {
 }
 
 impl Future for Watched {
-    type Output = Result<Vec<Submitted>, SubmitError>;
+    type Output = Result<Accepted, SubmitError>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let Some(future) = &mut self.future else {
@@ -67,8 +83,8 @@ impl Drop for Watched {
         }
         let waiters = self.waiters.clone();
         self.tasks.spawn("submission of a lost caller", async move {
-            for submitted in future.await.into_iter().flatten() {
-                drop(waiters.wait(submitted.job.id, Role::Caller));
+            for job in future.await.into_iter().flat_map(|accepted| accepted.jobs) {
+                drop(waiters.wait(job.id, Role::Caller));
             }
         });
     }

@@ -165,6 +165,9 @@ async fn result(state: &AppState, job: &Job) -> Value {
     let is_short = answer.body.len() <= INLINE_BYTES_MAX && answer.content_type.starts_with("application/json");
     let body = is_short.then(|| super::openai::answer::named(job, &answer.body));
     let body: Option<Value> = body.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    if body.is_some() {
+        state.handle.delivered(job);
+    }
     json!({"status_code": answer.status, "body": body, "body_url": body_url})
 }
 
@@ -318,6 +321,7 @@ mod tests {
             error: None,
             usage: None,
             load_ms: 1_500,
+            emptied_at: None,
         }
     }
 

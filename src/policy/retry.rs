@@ -1,8 +1,8 @@
 //! What the end of an attempt means for its job: done, or another attempt and when.
 //!
 //! Two budgets, never mixed: `failures` counts the job's own retriable errors (limit `max_attempts`); `crashes` counts
-//! workers that died while they ran it. A crash isolates: the jobs of that run go back unharmed and run alone next time;
-//! only a job whose worker dies again while it is isolated is the killer, and fails.
+//! workers that died while they ran it. A crash isolates: the jobs of that worker go back unharmed and run again in halves
+//! (see `scheduler::queue`); only a job whose worker dies again while it is isolated and alone is the killer, and fails.
 
 use crate::domain::worker::{Answer, Outcome};
 use crate::domain::{ErrorCode, JobError, Millis};
@@ -16,7 +16,7 @@ pub struct Attempt {
     pub crashes: u32,
     /// Budget of `failures`.
     pub max_attempts: u32,
-    /// It had the worker for itself, since it had seen a crash before.
+    /// It had the worker for itself alone, since it had seen a crash before.
     pub isolated: bool,
     /// Somebody asked to cancel it.
     pub cancelling: bool,
@@ -45,6 +45,17 @@ pub enum Verdict {
     Requeue(Requeue),
 }
 
+/// What an attempt says about a job as the killer of a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Suspicion {
+    /// The worker died: the job runs next with others of the same death only.
+    Raised,
+    /// The attempt proves nothing.
+    Kept,
+    /// The worker survived it.
+    Dropped,
+}
+
 /// Another attempt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Requeue {
@@ -54,6 +65,8 @@ pub struct Requeue {
     pub failures: u32,
     /// New value of `crashes`.
     pub crashes: u32,
+    /// Whether it may have killed its worker.
+    pub suspicion: Suspicion,
     /// Why this attempt ended; shown while it waits.
     pub error: Option<JobError>,
 }
@@ -84,7 +97,13 @@ pub fn judge(outcome: Outcome, attempt: &Attempt, now: Millis) -> Verdict {
 }
 
 fn requeue(attempt: &Attempt, error: Option<JobError>) -> Verdict {
-    Verdict::Requeue(Requeue { not_before: None, failures: attempt.failures, crashes: attempt.crashes, error })
+    Verdict::Requeue(Requeue {
+        not_before: None,
+        failures: attempt.failures,
+        crashes: attempt.crashes,
+        suspicion: Suspicion::Kept,
+        error,
+    })
 }
 
 fn judge_crash(reason: &str, attempt: &Attempt) -> Verdict {
@@ -93,7 +112,13 @@ fn judge_crash(reason: &str, attempt: &Attempt) -> Verdict {
         return Verdict::Fail(error);
     }
     let crashes = attempt.crashes + 1;
-    Verdict::Requeue(Requeue { not_before: None, failures: attempt.failures, crashes, error: Some(error) })
+    Verdict::Requeue(Requeue {
+        not_before: None,
+        failures: attempt.failures,
+        crashes,
+        suspicion: Suspicion::Raised,
+        error: Some(error),
+    })
 }
 
 fn judge_failure(error: JobError, attempt: &Attempt, now: Millis) -> Verdict {
@@ -105,7 +130,13 @@ fn judge_failure(error: JobError, attempt: &Attempt, now: Millis) -> Verdict {
     if attempt.deadline.is_some_and(|deadline| now + pause >= deadline) {
         return Verdict::Fail(error);
     }
-    Verdict::Requeue(Requeue { not_before: Some(now + pause), failures, crashes: attempt.crashes, error: Some(error) })
+    Verdict::Requeue(Requeue {
+        not_before: Some(now + pause),
+        failures,
+        crashes: attempt.crashes,
+        suspicion: Suspicion::Dropped,
+        error: Some(error),
+    })
 }
 
 #[cfg(test)]

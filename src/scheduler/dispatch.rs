@@ -14,11 +14,11 @@ use crate::clock::Clock;
 use crate::domain::worker::{Answer, Outcome, Progress};
 use crate::domain::{ErrorCode, Face, JobError, JobState, Millis, Token};
 use crate::lifecycle::Tasks;
-use crate::policy::retry::{self, Attempt, Requeue, Verdict};
+use crate::policy::retry::{self, Attempt, Requeue, Suspicion, Verdict};
 use crate::scheduler::hub::{Ended, Hub};
 use crate::scheduler::run::Message;
-use crate::scheduler::state::Event;
-use crate::store::{Change, End, QueuedJob, Store, StoreError};
+use crate::scheduler::state::{Back, Event, Place};
+use crate::store::{Change, ClaimedJob, End, GiveBack, Store, StoreError};
 use crate::worker::client::{Call, RunTag, WorkerClient};
 
 /// Longest that output waits to be committed, and how often progress is.
@@ -48,13 +48,12 @@ pub(super) struct Context {
 
 /// One claimed job on its way to a worker.
 pub(super) struct Dispatch {
-    pub(super) job: QueuedJob,
-    pub(super) token: Token,
-    pub(super) endpoint: String,
-    pub(super) body: Bytes,
-    pub(super) base_url: String,
+    pub(super) job: ClaimedJob,
+    /// Entry name.
+    pub(super) model: Arc<str>,
+    pub(super) place: Place,
     pub(super) run: Option<RunTag>,
-    /// Isolated by an earlier crash.
+    /// Isolated by an earlier crash, and the only one of its run.
     pub(super) alone: bool,
     /// Cancelled when somebody asks to cancel the job.
     pub(super) cancelled: CancellationToken,
@@ -72,47 +71,59 @@ struct Relayed {
 struct Committed {
     change: Option<Change>,
     ended: Option<Ended>,
-    requeued: Option<Requeue>,
+    back: Option<Back>,
 }
 
 /// Runs the attempt to its committed end, then frees its slot.
 pub(super) async fn run(context: Context, dispatch: Dispatch) {
+    match context.store.reader().load(&dispatch.job.body).await {
+        Ok(body) => send(context, dispatch, body).await,
+        Err(error) if error.is_lost_file() => {
+            tracing::error!(job.id = %dispatch.job.token.id, "the body of a job is lost: {error}");
+            let message = "the stored body of this job is damaged or gone; submit it again";
+            let verdict = Verdict::Fail(JobError::new(ErrorCode::InternalError, message, true));
+            conclude(context, dispatch, verdict, false, false).await;
+        }
+        Err(error) => {
+            tracing::error!(job.id = %dispatch.job.token.id, "a body could not be read, trying again: {error}");
+            let verdict = Verdict::Requeue(Requeue {
+                not_before: Some(context.clock.now() + GIVE_UP_PAUSE_MS),
+                failures: dispatch.job.failures,
+                crashes: dispatch.job.crashes,
+                suspicion: Suspicion::Kept,
+                error: None,
+            });
+            conclude(context, dispatch, verdict, false, false).await;
+        }
+    }
+}
+
+async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
     let started = Instant::now();
     let since = context.clock.now();
-    let (outcome, relayed, deadline_passed) = attempt(&context, &dispatch).await;
+    let token = dispatch.job.token;
+    let (outcome, relayed, deadline_passed) = attempt(&context, &dispatch, body).await;
     // Half of the limit is long: engines that live give a sign of it many times a minute.
     let silent_for = relayed.sign_at.unwrap_or(started).elapsed();
     let silent = is_timeout(&outcome) && silent_for >= started.elapsed() / 2;
     let suspect = matches!(outcome, Outcome::WorkerLost { .. });
     let answered = matches!(outcome, Outcome::Answered(_));
     if let Outcome::WorkerLost { reason, .. } = &outcome {
-        tracing::warn!(job.id = %dispatch.token.id, model = %dispatch.job.model, "worker lost: {reason}");
+        tracing::warn!(job.id = %token.id, model = %dispatch.model, "worker lost: {reason}");
     }
     if silent {
-        context.tell(Message::Event(Event::Silent { model: dispatch.job.model.clone(), since }));
+        context.tell(Message::Event(Event::Silent { model: dispatch.model.clone(), since }));
     }
     let verdict = retry::judge(outcome, &judged(&context, &dispatch, relayed, deadline_passed), context.clock.now());
     tracing::debug!(
-        job.id = %dispatch.token.id, job.attempt = dispatch.token.attempt, elapsed_ms = started.elapsed().as_millis(),
-        "attempt ended"
+        job.id = %token.id, job.attempt = token.attempt, elapsed_ms = started.elapsed().as_millis(), "attempt ended"
     );
     conclude(context, dispatch, verdict, answered, suspect).await;
 }
 
-/// The claimed job's request could not be read: it goes back to the queue for a moment, uncharged.
-pub(super) async fn give_up(context: Context, dispatch: Dispatch) {
-    let requeue = Requeue {
-        not_before: Some(context.clock.now() + GIVE_UP_PAUSE_MS),
-        failures: dispatch.job.failures,
-        crashes: dispatch.job.crashes,
-        error: None,
-    };
-    conclude(context, dispatch, Verdict::Requeue(requeue), false, false).await;
-}
-
 /// Commits the verdict, tells watchers, and frees the slot whatever became of it.
 async fn conclude(context: Context, dispatch: Dispatch, verdict: Verdict, answered: bool, suspect: bool) {
-    let number = dispatch.token.id.number;
+    let number = dispatch.job.token.id.number;
     let committed = commit(&context, &dispatch, verdict).await;
     let state = committed.change.map(|change| change.state);
     if let (Some(change), Some(ended)) = (committed.change, committed.ended) {
@@ -120,12 +131,8 @@ async fn conclude(context: Context, dispatch: Dispatch, verdict: Verdict, answer
     } else if let Some(change) = committed.change {
         context.hub.publish(number, change.version, change.seq);
     }
-    // The slot first, then the job: a job given back may be claimed by the same worker at once.
-    let event = Event::Ended { model: dispatch.job.model.clone(), number, answered, suspect };
+    let event = Event::Ended { model: dispatch.model.clone(), number, answered, suspect, back: committed.back };
     context.tell(Message::Ended { event, state });
-    if let (Some(requeue), Some(_)) = (committed.requeued, committed.change) {
-        context.tell(Message::Event(Event::Queued(vec![given_back(dispatch, &requeue)])));
-    }
 }
 
 fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_passed: bool) -> Attempt {
@@ -144,13 +151,19 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
     }
 }
 
-fn given_back(dispatch: Dispatch, requeue: &Requeue) -> QueuedJob {
-    QueuedJob {
-        attempt: dispatch.token.attempt,
+/// What a job takes back to the queue.
+fn given_back(dispatch: &Dispatch, requeue: &Requeue) -> GiveBack {
+    let crash = match requeue.suspicion {
+        Suspicion::Raised => Some(dispatch.place.load),
+        Suspicion::Kept => dispatch.job.crash,
+        Suspicion::Dropped => None,
+    };
+    GiveBack {
         failures: requeue.failures,
         crashes: requeue.crashes,
+        crash,
         not_before: requeue.not_before,
-        ..dispatch.job
+        error: requeue.error.clone(),
     }
 }
 
@@ -162,22 +175,22 @@ impl Context {
 }
 
 /// Sends the job and relays its progress until it ends. Says whether the job's own deadline cut it.
-async fn attempt(context: &Context, dispatch: &Dispatch) -> (Outcome, Relayed, bool) {
+async fn attempt(context: &Context, dispatch: &Dispatch, body: Bytes) -> (Outcome, Relayed, bool) {
     let now = context.clock.now();
     let (timeout, by_deadline) = time_left(&dispatch.job, now);
     let stop = CancellationToken::new();
     let (sender, receiver) = mpsc::channel(PROGRESS_WAITING_MAX);
     let call = Call {
-        base_url: dispatch.base_url.clone(),
-        endpoint: dispatch.endpoint.clone(),
-        token: dispatch.token,
-        body: dispatch.body.clone(),
+        base_url: dispatch.place.base_url.clone(),
+        endpoint: dispatch.job.endpoint.clone(),
+        token: dispatch.job.token,
+        body,
         stream: dispatch.job.stream,
         run: dispatch.run.clone(),
         timeout,
     };
     let work = context.client.run(call, sender, stop.clone());
-    let relay = relay(context, dispatch.token, receiver);
+    let relay = relay(context, dispatch.job.token, receiver);
     let stopper = async {
         tokio::select! {
             () = dispatch.cancelled.cancelled() => {}
@@ -200,7 +213,7 @@ fn is_timeout(outcome: &Outcome) -> bool {
 }
 
 /// The attempt's time limit, and whether it is the job's deadline that sets it.
-fn time_left(job: &QueuedJob, now: Millis) -> (Duration, bool) {
+fn time_left(job: &ClaimedJob, now: Millis) -> (Duration, bool) {
     let millis = |ms: i64| Duration::from_millis(u64::try_from(ms).unwrap_or(0));
     match job.deadline.map(|deadline| deadline - now) {
         Some(left) if left < job.timeout_ms => (millis(left), true),
@@ -296,7 +309,7 @@ async fn commit(context: &Context, dispatch: &Dispatch, verdict: Verdict) -> Com
             Ok(committed) => return committed,
             Err(StoreError::Stopped) => break,
             Err(error) => {
-                tracing::error!(job.id = %dispatch.token.id, "the end of a job was not stored, trying again: {error}")
+                tracing::error!(job.id = %dispatch.job.token.id, "the end of a job was not stored, trying again: {error}")
             }
         }
         tokio::select! {
@@ -305,42 +318,43 @@ async fn commit(context: &Context, dispatch: &Dispatch, verdict: Verdict) -> Com
         }
     }
     // The next start finds the job running, and gives it back to the queue.
-    Committed { change: None, ended: None, requeued: None }
+    Committed { change: None, ended: None, back: None }
 }
 
 async fn try_commit(context: &Context, dispatch: &Dispatch, verdict: &Verdict) -> Result<Committed, StoreError> {
-    let token = dispatch.token;
+    let token = dispatch.job.token;
     let (end, ended) = match verdict {
         Verdict::Succeed(answer) => return succeed(context, dispatch, answer).await,
         Verdict::Fail(error) => (End::Failed(error.clone()), ended(JobState::Failed, error.clone())),
         Verdict::Expire(error) => (End::Expired(error.clone()), ended(JobState::Expired, error.clone())),
         Verdict::Cancel => return cancel(context, token).await,
         Verdict::Requeue(requeue) => {
-            let Requeue { failures, crashes, not_before, error } = requeue.clone();
-            let change = context.store.requeue(token, failures, crashes, not_before, error).await?;
+            let back = given_back(dispatch, requeue);
+            let waits = Back { not_before: back.not_before, crash: back.crash };
+            let change = context.store.requeue(token, back).await?;
             // Asked to cancel in the meantime: then it is not tried again.
             return match change {
                 None => cancel(context, token).await,
-                Some(_) => Ok(Committed { change, ended: None, requeued: Some(requeue.clone()) }),
+                Some(_) => Ok(Committed { change, ended: None, back: Some(waits) }),
             };
         }
     };
     let change = context.store.finish(token, end).await?;
-    Ok(Committed { change, ended: Some(ended), requeued: None })
+    Ok(Committed { change, ended: Some(ended), back: None })
 }
 
 async fn succeed(context: &Context, dispatch: &Dispatch, answer: &Answer) -> Result<Committed, StoreError> {
-    let kept = context.store.keep(dispatch.token, dispatch.job.kind, answer).await?;
-    let change = context.store.finish(dispatch.token, End::Succeeded(kept)).await?;
+    let kept = context.store.keep(dispatch.job.token, dispatch.job.kind, answer).await?;
+    let change = context.store.finish(dispatch.job.token, End::Succeeded(kept)).await?;
     let ended = Ended { state: JobState::Succeeded, answer: Some(Arc::new(answer.clone())), error: None };
-    Ok(Committed { change, ended: Some(ended), requeued: None })
+    Ok(Committed { change, ended: Some(ended), back: None })
 }
 
 async fn cancel(context: &Context, token: Token) -> Result<Committed, StoreError> {
     let change = context.store.finish(token, End::Cancelled).await?;
     let error = context.store.reader().job(token.id).await.ok().and_then(|job| job.error);
     let ended = Ended { state: JobState::Cancelled, answer: None, error };
-    Ok(Committed { change, ended: Some(ended), requeued: None })
+    Ok(Committed { change, ended: Some(ended), back: None })
 }
 
 fn ended(state: JobState, error: JobError) -> Ended {

@@ -13,7 +13,7 @@ pub use crate::policy::plan::Decision;
 use crate::scheduler::hub::JobWatch;
 use crate::scheduler::hub::{Ended, Hub};
 use crate::scheduler::run::Message;
-use crate::store::{Store, StoreError};
+use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics};
 use crate::worker::supervisor::{Order, WorkerHandle};
 
 /// Why jobs were not accepted; nothing was stored.
@@ -40,13 +40,15 @@ pub enum SubmitError {
     Store(#[from] StoreError),
 }
 
-/// An accepted job: committed, and watched since before it could start.
+/// Accepted jobs: committed.
 #[derive(Debug)]
-pub struct Submitted {
-    /// As committed.
-    pub job: Job,
-    /// Subscribed before anything could happen to it.
-    pub watch: JobWatch,
+pub struct Accepted {
+    /// In order.
+    pub jobs: Vec<Job>,
+    /// Of the only job, subscribed before anything could happen to it.
+    pub watch: Option<JobWatch>,
+    /// They were accepted before, under the same idempotency key.
+    pub replayed: bool,
 }
 
 /// What one model waits for and is doing; part of [`QueueView`].
@@ -160,10 +162,11 @@ impl Handle {
         Self { messages, hub, store, workers: Arc::new(workers), view, counters: Arc::new(Mutex::new(counters)) }
     }
 
-    /// Commits jobs (all or none) and returns them in order. All are of one tenant.
-    pub async fn submit(&self, jobs: Vec<NewJob>) -> Result<Vec<Submitted>, SubmitError> {
+    /// Commits jobs (all or none) and returns them in order. All are of one tenant. With a `key` that came before, those of
+    /// then are returned.
+    pub async fn submit(&self, jobs: Vec<NewJob>, key: Option<IdempotencyKey>) -> Result<Accepted, SubmitError> {
         let (reply, answer) = oneshot::channel();
-        self.messages.send(Message::Submit { jobs, reply }).map_err(|_| SubmitError::Draining)?;
+        self.messages.send(Message::Submit { jobs, key, reply }).map_err(|_| SubmitError::Draining)?;
         answer.await.unwrap_or(Err(SubmitError::Draining))
     }
 
@@ -184,7 +187,7 @@ impl Handle {
             } else {
                 let ended = Ended { state: change.state, answer: None, error: job.error.clone() };
                 self.hub.end(id.number, change.version, change.seq, ended);
-                Message::EndedQueued { number: id.number, state: change.state }
+                Message::Cancelled { model: request.model, priority: request.priority, number: id.number }
             };
             // After the loop has ended there is nothing left to stop.
             let _ = self.messages.send(message);
@@ -205,12 +208,25 @@ impl Handle {
     /// Where a queued job stands in the current plan; all `None` for one that is not queued.
     pub async fn position(&self, job: &Job) -> Position {
         let (reply, answer) = oneshot::channel();
+        let (model, priority, number) = (job.model.clone(), job.priority, job.id.number);
         if job.state != JobState::Queued
-            || self.messages.send(Message::Position { number: job.id.number, reply }).is_err()
+            || self.messages.send(Message::Position { model, priority, number, reply }).is_err()
         {
             return Position::default();
         }
         answer.await.ok().flatten().unwrap_or_default()
+    }
+
+    /// Notes that a job's answer was handed to a client.
+    pub fn delivered(&self, job: &Job) {
+        if job.state == JobState::Succeeded {
+            self.store.delivered(job.id);
+        }
+    }
+
+    /// The store's own figures.
+    pub async fn store_metrics(&self) -> StoreMetrics {
+        self.store.metrics().await
     }
 
     /// Views of all workers, by name.

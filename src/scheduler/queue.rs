@@ -1,12 +1,19 @@
 //! The waiting and running jobs of one model, in the model's own order. Pure: no clock, no I/O.
 //!
-//! Order: jobs isolated by a crash first, each alone on the worker; else interactive before batch, but every 8th admission
-//! is batch while batch waits; within a class a job whose deadline is near, then priority, then arrival.
+//! Order: jobs isolated by a crash first, each part alone on the worker; else interactive before batch, but every 8th
+//! admission is batch while batch waits; within a class a job whose deadline is near, then priority, then arrival.
+//!
+//! Jobs that were on a worker when it died may have killed it. They run again in halves, nothing beside them, until the
+//! killer is alone: of those that died together the first half runs; if it dies too, the other half is innocent and runs
+//! whole, else the search goes on in the other half. A search over n jobs takes at most log2(n) runs.
+//!
+//! A waiting job takes about 50 bytes, so that a million of them fit: what few jobs have (deadlines, delays) stands in maps
+//! of its own.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use crate::domain::{Class, Millis};
+use crate::domain::{Class, Face, Millis};
 use crate::policy::admission::{batch_slots, next_class};
 use crate::store::QueuedJob;
 
@@ -14,18 +21,95 @@ use crate::store::QueuedJob;
 const RUN_SCAN_MAX: usize = 256;
 /// A deadline this close (plus three times the work) goes before priority.
 const NEAR_DEADLINE_MS: i64 = 60_000;
+/// Bits of a row's number in a [`Key`].
+const NUMBER_BITS: u32 = 34;
 
 /// Order within a class: higher priority first, then arrival.
-type Key = (u8, i64);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key(u64);
 
-/// When a waiting job is too late: its deadline, or, before its first start, its start deadline.
-fn limit(job: &QueuedJob) -> Option<Millis> {
-    let start = job.start_deadline.filter(|_| job.attempt == 0);
-    [job.deadline, start].into_iter().flatten().min()
+impl Key {
+    fn new(priority: u8, number: i64) -> Self {
+        Self((u64::from(u8::MAX - priority) << NUMBER_BITS) | number.unsigned_abs())
+    }
+
+    fn number(self) -> i64 {
+        (self.0 & ((1 << NUMBER_BITS) - 1)).cast_signed()
+    }
+
+    fn priority(self) -> u8 {
+        u8::MAX - u8::try_from(self.0 >> NUMBER_BITS).unwrap_or(u8::MAX)
+    }
+
+    fn class(self) -> Class {
+        Class::of(self.priority())
+    }
 }
 
-fn key(job: &QueuedJob) -> Key {
-    (u8::MAX - job.priority, job.id.number)
+/// What most jobs have, packed: 44 bits time and 20 bits tenant; 63 bits batch key and whether a caller waits.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    created_and_tenant: u64,
+    key_and_face: u64,
+}
+
+const TENANT_BITS: u32 = 20;
+
+impl Waiting {
+    fn new(created_at: Millis, tenant: u32, batch_key: i64, face: Face) -> Self {
+        Self {
+            created_and_tenant: (created_at.unsigned_abs() << TENANT_BITS)
+                | u64::from(tenant & ((1 << TENANT_BITS) - 1)),
+            key_and_face: (batch_key.cast_unsigned() << 1) | u64::from(face == Face::Sync),
+        }
+    }
+
+    fn created_at(self) -> Millis {
+        (self.created_and_tenant >> TENANT_BITS).cast_signed()
+    }
+
+    fn tenant(self) -> usize {
+        (self.created_and_tenant & ((1 << TENANT_BITS) - 1)) as usize
+    }
+
+    /// All but the batch key's highest bit.
+    fn batch_key(self) -> i64 {
+        (self.key_and_face >> 1).cast_signed()
+    }
+
+    fn face(self) -> Face {
+        if self.key_and_face & 1 == 1 { Face::Sync } else { Face::Async }
+    }
+}
+
+/// What few jobs have.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Rare {
+    was_started: bool,
+    crash: Option<i64>,
+    not_before: Option<Millis>,
+    start_deadline: Option<Millis>,
+    deadline: Option<Millis>,
+}
+
+impl Rare {
+    fn of(job: &QueuedJob) -> Self {
+        Self {
+            was_started: job.was_started,
+            crash: job.crash,
+            not_before: job.not_before,
+            start_deadline: job.start_deadline,
+            deadline: job.deadline,
+        }
+    }
+}
+
+/// Jobs that died together.
+#[derive(Debug, Default)]
+struct Suspects {
+    jobs: BTreeMap<Key, Waiting>,
+    /// The killer was in the half that ran: these run whole.
+    innocent: bool,
 }
 
 /// A job on the worker, or on its way there.
@@ -33,7 +117,7 @@ fn key(job: &QueuedJob) -> Key {
 pub(super) struct Running {
     /// As it was when claimed.
     pub(super) job: QueuedJob,
-    /// Nothing else may run beside it.
+    /// Nothing else may run beside its run.
     pub(super) alone: bool,
     /// When it was claimed.
     pub(super) claimed_at: Millis,
@@ -42,9 +126,9 @@ pub(super) struct Running {
 /// Jobs to be claimed together and sent as one run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Run {
-    /// In order; all with one batch key if more than one.
+    /// In order; all with one batch key if more than one and not isolated.
     pub jobs: Vec<QueuedJob>,
-    /// Isolated by an earlier crash.
+    /// Isolated by an earlier crash: nothing else runs beside.
     pub alone: bool,
 }
 
@@ -58,134 +142,223 @@ pub(super) struct Slots {
 }
 
 /// One model's jobs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Queue {
-    jobs: HashMap<i64, QueuedJob>,
-    interactive: BTreeSet<Key>,
-    batch: BTreeSet<Key>,
-    isolated: BTreeSet<Key>,
-    deadlines: BTreeSet<(Millis, i64)>,
-    delayed: BTreeSet<(Millis, i64)>,
+    model: Arc<str>,
+    interactive: BTreeMap<Key, Waiting>,
+    batch: BTreeMap<Key, Waiting>,
+    /// By the death of a worker.
+    isolated: BTreeMap<i64, Suspects>,
+    /// The death whose first half runs now.
+    probed: Option<i64>,
+    /// Jobs whose time has not come.
+    delayed: BTreeMap<(Millis, i64), (Key, Waiting)>,
+    rare: HashMap<i64, Rare>,
+    deadlines: BTreeMap<(Millis, i64), Key>,
+    sync: BTreeMap<i64, Key>,
+    tenants: Vec<Arc<str>>,
+    waiting: usize,
     running: BTreeMap<i64, Running>,
     admitted: u64,
 }
 
 impl Queue {
-    /// Adds a waiting job; one with `not_before` in the future waits aside until [`Queue::wake`].
-    pub(super) fn push(&mut self, job: QueuedJob, now: Millis) {
-        let number = job.id.number;
-        if let Some(deadline) = limit(&job) {
-            self.deadlines.insert((deadline, number));
+    /// Nothing waits.
+    pub(super) fn new(model: Arc<str>) -> Self {
+        Self {
+            model,
+            interactive: BTreeMap::new(),
+            batch: BTreeMap::new(),
+            isolated: BTreeMap::new(),
+            probed: None,
+            delayed: BTreeMap::new(),
+            rare: HashMap::new(),
+            deadlines: BTreeMap::new(),
+            sync: BTreeMap::new(),
+            tenants: Vec::new(),
+            waiting: 0,
+            running: BTreeMap::new(),
+            admitted: 0,
         }
-        match job.not_before.filter(|at| *at > now) {
-            Some(at) => {
-                self.delayed.insert((at, number));
-            }
-            None => self.make_ready(&job),
-        }
-        self.jobs.insert(number, job);
     }
 
-    fn make_ready(&mut self, job: &QueuedJob) {
-        let set = if job.crashes > 0 {
-            &mut self.isolated
-        } else if Class::of(job.priority) == Class::Interactive {
-            &mut self.interactive
-        } else {
-            &mut self.batch
+    /// Adds a waiting job; one with `not_before` in the future waits aside until [`Queue::wake`].
+    pub(super) fn push(&mut self, job: &QueuedJob, now: Millis) {
+        let key = Key::new(job.priority, job.number);
+        let waiting = Waiting::new(job.created_at, self.tenant(&job.tenant), job.batch_key, job.face);
+        let rare = Rare::of(job);
+        if rare != Rare::default() {
+            self.rare.insert(job.number, rare);
+        }
+        if let Some(limit) = job.limit() {
+            self.deadlines.insert((limit, job.number), key);
+        }
+        if job.face == Face::Sync {
+            self.sync.insert(job.number, key);
+        }
+        if let (Some(probed), Some(crash)) = (self.probed, job.crash)
+            && probed != crash
+            && let Some(rest) = self.isolated.get_mut(&probed)
+        {
+            rest.innocent = true;
+        }
+        self.waiting += 1;
+        match job.not_before.filter(|at| *at > now) {
+            Some(at) => {
+                self.delayed.insert((at, job.number), (key, waiting));
+            }
+            None => self.make_ready(key, waiting, job.crash),
+        }
+    }
+
+    fn tenant(&mut self, name: &Arc<str>) -> u32 {
+        let known = self.tenants.iter().position(|tenant| tenant == name);
+        let index = known.unwrap_or_else(|| {
+            self.tenants.push(name.clone());
+            self.tenants.len() - 1
+        });
+        u32::try_from(index).unwrap_or(0)
+    }
+
+    fn make_ready(&mut self, key: Key, waiting: Waiting, crash: Option<i64>) {
+        match crash {
+            Some(crash) => self.isolated.entry(crash).or_default().jobs.insert(key, waiting),
+            None if key.class() == Class::Interactive => self.interactive.insert(key, waiting),
+            None => self.batch.insert(key, waiting),
         };
-        set.insert(key(job));
     }
 
     /// Takes a waiting job out, whatever it waits for.
-    pub(super) fn remove(&mut self, number: i64) -> Option<QueuedJob> {
-        let job = self.jobs.remove(&number)?;
-        let k = key(&job);
-        let _ = self.interactive.remove(&k) || self.batch.remove(&k) || self.isolated.remove(&k);
-        if let Some(at) = job.not_before {
-            self.delayed.remove(&(at, number));
-        }
-        if let Some(deadline) = limit(&job) {
-            self.deadlines.remove(&(deadline, number));
+    pub(super) fn remove(&mut self, priority: u8, number: i64) -> Option<QueuedJob> {
+        let key = Key::new(priority, number);
+        let rare = self.rare.get(&number).copied().unwrap_or_default();
+        let waiting = self.take_waiting(key, rare)?;
+        self.rare.remove(&number);
+        self.sync.remove(&number);
+        self.waiting -= 1;
+        let job = self.job(key, waiting, rare);
+        if let Some(limit) = job.limit() {
+            self.deadlines.remove(&(limit, number));
         }
         Some(job)
     }
 
+    fn take_waiting(&mut self, key: Key, rare: Rare) -> Option<Waiting> {
+        if let Some(at) = rare.not_before
+            && let Some((_, waiting)) = self.delayed.remove(&(at, key.number()))
+        {
+            return Some(waiting);
+        }
+        match rare.crash {
+            Some(crash) => {
+                let suspects = self.isolated.get_mut(&crash)?;
+                let waiting = suspects.jobs.remove(&key);
+                if suspects.jobs.is_empty() {
+                    self.isolated.remove(&crash);
+                }
+                waiting
+            }
+            None if key.class() == Class::Interactive => self.interactive.remove(&key),
+            None => self.batch.remove(&key),
+        }
+    }
+
+    fn job(&self, key: Key, waiting: Waiting, rare: Rare) -> QueuedJob {
+        QueuedJob {
+            number: key.number(),
+            model: self.model.clone(),
+            tenant: self.tenants.get(waiting.tenant()).cloned().unwrap_or_else(|| Arc::from("")),
+            face: waiting.face(),
+            priority: key.priority(),
+            batch_key: waiting.batch_key(),
+            created_at: waiting.created_at(),
+            was_started: rare.was_started,
+            crash: rare.crash,
+            not_before: rare.not_before,
+            start_deadline: rare.start_deadline,
+            deadline: rare.deadline,
+        }
+    }
+
     /// Lets in delayed jobs whose time has come.
     pub(super) fn wake(&mut self, now: Millis) {
-        while let Some((at, number)) = self.delayed.first().copied()
-            && at <= now
+        while let Some(entry) = self.delayed.first_entry()
+            && entry.key().0 <= now
         {
-            self.delayed.remove(&(at, number));
-            if let Some(job) = self.jobs.get(&number).cloned() {
-                self.make_ready(&job);
-            }
+            let (key, waiting) = entry.remove();
+            let crash = self.rare.get(&key.number()).and_then(|rare| rare.crash);
+            self.make_ready(key, waiting, crash);
         }
     }
 
     /// The next time something here changes by itself: a delay ends or a deadline passes.
     pub(super) fn next_wake(&self) -> Option<Millis> {
-        [self.delayed.first(), self.deadlines.first()].into_iter().flatten().map(|(at, _)| *at).min()
+        let delay = self.delayed.first_key_value().map(|((at, _), _)| *at);
+        [delay, self.first_deadline()].into_iter().flatten().min()
     }
 
-    /// Waiting jobs whose (start) deadline has passed, and whether each was ever started.
-    pub(super) fn overdue(&self, now: Millis) -> Vec<(i64, bool)> {
-        let late = self.deadlines.iter().take_while(|(at, _)| *at <= now);
-        late.filter_map(|(_, number)| self.jobs.get(number)).map(|job| (job.id.number, job.attempt > 0)).collect()
+    /// Takes out waiting jobs whose (start) deadline has passed.
+    pub(super) fn take_overdue(&mut self, now: Millis) -> Vec<QueuedJob> {
+        let late: Vec<Key> = self.deadlines.iter().take_while(|((at, _), _)| *at <= now).map(|(_, key)| *key).collect();
+        late.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect()
     }
 
     /// All waiting jobs, delayed ones too.
     pub(super) fn len(&self) -> usize {
-        self.jobs.len()
+        self.waiting
     }
 
-    /// Every waiting job, in no order.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &QueuedJob> {
-        self.jobs.values()
+    /// Takes out waiting jobs whose callers hold the line.
+    pub(super) fn take_sync(&mut self) -> Vec<QueuedJob> {
+        let keys: Vec<Key> = self.sync.values().copied().collect();
+        keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect()
+    }
+
+    fn isolated_keys(&self) -> impl Iterator<Item = (&Key, &Waiting)> {
+        self.isolated.values().flat_map(|suspects| &suspects.jobs)
     }
 
     /// Claimable interactive and batch jobs; isolated ones count in their own class.
     pub(super) fn pending(&self) -> (usize, usize) {
-        let isolated = self.isolated.iter().filter(|k| class(**k) == Class::Interactive).count();
-        (self.interactive.len() + isolated, self.batch.len() + self.isolated.len() - isolated)
+        let (mut interactive, mut batch) = (self.interactive.len(), self.batch.len());
+        for (key, _) in self.isolated_keys() {
+            *(if key.class() == Class::Interactive { &mut interactive } else { &mut batch }) += 1;
+        }
+        (interactive, batch)
     }
 
     /// When the oldest claimable job of a class was accepted.
     pub(super) fn oldest(&self, of: Class) -> Option<Millis> {
-        let set = if of == Class::Interactive { &self.interactive } else { &self.batch };
+        let map = if of == Class::Interactive { &self.interactive } else { &self.batch };
         // Keys are ordered by priority, then number: the oldest is the first of one of the ten priorities.
-        let firsts = (0..=9_u8).filter_map(|p| {
-            let band = u8::MAX - p;
-            set.range((band, i64::MIN)..=(band, i64::MAX)).next()
-        });
-        let isolated = self.isolated.iter().filter(|k| class(**k) == of);
-        firsts.chain(isolated).filter_map(|(_, number)| self.jobs.get(number)).map(|job| job.created_at).min()
+        let firsts = (0..=9_u8)
+            .filter_map(|p| map.range(Key::new(p, 0)..=Key(Key::new(p, 0).0 | ((1 << NUMBER_BITS) - 1))).next());
+        let isolated = self.isolated_keys().filter(|(key, _)| key.class() == of);
+        firsts.chain(isolated).map(|(_, waiting)| waiting.created_at()).min()
     }
 
     /// The nearest deadline of a waiting job.
     pub(super) fn first_deadline(&self) -> Option<Millis> {
-        self.deadlines.first().map(|(at, _)| *at)
+        self.deadlines.first_key_value().map(|((at, _), _)| *at)
     }
 
     /// Numbers of the first claimable jobs, about in order.
     pub(super) fn heads(&self, most: usize) -> Vec<i64> {
-        let all = self.isolated.iter().chain(&self.interactive).chain(&self.batch);
-        all.take(most).map(|(_, number)| *number).collect()
+        let all = self.isolated_keys().chain(&self.interactive).chain(&self.batch);
+        all.take(most).map(|(key, _)| key.number()).collect()
     }
 
     /// Jobs before `number` in this queue; `None`: not waiting, or more than `most`.
-    pub(super) fn rank(&self, number: i64, most: usize) -> Option<usize> {
-        let job = self.jobs.get(&number)?;
-        let k = key(job);
-        let before = |set: &BTreeSet<Key>| set.range(..k).take(most + 1).count();
-        let rank = if self.isolated.contains(&k) {
-            before(&self.isolated)
-        } else if self.interactive.contains(&k) {
-            self.isolated.len() + before(&self.interactive)
-        } else if self.batch.contains(&k) {
-            self.isolated.len() + self.interactive.len() + before(&self.batch)
+    pub(super) fn rank(&self, priority: u8, number: i64, most: usize) -> Option<usize> {
+        let key = Key::new(priority, number);
+        let before = |map: &BTreeMap<Key, Waiting>| map.range(..key).take(most + 1).count();
+        let isolated: usize = self.isolated.values().map(|suspects| suspects.jobs.len()).sum();
+        let rank = if self.interactive.contains_key(&key) {
+            isolated + before(&self.interactive)
+        } else if self.batch.contains_key(&key) {
+            isolated + self.interactive.len() + before(&self.batch)
         } else {
-            return None;
+            self.isolated_keys().position(|(other, _)| *other == key)?
         };
         (rank <= most).then_some(rank)
     }
@@ -207,7 +380,7 @@ impl Queue {
     /// Counts a job as running.
     pub(super) fn start(&mut self, job: QueuedJob, alone: bool, now: Millis) {
         self.admitted += 1;
-        self.running.insert(job.id.number, Running { job, alone, claimed_at: now });
+        self.running.insert(job.number, Running { job, alone, claimed_at: now });
     }
 
     /// Counts it no longer.
@@ -228,23 +401,24 @@ impl Queue {
     /// Takes the jobs that may go to the ready worker now and counts them as running.
     pub(super) fn admit(&mut self, slots: Slots, service_ms: f64, now: Millis) -> Vec<Run> {
         let mut runs = Vec::new();
-        while let Some(run) = self.next_run(slots, service_ms, now) {
-            for job in &run.jobs {
-                self.remove(job.id.number);
-                self.start(job.clone(), run.alone, now);
+        while let Some((keys, alone)) = self.next_run(slots, service_ms, now) {
+            let jobs: Vec<QueuedJob> =
+                keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect();
+            if jobs.is_empty() {
+                break;
             }
-            runs.push(run);
+            jobs.iter().for_each(|job| self.start(job.clone(), alone, now));
+            runs.push(Run { jobs, alone });
         }
         runs
     }
 
-    fn next_run(&self, slots: Slots, service_ms: f64, now: Millis) -> Option<Run> {
+    fn next_run(&mut self, slots: Slots, service_ms: f64, now: Millis) -> Option<(Vec<Key>, bool)> {
         if self.running.values().any(|r| r.alone) {
             return None;
         }
-        if let Some((_, number)) = self.isolated.first() {
-            let job = self.jobs.get(number).filter(|_| self.running.is_empty())?;
-            return Some(Run { jobs: vec![job.clone()], alone: true });
+        if !self.isolated.is_empty() {
+            return self.running.is_empty().then(|| (self.next_suspects(), true));
         }
         if slots.max_batch > 1 && !self.running.is_empty() {
             return None;
@@ -252,34 +426,43 @@ impl Queue {
         let interactive = !self.interactive.is_empty() && self.room(slots, Class::Interactive) > 0;
         let batch = !self.batch.is_empty() && self.room(slots, Class::Batch) > 0;
         let class = next_class(interactive, batch, self.admitted)?;
-        let first = self.first_of(class, service_ms, now)?;
-        let mut jobs = vec![first.clone()];
+        let (first, waiting) = self.first_of(class, service_ms, now)?;
+        let mut keys = vec![first];
         if slots.max_batch > 1 {
             let most = slots.max_batch.min(slots.limit) as usize;
-            let alike =
-                self.interactive.iter().chain(&self.batch).take(RUN_SCAN_MAX).filter_map(|(_, n)| self.jobs.get(n));
-            jobs.extend(alike.filter(|j| j.batch_key == first.batch_key && j.id != first.id).take(most - 1).cloned());
+            let alike = self.interactive.iter().chain(&self.batch).take(RUN_SCAN_MAX);
+            keys.extend(
+                alike
+                    .filter(|(key, other)| other.batch_key() == waiting.batch_key() && **key != first)
+                    .take(most.saturating_sub(1))
+                    .map(|(key, _)| *key),
+            );
         }
-        Some(Run { jobs, alone: false })
+        Some((keys, false))
     }
 
-    #[expect(clippy::cast_possible_truncation, reason = "service times are far below 2^53 ms")]
-    fn first_of(&self, class: Class, service_ms: f64, now: Millis) -> Option<&QueuedJob> {
-        let set = if class == Class::Interactive { &self.interactive } else { &self.batch };
+    /// The part of the latest death that runs next.
+    fn next_suspects(&mut self) -> Vec<Key> {
+        let Some((crash, suspects)) = self.isolated.last_key_value() else {
+            return Vec::new();
+        };
+        let half = if suspects.innocent { suspects.jobs.len() } else { suspects.jobs.len().div_ceil(2) };
+        self.probed = Some(*crash);
+        suspects.jobs.keys().take(half).copied().collect()
+    }
+
+    fn first_of(&self, class: Class, service_ms: f64, now: Millis) -> Option<(Key, Waiting)> {
+        let map = if class == Class::Interactive { &self.interactive } else { &self.batch };
+        #[expect(clippy::cast_possible_truncation, reason = "service times are far below 2^53 ms")]
         let near = now + NEAR_DEADLINE_MS + (3.0 * service_ms) as i64;
         let urgent = self
             .deadlines
             .iter()
-            .take_while(|(at, _)| *at <= near)
+            .take_while(|((at, _), _)| *at <= near)
             .take(RUN_SCAN_MAX)
-            .filter_map(|(_, number)| self.jobs.get(number))
-            .find(|job| set.contains(&key(job)));
-        urgent.or_else(|| set.first().and_then(|(_, number)| self.jobs.get(number)))
+            .find_map(|(_, key)| map.get_key_value(key));
+        urgent.or_else(|| map.first_key_value()).map(|(key, waiting)| (*key, *waiting))
     }
-}
-
-fn class((band, _): Key) -> Class {
-    Class::of(u8::MAX - band)
 }
 
 /// An `Arc<str>` for a name, shared by all jobs of a model or tenant.
@@ -295,41 +478,95 @@ pub(super) fn shared(names: &mut HashMap<String, Arc<str>>, name: &str) -> Arc<s
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::domain::{Face, JobId, JobKind};
 
     pub(in crate::scheduler) fn job(number: i64, priority: u8) -> QueuedJob {
         QueuedJob {
-            id: JobId::new(number, number, 0),
-            kind: JobKind::Chat,
+            number,
             model: Arc::from("a"),
             tenant: Arc::from("default"),
             face: Face::Async,
             priority,
-            attempt: 0,
-            failures: 0,
-            crashes: 0,
-            max_attempts: 3,
             batch_key: 0,
-            stream: false,
             created_at: number,
+            was_started: false,
+            crash: None,
             not_before: None,
             start_deadline: None,
             deadline: None,
-            timeout_ms: 1_000,
         }
     }
 
     fn queue(jobs: impl IntoIterator<Item = QueuedJob>) -> Queue {
-        let mut queue = Queue::default();
-        jobs.into_iter().for_each(|job| queue.push(job, 0));
+        let mut queue = Queue::new(Arc::from("a"));
+        jobs.into_iter().for_each(|job| queue.push(&job, 0));
         queue
     }
 
     fn numbers(runs: &[Run]) -> Vec<Vec<i64>> {
-        runs.iter().map(|r| r.jobs.iter().map(|j| j.id.number).collect()).collect()
+        runs.iter().map(|r| r.jobs.iter().map(|j| j.number).collect()).collect()
     }
 
     const TEXT: Slots = Slots { limit: 4, max_batch: 1 };
+
+    #[test]
+    fn a_job_comes_out_as_it_went_in() {
+        let all = QueuedJob {
+            face: Face::Sync,
+            batch_key: 0x1234_5678_9abc_def0,
+            created_at: 1_790_000_000_123,
+            was_started: true,
+            crash: Some(3),
+            not_before: Some(5),
+            start_deadline: Some(6),
+            deadline: Some(7),
+            tenant: Arc::from("other"),
+            ..job((1 << 34) - 1, 9)
+        };
+        let mut q = queue([job(1, 0), all.clone()]);
+        assert_eq!(q.take_sync(), [all]);
+        assert_eq!(q.remove(0, 1), Some(job(1, 0)));
+        assert_eq!(q.remove(0, 1), None);
+    }
+
+    /// Runs isolated parts until all are done; `kills`: jobs that end the worker. Returns the runs as sizes, and who was
+    /// alone when the worker died.
+    fn search(count: i64, kills: &[i64]) -> (Vec<usize>, Vec<i64>) {
+        let slots = Slots { limit: 32, max_batch: 32 };
+        let mut q = queue((1..=count).map(|n| QueuedJob { crash: Some(1), ..job(n, 5) }));
+        let (mut crash, mut sizes, mut found) = (1, Vec::new(), Vec::new());
+        while q.len() > 0 {
+            let run = q.admit(slots, 0.0, 0).remove(0);
+            assert!(run.alone && sizes.len() < 200);
+            sizes.push(run.jobs.len());
+            let dies = run.jobs.iter().any(|job| kills.contains(&job.number));
+            crash += 1;
+            for job in &run.jobs {
+                q.end(job.number);
+            }
+            match &run.jobs[..] {
+                [only] if dies => found.push(only.number),
+                all if dies => all.iter().for_each(|j| q.push(&QueuedJob { crash: Some(crash), ..j.clone() }, 0)),
+                _ => {}
+            }
+        }
+        (sizes, found)
+    }
+
+    #[test]
+    fn a_killer_among_32_is_alone_after_five_more_runs_wherever_it_stands() {
+        for killer in 1..=32 {
+            let (sizes, found) = search(32, &[killer]);
+            assert_eq!(found, [killer]);
+            // Halves of 32: the part with the killer has one job after 16, 8, 4, 2 and 1.
+            assert_eq!(sizes[..5], [16, 8, 4, 2, 1], "killer {killer}");
+            assert!(sizes.len() <= 11, "killer {killer}: {sizes:?}");
+        }
+        assert_eq!(search(32, &[]).1, [0_i64; 0], "none of them did it");
+        assert_eq!(search(1, &[1]), (vec![1], vec![1]));
+        let mut two = search(32, &[3, 29]).1;
+        two.sort_unstable();
+        assert_eq!(two, [3, 29]);
+    }
 
     #[test]
     fn callers_first_then_priority_then_arrival() {
@@ -358,11 +595,11 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_job_isolated_by_a_crash_runs_alone() {
-        let crashed = |n| QueuedJob { crashes: 1, ..job(n, 5) };
+    fn jobs_isolated_by_a_crash_run_with_nobody_beside() {
+        let crashed = |n| QueuedJob { crash: Some(1), ..job(n, 5) };
         let mut q = queue([job(1, 7)]);
         q.admit(TEXT, 0.0, 0);
-        [crashed(2), crashed(3), job(4, 7)].into_iter().for_each(|j| q.push(j, 0));
+        [crashed(2), crashed(3), job(4, 7)].iter().for_each(|j| q.push(j, 0));
         assert!(q.admit(TEXT, 0.0, 0).is_empty(), "waits until the worker is free, and lets nobody in before");
         q.end(1);
         for expected in [2, 3] {
@@ -388,29 +625,33 @@ pub(super) mod tests {
         let mut q = queue([
             QueuedJob { deadline: Some(9), ..job(1, 5) },
             QueuedJob { not_before: Some(9), ..job(2, 5) },
-            QueuedJob { crashes: 1, ..job(3, 5) },
+            QueuedJob { crash: Some(1), ..job(3, 5) },
         ]);
-        assert_eq!(q.overdue(9), [(1, false)]);
-        for n in 1..=3 {
-            assert!(q.remove(n).is_some());
+        assert_eq!(q.take_overdue(9).iter().map(|job| job.number).collect::<Vec<_>>(), [1]);
+        for n in 2..=3 {
+            assert!(q.remove(5, n).is_some());
         }
-        assert_eq!((q.pending(), q.next_wake(), q.overdue(100).len(), q.heads(9).len()), ((0, 0), None, 0, 0));
+        assert_eq!((q.pending(), q.next_wake(), q.take_overdue(100).len(), q.heads(9).len()), ((0, 0), None, 0, 0));
+        assert_eq!((q.len(), q.rare.len(), q.isolated.len()), (0, 0, 0));
     }
 
     #[test]
     fn the_fast_path_passes_nobody() {
-        let mut q = Queue::default();
+        let mut q = queue([]);
         assert!(q.has_free_slot(TEXT, 7));
-        q.push(QueuedJob { not_before: Some(50), ..job(1, 5) }, 0);
+        q.push(&QueuedJob { not_before: Some(50), ..job(1, 5) }, 0);
         assert!(q.has_free_slot(TEXT, 7), "a delayed job is not passed");
-        q.push(job(2, 0), 0);
+        q.push(&job(2, 0), 0);
         assert!(!q.has_free_slot(TEXT, 9));
     }
 
     #[test]
     fn rank_and_oldest() {
         let q = queue([job(9, 5), job(3, 7), job(4, 2), job(5, 8)]);
-        assert_eq!([5, 3, 9, 4].map(|n| q.rank(n, 100)), [Some(0), Some(1), Some(2), Some(3)]);
+        assert_eq!(
+            [(8, 5), (7, 3), (5, 9), (2, 4)].map(|(p, n)| q.rank(p, n, 100)),
+            [Some(0), Some(1), Some(2), Some(3)]
+        );
         assert_eq!((q.oldest(Class::Batch), q.oldest(Class::Interactive)), (Some(4), Some(3)));
     }
 }

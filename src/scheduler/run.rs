@@ -12,16 +12,16 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::domain::worker::Report;
 use crate::domain::{
-    Face, Job, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob, StateReason, Token,
+    Face, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob, StateReason, Token,
 };
 use crate::lifecycle::Tasks;
 use crate::policy::Knobs;
 use crate::scheduler::dispatch::{self, Context, Dispatch};
-use crate::scheduler::handle::{Handle, ModelQueueView, Position, QueueView, SubmitError, Submitted};
+use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, QueueView, SubmitError};
 use crate::scheduler::hub::{Ended, Hub, JobWatch};
 use crate::scheduler::queue::{Run, shared};
-use crate::scheduler::state::{Device, Effect, Event, State};
-use crate::store::{End, Learned, QueuedJob, Store, StoreError};
+use crate::scheduler::state::{Device, Effect, Event, Place, State};
+use crate::store::{Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Store, StoreError};
 use crate::worker::client::{RunTag, WorkerClient};
 use crate::worker::supervisor::WorkerHandle;
 
@@ -29,8 +29,12 @@ use crate::worker::supervisor::WorkerHandle;
 const MESSAGES_PER_STEP: usize = 256;
 /// Views are published at most this often.
 const VIEW_EVERY: Duration = Duration::from_millis(5);
+/// Waiting jobs read at once at the start.
+const TAKEN_IN_AT_ONCE: u32 = 8_192;
 /// Jobs whose claim the store refused are tried again after this long.
 const CLAIM_RETRY: Duration = Duration::from_secs(1);
+
+type Reply = oneshot::Sender<Result<Accepted, SubmitError>>;
 
 /// What the loop is told.
 pub(super) enum Message {
@@ -39,13 +43,15 @@ pub(super) enum Message {
     /// An attempt is over; `state`: what was committed, `None` for a late result.
     Ended { event: Event, state: Option<JobState> },
     /// Commit new jobs.
-    Submit { jobs: Vec<NewJob>, reply: oneshot::Sender<Result<Vec<Submitted>, SubmitError>> },
+    Submit { jobs: Vec<NewJob>, key: Option<IdempotencyKey>, reply: Reply },
     /// A running job is to be cancelled; its row says so already.
     Cancel { number: i64 },
-    /// A job ended without having run in this process.
-    EndedQueued { number: i64, state: JobState },
+    /// A waiting job was cancelled.
+    Cancelled { model: String, priority: u8, number: i64 },
+    /// A waiting job that the loop had given up ended.
+    EndedQueued { state: JobState },
     /// Where a waiting job stands.
-    Position { number: i64, reply: oneshot::Sender<Option<Position>> },
+    Position { model: String, priority: u8, number: i64, reply: oneshot::Sender<Option<Position>> },
     /// Are you there?
     Ping { reply: oneshot::Sender<()> },
 }
@@ -68,25 +74,25 @@ pub struct Parts {
     pub workers: BTreeMap<String, WorkerHandle>,
     /// Reports of all workers.
     pub reports: mpsc::UnboundedReceiver<(String, Report)>,
-    /// Waiting jobs of earlier runs.
-    pub queued: Vec<QueuedJob>,
+    /// Number of this run of the server on its data dir.
+    pub epoch: i64,
     /// What earlier runs learned.
     pub learned: BTreeMap<String, Learned>,
     /// Number of the next job.
     pub next_number: i64,
 }
 
-/// Starts the loop and returns how to ask it.
-pub fn start(parts: Parts) -> Handle {
-    let Parts { store, clock, tasks, client, models, knobs, workers, reports, queued, learned, next_number } = parts;
+/// Takes in the jobs that wait in the store, starts the loop and returns how to ask it.
+pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
+    let Parts { store, clock, tasks, client, models, knobs, workers, reports, epoch, learned, next_number } = parts;
     let (messages, inbox) = mpsc::unbounded_channel();
     let (view, viewed) = watch::channel(Arc::new(QueueView::default()));
     let hub = Hub::default();
     let handle = Handle::new(messages.clone(), hub.clone(), store.clone(), workers.clone(), viewed);
-    let mut state = State::new(&models, knobs, &learned);
-    state.on_event(Event::Queued(queued), clock.now());
+    let mut state = State::new(&models, knobs, &learned, epoch);
+    take_in(&store, &mut state, clock.now()).await?;
     let context = Context { store, hub, client, clock, tasks: tasks.clone(), messages };
-    let scheduler = Scheduler {
+    let mut scheduler = Scheduler {
         state,
         context,
         workers,
@@ -100,8 +106,19 @@ pub fn start(parts: Parts) -> Handle {
         names: HashMap::new(),
         stops: HashMap::new(),
     };
+    scheduler.publish();
     tasks.spawn("scheduler", scheduler.run());
-    handle
+    Ok(handle)
+}
+
+async fn take_in(store: &Store, state: &mut State, now: Millis) -> Result<(), StoreError> {
+    let mut after = -1;
+    loop {
+        let jobs = store.reader().queued(after, TAKEN_IN_AT_ONCE).await?;
+        let Some(last) = jobs.last() else { return Ok(()) };
+        after = last.number;
+        jobs.iter().for_each(|job| state.enqueue(job, now));
+    }
 }
 
 struct Scheduler {
@@ -115,7 +132,7 @@ struct Scheduler {
     /// When the changed view is to be published; `None`: it has been.
     view_at: Option<Instant>,
     next_number: i64,
-    next_run: u64,
+    next_run: i64,
     names: HashMap<String, Arc<str>>,
     /// Ends the attempt of a running job when cancelled.
     stops: HashMap<i64, CancellationToken>,
@@ -227,18 +244,19 @@ impl Scheduler {
                 }
                 self.apply(event);
             }
-            Message::Submit { jobs, reply } => self.submit(jobs, reply),
+            Message::Submit { jobs, key, reply } => self.submit(jobs, key, reply),
             Message::Cancel { number } => {
                 if let Some(stop) = self.stops.get(&number) {
                     stop.cancel();
                 }
             }
-            Message::EndedQueued { number, state } => {
-                self.count_end(Some(state));
-                self.apply(Event::Gone { number });
+            Message::Cancelled { model, priority, number } => {
+                self.count_end(Some(JobState::Cancelled));
+                self.apply(Event::Gone { model, priority, number });
             }
-            Message::Position { number, reply } => {
-                let _ = reply.send(self.position(number));
+            Message::EndedQueued { state } => self.count_end(Some(state)),
+            Message::Position { model, priority, number, reply } => {
+                let _ = reply.send(self.position(&model, priority, number));
             }
             Message::Ping { reply } => {
                 let _ = reply.send(());
@@ -254,8 +272,9 @@ impl Scheduler {
         });
     }
 
-    fn position(&self, number: i64) -> Option<Position> {
-        let (position, ahead, swaps_ahead, eta) = self.state.standing(number, self.context.clock.now())?;
+    fn position(&self, model: &str, priority: u8, number: i64) -> Option<Position> {
+        let now = self.context.clock.now();
+        let (position, ahead, swaps_ahead, eta) = self.state.standing(model, priority, number, now)?;
         let eta_confidence = if swaps_ahead == 0 {
             "high"
         } else if swaps_ahead == 1 {
@@ -274,7 +293,7 @@ impl Scheduler {
 
     /// Assigns numbers and hands the jobs to the store in one go, so that the order of acceptance, of numbers and of
     /// commits is one. A single job takes the fast path if its model's worker is free for it.
-    fn submit(&mut self, jobs: Vec<NewJob>, reply: oneshot::Sender<Result<Vec<Submitted>, SubmitError>>) {
+    fn submit(&mut self, jobs: Vec<NewJob>, key: Option<IdempotencyKey>, reply: Reply) {
         if let Err(refusal) = self.refuse(&jobs) {
             let _ = reply.send(Err(refusal));
             return;
@@ -291,14 +310,19 @@ impl Scheduler {
             numbered.push((JobId::new(now, self.next_number, tag), job));
             self.next_number += 1;
         }
-        let watches: Vec<JobWatch> = numbered.iter().map(|(id, _)| self.context.hub.watch(id.number)).collect();
         let fast = match &numbered[..] {
-            [(id, job)] => self.reserve(*id, job, now),
+            // Whether a submission with a key is new is known when it is committed.
+            [(id, job)] if key.is_none() => self.reserve(*id, job, now),
+            _ => None,
+        };
+        // Only whoever submits one job may wait for it; members of a batch are looked up.
+        let watch = match &numbered[..] {
+            [(id, _)] => Some(self.context.hub.watch(id.number)),
             _ => None,
         };
         match fast {
-            Some(dispatch) => self.insert_claimed(numbered, watches, dispatch, reply),
-            None => self.insert_queued(numbered, watches, reply),
+            Some(dispatch) => self.insert_claimed(numbered, watch, dispatch, reply),
+            None => self.insert_queued(numbered, key, watch, reply),
         }
     }
 
@@ -325,59 +349,43 @@ impl Scheduler {
     }
 
     fn reserve(&mut self, id: JobId, new: &NewJob, now: Millis) -> Option<Dispatch> {
-        let job = QueuedJob {
-            id,
-            kind: JobKind::of_endpoint(&new.endpoint),
-            model: shared(&mut self.names, &new.model),
-            tenant: shared(&mut self.names, &new.tenant),
-            face: new.face,
-            priority: new.priority,
-            attempt: 1,
-            failures: 0,
-            crashes: 0,
-            max_attempts: new.max_attempts,
-            batch_key: new.batch_key,
-            stream: new.stream,
-            created_at: id.created_ms,
-            not_before: None,
-            start_deadline: new.start_deadline,
-            deadline: new.deadline,
-            timeout_ms: new.timeout_ms,
-        };
-        let base_url = self.state.reserve(&job, now)?;
+        let (model, tenant) = (shared(&mut self.names, &new.model), shared(&mut self.names, &new.tenant));
+        let job = QueuedJob::of(id.number, id.created_ms, new, model.clone(), tenant);
+        let place = self.state.reserve(&job, now)?;
         let cancelled = CancellationToken::new();
         self.stops.insert(id.number, cancelled.clone());
         self.handle.observe_wait(0.0);
-        Some(Dispatch {
+        let job = ClaimedJob {
+            change: Change { number: id.number, state: JobState::Running, version: 2, seq: 2 },
             token: Token { id, attempt: 1 },
+            kind: JobKind::of_endpoint(&new.endpoint),
+            face: new.face,
+            failures: 0,
+            crashes: 0,
+            crash: None,
+            max_attempts: new.max_attempts,
+            stream: new.stream,
+            deadline: new.deadline,
+            timeout_ms: new.timeout_ms,
             endpoint: new.endpoint.clone(),
-            body: new.body.clone(),
-            base_url,
-            run: None,
-            alone: false,
-            cancelled,
-            job,
-        })
+            body: Body::Inline(new.body.clone()),
+        };
+        Some(Dispatch { job, model, place, run: None, alone: false, cancelled })
     }
 
-    fn insert_claimed(
-        &self,
-        jobs: Vec<(JobId, NewJob)>,
-        watches: Vec<JobWatch>,
-        dispatch: Dispatch,
-        reply: oneshot::Sender<Result<Vec<Submitted>, SubmitError>>,
-    ) {
+    fn insert_claimed(&self, jobs: Vec<(JobId, NewJob)>, watch: Option<JobWatch>, dispatch: Dispatch, reply: Reply) {
         let context = self.context.clone();
-        let inserted = context.store.insert(jobs, true);
+        let inserted = context.store.insert(jobs, true, None);
         self.context.tasks.spawn("dispatch", async move {
             match inserted.await {
-                Ok(jobs) => {
-                    let _ = reply.send(Ok(submitted(jobs, watches)));
+                Ok(Inserted { jobs, replayed }) => {
+                    let _ = reply.send(Ok(Accepted { jobs, watch, replayed }));
                     dispatch::run(context, dispatch).await;
                 }
                 Err(error) => {
-                    let (model, number) = (dispatch.job.model.clone(), dispatch.token.id.number);
-                    context.tell(Message::Event(Event::Ended { model, number, answered: false, suspect: false }));
+                    let (model, number) = (dispatch.model.clone(), dispatch.job.token.id.number);
+                    let event = Event::Ended { model, number, answered: false, suspect: false, back: None };
+                    context.tell(Message::Event(event));
                     let _ = reply.send(Err(SubmitError::Store(error)));
                 }
             }
@@ -387,38 +395,40 @@ impl Scheduler {
     fn insert_queued(
         &mut self,
         jobs: Vec<(JobId, NewJob)>,
-        watches: Vec<JobWatch>,
-        reply: oneshot::Sender<Result<Vec<Submitted>, SubmitError>>,
+        key: Option<IdempotencyKey>,
+        watch: Option<JobWatch>,
+        reply: Reply,
     ) {
-        let names: Vec<(Arc<str>, Arc<str>)> = jobs
+        let queued: Vec<QueuedJob> = jobs
             .iter()
-            .map(|(_, job)| (shared(&mut self.names, &job.model), shared(&mut self.names, &job.tenant)))
+            .map(|(id, job)| {
+                let (model, tenant) = (shared(&mut self.names, &job.model), shared(&mut self.names, &job.tenant));
+                QueuedJob::of(id.number, id.created_ms, job, model, tenant)
+            })
             .collect();
         let context = self.context.clone();
-        let inserted = context.store.insert(jobs, false);
+        let inserted = context.store.insert(jobs, false, key);
         self.context.tasks.spawn("insert", async move {
-            match inserted.await {
-                Ok(jobs) => {
-                    let queued = jobs
-                        .iter()
-                        .zip(names)
-                        .map(|(job, (model, tenant))| QueuedJob::of(job, model, tenant))
-                        .collect();
+            let accepted = match inserted.await {
+                Ok(Inserted { jobs, replayed: false }) => {
                     // Before the reply: whoever knows the id can only ask about a job that the loop knows, too.
                     context.tell(Message::Event(Event::Queued(queued)));
-                    let _ = reply.send(Ok(submitted(jobs, watches)));
+                    Ok(Accepted { jobs, watch, replayed: false })
                 }
-                Err(error) => {
-                    let _ = reply.send(Err(SubmitError::Store(error)));
+                Ok(Inserted { jobs, replayed: true }) => {
+                    let watch = watch.and_then(|_| jobs.first()).map(|job| context.hub.watch(job.id.number));
+                    Ok(Accepted { jobs, watch, replayed: true })
                 }
-            }
+                Err(error) => Err(SubmitError::Store(error)),
+            };
+            let _ = reply.send(accepted);
         });
     }
 
     fn carry_out(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
-                Effect::Claim { model, base_url, run } => self.claim(&model, base_url, run),
+                Effect::Claim { model, place, run } => self.claim(&model, place, run),
                 Effect::Order { model, order } => {
                     if let Some(worker) = self.workers.get(&model) {
                         worker.order(order);
@@ -458,51 +468,46 @@ impl Scheduler {
         });
     }
 
-    fn claim(&mut self, model: &Arc<str>, base_url: String, run: Run) {
-        let run_id = format!("run_{}", self.next_run);
+    fn claim(&mut self, model: &Arc<str>, place: Place, run: Run) {
+        let number = self.next_run;
         self.next_run += 1;
         let now = self.context.clock.now();
-        let numbers: Vec<i64> = run.jobs.iter().map(|job| job.id.number).collect();
+        let numbers: Vec<i64> = run.jobs.iter().map(|job| job.number).collect();
+        let mut stops = HashMap::with_capacity(numbers.len());
         for job in &run.jobs {
-            self.stops.insert(job.id.number, CancellationToken::new());
-            if job.attempt == 0 {
+            let stop = CancellationToken::new();
+            self.stops.insert(job.number, stop.clone());
+            stops.insert(job.number, stop);
+            if !job.was_started {
                 self.handle.observe_wait((now - job.created_at) as f64 / 1e3);
             }
         }
-        let stops: Vec<CancellationToken> = numbers.iter().filter_map(|n| self.stops.get(n).cloned()).collect();
-        let claimed = self.context.store.claim(numbers, model.to_string(), run_id.clone());
+        let claimed = self.context.store.claim(numbers, number);
         let (context, model) = (self.context.clone(), model.clone());
         self.context.tasks.spawn("claim", async move {
-            let jobs: Vec<_> = run.jobs.into_iter().zip(stops).collect();
             match claimed.await {
                 Ok(claims) => {
+                    let lost = lost(&run, &claims);
                     let count = claims.len();
-                    let tag = (count > 1).then_some(RunTag { id: run_id, count });
-                    let mut lost = Vec::new();
-                    for (job, cancelled) in jobs {
-                        match claims.iter().find(|claim| claim.change.number == job.id.number) {
-                            Some(claim) => {
-                                context.hub.publish(job.id.number, claim.change.version, claim.change.seq);
-                                let token = Token { id: job.id, attempt: claim.attempt };
-                                let send = send(
-                                    context.clone(),
-                                    job,
-                                    token,
-                                    base_url.clone(),
-                                    tag.clone(),
-                                    run.alone,
-                                    cancelled,
-                                );
-                                context.tasks.spawn("dispatch", send);
-                            }
-                            None => lost.push(job.id.number),
-                        }
+                    let tag = (count > 1 && place.max_batch > 1).then(|| RunTag { id: format!("run_{number}"), count });
+                    for job in claims {
+                        context.hub.publish(job.change.number, job.change.version, job.change.seq);
+                        let Some(cancelled) = stops.remove(&job.change.number) else { continue };
+                        let dispatch = Dispatch {
+                            job,
+                            model: model.clone(),
+                            place: place.clone(),
+                            run: tag.clone(),
+                            alone: run.alone && count == 1,
+                            cancelled,
+                        };
+                        context.tasks.spawn("dispatch", dispatch::run(context.clone(), dispatch));
                     }
                     if !lost.is_empty() {
                         context.tell(Message::Event(Event::Claimed { model, lost }));
                     }
                 }
-                Err(error) => give_back(&context, model, jobs.into_iter().map(|(job, _)| job).collect(), &error).await,
+                Err(error) => give_back(&context, model, run.jobs, &error).await,
             }
         });
     }
@@ -581,26 +586,10 @@ impl Scheduler {
     }
 }
 
-/// Reads the claimed job's request and dispatches it.
-async fn send(
-    context: Context,
-    job: QueuedJob,
-    token: Token,
-    base_url: String,
-    run: Option<RunTag>,
-    alone: bool,
-    cancelled: CancellationToken,
-) {
-    match context.store.reader().request(token.id.number).await {
-        Ok((endpoint, body)) => {
-            dispatch::run(context, Dispatch { job, token, endpoint, body, base_url, run, alone, cancelled }).await;
-        }
-        Err(error) => {
-            tracing::error!(job.id = %token.id, "a claimed job's request could not be read, trying again: {error}");
-            let (endpoint, body) = (String::new(), bytes::Bytes::new());
-            dispatch::give_up(context, Dispatch { job, token, endpoint, body, base_url, run, alone, cancelled }).await;
-        }
-    }
+/// Jobs of a run that were not queued any more.
+fn lost(run: &Run, claims: &[ClaimedJob]) -> Vec<i64> {
+    let is_claimed = |number| claims.iter().any(|claim| claim.change.number == number);
+    run.jobs.iter().map(|job| job.number).filter(|number| !is_claimed(*number)).collect()
 }
 
 /// Ends a waiting job, trying again while the store refuses: the loop may have forgotten it already.
@@ -616,7 +605,7 @@ async fn end_one_queued(context: &Context, number: i64, error: &JobError, overdu
             Ok(Some(change)) => {
                 let ended = Ended { state, answer: None, error: Some(error.clone()) };
                 context.hub.end(number, change.version, change.seq, ended);
-                return context.tell(Message::EndedQueued { number, state });
+                return context.tell(Message::EndedQueued { state });
             }
             Ok(None) | Err(StoreError::Stopped) => return,
             Err(error) => {
@@ -634,12 +623,8 @@ async fn end_one_queued(context: &Context, number: i64, error: &JobError, overdu
 async fn give_back(context: &Context, model: Arc<str>, jobs: Vec<QueuedJob>, error: &StoreError) {
     tracing::error!(model.name = %model, jobs = jobs.len(), "jobs could not be claimed, trying again: {error}");
     tokio::time::sleep(CLAIM_RETRY).await;
-    context.tell(Message::Event(Event::Claimed { model, lost: jobs.iter().map(|job| job.id.number).collect() }));
+    context.tell(Message::Event(Event::Claimed { model, lost: jobs.iter().map(|job| job.number).collect() }));
     context.tell(Message::Event(Event::Queued(jobs)));
-}
-
-fn submitted(jobs: Vec<Job>, watches: Vec<JobWatch>) -> Vec<Submitted> {
-    jobs.into_iter().zip(watches).map(|(job, watch)| Submitted { job, watch }).collect()
 }
 
 async fn until(at: Option<Instant>) {

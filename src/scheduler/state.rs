@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use crate::domain::worker::Report;
-use crate::domain::{Class, ErrorCode, Face, JobError, Millis, ModelKind, ModelSpec, StateReason};
+use crate::domain::{Class, ErrorCode, JobError, Millis, ModelKind, ModelSpec, StateReason};
 use crate::policy::plan::{self, Action, Decision, DeviceView, ModelView, Plan, View};
 use crate::policy::{Knobs, admission};
 use crate::scheduler::queue::{Queue, Run, Slots};
@@ -22,6 +22,8 @@ const RANK_MAX: usize = 10_000;
 /// Weight of a new sample: loads, then service times. See `design`: EWMAs with .3 and .1.
 const LOAD_WEIGHT: f64 = 0.3;
 const SERVICE_WEIGHT: f64 = 0.1;
+/// Bits that count the loads of one run of the server.
+const LOAD_BITS: u32 = 24;
 /// Time constant of the arrival rate.
 const RATE_TAU_MS: f64 = 300_000.0;
 
@@ -37,7 +39,7 @@ pub enum Event {
         /// Numbers that are not this run's after all.
         lost: Vec<i64>,
     },
-    /// An attempt is over and its slot free. A job given back follows as [`Event::Queued`].
+    /// An attempt is over and its slot free.
     Ended {
         /// Entry name.
         model: Arc<str>,
@@ -47,6 +49,8 @@ pub enum Event {
         answered: bool,
         /// Its worker could not be reached or broke the connection.
         suspect: bool,
+        /// The job waits again; committed.
+        back: Option<Back>,
     },
     /// An attempt ran into its time limit and showed no progress for the last half of it: its worker may hang, though its
     /// health is well.
@@ -56,8 +60,12 @@ pub enum Event {
         /// When the attempt was sent.
         since: Millis,
     },
-    /// A waiting job is not to be scheduled any more (cancelled, expired or failed; committed).
+    /// A waiting job is not to be scheduled any more: it was cancelled; committed.
     Gone {
+        /// Entry name.
+        model: String,
+        /// Of the job.
+        priority: u8,
         /// The job.
         number: i64,
     },
@@ -72,6 +80,26 @@ pub enum Event {
     Stop,
 }
 
+/// How a job comes back to the queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Back {
+    /// Not to be claimed before.
+    pub not_before: Option<Millis>,
+    /// The death of a worker that it was part of.
+    pub crash: Option<i64>,
+}
+
+/// A place on a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Where the worker answers.
+    pub base_url: String,
+    /// Which load it is from: jobs that are lost with it died together.
+    pub load: i64,
+    /// Most jobs in one run of its model.
+    pub max_batch: u32,
+}
+
 /// Something to be done.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
@@ -79,8 +107,8 @@ pub enum Effect {
     Claim {
         /// Entry name.
         model: Arc<str>,
-        /// Where the worker answers.
-        base_url: String,
+        /// Where they go.
+        place: Place,
         /// The jobs.
         run: Run,
     },
@@ -161,14 +189,15 @@ pub(super) struct Model {
 
 impl Model {
     fn of(spec: &ModelSpec) -> Self {
+        let name: Arc<str> = Arc::from(spec.name.as_str());
         let service_prior_ms = match spec.kind {
             ModelKind::Text | ModelKind::Custom => 3_000.0,
             ModelKind::Image => 5_000.0,
             ModelKind::Audio => 10_000.0,
         };
         Self {
-            name: Arc::from(spec.name.as_str()),
-            queue: Queue::default(),
+            queue: Queue::new(name.clone()),
+            name,
             trouble: None,
             slots: Slots { limit: spec.limit, max_batch: spec.max_batch },
             startup_ms: spec.startup_time.as_secs_f64() * 1e3,
@@ -187,9 +216,10 @@ impl Model {
     /// A model that has waiting jobs and no entry any more.
     fn unknown(name: &str) -> Self {
         let text = format!("`{name}` is not in models.yaml any more: add it back and restart, or cancel its jobs");
+        let name: Arc<str> = Arc::from(name);
         Self {
-            name: Arc::from(name),
-            queue: Queue::default(),
+            queue: Queue::new(name.clone()),
+            name,
             trouble: Some(Trouble { reason: StateReason::ModelBlocked, error: None, text, until: None }),
             slots: Slots { limit: 1, max_batch: 1 },
             startup_ms: 60_000.0,
@@ -257,7 +287,7 @@ impl Model {
 pub(super) enum Device {
     Empty,
     Loading { model: usize, since: Millis },
-    Serving { model: usize, since: Millis, base_url: String, idle_since: Option<Millis>, suspect: bool },
+    Serving { model: usize, since: Millis, place: Place, idle_since: Option<Millis>, suspect: bool },
     Draining { model: usize, to: Option<usize> },
     Stopping { model: usize, to: Option<usize> },
 }
@@ -281,7 +311,6 @@ pub struct State {
     pub(super) models: Vec<Model>,
     index: HashMap<String, usize>,
     pub(super) device: Device,
-    by_number: HashMap<i64, usize>,
     by_tenant: HashMap<Arc<str>, usize>,
     last_loaded: Option<usize>,
     last_arrival: Option<usize>,
@@ -289,6 +318,7 @@ pub struct State {
     pub(super) swaps_in_arrival_order: u64,
     pub(super) decision: Option<Decision>,
     pub(super) history: VecDeque<Decision>,
+    next_load: i64,
     stopping: bool,
     wake_at: Option<Millis>,
     /// The second half of a swap that has been announced: its load is no decision of its own.
@@ -296,8 +326,8 @@ pub struct State {
 }
 
 impl State {
-    /// Nothing loaded, nothing waiting.
-    pub fn new(specs: &[ModelSpec], knobs: Knobs, learned: &BTreeMap<String, Learned>) -> Self {
+    /// Nothing loaded, nothing waiting. `epoch`: number of this run of the server, so that its loads are no other's.
+    pub fn new(specs: &[ModelSpec], knobs: Knobs, learned: &BTreeMap<String, Learned>, epoch: i64) -> Self {
         let mut models: Vec<Model> = specs.iter().map(Model::of).collect();
         for model in &mut models {
             if let Some(known) = learned.get(&*model.name) {
@@ -310,7 +340,6 @@ impl State {
             models,
             index,
             device: Device::Empty,
-            by_number: HashMap::new(),
             by_tenant: HashMap::new(),
             last_loaded: None,
             last_arrival: None,
@@ -318,6 +347,7 @@ impl State {
             swaps_in_arrival_order: 0,
             decision: None,
             history: VecDeque::new(),
+            next_load: epoch << LOAD_BITS,
             stopping: false,
             wake_at: None,
             swapping_to: None,
@@ -342,7 +372,7 @@ impl State {
 
     /// All waiting jobs.
     pub fn queued(&self) -> usize {
-        self.by_number.len()
+        self.models.iter().map(|model| model.queue.len()).sum()
     }
 
     pub(super) fn index_of(&self, model: &str) -> Option<usize> {
@@ -375,8 +405,8 @@ impl State {
 
     /// The fast path: if the job's model serves with a free slot and nobody waits, the slot is the job's, and its worker's
     /// address is returned. Give it back by [`Event::Ended`].
-    pub fn reserve(&mut self, job: &QueuedJob, now: Millis) -> Option<String> {
-        let Device::Serving { model: index, base_url, suspect: false, .. } = &self.device else {
+    pub fn reserve(&mut self, job: &QueuedJob, now: Millis) -> Option<Place> {
+        let Device::Serving { model: index, place, suspect: false, .. } = &self.device else {
             return None;
         };
         let model = &mut self.models[*index];
@@ -385,14 +415,14 @@ impl State {
             return None;
         }
         model.queue.start(job.clone(), false, now);
-        Some(base_url.clone())
+        Some(place.clone())
     }
 
     /// Takes in an event. Call [`State::step`] after one or more of them.
     pub fn on_event(&mut self, event: Event, now: Millis) -> Vec<Effect> {
         match event {
             Event::Queued(jobs) => {
-                jobs.into_iter().for_each(|job| self.enqueue(job, now));
+                jobs.iter().for_each(|job| self.enqueue(job, now));
                 Vec::new()
             }
             Event::Claimed { model, lost } => {
@@ -402,9 +432,15 @@ impl State {
                 Vec::new()
             }
             Event::Silent { model, since } => self.on_silent(&model, since, now),
-            Event::Ended { model, number, answered, suspect } => self.on_ended(&model, number, answered, suspect, now),
-            Event::Gone { number } => {
-                self.dequeue(number);
+            Event::Ended { model, number, answered, suspect, back } => {
+                self.on_ended(&model, number, answered, suspect, back, now)
+            }
+            Event::Gone { model, priority, number } => {
+                if let Some(index) = self.index_of(&model)
+                    && let Some(job) = self.models[index].queue.remove(priority, number)
+                {
+                    self.forget_tenant(&job.tenant);
+                }
                 Vec::new()
             }
             Event::Report { model, report } => match self.index_of(&model) {
@@ -418,25 +454,17 @@ impl State {
         }
     }
 
-    fn enqueue(&mut self, job: QueuedJob, now: Millis) {
+    /// Takes in one waiting job.
+    pub fn enqueue(&mut self, job: &QueuedJob, now: Millis) {
         let index = self.index_of(&job.model).unwrap_or_else(|| {
             self.models.push(Model::unknown(&job.model));
             self.index.insert(job.model.to_string(), self.models.len() - 1);
             self.models.len() - 1
         });
-        self.by_number.insert(job.id.number, index);
         *self.by_tenant.entry(job.tenant.clone()).or_default() += 1;
         let model = &mut self.models[index];
         model.queue.push(job, now);
         model.backlogged_since.get_or_insert(now);
-    }
-
-    fn dequeue(&mut self, number: i64) {
-        if let Some(index) = self.by_number.remove(&number)
-            && let Some(job) = self.models[index].queue.remove(number)
-        {
-            self.forget_tenant(&job.tenant);
-        }
     }
 
     fn forget_tenant(&mut self, tenant: &Arc<str>) {
@@ -468,7 +496,15 @@ impl State {
         effects
     }
 
-    fn on_ended(&mut self, model: &str, number: i64, answered: bool, suspect: bool, now: Millis) -> Vec<Effect> {
+    fn on_ended(
+        &mut self,
+        model: &str,
+        number: i64,
+        answered: bool,
+        suspect: bool,
+        back: Option<Back>,
+        now: Millis,
+    ) -> Vec<Effect> {
         let Some(index) = self.index_of(model) else {
             return Vec::new();
         };
@@ -486,6 +522,9 @@ impl State {
             }
         }
         model.backlogged_since = (model.queue.len() > 0).then_some(now);
+        if let Some(Back { not_before, crash }) = back {
+            self.enqueue(&QueuedJob { was_started: true, not_before, crash, ..running.job }, now);
+        }
         match &mut self.device {
             Device::Serving { model, suspect: s, .. } if *model == index && suspect => {
                 // Once: a worker that dies takes up to `limit` jobs along, and each of them says so.
@@ -530,10 +569,10 @@ impl State {
 
     fn on_ready(&mut self, index: usize, base_url: String, load_ms: i64, now: Millis) -> Vec<Effect> {
         match &mut self.device {
-            Device::Serving { model, suspect, base_url: known, .. } if *model == index => {
+            Device::Serving { model, suspect, place, .. } if *model == index => {
                 // The answer to `Order::Suspect`: it is alive.
                 *suspect = false;
-                *known = base_url;
+                place.base_url = base_url;
                 return Vec::new();
             }
             // The same, after it was told to leave: its running jobs may still finish.
@@ -542,7 +581,9 @@ impl State {
             // Ready after we changed our mind: it must not stay beside another.
             _ => return vec![self.order(index, Order::Stop)],
         }
-        self.device = Device::Serving { model: index, since: now, base_url, idle_since: None, suspect: false };
+        let place = Place { base_url, load: self.next_load, max_batch: self.models[index].slots.max_batch };
+        self.next_load += 1;
+        self.device = Device::Serving { model: index, since: now, place, idle_since: None, suspect: false };
         if self.last_loaded.is_some_and(|last| last != index) {
             self.swaps += 1;
         }
@@ -581,8 +622,9 @@ impl State {
         let trouble =
             Trouble { reason: StateReason::ModelBlocked, error: Some(error.clone()), text, until: Some(retry_at) };
         model.trouble = Some(trouble);
-        let numbers: Vec<i64> =
-            model.queue.iter().filter(|job| job.face == Face::Sync).map(|job| job.id.number).collect();
+        let callers = model.queue.take_sync();
+        callers.iter().for_each(|job| self.forget_tenant(&job.tenant));
+        let numbers: Vec<i64> = callers.into_iter().map(|job| job.number).collect();
         self.free_device_of(index);
         if numbers.is_empty() { Vec::new() } else { vec![Effect::EndQueued { numbers, error, overdue: false }] }
     }
@@ -607,16 +649,16 @@ impl State {
     }
 
     fn end_overdue(&mut self, now: Millis) -> Vec<Effect> {
-        let overdue: Vec<(i64, bool)> = self.models.iter().flat_map(|m| m.queue.overdue(now)).collect();
-        overdue.iter().for_each(|(number, _)| self.dequeue(*number));
-        let (started, never): (Vec<_>, Vec<_>) = overdue.into_iter().partition(|(_, started)| *started);
+        let overdue: Vec<QueuedJob> = self.models.iter_mut().flat_map(|m| m.queue.take_overdue(now)).collect();
+        overdue.iter().for_each(|job| self.forget_tenant(&job.tenant));
+        let (started, never): (Vec<_>, Vec<_>) = overdue.into_iter().partition(|job| job.was_started);
         let never_text = "not started before its deadline; submit it again with a later one or a higher priority";
         let started_text = "not finished before its deadline; submit it again with a later one";
         [(never, ErrorCode::QueueDeadlineExceeded, never_text), (started, ErrorCode::DeadlineExceeded, started_text)]
             .into_iter()
             .filter(|(jobs, ..)| !jobs.is_empty())
             .map(|(jobs, code, text)| Effect::EndQueued {
-                numbers: jobs.into_iter().map(|(number, _)| number).collect(),
+                numbers: jobs.into_iter().map(|job| job.number).collect(),
                 error: JobError::new(code, text, true),
                 overdue: true,
             })
@@ -624,22 +666,19 @@ impl State {
     }
 
     fn admit_jobs(&mut self, now: Millis, effects: &mut Vec<Effect>) {
-        let Device::Serving { model: index, base_url, suspect: false, .. } = &self.device else {
+        let Device::Serving { model: index, place, suspect: false, .. } = &self.device else {
             return;
         };
         if self.stopping {
             return;
         }
-        let (index, base_url) = (*index, base_url.clone());
+        let (index, place) = (*index, place.clone());
         let model = &mut self.models[index];
         let service_ms = model.service_ms();
         let runs = model.queue.admit(model.slots, service_ms, now);
         for run in runs {
-            for job in &run.jobs {
-                self.by_number.remove(&job.id.number);
-                self.forget_tenant(&job.tenant);
-            }
-            effects.push(Effect::Claim { model: self.models[index].name.clone(), base_url: base_url.clone(), run });
+            run.jobs.iter().for_each(|job| self.forget_tenant(&job.tenant));
+            effects.push(Effect::Claim { model: self.models[index].name.clone(), place: place.clone(), run });
         }
     }
 
@@ -739,9 +778,15 @@ impl State {
 
     /// Where a waiting job stands: (jobs the plan starts first, jobs of its own model before it, swaps before its start,
     /// expected start). `None`: not waiting, or too far back to count.
-    pub fn standing(&self, number: i64, now: Millis) -> Option<(usize, usize, usize, Millis)> {
-        let index = *self.by_number.get(&number)?;
-        let rank = self.models[index].queue.rank(number, RANK_MAX)?;
+    pub fn standing(
+        &self,
+        model: &str,
+        priority: u8,
+        number: i64,
+        now: Millis,
+    ) -> Option<(usize, usize, usize, Millis)> {
+        let index = self.index_of(model)?;
+        let rank = self.models[index].queue.rank(priority, number, RANK_MAX)?;
         let own = rank as f64 * self.models[index].each_ms();
         if matches!(self.device, Device::Serving { model, .. } if model == index) {
             return Some((rank, rank, 0, now + round(own)));

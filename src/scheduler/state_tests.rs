@@ -1,5 +1,5 @@
 use super::*;
-use crate::domain::{Launch, ModelKind};
+use crate::domain::{Face, Launch, ModelKind};
 use crate::scheduler::queue::tests::job as base_job;
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ struct World {
 impl World {
     fn new(models: &[(&str, u32)]) -> Self {
         let specs: Vec<_> = models.iter().map(|(name, limit)| spec(name, *limit)).collect();
-        let state = State::new(&specs, Knobs::default(), &BTreeMap::new());
+        let state = State::new(&specs, Knobs::default(), &BTreeMap::new(), 1);
         Self { state, now: 1_000, running: Vec::new(), loaded: Vec::new(), ended: Vec::new(), orders: Vec::new() }
     }
 
@@ -65,7 +65,7 @@ impl World {
         for effect in effects {
             match effect {
                 Effect::Claim { model, run, .. } => {
-                    self.running.extend(run.jobs.iter().map(|j| (model.clone(), j.id.number)))
+                    self.running.extend(run.jobs.iter().map(|j| (model.clone(), j.number)))
                 }
                 Effect::Order { model, order } => self.orders.push((model, order)),
                 Effect::EndQueued { numbers, error, .. } => self.ended.extend(numbers.iter().map(|n| (*n, error.code))),
@@ -107,7 +107,7 @@ impl World {
         while !self.running.is_empty() {
             let (model, number) = self.running.remove(0);
             self.now += 50;
-            self.event(Event::Ended { model, number, answered: true, suspect: false });
+            self.event(Event::Ended { model, number, answered: true, suspect: false, back: None });
             self.obey();
         }
     }
@@ -135,7 +135,7 @@ fn the_old_model_is_stopped_before_the_new_one_loads_and_only_when_dry() {
     world.obey();
     world.queue(vec![job(2, "b")]);
     assert!(world.orders.is_empty(), "a still runs job 1");
-    world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: true, suspect: false });
+    world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: true, suspect: false, back: None });
     assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
     world.report("a", Report::Stopped { stop_ms: 100 });
     assert_eq!(world.orders.last(), Some(&("b".to_owned(), Order::Load)));
@@ -147,9 +147,9 @@ fn the_fast_path_takes_a_free_slot_and_passes_nobody() {
     assert_eq!(world.state.reserve(&job(1, "a"), world.now), None, "nothing is loaded");
     world.queue(vec![job(1, "a")]);
     world.finish_all();
-    assert_eq!(world.state.reserve(&job(2, "a"), world.now).as_deref(), Some("http://a"));
+    assert_eq!(world.state.reserve(&job(2, "a"), world.now).map(|place| place.base_url).as_deref(), Some("http://a"));
     assert_eq!(world.state.reserve(&job(3, "a"), world.now), None, "one slot");
-    world.event(Event::Ended { model: Arc::from("a"), number: 2, answered: true, suspect: false });
+    world.event(Event::Ended { model: Arc::from("a"), number: 2, answered: true, suspect: false, back: None });
     assert_eq!(world.state.reserve(&job(4, "b"), world.now), None, "another model");
     world.event(Event::Stop);
     assert_eq!(world.state.reserve(&job(5, "a"), world.now), None, "stopping");
@@ -162,7 +162,7 @@ fn a_failed_load_tells_sync_callers_at_once_and_keeps_async_jobs() {
     let error = JobError::new(ErrorCode::ModelLoadFailed, "no weights\nmore", true);
     world.report("a", Report::LoadFailed { error, retry_at: 11_000, quarantined: false });
     assert_eq!(world.ended, [(1, ErrorCode::ModelLoadFailed)]);
-    world.event(Event::Gone { number: 1 });
+    world.event(Event::Gone { model: "old".into(), priority: 5, number: 1 });
     assert!(world.state.refusal("a").is_some(), "new sync calls are refused");
     assert_eq!(world.state.queued(), 1);
     let decision = world.state.decision.clone().unwrap();
@@ -197,12 +197,12 @@ fn a_dead_worker_frees_the_device_and_is_loaded_again_for_its_jobs() {
     world.report("a", Report::Died { reason: "signal 9".into() });
     assert!(world.orders.is_empty(), "its jobs are not back yet");
     for n in [1, 2] {
-        world.event(Event::Ended { model: Arc::from("a"), number: n, answered: false, suspect: true });
+        world.event(Event::Ended { model: Arc::from("a"), number: n, answered: false, suspect: true, back: None });
     }
     world.running.clear();
     world.queue(vec![
-        QueuedJob { crashes: 1, attempt: 1, ..job(1, "a") },
-        QueuedJob { crashes: 1, attempt: 1, ..job(2, "a") },
+        QueuedJob { crash: Some(1), was_started: true, ..job(1, "a") },
+        QueuedJob { crash: Some(1), was_started: true, ..job(2, "a") },
     ]);
     world.obey();
     assert_eq!(world.running.len(), 1, "isolated jobs run alone");
@@ -215,7 +215,7 @@ fn nothing_is_sent_to_a_suspect_worker_until_it_is_seen_alive() {
     let mut world = World::new(&[("a", 2)]);
     world.queue(vec![job(1, "a")]);
     world.obey();
-    world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: false, suspect: true });
+    world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: false, suspect: true, back: None });
     assert_eq!(world.orders.pop(), Some(("a".to_owned(), Order::Suspect)));
     world.running.clear();
     world.queue(vec![job(2, "a")]);
@@ -233,7 +233,8 @@ fn a_worker_that_is_silent_for_the_models_own_limit_is_restarted() {
     world.obey();
     let since = world.now;
     let silent = Event::Silent { model: Arc::from("a"), since };
-    let timed_out = |number| Event::Ended { model: Arc::from("a"), number, answered: false, suspect: false };
+    let timed_out =
+        |number| Event::Ended { model: Arc::from("a"), number, answered: false, suspect: false, back: None };
     world.now = since + 1_000;
     world.event(silent.clone());
     assert_eq!(world.orders, [], "a limit of the client's proves nothing");
@@ -260,8 +261,8 @@ fn overdue_jobs_end_with_the_code_that_tells_whether_they_were_started() {
     let mut world = World::new(&[("a", 1)]);
     world.report("a", Report::NoGpu);
     let never = QueuedJob { start_deadline: Some(5_000), ..job(1, "a") };
-    let started = QueuedJob { deadline: Some(5_000), attempt: 1, ..job(2, "a") };
-    let later = QueuedJob { start_deadline: Some(5_000), attempt: 1, ..job(3, "a") };
+    let started = QueuedJob { deadline: Some(5_000), was_started: true, ..job(2, "a") };
+    let later = QueuedJob { start_deadline: Some(5_000), was_started: true, ..job(3, "a") };
     world.queue(vec![never, started, later]);
     assert_eq!(world.state.wake_at(), Some(5_000));
     world.now = 5_000;
@@ -278,7 +279,7 @@ fn a_stop_starts_nothing_and_is_quiet_when_the_running_jobs_have_ended() {
     world.obey();
     world.event(Event::Stop);
     assert!(!world.state.is_quiet());
-    world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: true, suspect: false });
+    world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: true, suspect: false, back: None });
     assert!(world.state.is_quiet());
     assert_eq!((world.running.len(), world.state.queued()), (1, 2), "the rest waits for the next start");
 }
@@ -289,7 +290,7 @@ fn jobs_of_a_model_that_is_gone_from_the_file_wait_and_say_so() {
     world.queue(vec![job(1, "old")]);
     let reason = world.state.decision.clone().unwrap().reason;
     assert!(reason.contains("`old` is not in models.yaml any more"), "{reason}");
-    world.event(Event::Gone { number: 1 });
+    world.event(Event::Gone { model: "old".into(), priority: 5, number: 1 });
     assert_eq!(world.state.queued(), 0);
 }
 
@@ -308,12 +309,12 @@ fn standing_counts_the_jobs_and_swaps_before() {
     world.queue(vec![job(1, "a"), job(2, "a"), job(3, "a"), job(4, "b")]);
     world.obey();
     assert_eq!(
-        world.state.standing(3, world.now).map(|s| (s.0, s.1, s.2)),
+        world.state.standing("a", 5, 3, world.now).map(|s| (s.0, s.1, s.2)),
         Some((1, 1, 0)),
         "job 1 runs, job 2 is before"
     );
-    assert_eq!(world.state.standing(4, world.now).map(|s| (s.0, s.1, s.2)), Some((2, 0, 1)));
-    assert_eq!(world.state.standing(99, world.now), None);
+    assert_eq!(world.state.standing("b", 5, 4, world.now).map(|s| (s.0, s.1, s.2)), Some((2, 0, 1)));
+    assert_eq!(world.state.standing("a", 5, 99, world.now), None);
 }
 
 #[test]
@@ -323,7 +324,7 @@ fn limits_count_waiting_jobs_by_tenant() {
     world.queue(vec![job(1, "a"), job(2, "a")]);
     assert!(world.state.admit("default", 1).is_err());
     assert!(world.state.admit("other", 2).is_ok());
-    world.event(Event::Gone { number: 2 });
+    world.event(Event::Gone { model: "a".into(), priority: 5, number: 2 });
     assert!(world.state.admit("default", 1).is_ok());
 }
 
@@ -333,7 +334,7 @@ fn a_worker_is_suspected_once_however_many_jobs_it_takes_along() {
     world.queue((1..=200).map(|n| job(n, "a")).collect());
     world.obey();
     for n in 1..=150 {
-        world.event(Event::Ended { model: Arc::from("a"), number: n, answered: false, suspect: true });
+        world.event(Event::Ended { model: Arc::from("a"), number: n, answered: false, suspect: true, back: None });
     }
     assert_eq!(world.orders, [("a".to_owned(), Order::Suspect)]);
 }
@@ -357,7 +358,7 @@ fn a_suspect_that_is_seen_alive_while_it_drains_may_finish_its_jobs() {
     world.report("a", Report::Ready { base_url: "http://a".into(), load_ms: 0 });
     assert!(world.orders.is_empty(), "two jobs still run: {:?}", world.orders);
     for n in [1, 2] {
-        world.event(Event::Ended { model: Arc::from("a"), number: n, answered: true, suspect: false });
+        world.event(Event::Ended { model: Arc::from("a"), number: n, answered: true, suspect: false, back: None });
     }
     assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
 }

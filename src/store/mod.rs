@@ -3,15 +3,30 @@
 //! One thread owns the only connection that writes (`writer`: group commit, `synchronous=FULL`); everybody else reads
 //! through `query_only` connections (`read`). A verb's answer comes when its transaction is durable. Every guarded update
 //! names the state it starts from and the attempt, and checks how many rows it changed.
+//!
+//! - `verbs`: what can be done to jobs; `submit`: accepting them; `recovery`: what a start finds.
+//! - `files`: bodies, answers and artifacts that are files.
+//! - `live`, `idempotency`: what is kept in memory beside the database; `space`, `metrics`: the disk, and figures.
 
-pub mod artifacts;
+pub mod files;
+pub mod idempotency;
+mod live;
+pub mod metrics;
 mod open;
 pub mod read;
+mod recovery;
+mod space;
+mod submit;
 mod verbs;
 mod writer;
 
+pub use files::Body;
+pub use idempotency::IdempotencyKey;
+pub use metrics::StoreMetrics;
 pub use open::{Opened, open};
-pub use verbs::{Change, Claimed, End, Learned, QueuedJob, Store};
+pub use recovery::QueuedJob;
+pub use submit::Inserted;
+pub use verbs::{Cancelled, Change, ClaimedJob, End, GiveBack, Learned, Store};
 pub use writer::OnFatal;
 
 /// Why a verb did not do what it was asked.
@@ -20,9 +35,18 @@ pub enum StoreError {
     /// No such job, or the tag does not match.
     #[error("no such job")]
     NotFound,
+    /// What the job held is past its retention.
+    #[error("the job's content is past its retention and was deleted")]
+    Expired,
+    /// The idempotency key came with another body before.
+    #[error("the idempotency key was used with another body")]
+    KeyReused,
     /// The writer's queue is full: try again shortly.
     #[error("the write queue is full")]
     Full,
+    /// No room on the disk for new jobs; the text says where.
+    #[error("{0}")]
+    DiskFull(String),
     /// The writer has stopped; the process is going down.
     #[error("the store has stopped")]
     Stopped,
@@ -32,6 +56,17 @@ pub enum StoreError {
     /// The database's file could not be read or written; what is on disk is unknown until the next start.
     #[error("database file: {0}")]
     Io(String),
+    /// The database's file is damaged.
+    #[error(
+        "the database is damaged: {0}; stop the server and restore a backup (roundhouse restore), or look at it with roundhouse doctor --deep"
+    )]
+    Corrupt(String),
+    /// A job's file does not have the checksum it was stored with.
+    #[error("{path}: does not have the checksum it was stored with; restore it from a backup")]
+    Damaged {
+        /// Which.
+        path: String,
+    },
     /// Files.
     #[error("{path}: {source}")]
     File {
@@ -45,10 +80,40 @@ pub enum StoreError {
     Unusable(String),
 }
 
+impl StoreError {
+    /// After a failed write or fsync the page cache may claim to be clean: only a restart through recovery knows.
+    fn is_untrustworthy(&self) -> bool {
+        matches!(self, Self::Io(_) | Self::Corrupt(_))
+    }
+
+    /// A file that will not come back by waiting.
+    pub fn is_lost_file(&self) -> bool {
+        match self {
+            Self::Damaged { .. } => true,
+            Self::File { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+            _ => false,
+        }
+    }
+
+    /// The same failure, told to one of many.
+    fn for_everybody(&self) -> Self {
+        match self {
+            Self::DiskFull(text) => Self::DiskFull(text.clone()),
+            Self::Io(text) => Self::Io(text.clone()),
+            Self::Corrupt(text) => Self::Corrupt(text.clone()),
+            Self::Database(text) => Self::Database(text.clone()),
+            other => Self::Database(other.to_string()),
+        }
+    }
+}
+
 impl From<rusqlite::Error> for StoreError {
     fn from(error: rusqlite::Error) -> Self {
+        use rusqlite::ErrorCode::{DatabaseCorrupt, DiskFull, NotADatabase, SystemIoFailure};
         match error.sqlite_error_code() {
-            Some(rusqlite::ErrorCode::SystemIoFailure) => Self::Io(error.to_string()),
+            Some(SystemIoFailure) => Self::Io(error.to_string()),
+            Some(DatabaseCorrupt | NotADatabase) => Self::Corrupt(error.to_string()),
+            Some(DiskFull) => Self::DiskFull("the disk is full".to_owned()),
             _ => Self::Database(error.to_string()),
         }
     }

@@ -5,40 +5,64 @@ use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::sqlite::{
+    SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqliteLockingMode, SqlitePoolOptions, SqliteSynchronous,
+};
+use tokio::time::Instant;
 
 use super::StoreError;
-use super::artifacts::{Artifacts, hex};
+use super::files::{Files, hex};
+use super::idempotency::Keys;
+use super::live::Live;
+use super::metrics::Metrics;
 use super::read::Reader;
-use super::verbs::{self, Learned, QueuedJob, Store};
-use super::writer::{OnFatal, Writer};
+use super::recovery;
+use super::space::Space;
+use super::verbs::{Learned, Store};
+use super::writer::{OnFatal, Parts, Session, Writer};
 use crate::clock::Clock;
+use crate::domain::StorageSettings;
 
 /// Oldest SQLite without the WAL-reset corruption.
 const SQLITE_MIN: i32 = 3_051_003;
-const READERS: u32 = 4;
+/// Pages the writer keeps in memory: 32 MiB.
+const CACHE_KIB: i64 = 32 * 1024;
+/// The write-ahead log's file is cut back to this.
+const WAL_BYTES_KEPT: i64 = 64 * 1024 * 1024;
+/// The database's file in the data dir.
+pub(super) const DATABASE: &str = "roundhouse.db";
 
 /// A store that is ready, and what it found.
 pub struct Opened {
     /// Writes and reads.
     pub store: Store,
-    /// Jobs to be scheduled, oldest first.
-    pub queued: Vec<QueuedJob>,
     /// What was learned about models in earlier runs.
     pub learned: BTreeMap<String, Learned>,
     /// The next job's number.
     pub next_number: i64,
     /// Jobs that were on a worker when the last run ended, and wait again now, uncharged.
     pub recovered: usize,
+    /// Whether the last run ended in order.
+    pub was_clean: bool,
+    /// Number of this run of the server on this data dir.
+    pub epoch: i64,
     /// Identifies this data dir in instance marks.
     pub data_dir_id: String,
 }
 
-/// Opens (and makes) the data dir `dir`. `on_fatal` is called if the database cannot be made durable any more.
-pub async fn open(dir: &Path, clock: Arc<dyn Clock>, on_fatal: OnFatal) -> Result<Opened, StoreError> {
+/// Opens (and makes) the data dir `dir`. `on_fatal` is called if the database cannot be made durable any more. Waiting jobs
+/// are read with [`Reader::queued`].
+pub async fn open(
+    dir: &Path,
+    clock: Arc<dyn Clock>,
+    settings: StorageSettings,
+    on_fatal: OnFatal,
+) -> Result<Opened, StoreError> {
+    let begun = Instant::now();
     // For its owner only: prompts and answers lie in it.
     DirBuilder::new()
         .recursive(true)
@@ -52,22 +76,56 @@ pub async fn open(dir: &Path, clock: Arc<dyn Clock>, on_fatal: OnFatal) -> Resul
             rusqlite::version()
         )));
     }
-    let file = dir.join("roundhouse.db");
-    migrate(&file).await?;
-    let connection = writing_connection(&file)?;
+    let database = dir.join(DATABASE);
+    let in_database = |error: StoreError| match error {
+        StoreError::Corrupt(text) => StoreError::Corrupt(format!("{}: {text}", database.display())),
+        other => other,
+    };
+    migrate(&database, &settings).await?;
+    let metrics = Metrics::new(clock.clone());
     let now = clock.now();
-    let recovered = verbs::recover(&connection, now)?;
-    let data_dir_id = data_dir_id(&connection)?;
-    let queued = verbs::load_queued(&connection)?;
-    let learned = verbs::load_learned(&connection)?;
-    let next_number = verbs::next_number(&connection)?;
-    let next_batch = verbs::next_batch(&connection)?;
-    let artifacts = Artifacts::open(&dir.join("artifacts"))?;
-    let reader = Reader::new(reading_pool(&file).await?, artifacts.clone());
-    let writer = Writer::start(connection, on_fatal)
-        .map_err(|source| StoreError::File { path: "the store's writer thread".into(), source })?;
-    let store = Store::new(writer, reader, artifacts, clock, next_batch, lock);
-    Ok(Opened { store, queued, learned, next_number, recovered, data_dir_id })
+    let connection = writing_connection(&database, &settings).map_err(in_database)?;
+    let keys = Keys::load(&connection, now).map_err(in_database)?;
+    let mut session = Session::new(connection, keys);
+    let recovered = recovery::recover(&mut session, now, &settings).map_err(in_database)?;
+    let data_dir_id = data_dir_id(&session.c)?;
+    let learned = recovery::load_learned(&session.c).map_err(in_database)?;
+    let next_number = recovery::next_number(&session.c).map_err(in_database)?;
+    let next_batch = recovery::next_batch(&session.c).map_err(in_database)?;
+    let file_bytes = session.c.query_row("SELECT coalesce(sum(bytes), 0) FROM file", [], |row| row.get::<_, i64>(0));
+    let file_bytes = file_bytes.map_err(StoreError::from).map_err(in_database)?;
+    let files = Files::open(&dir.join("artifacts"), file_bytes.unsigned_abs())?;
+    let live = Live::default();
+    let space = Space::new(dir, settings.free_min_bytes, settings.reserve_bytes);
+    let parts = Parts { session, space, live: live.clone(), metrics: metrics.clone(), on_fatal };
+    let writer = Writer::start(parts)
+        .map_err(|source| StoreError::File { path: "the store's writing thread".into(), source })?;
+    let reader = if settings.exclusive {
+        Reader::on_writer(&database, files.clone(), live, writer.clone())
+    } else {
+        Reader::on_threads(&database, files.clone(), live)?
+    };
+    metrics.recovered_in(begun.elapsed());
+    metrics.rescued(recovered.jobs as u64);
+    let store = Store {
+        writer,
+        reader,
+        files,
+        clock,
+        metrics,
+        settings: Arc::new(settings),
+        next_batch: Arc::new(AtomicI64::new(next_batch)),
+        _lock: Arc::new(lock),
+    };
+    Ok(Opened {
+        store,
+        learned,
+        next_number,
+        recovered: recovered.jobs,
+        was_clean: recovered.was_clean,
+        epoch: recovered.epoch,
+        data_dir_id,
+    })
 }
 
 /// One server per data dir: an advisory lock that ends with the process.
@@ -85,45 +143,66 @@ fn lock(dir: &Path) -> Result<File, StoreError> {
     }
 }
 
-async fn migrate(file: &Path) -> Result<(), StoreError> {
-    let options = SqliteConnectOptions::new()
-        .filename(file)
+async fn migrate(database: &Path, settings: &StorageSettings) -> Result<(), StoreError> {
+    let mut options = SqliteConnectOptions::new()
+        .filename(database)
         .create_if_missing(true)
+        // Only a new file takes it: free pages are given back to the disk a few at a time.
+        .auto_vacuum(SqliteAutoVacuum::Incremental)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full);
-    let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await?;
+    if settings.exclusive {
+        options = options.locking_mode(SqliteLockingMode::Exclusive);
+    }
+    let damaged = |error: String| {
+        let is_damage = ["malformed", "not a database"].iter().any(|word| error.contains(word));
+        let text = format!("{}: {error}", database.display());
+        if is_damage { StoreError::Corrupt(text) } else { StoreError::Unusable(text) }
+    };
+    let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await;
+    let pool = pool.map_err(|error| damaged(error.to_string()))?;
     let migrated = sqlx::migrate!("./migrations").run(&pool).await;
     pool.close().await;
-    migrated.map_err(|error| StoreError::Unusable(format!("{}: {error}", file.display())))
+    migrated.map_err(|error| damaged(error.to_string()))
 }
 
-fn writing_connection(file: &Path) -> Result<Connection, StoreError> {
-    let connection =
-        Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
-    connection.set_prepared_statement_cache_capacity(64);
-    connection.busy_timeout(Duration::from_secs(5))?;
-    connection.execute_batch(
-        "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -65536;
-         PRAGMA wal_autocheckpoint = 1000; PRAGMA journal_size_limit = 67108864; PRAGMA trusted_schema = OFF;",
-    )?;
-    let mode: String = connection.pragma_query_value(None, "journal_mode", |row| row.get(0))?;
-    let synchronous: i64 = connection.pragma_query_value(None, "synchronous", |row| row.get(0))?;
-    if mode != "wal" || synchronous != 2 {
-        return Err(StoreError::Unusable(format!(
-            "{}: journal_mode is {mode} and synchronous {synchronous}, needed are wal and 2 (FULL); is it on a local disk?",
-            file.display()
-        )));
+fn writing_connection(database: &Path, settings: &StorageSettings) -> Result<Connection, StoreError> {
+    let c = Connection::open_with_flags(database, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+    c.set_prepared_statement_cache_capacity(64);
+    c.busy_timeout(Duration::from_secs(5))?;
+    let synchronous = if settings.fsync { 2 } else { 1 };
+    let locking = if settings.exclusive { "exclusive" } else { "normal" };
+    // (name, value, value read back)
+    let pragmas: [(&str, String, String); 9] = [
+        ("locking_mode", locking.to_owned(), locking.to_owned()),
+        ("journal_mode", "wal".to_owned(), "wal".to_owned()),
+        ("synchronous", synchronous.to_string(), synchronous.to_string()),
+        ("temp_store", "2".to_owned(), "2".to_owned()),
+        ("cache_size", (-CACHE_KIB).to_string(), (-CACHE_KIB).to_string()),
+        ("wal_autocheckpoint", settings.wal_pages.to_string(), settings.wal_pages.to_string()),
+        ("journal_size_limit", WAL_BYTES_KEPT.to_string(), WAL_BYTES_KEPT.to_string()),
+        ("trusted_schema", "0".to_owned(), "0".to_owned()),
+        ("foreign_keys", "0".to_owned(), "0".to_owned()),
+    ];
+    for (name, value, _) in &pragmas {
+        c.execute_batch(&format!("PRAGMA {name} = {value}"))?;
     }
-    Ok(connection)
-}
-
-async fn reading_pool(file: &Path) -> Result<sqlx::SqlitePool, StoreError> {
-    let options = SqliteConnectOptions::new()
-        .filename(file)
-        .create_if_missing(false)
-        .pragma("query_only", "ON")
-        .busy_timeout(Duration::from_secs(5));
-    Ok(SqlitePoolOptions::new().min_connections(1).max_connections(READERS).connect_with(options).await?)
+    // Some settings are refused in silence: what counts is what SQLite says it does.
+    for (name, _, expected) in &pragmas {
+        let found = c.pragma_query_value(None, name, |row| row.get::<_, rusqlite::types::Value>(0))?;
+        let found = match found {
+            rusqlite::types::Value::Integer(n) => n.to_string(),
+            rusqlite::types::Value::Text(text) => text,
+            other => format!("{other:?}"),
+        };
+        if found != *expected {
+            return Err(StoreError::Unusable(format!(
+                "{}: the database's {name} is {found}, needed is {expected}; is it on a local disk?",
+                database.display()
+            )));
+        }
+    }
+    Ok(c)
 }
 
 fn data_dir_id(connection: &Connection) -> Result<String, StoreError> {

@@ -10,7 +10,7 @@ use super::*;
 use crate::clock::ManualClock;
 use crate::domain::job::Present;
 use crate::domain::worker::Answer;
-use crate::domain::{BatchId, ErrorCode, Face, JobError, JobId, JobKind, JobState, NewJob, Token};
+use crate::domain::{BatchId, ErrorCode, Face, JobError, JobId, JobKind, JobState, NewJob, StorageSettings, Token};
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -40,13 +40,24 @@ impl Bench {
 
     async fn add(&self, number: i64) -> JobId {
         let id = JobId::new(1_000, number, 77);
-        self.store().insert(vec![(id, new_job())], false).await.unwrap();
+        self.store().insert(vec![(id, new_job())], false, None).await.unwrap();
         id
     }
 
     async fn claim(&self, id: JobId) -> Token {
-        let claimed = self.store().claim(vec![id.number], "echo".into(), "run_1".into()).await.unwrap();
-        Token { id, attempt: claimed[0].attempt }
+        self.store().claim(vec![id.number], 1).await.unwrap()[0].token
+    }
+
+    async fn queued(&self) -> Vec<i64> {
+        let mut all = Vec::new();
+        loop {
+            let after = all.last().copied().unwrap_or(-1);
+            let jobs = self.store().reader().queued(after, 300).await.unwrap();
+            if jobs.is_empty() {
+                return all;
+            }
+            all.extend(jobs.iter().map(|job| job.number));
+        }
     }
 
     async fn state(&self, id: JobId) -> JobState {
@@ -61,10 +72,14 @@ impl Bench {
     }
 }
 
+fn settings() -> StorageSettings {
+    StorageSettings { free_min_bytes: 0, reserve_bytes: 0, ..StorageSettings::default() }
+}
+
 async fn reopen(dir: &tempfile::TempDir, clock: &Arc<ManualClock>) -> Opened {
     // The lock is released when the last handle of the earlier store is gone, which is a moment after its drop.
     for _ in 0..200 {
-        match open(dir.path(), clock.clone(), Arc::new(|reason| panic!("{reason}"))).await {
+        match open(dir.path(), clock.clone(), settings(), Arc::new(|reason| panic!("{reason}"))).await {
             Ok(opened) => return opened,
             Err(StoreError::Unusable(_)) => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
             Err(error) => panic!("{error}"),
@@ -155,7 +170,7 @@ async fn an_old_attempt_cannot_write() {
     let bench = Bench::new().await;
     let id = bench.add(1).await;
     let old = bench.claim(id).await;
-    bench.store().requeue(old, 0, 1, None, None).await.unwrap().unwrap();
+    bench.store().requeue(old, GiveBack { crashes: 1, ..GiveBack::default() }).await.unwrap().unwrap();
     let new = bench.claim(id).await;
     assert_eq!(new.attempt, 2);
     assert!(succeed(bench.store(), old, "\"old\"").await.is_none());
@@ -169,7 +184,7 @@ async fn only_queued_jobs_are_claimed() {
     let bench = Bench::new().await;
     let (a, b) = (bench.add(1).await, bench.add(2).await);
     bench.store().request_cancel(a, ErrorCode::CancelledByUser).await.unwrap();
-    let claimed = bench.store().claim(vec![1, 2, 3], "echo".into(), "r".into()).await.unwrap();
+    let claimed = bench.store().claim(vec![1, 2, 3], 1).await.unwrap();
     assert_eq!(claimed.iter().map(|c| c.change.number).collect::<Vec<_>>(), [b.number]);
     assert_eq!(bench.kinds(a).await, ["job.queued", "job.cancelled"]);
 }
@@ -183,7 +198,7 @@ async fn cancelling_keeps_a_real_answer_and_never_goes_back_to_the_queue() {
         let request = bench.store().request_cancel(id, ErrorCode::ClientDisconnected).await.unwrap();
         assert_eq!(request.state, JobState::Cancelling);
     }
-    assert_eq!(bench.store().requeue(ta, 1, 0, None, None).await.unwrap(), None);
+    assert_eq!(bench.store().requeue(ta, GiveBack { failures: 1, ..GiveBack::default() }).await.unwrap(), None);
     assert!(succeed(bench.store(), ta, "\"done\"").await.is_some());
     assert!(bench.store().finish(tb, End::Cancelled).await.unwrap().is_some());
     assert_eq!(bench.store().reader().job(b).await.unwrap().error.unwrap().code, ErrorCode::ClientDisconnected);
@@ -200,7 +215,7 @@ async fn a_restart_gives_running_jobs_back_uncharged_and_ends_cancelled_ones() {
     bench.store().request_cancel(b, ErrorCode::CancelledByUser).await.unwrap();
     let bench = bench.restart().await;
     assert_eq!(bench.opened.recovered, 1);
-    assert_eq!(bench.opened.queued.iter().map(|j| j.id).collect::<Vec<_>>(), [a, c]);
+    assert_eq!(bench.queued().await, [a.number, c.number]);
     assert_eq!(bench.opened.next_number, 4);
     assert_eq!(bench.state(b).await, JobState::Cancelled);
     let job = bench.store().reader().job(a).await.unwrap();
@@ -212,7 +227,7 @@ async fn a_restart_gives_running_jobs_back_uncharged_and_ends_cancelled_ones() {
 async fn the_fast_path_commits_a_job_that_runs_already() {
     let bench = Bench::new().await;
     let id = JobId::new(1_000, 9, 5);
-    let job = bench.store().insert(vec![(id, new_job())], true).await.unwrap().remove(0);
+    let job = bench.store().insert(vec![(id, new_job())], true, None).await.unwrap().jobs.remove(0);
     assert_eq!((job.state, job.attempt, job.version), (JobState::Running, 1, 2));
     let stored = bench.store().reader().job(id).await.unwrap();
     assert_eq!(
@@ -251,9 +266,9 @@ async fn a_batch_is_all_or_nothing() {
     bench.add(1).await;
     let with_batch = NewJob { batch: Some(BatchId(4)), ..new_job() };
     let taken = vec![(JobId::new(1, 2, 1), with_batch.clone()), (JobId::new(1, 1, 1), with_batch.clone())];
-    assert!(bench.store().insert(taken, false).await.is_err(), "number 1 is taken");
+    assert!(bench.store().insert(taken, false, None).await.is_err(), "number 1 is taken");
     assert!(matches!(bench.store().reader().job(JobId::new(1, 2, 1)).await, Err(StoreError::NotFound)));
-    bench.store().insert(vec![(JobId::new(1, 2, 1), with_batch)], false).await.unwrap();
+    bench.store().insert(vec![(JobId::new(1, 2, 1), with_batch)], false, None).await.unwrap();
 }
 
 #[tokio::test]
@@ -268,7 +283,7 @@ async fn learned_costs_outlive_a_restart() {
 #[tokio::test]
 async fn a_second_server_on_the_same_data_dir_is_refused() {
     let bench = Bench::new().await;
-    let error = open(bench.dir.path(), bench.clock.clone(), Arc::new(|_| ())).await.err().expect("refused");
+    let error = open(bench.dir.path(), bench.clock.clone(), settings(), Arc::new(|_| ())).await.err().expect("refused");
     assert!(error.to_string().contains("another roundhouse server uses"), "{error}");
 }
 
@@ -276,10 +291,153 @@ async fn a_second_server_on_the_same_data_dir_is_refused() {
 async fn a_thousand_submitters_share_commits() {
     let bench = Bench::new().await;
     let inserts: Vec<_> =
-        (1..=1_000).map(|n| bench.store().insert(vec![(JobId::new(1, n, 1), new_job())], false)).collect();
+        (1..=1_000).map(|n| bench.store().insert(vec![(JobId::new(1, n, 1), new_job())], false, None)).collect();
     for insert in inserts {
         insert.await.unwrap();
     }
     let bench = bench.restart().await;
-    assert_eq!(bench.opened.queued.len(), 1_000);
+    assert_eq!(bench.queued().await.len(), 1_000);
+}
+
+#[tokio::test]
+async fn what_the_row_tells_is_written_down_before_the_row_tells_something_else() {
+    let bench = Bench::new().await;
+    let id = bench.add(1).await;
+    let first = bench.claim(id).await;
+    let error = JobError::new(ErrorCode::WorkerError, "once", true);
+    let back = GiveBack { failures: 1, error: Some(error), not_before: Some(9_000), ..GiveBack::default() };
+    bench.store().requeue(first, back).await.unwrap().unwrap();
+    let waiting = bench.store().reader().job(id).await.unwrap();
+    assert_eq!((waiting.state_reason.map(|r| r.as_str()), waiting.failures), (Some("retry_backoff"), 1));
+    let second = bench.claim(id).await;
+    assert!(succeed(bench.store(), second, "1").await.is_some());
+    assert_eq!(bench.kinds(id).await, ["job.queued", "job.started", "job.retrying", "job.started", "job.succeeded"]);
+    let events = bench.store().reader().events(id, 0, 10).await.unwrap();
+    assert_eq!(events[1].body, serde_json::json!({"attempt": 1, "worker": "echo", "run": "run_1"}));
+    assert_eq!(events[2].body["discard_output_before_seq"], 3);
+    assert_eq!(events[3].body["attempt"], 2);
+    let page = bench.store().reader().events(id, 1, 2).await.unwrap();
+    assert_eq!(page.iter().map(|e| e.seq).collect::<Vec<_>>(), [2, 3]);
+}
+
+#[tokio::test]
+async fn large_bodies_and_answers_are_files_and_come_back_whole() {
+    let bench = Bench::new().await;
+    let id = JobId::new(1_000, 1, 77);
+    let body = Bytes::from(format!("{{\"prompt\":\"{}\"}}", "x".repeat(40_000)));
+    let job = NewJob { body: body.clone(), ..new_job() };
+    bench.store().insert(vec![(id, job)], false, None).await.unwrap();
+    let claimed = bench.store().claim(vec![1], 1).await.unwrap().remove(0);
+    assert!(matches!(claimed.body, Body::File(_)), "{:?}", claimed.body);
+    assert_eq!(bench.store().reader().load(&claimed.body).await.unwrap(), body);
+    let text = format!("\"{}\"", "y".repeat(1_000_000));
+    assert!(succeed(bench.store(), claimed.token, &text).await.is_some());
+    let bench = bench.restart().await;
+    assert_eq!(bench.store().reader().answer(id).await.unwrap().unwrap().body, text);
+    assert_eq!(bench.store().reader().body(id).await.unwrap(), body);
+    assert_eq!(bench.store().reader().artifacts(id).await.unwrap(), []);
+    assert!(bench.store().metrics().await.stored_bytes > 1_040_000);
+}
+
+#[tokio::test]
+async fn an_answer_that_came_too_late_leaves_no_files() {
+    let bench = Bench::new().await;
+    let id = bench.add(1).await;
+    let token = bench.claim(id).await;
+    let large = format!("\"{}\"", "y".repeat(100_000));
+    assert!(succeed(bench.store(), token, "1").await.is_some());
+    assert!(succeed(bench.store(), token, &large).await.is_none());
+    let left = walk(&bench.dir.path().join("artifacts"));
+    assert_eq!(left, Vec::<std::path::PathBuf>::new());
+    assert_eq!(bench.store().metrics().await.stale_writes, 1);
+}
+
+fn walk(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] }).collect()
+}
+
+#[tokio::test]
+async fn the_same_key_makes_one_job_and_another_body_is_a_conflict() {
+    let bench = Bench::new().await;
+    let key = IdempotencyKey { key: [1; 16], request: [2; 16] };
+    let insert = |n: i64, key| bench.store().insert(vec![(JobId::new(1, n, 9), new_job())], false, Some(key));
+    // At the same time: some of them in one commit.
+    let all: Vec<_> = (1..=50).map(|n| insert(n, key)).collect();
+    for (n, one) in all.into_iter().enumerate() {
+        let inserted = one.await.unwrap();
+        assert_eq!((inserted.jobs[0].id.number, inserted.replayed), (1, n > 0));
+    }
+    let other = IdempotencyKey { request: [3; 16], ..key };
+    assert!(matches!(insert(60, other).await, Err(StoreError::KeyReused)));
+    let bench = bench.restart().await;
+    let insert = |n: i64, key| bench.store().insert(vec![(JobId::new(1, n, 9), new_job())], false, Some(key));
+    for n in 100..150 {
+        assert!(insert(n, key).await.unwrap().replayed);
+    }
+    assert!(matches!(insert(160, other).await, Err(StoreError::KeyReused)));
+    assert_eq!(bench.queued().await, [1]);
+    bench.clock.advance(idempotency::KEY_TTL_MS);
+    assert!(!insert(200, key).await.unwrap().replayed, "a day later it is a new job");
+}
+
+#[tokio::test]
+async fn polls_of_a_live_job_come_from_memory_and_see_every_change() {
+    let bench = Bench::new().await;
+    let id = bench.add(1).await;
+    assert_eq!(bench.state(id).await, JobState::Queued);
+    assert_eq!(bench.state(id).await, JobState::Queued);
+    let token = bench.claim(id).await;
+    assert_eq!(bench.state(id).await, JobState::Running);
+    bench.store().requeue(token, GiveBack::default()).await.unwrap();
+    assert_eq!(bench.state(id).await, JobState::Queued);
+    let guessed = JobId { tag: id.tag + 1, ..id };
+    assert!(matches!(bench.store().reader().job(guessed).await, Err(StoreError::NotFound)));
+    bench.store().request_cancel(id, ErrorCode::CancelledByUser).await.unwrap();
+    assert_eq!(bench.state(id).await, JobState::Cancelled);
+}
+
+#[tokio::test]
+async fn below_the_watermark_new_jobs_are_refused_and_answers_still_land() {
+    let bench = Bench::new().await;
+    let id = bench.add(1).await;
+    let Bench { dir, clock, opened } = bench;
+    drop(opened);
+    let full = StorageSettings { free_min_bytes: u64::MAX / 2, ..settings() };
+    let mut opened = None;
+    while opened.is_none() {
+        opened = open(dir.path(), clock.clone(), full.clone(), Arc::new(|reason| panic!("{reason}"))).await.ok();
+    }
+    let bench = Bench { dir, clock, opened: opened.unwrap() };
+    let refused = bench.store().insert(vec![(JobId::new(1, 2, 1), new_job())], false, None).await;
+    assert!(matches!(&refused, Err(StoreError::DiskFull(text)) if text.contains("make room")), "{refused:?}");
+    let token = bench.claim(id).await;
+    assert!(succeed(bench.store(), token, "1").await.is_some());
+    assert!(matches!(bench.store().reader().job(JobId::new(1, 2, 1)).await, Err(StoreError::NotFound)));
+}
+
+#[tokio::test]
+async fn one_connection_for_all_works_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = Arc::new(ManualClock::at(1_000));
+    let alone = StorageSettings { exclusive: true, ..settings() };
+    let opened = open(dir.path(), clock.clone(), alone, Arc::new(|reason| panic!("{reason}"))).await.unwrap();
+    let bench = Bench { dir, clock, opened };
+    let id = bench.add(1).await;
+    let token = bench.claim(id).await;
+    assert!(succeed(bench.store(), token, "1").await.is_some());
+    assert_eq!(bench.kinds(id).await.len(), 3);
+    let names: Vec<String> = std::fs::read_dir(bench.dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
+    assert!(!names.iter().any(|name| name.ends_with("-shm")), "no shared memory: {names:?}");
+}
+
+#[tokio::test]
+async fn a_stop_is_told_from_a_crash_and_runs_are_counted() {
+    let bench = Bench::new().await;
+    assert_eq!((bench.opened.epoch, bench.opened.was_clean), (1, false), "the first run follows none");
+    let bench = bench.restart().await;
+    assert_eq!((bench.opened.epoch, bench.opened.was_clean), (2, true));
 }

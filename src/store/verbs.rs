@@ -1,6 +1,9 @@
 //! What can be done to jobs. Each verb is one operation of the writer; its answer says what was committed.
+//!
+//! The row says what a look at the job needs, and three events need no row of their own (see `read`): the submission, the
+//! start of the current attempt (`started_seq`), and the end. Before an attempt gives its place to the next one, its start
+//! is written down.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -9,24 +12,30 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde_json::{Value, json};
 
 use super::StoreError;
-use super::artifacts::{Artifacts, StoredAnswer};
+use super::files::{Body, Files, Role, StoredAnswer, StoredFile};
+use super::idempotency::IdempotencyKey;
+use super::metrics::{Metrics, StoreMetrics};
 use super::read::Reader;
-use super::writer::{Writer, answer};
+use super::submit::{self, Inserted, Submission};
+use super::writer::{Kind, Session, Writer, answer};
 use crate::clock::Clock;
 use crate::domain::worker::Answer;
 use crate::domain::{
-    BatchId, ErrorCode, Face, Job, JobError, JobId, JobKind, JobState, Millis, NewJob, StateReason, Token,
+    BatchId, ErrorCode, Face, JobError, JobId, JobKind, JobState, Millis, NewJob, StorageSettings, Token,
 };
 
 /// The durable queue. Cheap to clone.
 #[derive(Clone)]
 pub struct Store {
-    writer: Writer,
-    reader: Reader,
-    artifacts: Artifacts,
-    clock: Arc<dyn Clock>,
-    next_batch: Arc<AtomicI64>,
-    _lock: Arc<File>,
+    pub(super) writer: Writer,
+    pub(super) reader: Reader,
+    pub(super) files: Files,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) metrics: Metrics,
+    pub(super) settings: Arc<StorageSettings>,
+    pub(super) next_batch: Arc<AtomicI64>,
+    /// Keeps the data dir for this process.
+    pub(super) _lock: Arc<File>,
 }
 
 /// A committed change of a job.
@@ -42,13 +51,35 @@ pub struct Change {
     pub seq: i64,
 }
 
-/// A job that is now this attempt's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Claimed {
+/// A job that is now this attempt's, with all that its worker is to be sent.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClaimedJob {
     /// The claim as a change.
     pub change: Change,
     /// The attempt that fences its writes.
-    pub attempt: i64,
+    pub token: Token,
+    /// See [`JobKind`].
+    pub kind: JobKind,
+    /// Whether a caller holds the line.
+    pub face: Face,
+    /// Retriable errors so far.
+    pub failures: u32,
+    /// Crashes so far.
+    pub crashes: u32,
+    /// The death of a worker it was part of.
+    pub crash: Option<i64>,
+    /// Budget of `failures`.
+    pub max_attempts: u32,
+    /// Whether the body asks for a stream.
+    pub stream: bool,
+    /// To be finished before.
+    pub deadline: Option<Millis>,
+    /// Longest time of one attempt, in ms.
+    pub timeout_ms: i64,
+    /// Path on the worker.
+    pub endpoint: String,
+    /// What to send.
+    pub body: Body,
 }
 
 /// How a job ends.
@@ -75,68 +106,19 @@ impl End {
     }
 }
 
-/// What the scheduler keeps of a queued job in memory.
-#[derive(Clone, Debug, PartialEq)]
-pub struct QueuedJob {
-    /// Public id.
-    pub id: JobId,
-    /// See [`JobKind`].
-    pub kind: JobKind,
-    /// Entry name.
-    pub model: Arc<str>,
-    /// API key's name.
-    pub tenant: Arc<str>,
-    /// Whether a caller holds the line.
-    pub face: Face,
-    /// 0 to 9.
-    pub priority: u8,
-    /// Claims so far.
-    pub attempt: i64,
-    /// Retriable errors so far.
+/// Another attempt: what a job takes back to the queue.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GiveBack {
+    /// New value of `failures`.
     pub failures: u32,
-    /// Crashes so far.
+    /// New value of `crashes`.
     pub crashes: u32,
-    /// Budget of `failures`.
-    pub max_attempts: u32,
-    /// Jobs with equal keys may share a run.
-    pub batch_key: i64,
-    /// Whether the body asks for a stream.
-    pub stream: bool,
-    /// When it was accepted.
-    pub created_at: Millis,
-    /// Not to be claimed before.
+    /// The death of a worker it was part of.
+    pub crash: Option<i64>,
+    /// Not before; `None`: as soon as there is a slot.
     pub not_before: Option<Millis>,
-    /// To be started before.
-    pub start_deadline: Option<Millis>,
-    /// To be finished before.
-    pub deadline: Option<Millis>,
-    /// Longest time of one attempt, in ms.
-    pub timeout_ms: i64,
-}
-
-impl QueuedJob {
-    /// The part of a stored job that scheduling needs.
-    pub fn of(job: &Job, model: Arc<str>, tenant: Arc<str>) -> Self {
-        Self {
-            id: job.id,
-            kind: job.kind,
-            model,
-            tenant,
-            face: job.face,
-            priority: job.priority,
-            attempt: job.attempt,
-            failures: job.failures,
-            crashes: job.crashes,
-            max_attempts: job.max_attempts,
-            batch_key: job.batch_key,
-            stream: job.stream,
-            created_at: job.created_at,
-            not_before: job.not_before,
-            start_deadline: job.start_deadline,
-            deadline: job.deadline,
-            timeout_ms: job.timeout_ms,
-        }
-    }
+    /// Why the attempt ended.
+    pub error: Option<JobError>,
 }
 
 /// What was learned about a model; durable so that a restart plans as well as before.
@@ -155,33 +137,19 @@ pub struct Learned {
 }
 
 /// What became of a wish to cancel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CancelRequest {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cancelled {
     /// The change, if there was one.
     pub change: Option<Change>,
     /// State afterwards.
     pub state: JobState,
+    /// The job's model and priority: where it waits.
+    pub model: String,
+    /// See `model`.
+    pub priority: u8,
 }
 
 impl Store {
-    pub(super) fn new(
-        writer: Writer,
-        reader: Reader,
-        artifacts: Artifacts,
-        clock: Arc<dyn Clock>,
-        next_batch: i64,
-        lock: File,
-    ) -> Self {
-        Self {
-            writer,
-            reader,
-            artifacts,
-            clock,
-            next_batch: Arc::new(AtomicI64::new(next_batch)),
-            _lock: Arc::new(lock),
-        }
-    }
-
     /// Reads.
     pub fn reader(&self) -> &Reader {
         &self.reader
@@ -198,41 +166,29 @@ impl Store {
     }
 
     /// Commits new jobs, all or none. With `claimed`, they are `running` in their first attempt from the start (the fast
-    /// path of a worker with a free slot). The order of calls is the order of numbers.
+    /// path of a worker with a free slot). The order of calls is the order of numbers. With a `key` that came before, the
+    /// jobs of then are returned instead.
     pub fn insert(
         &self,
         jobs: Vec<(JobId, NewJob)>,
         claimed: bool,
-    ) -> impl Future<Output = Result<Vec<Job>, StoreError>> + use<> {
-        let now = self.clock.now();
-        let total = int(jobs.len() as u64);
-        answer(self.writer.apply(move |c| {
-            let jobs = jobs.into_iter().map(|(id, new)| insert_one(c, id, new, claimed, now)).collect::<Result<Vec<_>, _>>()?;
-            if let Some(job) = jobs.first()
-                && let Some(batch) = job.batch
-            {
-                execute(
-                    c,
-                    "INSERT INTO batch (id, tenant, created_at, total) VALUES (?1, (SELECT id FROM tenant WHERE name = ?2), ?3, ?4)",
-                    params![batch.0, job.tenant, now, total],
-                )?;
-            }
-            Ok(jobs)
-        }))
+        key: Option<IdempotencyKey>,
+    ) -> impl Future<Output = Result<Inserted, StoreError>> + Send + use<> {
+        let submission = Submission { jobs, claimed, key, now: self.clock.now() };
+        submit::insert(&self.writer, &self.files, &self.reader, submission)
     }
 
-    /// Claims queued jobs for a run on `model`'s worker; answers with those that were still queued.
+    /// Claims queued jobs for a run; answers with those that were still queued, in the given order.
     pub fn claim(
         &self,
         numbers: Vec<i64>,
-        worker: String,
-        run: String,
-    ) -> impl Future<Output = Result<Vec<Claimed>, StoreError>> + use<> {
+        run: i64,
+    ) -> impl Future<Output = Result<Vec<ClaimedJob>, StoreError>> + Send + use<> {
         let now = self.clock.now();
-        answer(self.writer.apply(move |c| {
+        answer(self.writer.apply(Kind::Change, 0, move |session| {
             let mut claimed = Vec::with_capacity(numbers.len());
-            for number in numbers {
-                if let Some(claim) = claim_one(c, number, &worker, &run, now)? {
+            for number in &numbers {
+                if let Some(claim) = claim_one(session, *number, run, now)? {
                     claimed.push(claim);
                 }
             }
@@ -243,8 +199,10 @@ impl Store {
     /// Appends an event to a running job. `None`: the attempt is no longer the job's.
     pub async fn append(&self, token: Token, kind: &'static str, body: Value) -> Result<Option<Change>, StoreError> {
         let now = self.clock.now();
-        let pending = self.writer.apply(move |c| {
-            let change = c
+        let text = body.to_string();
+        let pending = self.writer.apply(Kind::Change, text.len() as u64, move |session| {
+            let change = session
+                .c
                 .prepare_cached(
                     "UPDATE job SET last_seq = last_seq + 1, version = version + 1
                      WHERE number = ?1 AND attempt = ?2 AND state IN ('running', 'cancelling')
@@ -253,7 +211,8 @@ impl Store {
                 .query_row(params![token.id.number, token.attempt], change)
                 .optional()?;
             if let Some(change) = change {
-                record(c, change, token.attempt, kind, now, &body)?;
+                session.touched.push(change.number);
+                record(&session.c, change, token.attempt, kind, now, &text)?;
             }
             Ok(change)
         });
@@ -262,97 +221,71 @@ impl Store {
 
     /// Stores the files of an answer; the first half of a success.
     pub async fn keep(&self, token: Token, kind: JobKind, answer: &Answer) -> Result<StoredAnswer, StoreError> {
-        self.artifacts.keep(token, kind, answer).await
+        self.files.keep(token, kind, answer).await
     }
 
     /// Ends a running job. `None`: a late result of an old attempt, dropped.
     pub async fn finish(&self, token: Token, end: End) -> Result<Option<Change>, StoreError> {
-        let now = self.clock.now();
-        let pending = self.writer.apply(move |c| {
-            let sql = if matches!(end, End::Cancelled) {
-                "UPDATE job SET state = ?3, finished_at = ?4, version = version + 1, last_seq = last_seq + 1
-                 WHERE number = ?1 AND attempt = ?2 AND state = 'cancelling' RETURNING number, state, version, last_seq"
-            } else {
-                "UPDATE job SET state = ?3, finished_at = ?4, version = version + 1, last_seq = last_seq + 1
-                 WHERE number = ?1 AND attempt = ?2 AND state IN ('running', 'cancelling')
-                 RETURNING number, state, version, last_seq"
-            };
-            let change = c
-                .prepare_cached(sql)?
-                .query_row(params![token.id.number, token.attempt, end.state().as_str(), now], change)
-                .optional()?;
-            if let Some(change) = change {
-                record_end(c, change, token.attempt, end, now)?;
+        let (now, settings) = (self.clock.now(), self.settings.clone());
+        let bytes = match &end {
+            End::Succeeded(answer) => answer.body.as_ref().map_or(0, |body| body.len() as u64),
+            _ => 0,
+        };
+        let from = if end == End::Cancelled { Guard::Cancelling(token) } else { Guard::Attempt(token) };
+        // Kept here, so that the files of a dropped answer can be deleted.
+        let end = Arc::new(end);
+        let ending = end.clone();
+        let pending =
+            self.writer.apply(Kind::Change, bytes, move |session| end_one(session, from, &ending, now, &settings));
+        let change = answer(pending).await?;
+        if change.is_none() {
+            self.metrics.stale();
+            if let End::Succeeded(answer) = &*end {
+                let _ = self.files.delete(&answer.files).await;
             }
-            Ok(change)
-        });
-        answer(pending).await
+        }
+        Ok(change)
     }
 
     /// Ends a job that is still queued: too late, or its model does not load. `None`: it is not queued any more.
     pub async fn end_queued(&self, number: i64, end: End) -> Result<Option<Change>, StoreError> {
-        let now = self.clock.now();
-        let pending = self.writer.apply(move |c| {
-            let row = c
-                .prepare_cached(
-                    "UPDATE job SET state = ?2, state_reason = NULL, finished_at = ?3, version = version + 1, last_seq = last_seq + 1
-                     WHERE number = ?1 AND state = 'queued' RETURNING number, state, version, last_seq, attempt",
-                )?
-                .query_row(params![number, end.state().as_str(), now], |row| Ok((change(row)?, row.get::<_, i64>(4)?)))
-                .optional()?;
-            if let Some((change, attempt)) = row {
-                record_end(c, change, attempt, end, now)?;
-            }
-            Ok(row.map(|(change, _)| change))
-        });
+        let (now, settings) = (self.clock.now(), self.settings.clone());
+        let pending = self
+            .writer
+            .apply(Kind::Change, 0, move |session| end_one(session, Guard::Queued(number), &end, now, &settings));
         answer(pending).await
     }
 
     /// Gives a running job back to the queue. `None`: not this attempt's any more, or being cancelled.
-    pub async fn requeue(
-        &self,
-        token: Token,
-        failures: u32,
-        crashes: u32,
-        not_before: Option<Millis>,
-        error: Option<JobError>,
-    ) -> Result<Option<Change>, StoreError> {
+    pub async fn requeue(&self, token: Token, back: GiveBack) -> Result<Option<Change>, StoreError> {
         let now = self.clock.now();
-        let pending = self.writer.apply(move |c| {
-            let reason = if not_before.is_some() { StateReason::RetryBackoff } else { StateReason::WaitingForModel };
-            let change = c
-                .prepare_cached(
-                    "UPDATE job SET state = 'queued', state_reason = ?3, failures = ?4, crashes = ?5, not_before = ?6,
-                            queued_at = ?7, version = version + 1, last_seq = last_seq + 1
-                     WHERE number = ?1 AND attempt = ?2 AND state = 'running' RETURNING number, state, version, last_seq",
-                )?
-                .query_row(
-                    params![token.id.number, token.attempt, reason.as_str(), failures, crashes, not_before, now],
-                    change,
-                )
-                .optional()?;
-            if let Some(change) = change {
-                set_error(c, change.number, error.as_ref())?;
-                record(c, change, token.attempt, "job.retrying", now, &retrying(token.attempt, error.as_ref(), not_before, change.seq))?;
-            }
-            Ok(change)
-        });
-        answer(pending).await
+        let rescued = back.crash.is_some();
+        let pending = self.writer.apply(Kind::Change, 0, move |session| requeue_one(session, token, &back, now));
+        let change = answer(pending).await?;
+        match change {
+            Some(_) if rescued => self.metrics.rescued(1),
+            Some(_) => {}
+            None => self.metrics.stale(),
+        }
+        Ok(change)
     }
 
     /// Asks to cancel: queued jobs end at once, running ones become `cancelling`, others stay as they are.
-    pub async fn request_cancel(&self, id: JobId, code: ErrorCode) -> Result<CancelRequest, StoreError> {
-        let now = self.clock.now();
-        answer(self.writer.apply(move |c| cancel_one(c, id, code, now))).await
+    pub async fn request_cancel(&self, id: JobId, code: ErrorCode) -> Result<Cancelled, StoreError> {
+        let (now, settings) = (self.clock.now(), self.settings.clone());
+        let pending = self.writer.apply(Kind::Change, 0, move |session| cancel_one(session, id, code, now, &settings));
+        answer(pending).await?.ok_or(StoreError::NotFound)
     }
 
     /// Tells queued jobs that their model is being loaded.
     pub async fn tell_loading(&self, numbers: Vec<i64>, model: String, eta: Millis) -> Result<Vec<Change>, StoreError> {
         let now = self.clock.now();
-        let pending = self.writer.apply(move |c| {
+        let body = json!({"model": model, "eta_ms": eta}).to_string();
+        let pending = self.writer.apply(Kind::Change, 0, move |session| {
             let mut changes = Vec::with_capacity(numbers.len());
-            for number in numbers {
-                let row = c
+            for number in &numbers {
+                let row = session
+                    .c
                     .prepare_cached(
                         "UPDATE job SET last_seq = last_seq + 1, version = version + 1 WHERE number = ?1 AND state = 'queued'
                          RETURNING number, state, version, last_seq, attempt",
@@ -360,7 +293,8 @@ impl Store {
                     .query_row([number], |row| Ok((change(row)?, row.get::<_, i64>(4)?)))
                     .optional()?;
                 if let Some((change, attempt)) = row {
-                    record(c, change, attempt, "job.loading", now, &json!({"model": model, "eta_ms": eta}))?;
+                    session.touched.push(change.number);
+                    record(&session.c, change, attempt, "job.loading", now, &body)?;
                     changes.push(change);
                 }
             }
@@ -371,9 +305,14 @@ impl Store {
 
     /// Adds to the time that jobs have waited for a load of their model.
     pub async fn add_load_time(&self, numbers: Vec<i64>, load_ms: i64) -> Result<(), StoreError> {
-        let pending = self.writer.apply(move |c| {
-            for number in numbers {
-                execute(c, "UPDATE job_detail SET load_ms = load_ms + ?2 WHERE number = ?1", params![number, load_ms])?;
+        let pending = self.writer.apply(Kind::Change, 0, move |session| {
+            for number in &numbers {
+                session.touched.push(*number);
+                execute(
+                    &session.c,
+                    "UPDATE job SET load_ms = load_ms + ?2 WHERE number = ?1",
+                    params![number, load_ms],
+                )?;
             }
             Ok(())
         });
@@ -382,9 +321,9 @@ impl Store {
 
     /// Keeps what was learned about a model.
     pub async fn learn(&self, model: String, learned: Learned) -> Result<(), StoreError> {
-        let pending = self.writer.apply(move |c| {
+        let pending = self.writer.apply(Kind::Change, 0, move |session| {
             execute(
-                c,
+                &session.c,
                 "INSERT INTO model (name, load_ms, stop_ms, service_ms, each_ms, left_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
                  ON CONFLICT (name) DO UPDATE SET load_ms = excluded.load_ms, stop_ms = excluded.stop_ms,
                      service_ms = excluded.service_ms, each_ms = excluded.each_ms, left_at = excluded.left_at",
@@ -394,341 +333,342 @@ impl Store {
         answer(pending).await
     }
 
+    /// Notes that a job's answer was handed to a client; written with the next commit. When room is needed, delivered
+    /// answers go before undelivered ones, which never do.
+    pub fn delivered(&self, id: JobId) {
+        self.writer.delivered(id.number);
+    }
+
     /// Answers when the writer does, for `/readyz`.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        answer(self.writer.apply(|_| Ok(()))).await
+        answer(self.writer.apply(Kind::Change, 0, |_| Ok(()))).await
+    }
+
+    /// The store's own figures.
+    pub async fn metrics(&self) -> StoreMetrics {
+        let file_bytes = self.files.stored_bytes();
+        let sizes = self.reader.sizes(self.clock.now()).await.unwrap_or_default();
+        StoreMetrics {
+            wal_bytes: sizes.wal_bytes,
+            database_bytes: sizes.database_bytes,
+            purge_lag_s: sizes.purge_lag_ms as f64 / 1e3,
+            stored_bytes: sizes.used_bytes + file_bytes,
+            ..self.metrics.look()
+        }
     }
 }
 
 /// SQLite's integers are signed.
-fn int(n: u64) -> i64 {
+pub(super) fn int(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 
-fn execute(c: &Connection, sql: &str, params: impl rusqlite::Params) -> Result<(), StoreError> {
+pub(super) fn execute(c: &Connection, sql: &str, params: impl rusqlite::Params) -> Result<(), StoreError> {
     c.prepare_cached(sql)?.execute(params)?;
     Ok(())
 }
 
 /// Reads `number, state, version, last_seq` of a RETURNING clause.
-fn change(row: &Row<'_>) -> rusqlite::Result<Change> {
-    let state: String = row.get(1)?;
-    let state = JobState::parse(&state).ok_or(rusqlite::Error::InvalidQuery)?;
+pub(super) fn change(row: &Row<'_>) -> rusqlite::Result<Change> {
+    let state = JobState::parse(row.get_ref(1)?.as_str()?).ok_or(rusqlite::Error::InvalidQuery)?;
     Ok(Change { number: row.get(0)?, state, version: row.get(2)?, seq: row.get(3)? })
 }
 
-fn record(
+pub(super) fn record(
     c: &Connection,
     change: Change,
     attempt: i64,
     kind: &str,
     now: Millis,
-    body: &Value,
+    body: &str,
 ) -> Result<(), StoreError> {
     execute(
         c,
         "INSERT INTO event (number, seq, attempt, kind, at, body) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-        params![change.number, change.seq, attempt, kind, now, body.to_string()],
+        params![change.number, change.seq, attempt, kind, now, body],
     )
 }
 
-fn set_error(c: &Connection, number: i64, error: Option<&JobError>) -> Result<(), StoreError> {
-    let text = error.map(|error| json!(error).to_string());
-    execute(c, "UPDATE job_detail SET error = ?2 WHERE number = ?1 AND error IS NOT ?2", params![number, text])
+pub(super) fn record_file(c: &Connection, number: i64, file: &StoredFile) -> Result<(), StoreError> {
+    execute(
+        c,
+        "INSERT INTO file (number, role, position, name, mime, bytes, sha256, path) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+        params![
+            number,
+            file.role.as_str(),
+            file.position,
+            file.name,
+            file.mime,
+            int(file.bytes),
+            file.sha256,
+            file.path
+        ],
+    )
 }
 
-fn retrying(attempt: i64, error: Option<&JobError>, not_before: Option<Millis>, seq: i64) -> Value {
-    json!({"attempt": attempt, "error": error, "not_before_ms": not_before, "discard_output_before_seq": seq})
+/// The body of `job.started`.
+pub(super) fn started(attempt: i64, worker: &str, run: Option<i64>) -> Value {
+    match run {
+        Some(run) => json!({"attempt": attempt, "worker": worker, "run": format!("run_{run}")}),
+        None => json!({"attempt": attempt, "worker": worker}),
+    }
 }
 
-/// The end's event, error, result and files. The row itself has been updated.
-fn record_end(c: &Connection, change: Change, attempt: i64, end: End, now: Millis) -> Result<(), StoreError> {
-    let kind = match change.state {
-        JobState::Succeeded => "job.succeeded",
-        JobState::Failed => "job.failed",
-        JobState::Cancelled => "job.cancelled",
-        _ => "job.expired",
+fn retrying(attempt: i64, back: &GiveBack, seq: i64) -> String {
+    json!({
+        "attempt": attempt,
+        "error": back.error,
+        "not_before_ms": back.not_before,
+        "discard_output_before_seq": seq,
+    })
+    .to_string()
+}
+
+/// Which row an end may change.
+#[derive(Clone, Copy)]
+pub(super) enum Guard {
+    /// Running, or being cancelled, in this attempt.
+    Attempt(Token),
+    /// Being cancelled in this attempt.
+    Cancelling(Token),
+    /// Not claimed.
+    Queued(i64),
+}
+
+pub(super) fn end_one(
+    session: &mut Session,
+    from: Guard,
+    end: &End,
+    now: Millis,
+    settings: &StorageSettings,
+) -> Result<Option<Change>, StoreError> {
+    let (number, attempt, states) = match from {
+        Guard::Attempt(token) => (token.id.number, Some(token.attempt), "state IN ('running', 'cancelling')"),
+        Guard::Cancelling(token) => (token.id.number, Some(token.attempt), "state = 'cancelling'"),
+        Guard::Queued(number) => (number, None, "state = 'queued'"),
     };
     let error = match end {
-        End::Succeeded(answer) => {
-            record_answer(c, change.number, &answer)?;
-            None
-        }
-        End::Failed(error) | End::Expired(error) => Some(error),
-        End::Cancelled => Some(cancel_error(c, change.number)?),
+        End::Succeeded(_) => None,
+        End::Failed(error) | End::Expired(error) => Some(json!(error).to_string()),
+        End::Cancelled => Some(json!(cancel_error(&session.c, number)?).to_string()),
     };
-    set_error(c, change.number, error.as_ref())?;
-    record(c, change, attempt, kind, now, &error.map_or_else(|| json!({}), |error| json!({"error": error})))
+    let change = session
+        .c
+        .prepare_cached(&format!(
+            "UPDATE job SET state = ?3, finished_at = ?4, error = ?5, version = version + 1, last_seq = last_seq + 1,
+                    expires_at = ?4 + CASE WHEN face = 'sync' THEN ?6 WHEN batch IS NOT NULL THEN ?7 ELSE ?8 END
+             WHERE number = ?1 AND attempt = coalesce(?2, attempt) AND {states} RETURNING number, state, version, last_seq"
+        ))?
+        .query_row(
+            params![
+                number,
+                attempt,
+                end.state().as_str(),
+                now,
+                error,
+                ms(settings.sync_ttl),
+                ms(settings.batch_ttl),
+                ms(settings.results_ttl)
+            ],
+            change,
+        )
+        .optional()?;
+    if let Some(change) = change {
+        session.touched.push(number);
+        if let End::Succeeded(answer) = end {
+            record_answer(&session.c, change.number, answer)?;
+        }
+    }
+    Ok(change)
+}
+
+pub(super) fn ms(duration: std::time::Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 4)
 }
 
 fn record_answer(c: &Connection, number: i64, answer: &StoredAnswer) -> Result<(), StoreError> {
-    let position = answer.body.is_none().then_some(0_i64);
     execute(
         c,
-        "INSERT INTO result (number, status, content_type, body, artifact, usage) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        "INSERT INTO result (number, status, content_type, usage, body) VALUES (?1, ?2, ?3, ?4, ?5)",
         params![
             number,
             answer.status,
             answer.content_type,
+            answer.usage.as_ref().map(Value::to_string),
             answer.body.as_deref(),
-            position,
-            answer.usage.as_ref().map(Value::to_string)
         ],
     )?;
-    for (position, stored) in answer.artifacts.iter().enumerate() {
-        let a = &stored.artifact;
-        execute(
-            c,
-            "INSERT INTO artifact (number, position, name, mime, bytes, sha256, path) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-            params![number, int(position as u64), a.name, a.mime, int(a.bytes), a.sha256, stored.path],
-        )?;
-    }
-    Ok(())
+    answer.files.iter().try_for_each(|file| record_file(c, number, file))
 }
 
 /// The error of a cancelled job; `cancel_code` says who asked.
 fn cancel_error(c: &Connection, number: i64) -> Result<JobError, StoreError> {
-    let code: Option<String> =
-        c.prepare_cached("SELECT cancel_code FROM job WHERE number = ?1")?.query_row([number], |row| row.get(0))?;
-    let error = match code.as_deref().and_then(ErrorCode::parse) {
+    let code: Option<Option<String>> = c
+        .prepare_cached("SELECT cancel_code FROM job WHERE number = ?1")?
+        .query_row([number], |row| row.get(0))
+        .optional()?;
+    Ok(cancelled_by(code.flatten().as_deref().and_then(ErrorCode::parse)))
+}
+
+fn cancelled_by(code: Option<ErrorCode>) -> JobError {
+    match code {
         Some(ErrorCode::ClientDisconnected) => {
             JobError::new(ErrorCode::ClientDisconnected, "nobody waited for the answer any more", true)
         }
         _ => JobError::new(ErrorCode::CancelledByUser, "cancelled by request", true),
-    };
-    Ok(error)
-}
-
-fn insert_one(c: &Connection, id: JobId, new: NewJob, claimed: bool, now: Millis) -> Result<Job, StoreError> {
-    execute(c, "INSERT INTO model (name) VALUES (?1) ON CONFLICT DO NOTHING", [&new.model])?;
-    execute(c, "INSERT INTO tenant (name) VALUES (?1) ON CONFLICT DO NOTHING", [&new.tenant])?;
-    let state = if claimed { JobState::Running } else { JobState::Queued };
-    let state_reason = (!claimed).then_some(StateReason::WaitingForModel);
-    let steps = if claimed { 2 } else { 1 };
-    let kind = JobKind::of_endpoint(&new.endpoint);
-    let created_at = id.created_ms;
-    let started_at = claimed.then_some(now);
-    let attempt = i64::from(claimed);
-    execute(
-        c,
-        "INSERT INTO job (number, tag, kind, face, model, tenant, batch, state, state_reason, priority, attempt, max_attempts,
-                          version, last_seq, batch_key, stream, created_at, queued_at, started_at, start_deadline, deadline,
-                          timeout_ms)
-         VALUES (?1, ?2, ?3, ?4, (SELECT id FROM model WHERE name = ?5), (SELECT id FROM tenant WHERE name = ?6), ?7, ?8, ?9,
-                 ?10, ?11, ?12, ?13, ?13, ?14, ?15, ?16, ?16, ?17, ?18, ?19, ?20)",
-        params![
-            id.number,
-            int(id.tag),
-            kind.as_str(),
-            new.face.as_str(),
-            new.model,
-            new.tenant,
-            new.batch.map(|b| b.0),
-            state.as_str(),
-            state_reason.map(StateReason::as_str),
-            new.priority,
-            attempt,
-            new.max_attempts,
-            steps,
-            new.batch_key,
-            new.stream,
-            created_at,
-            started_at,
-            new.start_deadline,
-            new.deadline,
-            new.timeout_ms,
-        ],
-    )?;
-    execute(c, "INSERT INTO payload (number, body) VALUES (?1, ?2)", params![id.number, &new.body[..]])?;
-    execute(
-        c,
-        "INSERT INTO job_detail (number, endpoint, custom_id, metadata, present, retry_of) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-        params![
-            id.number,
-            new.endpoint,
-            new.custom_id,
-            json!(new.metadata).to_string(),
-            json!(new.present).to_string(),
-            new.retry_of.map(|id| id.to_string()),
-        ],
-    )?;
-    let change = Change { number: id.number, state, version: steps, seq: 1 };
-    record(c, change, 0, "job.queued", now, &json!({}))?;
-    if claimed {
-        record(c, Change { seq: 2, ..change }, 1, "job.started", now, &json!({"attempt": 1, "worker": new.model}))?;
     }
-    Ok(Job {
-        id,
-        kind,
-        endpoint: new.endpoint,
-        model: new.model,
-        tenant: new.tenant,
-        batch: new.batch,
-        custom_id: new.custom_id,
-        face: new.face,
-        state,
-        state_reason,
-        priority: new.priority,
-        attempt,
-        failures: 0,
-        crashes: 0,
-        max_attempts: new.max_attempts,
-        version: steps,
-        batch_key: new.batch_key,
-        stream: new.stream,
-        present: new.present,
-        created_at,
-        queued_at: created_at,
-        started_at,
-        finished_at: None,
-        not_before: None,
-        start_deadline: new.start_deadline,
-        deadline: new.deadline,
-        timeout_ms: new.timeout_ms,
-        metadata: new.metadata,
-        retry_of: new.retry_of,
-        error: None,
-        usage: None,
-        load_ms: 0,
-    })
 }
 
-fn claim_one(c: &Connection, number: i64, worker: &str, run: &str, now: Millis) -> Result<Option<Claimed>, StoreError> {
+fn claim_one(session: &mut Session, number: i64, run: i64, now: Millis) -> Result<Option<ClaimedJob>, StoreError> {
+    let c = &session.c;
     let claimed = c
         .prepare_cached(
-            "UPDATE job SET state = 'running', state_reason = NULL, attempt = attempt + 1, started_at = ?2, not_before = NULL,
-                    version = version + 1, last_seq = last_seq + 1
-             WHERE number = ?1 AND state = 'queued' RETURNING number, state, version, last_seq, attempt",
+            "UPDATE job SET state = 'running', attempt = attempt + 1, started_at = ?2, started_seq = last_seq + 1, run = ?3,
+                    not_before = NULL, version = version + 1, last_seq = last_seq + 1
+             WHERE number = ?1 AND state = 'queued'
+             RETURNING number, state, version, last_seq, attempt, tag, created_at, kind, face, failures, crashes, max_attempts,
+                       stream, deadline, timeout_ms, crash",
         )?
-        .query_row(params![number, now], |row| Ok(Claimed { change: change(row)?, attempt: row.get(4)? }))
-        .optional()?;
-    if let Some(claim) = &claimed {
-        let body = json!({"attempt": claim.attempt, "worker": worker, "run": run});
-        record(c, claim.change, claim.attempt, "job.started", now, &body)?;
-    }
-    Ok(claimed)
-}
-
-fn cancel_one(c: &Connection, id: JobId, code: ErrorCode, now: Millis) -> Result<CancelRequest, StoreError> {
-    let found: Option<(String, i64)> = c
-        .prepare_cached("SELECT state, attempt FROM job WHERE number = ?1 AND tag = ?2 AND created_at = ?3")?
-        .query_row(params![id.number, int(id.tag), id.created_ms], |row| Ok((row.get(0)?, row.get(1)?)))
-        .optional()?;
-    let (state, attempt) = found.ok_or(StoreError::NotFound)?;
-    let state = JobState::parse(&state).ok_or_else(|| StoreError::Database(format!("unknown state `{state}`")))?;
-    let (to, finished_at) = match state {
-        JobState::Queued => (JobState::Cancelled, Some(now)),
-        JobState::Running => (JobState::Cancelling, None),
-        _ => {
-            return Ok(CancelRequest { change: None, state });
-        }
-    };
-    let change = c
-        .prepare_cached(
-            "UPDATE job SET state = ?2, state_reason = NULL, finished_at = ?3, cancel_code = ?4, version = version + 1,
-                    last_seq = last_seq + 1
-             WHERE number = ?1 AND state = ?5 RETURNING number, state, version, last_seq",
-        )?
-        .query_row(params![id.number, to.as_str(), finished_at, code.as_str(), state.as_str()], change)?;
-    if to == JobState::Cancelled {
-        record_end(c, change, attempt, End::Cancelled, now)?;
-    } else {
-        record(c, change, attempt, "job.cancelling", now, &json!({}))?;
-    }
-    Ok(CancelRequest { change: Some(change), state: to })
-}
-
-/// Puts the jobs of the last run's workers back, uncharged; ends those that were being cancelled. One transaction.
-pub(super) fn recover(c: &Connection, now: Millis) -> Result<usize, StoreError> {
-    c.execute_batch("BEGIN IMMEDIATE")?;
-    let cancelling: Vec<(Change, i64)> = c
-        .prepare(
-            "UPDATE job SET state = 'cancelled', finished_at = ?1, version = version + 1, last_seq = last_seq + 1
-             WHERE state = 'cancelling' RETURNING number, state, version, last_seq, attempt",
-        )?
-        .query_map([now], |row| Ok((change(row)?, row.get(4)?)))?
-        .collect::<Result<_, _>>()?;
-    for (change, attempt) in cancelling {
-        record_end(c, change, attempt, End::Cancelled, now)?;
-    }
-    let running: Vec<(Change, i64)> = c
-        .prepare(
-            "UPDATE job SET state = 'queued', state_reason = 'waiting_for_model', queued_at = ?1, version = version + 1,
-                    last_seq = last_seq + 1
-             WHERE state = 'running' RETURNING number, state, version, last_seq, attempt",
-        )?
-        .query_map([now], |row| Ok((change(row)?, row.get(4)?)))?
-        .collect::<Result<_, _>>()?;
-    for (change, attempt) in &running {
-        record(c, *change, *attempt, "job.retrying", now, &retrying(*attempt, None, None, change.seq))?;
-    }
-    c.execute_batch("COMMIT")?;
-    Ok(running.len())
-}
-
-/// All queued jobs, oldest first.
-pub(super) fn load_queued(c: &Connection) -> Result<Vec<QueuedJob>, StoreError> {
-    let models = names(c, "SELECT id, name FROM model")?;
-    let tenants = names(c, "SELECT id, name FROM tenant")?;
-    let unknown: Arc<str> = Arc::from("");
-    let mut statement = c.prepare(
-        "SELECT created_at, number, tag, kind, model, tenant, face, priority, attempt, failures, crashes, max_attempts, batch_key,
-                stream, not_before, start_deadline, deadline, timeout_ms
-         FROM job WHERE state = 'queued' ORDER BY number",
-    )?;
-    let jobs = statement.query_map([], |row| {
-        let (kind, face): (String, String) = (row.get(3)?, row.get(6)?);
-        Ok(QueuedJob {
-            id: JobId::new(row.get(0)?, row.get(1)?, u64::try_from(row.get::<_, i64>(2)?).unwrap_or_default()),
-            kind: JobKind::parse(&kind).ok_or(rusqlite::Error::InvalidQuery)?,
-            model: models.get(&row.get(4)?).unwrap_or(&unknown).clone(),
-            tenant: tenants.get(&row.get(5)?).unwrap_or(&unknown).clone(),
-            face: Face::parse(&face).ok_or(rusqlite::Error::InvalidQuery)?,
-            priority: row.get(7)?,
-            attempt: row.get(8)?,
-            failures: row.get(9)?,
-            crashes: row.get(10)?,
-            max_attempts: row.get(11)?,
-            batch_key: row.get(12)?,
-            stream: row.get(13)?,
-            created_at: row.get(0)?,
-            not_before: row.get(14)?,
-            start_deadline: row.get(15)?,
-            deadline: row.get(16)?,
-            timeout_ms: row.get(17)?,
+        .query_row(params![number, now, run], |row| {
+            let (tag, created_at): (i64, Millis) = (row.get(5)?, row.get(6)?);
+            let id = JobId::new(created_at, number, u64::try_from(tag).unwrap_or_default());
+            Ok(ClaimedJob {
+                change: change(row)?,
+                token: Token { id, attempt: row.get(4)? },
+                kind: JobKind::parse(row.get_ref(7)?.as_str()?).ok_or(rusqlite::Error::InvalidQuery)?,
+                face: Face::parse(row.get_ref(8)?.as_str()?).ok_or(rusqlite::Error::InvalidQuery)?,
+                failures: row.get(9)?,
+                crashes: row.get(10)?,
+                max_attempts: row.get(11)?,
+                stream: row.get(12)?,
+                deadline: row.get(13)?,
+                timeout_ms: row.get(14)?,
+                crash: row.get(15)?,
+                endpoint: String::new(),
+                body: Body::Inline(bytes::Bytes::new()),
+            })
         })
-    })?;
-    Ok(jobs.collect::<Result<_, _>>()?)
+        .optional()?;
+    let Some(mut claim) = claimed else {
+        return Ok(None);
+    };
+    let body: Option<Vec<u8>>;
+    (claim.endpoint, body) = c
+        .prepare_cached("SELECT endpoint, body FROM request WHERE number = ?1")?
+        .query_row([number], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    claim.body = match body {
+        Some(bytes) => Body::Inline(bytes.into()),
+        None => Body::File(request_file(c, number)?),
+    };
+    session.touched.push(number);
+    Ok(Some(claim))
 }
 
-fn names(c: &Connection, sql: &str) -> Result<BTreeMap<i64, Arc<str>>, StoreError> {
-    let mut statement = c.prepare(sql)?;
-    let rows = statement.query_map([], |row| Ok((row.get(0)?, Arc::from(row.get::<_, String>(1)?))))?;
-    Ok(rows.collect::<Result<_, _>>()?)
+fn request_file(c: &Connection, number: i64) -> Result<StoredFile, StoreError> {
+    let file = super::read::files_of(c, number)?.into_iter().find(|file| file.role == Role::Request);
+    file.ok_or_else(|| StoreError::Database(format!("job {number} has neither a body nor a file of it")))
 }
 
-/// What earlier runs learned.
-pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, StoreError> {
-    let mut statement = c.prepare("SELECT name, load_ms, stop_ms, service_ms, each_ms, left_at FROM model")?;
-    let rows = statement.query_map([], |row| {
-        let learned = Learned {
-            load_ms: row.get(1)?,
-            stop_ms: row.get(2)?,
-            service_ms: row.get(3)?,
-            each_ms: row.get(4)?,
-            left_at: row.get(5)?,
-        };
-        Ok((row.get(0)?, learned))
-    })?;
-    Ok(rows.collect::<Result<_, _>>()?)
+/// Writes down the start that the row tells, before the row tells another one.
+pub(super) fn record_start(c: &Connection, number: i64) -> Result<(), StoreError> {
+    let start = c
+        .prepare_cached(
+            "SELECT started_seq, attempt, started_at, run, model.name FROM job JOIN model ON model.id = job.model
+             WHERE number = ?1 AND started_seq IS NOT NULL",
+        )?
+        .query_row([number], |row| {
+            let (attempt, worker): (i64, String) = (row.get(1)?, row.get(4)?);
+            Ok((row.get::<_, i64>(0)?, attempt, row.get::<_, Millis>(2)?, started(attempt, &worker, row.get(3)?)))
+        })
+        .optional()?;
+    if let Some((seq, attempt, at, body)) = start {
+        let change = Change { number, state: JobState::Running, version: 0, seq };
+        record(c, change, attempt, "job.started", at, &body.to_string())?;
+    }
+    Ok(())
 }
 
-/// The number after the highest one given out.
-pub(super) fn next_number(c: &Connection) -> Result<i64, StoreError> {
-    Ok(c.query_row("SELECT coalesce(max(number), 0) + 1 FROM job", [], |row| row.get(0))?)
+pub(super) fn requeue_one(
+    session: &mut Session,
+    token: Token,
+    back: &GiveBack,
+    now: Millis,
+) -> Result<Option<Change>, StoreError> {
+    let number = token.id.number;
+    let is_ours: bool = session
+        .c
+        .prepare_cached("SELECT count(*) FROM job WHERE number = ?1 AND attempt = ?2 AND state = 'running'")?
+        .query_row(params![number, token.attempt], |row| row.get(0))?;
+    if !is_ours {
+        return Ok(None);
+    }
+    record_start(&session.c, number)?;
+    let error = back.error.as_ref().map(|error| json!(error).to_string());
+    let change = session
+        .c
+        .prepare_cached(
+            "UPDATE job SET state = 'queued', failures = ?3, crashes = ?4, crash = ?5, not_before = ?6, requeued_at = ?7,
+                    error = ?8, started_seq = NULL, run = NULL, version = version + 1, last_seq = last_seq + 1
+             WHERE number = ?1 AND attempt = ?2 AND state = 'running' RETURNING number, state, version, last_seq",
+        )?
+        .query_row(
+            params![number, token.attempt, back.failures, back.crashes, back.crash, back.not_before, now, error],
+            change,
+        )
+        .optional()?;
+    if let Some(change) = change {
+        session.touched.push(number);
+        record(&session.c, change, token.attempt, "job.retrying", now, &retrying(token.attempt, back, change.seq))?;
+    }
+    Ok(change)
 }
 
-/// The same for batches.
-pub(super) fn next_batch(c: &Connection) -> Result<i64, StoreError> {
-    Ok(c.query_row("SELECT coalesce(max(id), 0) + 1 FROM batch", [], |row| row.get(0))?)
+/// `None`: no such job.
+fn cancel_one(
+    session: &mut Session,
+    id: JobId,
+    code: ErrorCode,
+    now: Millis,
+    settings: &StorageSettings,
+) -> Result<Option<Cancelled>, StoreError> {
+    let found = session
+        .c
+        .prepare_cached(
+            "SELECT state, attempt, model.name, priority FROM job JOIN model ON model.id = job.model
+             WHERE number = ?1 AND tag = ?2 AND created_at = ?3",
+        )?
+        .query_row(params![id.number, int(id.tag), id.created_ms], |row| {
+            let state = JobState::parse(row.get_ref(0)?.as_str()?).ok_or(rusqlite::Error::InvalidQuery)?;
+            Ok((state, row.get::<_, i64>(1)?, row.get(2)?, row.get(3)?))
+        })
+        .optional()?;
+    let Some((state, attempt, model, priority)) = found else {
+        return Ok(None);
+    };
+    let asked = |sql: &str| -> Result<(), StoreError> {
+        let changed = session.c.prepare_cached(sql)?.execute(params![id.number, code.as_str()])?;
+        if changed == 1 { Ok(()) } else { Err(StoreError::Database("the job changed within a transaction".to_owned())) }
+    };
+    let change = match state {
+        JobState::Queued => {
+            asked("UPDATE job SET cancel_code = ?2 WHERE number = ?1 AND state = 'queued'")?;
+            end_one(session, Guard::Queued(id.number), &End::Cancelled, now, settings)?
+        }
+        JobState::Running => {
+            asked(
+                "UPDATE job SET state = 'cancelling', cancel_code = ?2, version = version + 1, last_seq = last_seq + 1
+                 WHERE number = ?1 AND state = 'running'",
+            )?;
+            let change = session
+                .c
+                .prepare_cached("SELECT number, state, version, last_seq FROM job WHERE number = ?1")?
+                .query_row([id.number], change)?;
+            session.touched.push(id.number);
+            record(&session.c, change, attempt, "job.cancelling", now, "{}")?;
+            Some(change)
+        }
+        _ => None,
+    };
+    let state = change.map_or(state, |change| change.state);
+    Ok(Some(Cancelled { change, state, model, priority }))
 }

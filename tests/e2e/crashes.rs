@@ -58,14 +58,14 @@ async fn the_killer_of_a_run_fails_and_its_companions_do_not() {
 
     let job = api.finished(&killer).await;
     assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("worker_lost")), "{job}");
-    assert_eq!(job["attempt"], 2, "once in company, once alone: {job}");
+    assert_eq!(job["attempt"], 3, "among eight, then (the first four are innocent) with one other, then alone: {job}");
     assert_eq!(check_history(&api.events(&killer).await), "job.failed");
     for id in &innocents {
         let job = api.succeeded(id).await;
         check_history(&api.events(id).await);
         let (failures, crashes, _) = server.charged(id);
         assert_eq!(failures, 0, "{job}");
-        assert!(crashes <= 1, "it never ran beside the killer again: {job}");
+        assert!(crashes <= 2, "the search halves: {job}");
     }
     // The run of eight: all of it was there when the worker died.
     let started = api.events(&killer).await.into_iter().find(|event| event["type"] == "job.started").unwrap();

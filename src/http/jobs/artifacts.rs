@@ -44,7 +44,7 @@ pub async fn get(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let id = job_id(&id)?;
-    state.job(&caller, id).await?;
+    let job = state.job(&caller, id).await?;
     let artifacts = state.reader.artifacts(id).await?;
     let found = artifacts.into_iter().find(|found| found.id == artifact);
     let artifact = found.ok_or_else(|| ApiError::not_found("the artifact"))?;
@@ -64,6 +64,7 @@ pub async fn get(
         StoreError::NotFound => ApiError::not_found("the artifact"),
         error => error.into(),
     })?;
+    state.handle.delivered(&job);
     let status = if range.is_some() { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
     let mut response = with_headers(status, Body::from(bytes), &artifact, &etag);
     if let Some((start, end)) = range {

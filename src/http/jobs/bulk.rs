@@ -4,17 +4,17 @@ use std::collections::HashSet;
 
 use axum::Json;
 use axum::extract::{Extension, OriginalUri, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
 use crate::domain::{BatchId, NewJob};
-use crate::http::AppState;
 use crate::http::auth::Caller;
 use crate::http::body::{self, JsonObject, shortened, unknown_field};
 use crate::http::error::ApiError;
 use crate::http::jobs::submission::{self, Source};
 use crate::http::prepare::Models;
+use crate::http::{AppState, idempotency};
 
 /// Most jobs in one call.
 pub const REQUESTS_MAX: usize = 1_000;
@@ -24,9 +24,11 @@ pub async fn create(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
     OriginalUri(uri): OriginalUri,
+    headers: HeaderMap,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
     let partial = body::flag(&body::query(&uri)?, "partial")?;
+    let key = idempotency::key(&headers, &caller, "/v1/jobs/bulk", &object)?;
     let requests = requests(object)?;
     let batch = state.handle.new_batch();
     let source = Source::bulk(caller.tenant, state.clock.now(), batch);
@@ -35,10 +37,11 @@ pub async fn create(
         return Err(refusal(faults, partial));
     }
     let (items, jobs): (Vec<Item>, Vec<NewJob>) = good.into_iter().unzip();
-    let submitted = state.handle.submit(jobs).await?;
-    let ids = submitted.iter().map(|submitted| submitted.job.id.to_string());
+    let accepted = state.handle.submit(jobs, key).await?;
+    let batch = accepted.jobs.first().and_then(|job| job.batch).unwrap_or(batch);
+    let ids = accepted.jobs.iter().map(|job| job.id.to_string());
     let jobs: Vec<Value> = items.iter().zip(ids).map(|(item, id)| item.accepted(&id)).collect();
-    Ok(reply(batch, jobs, partial.then_some(faults)))
+    Ok(idempotency::mark(reply(batch, jobs, partial.then_some(faults)), accepted.replayed))
 }
 
 /// A request by its place in the call.

@@ -16,10 +16,9 @@ use crate::http::error::ApiError;
 use crate::http::openai::hops::{self, Prefer, WAIT_MAX_S};
 use crate::http::openai::{Waited, wait_for_end};
 use crate::http::prepare::PRIORITY_ASYNC;
-use crate::http::submit::submit;
+use crate::http::submit::{Submitted, submit};
 use crate::http::waiters::{Guard, Role, release};
-use crate::http::{AppState, view};
-use crate::scheduler::handle::Submitted;
+use crate::http::{AppState, idempotency, view};
 use crate::scheduler::hub::JobWatch;
 use crate::store::StoreError;
 use crate::store::read::JobFilter;
@@ -45,14 +44,15 @@ pub async fn create(
     headers: HeaderMap,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
+    let key = idempotency::key(&headers, &caller, "/v1/jobs", &object)?;
     let job = submission::read(&state.models, object, submission::Source::one(caller.tenant, state.clock.now()))?;
-    let (submitted, _) = submit(&state, job).await?;
+    let (submitted, _) = submit(&state, job, key).await?;
     accepted(&state, submitted, Prefer::read(&headers).wait_s).await
 }
 
 /// 202 with the job, or 200 if it ended within `wait_s`.
 async fn accepted(state: &AppState, submitted: Submitted, wait_s: Option<u64>) -> Result<Response, ApiError> {
-    let Submitted { mut job, mut watch } = submitted;
+    let Submitted { mut job, mut watch, replayed } = submitted;
     let mut status = StatusCode::ACCEPTED;
     if let Some(seconds) = wait_s {
         wait_for_end(state, &job, &mut watch, Duration::from_secs(seconds)).await;
@@ -63,7 +63,7 @@ async fn accepted(state: &AppState, submitted: Submitted, wait_s: Option<u64>) -
     }
     let mut response = view::respond(state, status, &job).await;
     hops::applied(response.headers_mut(), false, wait_s);
-    Ok(response)
+    Ok(idempotency::mark(response, replayed))
 }
 
 /// `GET /v1/jobs/{id}`
@@ -239,12 +239,12 @@ pub async fn retry(
     }
     state.models.get(&old.model)?;
     let body = state.reader.body(id).await.map_err(|error| match error {
-        StoreError::NotFound => {
+        StoreError::NotFound | StoreError::Expired => {
             ApiError::new(ErrorCode::ResultExpired, "the request is past its retention; submit it anew").about(id)
         }
         error => error.into(),
     })?;
-    let (submitted, _) = submit(&state, again(&old, body, state.clock.now())).await?;
+    let (submitted, _) = submit(&state, again(&old, body, state.clock.now()), None).await?;
     accepted(&state, submitted, Prefer::read(&headers).wait_s).await
 }
 

@@ -16,11 +16,11 @@ use crate::http::body::JsonObject;
 use crate::http::error::ApiError;
 use crate::http::openai::stream::{ChunkStream, Look, Queued, Shape};
 use crate::http::prepare::{self, Options, PRIORITY_ASYNC, PRIORITY_SYNC};
-use crate::http::submit::submit;
+use crate::http::submit::{Submitted, submit};
 use crate::http::waiters::{Guard, SyncCall, release};
-use crate::http::{AppState, JOB_ID, view};
-use crate::scheduler::handle::Submitted;
+use crate::http::{AppState, JOB_ID, idempotency, view};
 use crate::scheduler::hub::{Ended, JobWatch};
+use crate::store::IdempotencyKey;
 
 pub mod answer;
 pub mod hops;
@@ -41,21 +41,26 @@ pub async fn call(
     let prefer = hops::Prefer::read(&headers);
     let (face, priority) =
         if prefer.respond_async { (Face::Async, PRIORITY_ASYNC) } else { (Face::Sync, PRIORITY_SYNC) };
+    let key = idempotency::key(&headers, &caller, uri.path(), &body)?;
     let job = prepare::prepare(&state.models, uri.path(), body, Options::new(caller.tenant, face, priority))?;
     if prefer.respond_async {
-        return respond_async(&state, job, prefer.wait_s).await;
+        return respond_async(&state, job, key, prefer.wait_s).await;
     }
     let place = state.waiters.sync_call(state.waiting_sync_max).ok_or_else(|| too_many(&state))?;
-    let (submitted, guard) = submit(&state, job).await?;
-    let Submitted { job, watch } = submitted;
+    let (submitted, guard) = submit(&state, job, key).await?;
+    let Submitted { job, watch, replayed } = submitted;
+    if replayed && job.state.is_terminal() {
+        return Ok(idempotency::mark(answer::of_terminal(&state, &job).await, true));
+    }
     let Some(guard) = guard else {
         return Err(ApiError::new(ErrorCode::InternalError, "a sync job has no guard").about(job.id));
     };
-    if job.stream {
+    // The chunks of a stream that began before are gone: whoever asks again waits for the whole answer.
+    if job.stream && !replayed {
         return chunks(&state, &job, watch, guard, place).await;
     }
     let wait = hops::hop_time(state.server.sync_hop, &headers);
-    Ok(hold(&state, &job, watch, Some(guard), 0, wait).await)
+    Ok(idempotency::mark(hold(&state, &job, watch, Some(guard), 0, wait).await, replayed))
 }
 
 fn too_many(state: &AppState) -> ApiError {
@@ -65,8 +70,13 @@ fn too_many(state: &AppState) -> ApiError {
 }
 
 /// `Prefer: respond-async`: the job instead of the answer, unless it ends within `wait`.
-async fn respond_async(state: &AppState, job: NewJob, wait_s: Option<u64>) -> Result<Response, ApiError> {
-    let (Submitted { job, mut watch }, _) = submit(state, job).await?;
+async fn respond_async(
+    state: &AppState,
+    job: NewJob,
+    key: Option<IdempotencyKey>,
+    wait_s: Option<u64>,
+) -> Result<Response, ApiError> {
+    let (Submitted { job, mut watch, replayed }, _) = submit(state, job, key).await?;
     if let Some(seconds) = wait_s
         && let Waited::Ended(ended) = wait_for_end(state, &job, &mut watch, Duration::from_secs(seconds)).await
     {
@@ -75,7 +85,7 @@ async fn respond_async(state: &AppState, job: NewJob, wait_s: Option<u64>) -> Re
     let job = state.reader.job(job.id).await.unwrap_or(job);
     let mut response = view::respond(state, StatusCode::ACCEPTED, &job).await;
     hops::applied(response.headers_mut(), true, wait_s);
-    Ok(response)
+    Ok(idempotency::mark(response, replayed))
 }
 
 /// How a wait ended.

@@ -1,0 +1,196 @@
+//! What a start finds: jobs that ran when the last run ended, jobs that wait, and what was learned.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rusqlite::Connection;
+
+use super::StoreError;
+use super::verbs::{self, Change, End, GiveBack, Guard, Learned};
+use super::writer::Session;
+use crate::domain::{Face, JobId, JobState, Millis, NewJob, StorageSettings, Token};
+
+/// A waiting job as the scheduler plans with it. All else is read when it is claimed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QueuedJob {
+    /// The row's key; also the order of arrival.
+    pub number: i64,
+    /// Entry name.
+    pub model: Arc<str>,
+    /// API key's name.
+    pub tenant: Arc<str>,
+    /// Whether a caller holds the line.
+    pub face: Face,
+    /// 0 to 9.
+    pub priority: u8,
+    /// Jobs with equal keys may share a run.
+    pub batch_key: i64,
+    /// When it was accepted.
+    pub created_at: Millis,
+    /// Whether it was ever claimed.
+    pub was_started: bool,
+    /// The death of a worker that it was part of: it runs with others of the same death only.
+    pub crash: Option<i64>,
+    /// Not to be claimed before.
+    pub not_before: Option<Millis>,
+    /// To be started before.
+    pub start_deadline: Option<Millis>,
+    /// To be finished before.
+    pub deadline: Option<Millis>,
+}
+
+impl QueuedJob {
+    /// A submission as it waits.
+    pub fn of(number: i64, created_at: Millis, new: &NewJob, model: Arc<str>, tenant: Arc<str>) -> Self {
+        Self {
+            number,
+            model,
+            tenant,
+            face: new.face,
+            priority: new.priority,
+            batch_key: new.batch_key,
+            created_at,
+            was_started: false,
+            crash: None,
+            not_before: None,
+            start_deadline: new.start_deadline,
+            deadline: new.deadline,
+        }
+    }
+
+    /// When it is too late: its deadline, or, before its first start, its start deadline.
+    pub fn limit(&self) -> Option<Millis> {
+        let start = self.start_deadline.filter(|_| !self.was_started);
+        [self.deadline, start].into_iter().flatten().min()
+    }
+}
+
+/// What the last run left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Recovered {
+    /// Jobs that were on a worker, and wait again.
+    pub(super) jobs: usize,
+    /// Whether it ended in order.
+    pub(super) was_clean: bool,
+    /// Number of this run of the server on this data dir.
+    pub(super) epoch: i64,
+}
+
+/// Puts the jobs of the last run's workers back, uncharged; ends those that were being cancelled. One transaction.
+pub(super) fn recover(session: &mut Session, now: Millis, settings: &StorageSettings) -> Result<Recovered, StoreError> {
+    session.c.execute_batch("BEGIN IMMEDIATE")?;
+    let (epoch, was_clean) = begin_epoch(&session.c)?;
+    let mut left: Vec<(Token, JobState)> = Vec::new();
+    {
+        let mut statement = session.c.prepare(
+            "SELECT created_at, number, tag, attempt, state FROM job WHERE state IN ('running', 'cancelling') ORDER BY number",
+        )?;
+        let rows = statement.query_map([], |row| {
+            let tag = u64::try_from(row.get::<_, i64>(2)?).unwrap_or_default();
+            let token = Token { id: JobId::new(row.get(0)?, row.get(1)?, tag), attempt: row.get(3)? };
+            let state = JobState::parse(row.get_ref(4)?.as_str()?).ok_or(rusqlite::Error::InvalidQuery)?;
+            Ok((token, state))
+        })?;
+        for row in rows {
+            left.push(row?);
+        }
+    }
+    let mut jobs = 0;
+    for (token, state) in left {
+        let changed = if state == JobState::Cancelling {
+            verbs::end_one(session, Guard::Cancelling(token), &End::Cancelled, now, settings)?
+        } else {
+            jobs += 1;
+            give_back(session, token, now)?
+        };
+        if changed.is_none() {
+            return Err(StoreError::Corrupt(format!("{} could not be taken back from its last attempt", token.id)));
+        }
+    }
+    session.c.execute_batch("COMMIT")?;
+    session.touched.clear();
+    Ok(Recovered { jobs, was_clean, epoch })
+}
+
+/// Uncharged: what it was charged with before stays.
+fn give_back(session: &mut Session, token: Token, now: Millis) -> Result<Option<Change>, StoreError> {
+    let back = session
+        .c
+        .prepare_cached("SELECT failures, crashes, crash FROM job WHERE number = ?1")?
+        .query_row([token.id.number], |row| {
+            Ok(GiveBack { failures: row.get(0)?, crashes: row.get(1)?, crash: row.get(2)?, ..GiveBack::default() })
+        })?;
+    verbs::requeue_one(session, token, &back, now)
+}
+
+fn begin_epoch(c: &Connection) -> Result<(i64, bool), StoreError> {
+    let epoch = c.query_row(
+        "INSERT INTO meta (key, value) VALUES ('epoch', '1')
+         ON CONFLICT (key) DO UPDATE SET value = CAST(value AS INTEGER) + 1 RETURNING CAST(value AS INTEGER)",
+        [],
+        |row| row.get(0),
+    )?;
+    let was_clean = c.execute("DELETE FROM meta WHERE key = 'clean'", [])? == 1;
+    Ok((epoch, was_clean))
+}
+
+/// Queued jobs with numbers above `after`, oldest first, at most `limit`.
+pub(super) fn load_queued(c: &Connection, after: i64, limit: u32) -> Result<Vec<QueuedJob>, StoreError> {
+    let models = names(c, "SELECT id, name FROM model")?;
+    let tenants = names(c, "SELECT id, name FROM tenant")?;
+    let unknown: Arc<str> = Arc::from("");
+    let mut statement = c.prepare_cached(
+        "SELECT number, model, tenant, face, priority, batch_key, created_at, attempt > 0, crash, not_before, start_deadline,
+                deadline
+         FROM job INDEXED BY job_queued WHERE state = 'queued' AND number > ?1 ORDER BY number LIMIT ?2",
+    )?;
+    let rows = statement.query_map([after, i64::from(limit)], |row| {
+        Ok(QueuedJob {
+            number: row.get(0)?,
+            model: models.get(&row.get(1)?).unwrap_or(&unknown).clone(),
+            tenant: tenants.get(&row.get(2)?).unwrap_or(&unknown).clone(),
+            face: Face::parse(row.get_ref(3)?.as_str()?).ok_or(rusqlite::Error::InvalidQuery)?,
+            priority: row.get(4)?,
+            batch_key: row.get(5)?,
+            created_at: row.get(6)?,
+            was_started: row.get(7)?,
+            crash: row.get(8)?,
+            not_before: row.get(9)?,
+            start_deadline: row.get(10)?,
+            deadline: row.get(11)?,
+        })
+    })?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+fn names(c: &Connection, sql: &str) -> Result<BTreeMap<i64, Arc<str>>, StoreError> {
+    let mut statement = c.prepare(sql)?;
+    let rows = statement.query_map([], |row| Ok((row.get(0)?, Arc::from(row.get::<_, String>(1)?))))?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// What earlier runs learned.
+pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, StoreError> {
+    let mut statement = c.prepare("SELECT name, load_ms, stop_ms, service_ms, each_ms, left_at FROM model")?;
+    let rows = statement.query_map([], |row| {
+        let learned = Learned {
+            load_ms: row.get(1)?,
+            stop_ms: row.get(2)?,
+            service_ms: row.get(3)?,
+            each_ms: row.get(4)?,
+            left_at: row.get(5)?,
+        };
+        Ok((row.get(0)?, learned))
+    })?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// The number after the highest one there is. Numbers of deleted rows may come again: ids hold time and tag, too.
+pub(super) fn next_number(c: &Connection) -> Result<i64, StoreError> {
+    Ok(c.query_row("SELECT coalesce(max(number), 0) + 1 FROM job", [], |row| row.get(0))?)
+}
+
+/// The same for batches.
+pub(super) fn next_batch(c: &Connection) -> Result<i64, StoreError> {
+    Ok(c.query_row("SELECT coalesce(max(id), 0) + 1 FROM batch", [], |row| row.get(0))?)
+}

@@ -1,0 +1,121 @@
+//! Room on the disk: a watermark below which new jobs are refused, and a reserve file that is given up when the disk is
+//! full all the same, so that answers of running jobs still land.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::domain::storage::shown_bytes;
+
+/// The disk under one data dir. Only the writing thread uses it.
+pub(super) struct Space {
+    dir: PathBuf,
+    free_min: u64,
+    reserve_bytes: u64,
+    reserve_is_there: AtomicBool,
+}
+
+impl Space {
+    /// `free_min`: bytes that must be free for new jobs. `reserve_bytes`: size of the reserve; 0: none.
+    pub(super) fn new(dir: &Path, free_min: u64, reserve_bytes: u64) -> Self {
+        let space = Self { dir: dir.to_owned(), free_min, reserve_bytes, reserve_is_there: AtomicBool::new(false) };
+        let size = std::fs::metadata(space.reserve()).map_or(0, |file| file.len());
+        space.reserve_is_there.store(size == reserve_bytes && size > 0, Ordering::Relaxed);
+        space.refill();
+        space
+    }
+
+    #[cfg(test)]
+    pub(super) fn unlimited() -> Self {
+        Self { dir: PathBuf::new(), free_min: 0, reserve_bytes: 0, reserve_is_there: AtomicBool::new(false) }
+    }
+
+    fn reserve(&self) -> PathBuf {
+        self.dir.join("reserve")
+    }
+
+    /// Why new jobs are refused now, in words; `None`: there is room. Puts the reserve back when there is room for it.
+    pub(super) fn check(&self) -> Option<String> {
+        if self.free_min == 0 {
+            return None;
+        }
+        let free = self.refill();
+        let has_reserve = self.reserve_bytes == 0 || self.reserve_is_there.load(Ordering::Relaxed);
+        if free >= self.free_min && has_reserve {
+            return None;
+        }
+        let needed = self.free_min + if has_reserve { 0 } else { self.reserve_bytes };
+        Some(format!(
+            "the disk of {} is nearly full: {} free, new jobs need {}; make room there, running jobs go on",
+            self.dir.display(),
+            shown_bytes(free),
+            shown_bytes(needed)
+        ))
+    }
+
+    /// Makes the reserve again if there is room for it beyond the watermark. Returns what is free.
+    fn refill(&self) -> u64 {
+        let free = free_bytes(&self.dir).unwrap_or(u64::MAX);
+        if self.reserve_bytes == 0 || self.reserve_is_there.load(Ordering::Relaxed) {
+            return free;
+        }
+        if free < self.free_min + self.reserve_bytes {
+            return free;
+        }
+        match self.make_reserve() {
+            Ok(()) => {
+                self.reserve_is_there.store(true, Ordering::Relaxed);
+                free_bytes(&self.dir).unwrap_or(free)
+            }
+            Err(error) => {
+                tracing::warn!("{}: the reserve could not be made: {error}", self.reserve().display());
+                let _ = std::fs::remove_file(self.reserve());
+                free
+            }
+        }
+    }
+
+    fn make_reserve(&self) -> std::io::Result<()> {
+        let file = File::options().create(true).truncate(true).write(true).open(self.reserve())?;
+        let length = i64::try_from(self.reserve_bytes).unwrap_or(i64::MAX);
+        nix::fcntl::posix_fallocate(&file, 0, length)?;
+        file.sync_all()
+    }
+
+    /// Gives the reserve back to the disk; false: there was none.
+    pub(super) fn give_up_reserve(&self) -> bool {
+        self.reserve_is_there.swap(false, Ordering::Relaxed) && std::fs::remove_file(self.reserve()).is_ok()
+    }
+}
+
+/// What an ordinary user may still write on the file system of `path`.
+pub(super) fn free_bytes(path: &Path) -> Option<u64> {
+    let stat = nix::sys::statvfs::statvfs(path).ok()?;
+    Some(stat.blocks_available().saturating_mul(stat.fragment_size()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reserve_is_made_given_up_and_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let space = Space::new(dir.path(), 1, 100_000);
+        let size = || std::fs::metadata(dir.path().join("reserve")).map_or(0, |file| file.len());
+        assert_eq!((size(), space.check()), (100_000, None));
+        assert!(space.give_up_reserve());
+        assert!(!space.give_up_reserve(), "only once");
+        assert_eq!(size(), 0);
+        assert_eq!(space.check(), None, "there is room");
+        assert_eq!(size(), 100_000);
+    }
+
+    #[test]
+    fn below_the_watermark_the_refusal_says_how_much_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let space = Space::new(dir.path(), u64::MAX / 2, 0);
+        let reason = space.check().unwrap();
+        assert!(reason.contains("nearly full") && reason.contains("make room"), "{reason}");
+    }
+}
