@@ -11,11 +11,14 @@ use crate::measure::{Counters, Figures, Run, count, us};
 use crate::ours;
 
 pub(crate) async fn run(dir: &Path, limit: Duration, figures: &mut Figures) -> anyhow::Result<()> {
-    let rows = Row::written_by_the_store(&dir.join("bare-template")).await?;
+    let template = dir.join("bare-template");
+    let rows = Row::written_by_the_store(&template).await?;
+    let vacuum: i64 =
+        Connection::open(template.join(DATABASE))?.pragma_query_value(None, "auto_vacuum", |row| row.get(0))?;
     let tables: Vec<&str> = rows.iter().map(|row| row.table.as_str()).collect();
     println!("  rows of a job as our store writes them: {}", tables.join(", "));
     for group in [1, 64, 256] {
-        let found = inserts(&dir.join(format!("bare-{group}")), &rows, group, limit)?;
+        let found = inserts(&dir.join(format!("bare-{group}")), vacuum, &rows, group, limit)?;
         let what =
             if group == 1 { "one transaction per job ".to_owned() } else { format!("groups of {group:<3}           ") };
         println!("  {what}         {:>9} jobs/s   {}   {}", count(found.rate()), found.times(), found.costs());
@@ -23,6 +26,8 @@ pub(crate) async fn run(dir: &Path, limit: Duration, figures: &mut Figures) -> a
     }
     Ok(())
 }
+
+const DATABASE: &str = "roundhouse.db";
 
 /// One row that a submission leaves in a table.
 struct Row {
@@ -41,7 +46,7 @@ impl Row {
         let store = ours::Ours::open(dir, true).await?;
         let number = store.insert_one().await?;
         drop(store);
-        let c = Connection::open(dir.join("roundhouse.db"))?;
+        let c = Connection::open(dir.join(DATABASE))?;
         let tables: Vec<String> = c
             .prepare("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name")?
             .query_map([], |row| row.get(0))?
@@ -80,9 +85,9 @@ impl Row {
     }
 }
 
-fn inserts(dir: &Path, rows: &[Row], group: u64, limit: Duration) -> anyhow::Result<Run> {
+fn inserts(dir: &Path, vacuum: i64, rows: &[Row], group: u64, limit: Duration) -> anyhow::Result<Run> {
     std::fs::create_dir_all(dir)?;
-    let c = database(&dir.join("roundhouse.db"))?;
+    let c = database(&dir.join(DATABASE), vacuum)?;
     let mut rows: Vec<(Vec<Value>, &Row)> = rows.iter().map(|row| (row.values.clone(), row)).collect();
     let mut calls = Vec::new();
     let mut number = 0_i64;
@@ -109,9 +114,10 @@ fn inserts(dir: &Path, rows: &[Row], group: u64, limit: Duration) -> anyhow::Res
     Ok(Run::new(number.unsigned_abs(), begun.elapsed(), calls, Counters::now().since(before)))
 }
 
-fn database(file: &Path) -> anyhow::Result<Connection> {
+fn database(file: &Path, vacuum: i64) -> anyhow::Result<Connection> {
     let c = Connection::open(file)?;
     c.set_prepared_statement_cache_capacity(64);
+    c.execute_batch(&format!("PRAGMA auto_vacuum = {vacuum}"))?;
     c.execute_batch(
         "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -32768;
          PRAGMA wal_autocheckpoint = 1000; PRAGMA journal_size_limit = 67108864; PRAGMA trusted_schema = OFF;",

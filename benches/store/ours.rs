@@ -11,7 +11,7 @@ use futures_util::future::{join_all, try_join_all};
 use roundhouse::clock::{Clock, SystemClock};
 use roundhouse::domain::job::Present;
 use roundhouse::domain::worker::Answer;
-use roundhouse::domain::{Face, JobId, JobKind, NewJob, Token};
+use roundhouse::domain::{Face, JobId, JobKind, NewJob, StorageSettings, Token};
 use roundhouse::store::{self, End, Store};
 use tokio::sync::Semaphore;
 
@@ -59,12 +59,12 @@ pub(crate) struct Ours {
 impl Ours {
     pub(crate) async fn open(dir: &Path, fsync: bool) -> anyhow::Result<Self> {
         let on_fatal = Arc::new(|reason: &str| eprintln!("the store: {reason}"));
-        anyhow::ensure!(fsync, "not yet");
+        let settings = StorageSettings { fsync, ..StorageSettings::default() };
         // The data dir is let go of a moment after the last handle.
         let mut tries = 0;
         let opened = loop {
             let clock = Arc::new(SystemClock::default());
-            match store::open(dir, clock, on_fatal.clone()).await {
+            match store::open(dir, clock, settings.clone(), on_fatal.clone()).await {
                 Ok(opened) => break opened,
                 Err(store::StoreError::Unusable(_)) if tries < 400 => {
                     tries += 1;
@@ -110,7 +110,7 @@ impl Ours {
             *next = numbers.end;
             let jobs: Vec<_> = numbers.map(|number| self.job(number)).collect();
             let ids: Vec<JobId> = jobs.iter().map(|(id, _)| *id).collect();
-            (self.store.insert(jobs, false), ids)
+            (self.store.insert(jobs, false, None), ids)
         };
         inserted.await?;
         Ok(ids)
@@ -136,9 +136,9 @@ impl Ours {
     }
 
     async fn claim(&self, ids: &[JobId]) -> anyhow::Result<Vec<Token>> {
-        let claimed = self.store.claim(ids.iter().map(|id| id.number).collect(), "m".into(), "run_1".into()).await?;
+        let claimed = self.store.claim(ids.iter().map(|id| id.number).collect(), 1).await?;
         anyhow::ensure!(claimed.len() == ids.len(), "{} of {} jobs could be claimed", claimed.len(), ids.len());
-        Ok(claimed.into_iter().zip(ids).map(|(claimed, id)| Token { id: *id, attempt: claimed.attempt }).collect())
+        Ok(claimed.into_iter().map(|claimed| claimed.token).collect())
     }
 
     /// As the scheduler does it: each answer by itself, all at once.

@@ -1,7 +1,7 @@
 //! effectum as a peer: `peer-effectum DIR SECONDS JOBS BYTES`.
 //!
 //! Enqueues for SECONDS by 64 and by 256 submitters, one job per call, each waiting for its own before the next; then lets
-//! a worker with 32 slots process JOBS jobs that do nothing.
+//! a worker with 32 slots process jobs that do nothing, until JOBS are done or four times SECONDS have passed.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -37,7 +37,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         }
         queue.close(Duration::from_secs(10)).await?;
     }
-    process(&dir.join("process.db"), jobs, bytes).await
+    process(&dir.join("process.db"), jobs, seconds * 4.0, bytes).await
 }
 
 fn payload(bytes: usize) -> Vec<u8> {
@@ -68,7 +68,7 @@ async fn enqueue(queue: &Arc<Queue>, submitters: usize, seconds: f64, bytes: usi
     Ok(())
 }
 
-async fn process(file: &Path, jobs: u64, bytes: usize) -> Result<(), Box<dyn Error>> {
+async fn process(file: &Path, jobs: u64, seconds: f64, bytes: usize) -> Result<(), Box<dyn Error>> {
     let queue = Queue::new(file).await?;
     let mut left = jobs;
     while left > 0 {
@@ -85,13 +85,10 @@ async fn process(file: &Path, jobs: u64, bytes: usize) -> Result<(), Box<dyn Err
         .max_concurrency(SLOTS)
         .build()
         .await?;
-    while worker.counts().finished < jobs {
-        if begun.elapsed() > Duration::from_secs(120) {
-            return Err(format!("only {} of {jobs} jobs were processed in 120 s", worker.counts().finished).into());
-        }
+    while worker.counts().finished < jobs && begun.elapsed().as_secs_f64() < seconds {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    report("process", u64::from(SLOTS), jobs, begun.elapsed());
+    report("process", u64::from(SLOTS), worker.counts().finished, begun.elapsed());
     Ok(())
 }
 
