@@ -131,8 +131,8 @@ ALTER TABLE job_new RENAME TO job;
 ALTER TABLE result_new RENAME TO result;
 
 -- All partial: small, and written at their right edge.
-CREATE INDEX job_queued ON job (number) WHERE state = 'queued';
-CREATE INDEX job_running ON job (number) WHERE state IN ('running', 'cancelling');
+-- Written at the submission and the end only: a claim touches no index.
+CREATE INDEX job_live ON job (number) WHERE finished_at IS NULL;
 CREATE INDEX job_batch ON job (batch, number) WHERE batch IS NOT NULL;
 CREATE INDEX job_expiry ON job (expires_at) WHERE expires_at IS NOT NULL;
 

@@ -399,15 +399,13 @@ impl Reader {
     pub async fn live_sync_jobs(&self) -> Result<Vec<JobId>, StoreError> {
         self.read(|c| {
             let mut found = Vec::new();
-            for (index, states) in [("job_queued", "= 'queued'"), ("job_running", "IN ('running', 'cancelling')")] {
-                let mut statement = c.prepare(&format!(
-                    "SELECT created_at, number, tag FROM job INDEXED BY {index} WHERE state {states} AND face = 'sync'"
-                ))?;
-                let mut rows = statement.query([])?;
-                while let Some(row) = rows.next()? {
-                    let tag = u64::try_from(row.get::<_, i64>(2)?).map_err(|_| unreadable("tag"))?;
-                    found.push(JobId::new(row.get(0)?, row.get(1)?, tag));
-                }
+            let mut statement = c.prepare(
+                "SELECT created_at, number, tag FROM job INDEXED BY job_live WHERE finished_at IS NULL AND face = 'sync'",
+            )?;
+            let mut rows = statement.query([])?;
+            while let Some(row) = rows.next()? {
+                let tag = u64::try_from(row.get::<_, i64>(2)?).map_err(|_| unreadable("tag"))?;
+                found.push(JobId::new(row.get(0)?, row.get(1)?, tag));
             }
             Ok(found)
         })
@@ -496,8 +494,9 @@ fn page(c: &Connection, filter: &JobFilter) -> Result<JobPage, StoreError> {
     };
     let text = |text: &str| SqlValue::Text(text.to_owned());
     if let Some(state) = filter.state {
-        // Spelt out, so that the partial indexes are seen to fit.
-        and(&format!("job.state = '{state}'"), vec![]);
+        // Spelt out, so that the partial index is seen to fit.
+        let live = if state.is_terminal() { "" } else { "job.finished_at IS NULL AND " };
+        and(&format!("{live}job.state = '{state}'"), vec![]);
     }
     if let Some(model) = &filter.model {
         and("job.model = (SELECT id FROM model WHERE name = ?)", vec![text(model)]);

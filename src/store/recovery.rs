@@ -83,7 +83,8 @@ pub(super) fn recover(session: &mut Session, now: Millis, settings: &StorageSett
     let mut left: Vec<(Token, JobState)> = Vec::new();
     {
         let mut statement = session.c.prepare(
-            "SELECT created_at, number, tag, attempt, state FROM job WHERE state IN ('running', 'cancelling') ORDER BY number",
+            "SELECT created_at, number, tag, attempt, state FROM job INDEXED BY job_live
+             WHERE finished_at IS NULL AND state <> 'queued' ORDER BY number",
         )?;
         let rows = statement.query_map([], |row| {
             let tag = u64::try_from(row.get::<_, i64>(2)?).unwrap_or_default();
@@ -142,7 +143,7 @@ pub(super) fn load_queued(c: &Connection, after: i64, limit: u32) -> Result<Vec<
     let mut statement = c.prepare_cached(
         "SELECT number, model, tenant, face, priority, batch_key, created_at, attempt > 0, crash, not_before, start_deadline,
                 deadline
-         FROM job INDEXED BY job_queued WHERE state = 'queued' AND number > ?1 ORDER BY number LIMIT ?2",
+         FROM job INDEXED BY job_live WHERE finished_at IS NULL AND state = 'queued' AND number > ?1 ORDER BY number LIMIT ?2",
     )?;
     let rows = statement.query_map([after, i64::from(limit)], |row| {
         Ok(QueuedJob {

@@ -3,6 +3,9 @@
 //! The row says what a look at the job needs, and three events need no row of their own (see `read`): the submission, the
 //! start of the current attempt (`started_seq`), and the end. Before an attempt gives its place to the next one, its start
 //! is written down.
+//!
+//! A guarded update looks at its row first and then names what it saw in its WHERE: `RETURNING` would build a temporary
+//! table each time, which costs more than the look.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -201,20 +204,21 @@ impl Store {
         let now = self.clock.now();
         let text = body.to_string();
         let pending = self.writer.apply(Kind::Change, text.len() as u64, move |session| {
-            let change = session
+            let row = Seen::of(&session.c, token.id.number)?;
+            let Some(row) = row.filter(|row| Guard::Attempt(token).admits(row)) else {
+                return Ok(None);
+            };
+            let changed = session
                 .c
                 .prepare_cached(
                     "UPDATE job SET last_seq = last_seq + 1, version = version + 1
-                     WHERE number = ?1 AND attempt = ?2 AND state IN ('running', 'cancelling')
-                     RETURNING number, state, version, last_seq",
+                     WHERE number = ?1 AND attempt = ?2 AND state = ?3",
                 )?
-                .query_row(params![token.id.number, token.attempt], change)
-                .optional()?;
-            if let Some(change) = change {
-                session.touched.push(change.number);
-                record(&session.c, change, token.attempt, kind, now, &text)?;
-            }
-            Ok(change)
+                .execute(params![row.number, row.attempt, row.state.as_str()])?;
+            let change = row.changed(changed, row.state)?;
+            session.touched.push(change.number);
+            record(&session.c, change, token.attempt, kind, now, &text)?;
+            Ok(Some(change))
         });
         answer(pending).await
     }
@@ -368,10 +372,9 @@ pub(super) fn execute(c: &Connection, sql: &str, params: impl rusqlite::Params) 
     Ok(())
 }
 
-/// Reads `number, state, version, last_seq` of a RETURNING clause.
+/// Reads `number, state, version, last_seq`.
 pub(super) fn change(row: &Row<'_>) -> rusqlite::Result<Change> {
-    let state = JobState::parse(row.get_ref(1)?.as_str()?).ok_or(rusqlite::Error::InvalidQuery)?;
-    Ok(Change { number: row.get(0)?, state, version: row.get(2)?, seq: row.get(3)? })
+    Ok(Change { number: row.get(0)?, state: state_of(row, 1)?, version: row.get(2)?, seq: row.get(3)? })
 }
 
 pub(super) fn record(
@@ -424,6 +427,25 @@ fn retrying(attempt: i64, back: &GiveBack, seq: i64) -> String {
     .to_string()
 }
 
+impl Guard {
+    fn number(self) -> i64 {
+        match self {
+            Self::Attempt(token) | Self::Cancelling(token) => token.id.number,
+            Self::Queued(number) => number,
+        }
+    }
+
+    fn admits(self, row: &Seen) -> bool {
+        match self {
+            Self::Attempt(token) => {
+                row.attempt == token.attempt && matches!(row.state, JobState::Running | JobState::Cancelling)
+            }
+            Self::Cancelling(token) => row.attempt == token.attempt && row.state == JobState::Cancelling,
+            Self::Queued(_) => row.state == JobState::Queued,
+        }
+    }
+}
+
 /// Which row an end may change.
 #[derive(Clone, Copy)]
 pub(super) enum Guard {
@@ -442,44 +464,78 @@ pub(super) fn end_one(
     now: Millis,
     settings: &StorageSettings,
 ) -> Result<Option<Change>, StoreError> {
-    let (number, attempt, states) = match from {
-        Guard::Attempt(token) => (token.id.number, Some(token.attempt), "state IN ('running', 'cancelling')"),
-        Guard::Cancelling(token) => (token.id.number, Some(token.attempt), "state = 'cancelling'"),
-        Guard::Queued(number) => (number, None, "state = 'queued'"),
+    let Some(row) = Seen::of(&session.c, from.number())? else {
+        return Ok(None);
     };
+    if !from.admits(&row) {
+        return Ok(None);
+    }
     let error = match end {
         End::Succeeded(_) => None,
         End::Failed(error) | End::Expired(error) => Some(json!(error).to_string()),
-        End::Cancelled => Some(json!(cancel_error(&session.c, number)?).to_string()),
+        End::Cancelled => Some(json!(cancel_error(&session.c, row.number)?).to_string()),
     };
-    let change = session
+    let changed = session
         .c
-        .prepare_cached(&format!(
-            "UPDATE job SET state = ?3, finished_at = ?4, error = ?5, version = version + 1, last_seq = last_seq + 1,
-                    expires_at = ?4 + CASE WHEN face = 'sync' THEN ?6 WHEN batch IS NOT NULL THEN ?7 ELSE ?8 END
-             WHERE number = ?1 AND attempt = coalesce(?2, attempt) AND {states} RETURNING number, state, version, last_seq"
-        ))?
-        .query_row(
-            params![
-                number,
-                attempt,
-                end.state().as_str(),
-                now,
-                error,
-                ms(settings.sync_ttl),
-                ms(settings.batch_ttl),
-                ms(settings.results_ttl)
-            ],
-            change,
-        )
-        .optional()?;
-    if let Some(change) = change {
-        session.touched.push(number);
-        if let End::Succeeded(answer) = end {
-            record_answer(&session.c, change.number, answer)?;
-        }
+        .prepare_cached(
+            "UPDATE job SET state = ?4, finished_at = ?5, error = ?6, version = version + 1, last_seq = last_seq + 1,
+                    expires_at = ?5 + CASE WHEN face = 'sync' THEN ?7 WHEN batch IS NOT NULL THEN ?8 ELSE ?9 END
+             WHERE number = ?1 AND attempt = ?2 AND state = ?3",
+        )?
+        .execute(params![
+            row.number,
+            row.attempt,
+            row.state.as_str(),
+            end.state().as_str(),
+            now,
+            error,
+            ms(settings.sync_ttl),
+            ms(settings.batch_ttl),
+            ms(settings.results_ttl)
+        ])?;
+    let change = row.changed(changed, end.state())?;
+    session.touched.push(row.number);
+    if let End::Succeeded(answer) = end {
+        record_answer(&session.c, row.number, answer)?;
     }
-    Ok(change)
+    Ok(Some(change))
+}
+
+/// What guards look at.
+struct Seen {
+    number: i64,
+    state: JobState,
+    attempt: i64,
+    version: i64,
+    last_seq: i64,
+}
+
+impl Seen {
+    fn of(c: &Connection, number: i64) -> Result<Option<Self>, StoreError> {
+        Ok(c.prepare_cached("SELECT number, state, attempt, version, last_seq FROM job WHERE number = ?1")?
+            .query_row([number], |row| {
+                Ok(Self {
+                    number,
+                    state: state_of(row, 1)?,
+                    attempt: row.get(2)?,
+                    version: row.get(3)?,
+                    last_seq: row.get(4)?,
+                })
+            })
+            .optional()?)
+    }
+
+    /// The change that an update of this row made; `changed`: how many rows it says it changed.
+    fn changed(&self, changed: usize, state: JobState) -> Result<Change, StoreError> {
+        if changed == 1 {
+            return Ok(Change { number: self.number, state, version: self.version + 1, seq: self.last_seq + 1 });
+        }
+        Err(StoreError::Database(format!("job {} changed within a transaction", self.number)))
+    }
+}
+
+fn state_of(row: &Row<'_>, index: usize) -> rusqlite::Result<JobState> {
+    JobState::parse(row.get_ref(index)?.as_str()?).ok_or(rusqlite::Error::InvalidQuery)
 }
 
 pub(super) fn ms(duration: std::time::Duration) -> i64 {
@@ -521,19 +577,19 @@ fn cancelled_by(code: Option<ErrorCode>) -> JobError {
 
 fn claim_one(session: &mut Session, number: i64, run: i64, now: Millis) -> Result<Option<ClaimedJob>, StoreError> {
     let c = &session.c;
-    let claimed = c
+    let found = c
         .prepare_cached(
-            "UPDATE job SET state = 'running', attempt = attempt + 1, started_at = ?2, started_seq = last_seq + 1, run = ?3,
-                    not_before = NULL, version = version + 1, last_seq = last_seq + 1
-             WHERE number = ?1 AND state = 'queued'
-             RETURNING number, state, version, last_seq, attempt, tag, created_at, kind, face, failures, crashes, max_attempts,
-                       stream, deadline, timeout_ms, crash",
+            "SELECT job.number, job.state, job.version + 1, job.last_seq + 1, job.attempt + 1, job.tag, job.created_at, job.kind,
+                    job.face, job.failures, job.crashes, job.max_attempts, job.stream, job.deadline, job.timeout_ms, job.crash,
+                    request.endpoint, request.body
+             FROM job JOIN request ON request.number = job.number WHERE job.number = ?1",
         )?
-        .query_row(params![number, now, run], |row| {
+        .query_row([number], |row| {
             let (tag, created_at): (i64, Millis) = (row.get(5)?, row.get(6)?);
             let id = JobId::new(created_at, number, u64::try_from(tag).unwrap_or_default());
-            Ok(ClaimedJob {
-                change: change(row)?,
+            let body: Option<&[u8]> = row.get_ref(17)?.as_blob_or_null()?;
+            let claim = ClaimedJob {
+                change: Change { state: JobState::Running, ..change(row)? },
                 token: Token { id, attempt: row.get(4)? },
                 kind: JobKind::parse(row.get_ref(7)?.as_str()?).ok_or(rusqlite::Error::InvalidQuery)?,
                 face: Face::parse(row.get_ref(8)?.as_str()?).ok_or(rusqlite::Error::InvalidQuery)?,
@@ -544,22 +600,28 @@ fn claim_one(session: &mut Session, number: i64, run: i64, now: Millis) -> Resul
                 deadline: row.get(13)?,
                 timeout_ms: row.get(14)?,
                 crash: row.get(15)?,
-                endpoint: String::new(),
-                body: Body::Inline(bytes::Bytes::new()),
-            })
+                endpoint: row.get(16)?,
+                body: Body::Inline(body.map(bytes::Bytes::copy_from_slice).unwrap_or_default()),
+            };
+            Ok((state_of(row, 1)?, body.is_none(), claim))
         })
         .optional()?;
-    let Some(mut claim) = claimed else {
+    let Some((JobState::Queued, is_file, mut claim)) = found else {
         return Ok(None);
     };
-    let body: Option<Vec<u8>>;
-    (claim.endpoint, body) = c
-        .prepare_cached("SELECT endpoint, body FROM request WHERE number = ?1")?
-        .query_row([number], |row| Ok((row.get(0)?, row.get(1)?)))?;
-    claim.body = match body {
-        Some(bytes) => Body::Inline(bytes.into()),
-        None => Body::File(request_file(c, number)?),
-    };
+    if is_file {
+        claim.body = Body::File(request_file(c, number)?);
+    }
+    let changed = c
+        .prepare_cached(
+            "UPDATE job SET state = 'running', attempt = attempt + 1, started_at = ?3, started_seq = last_seq + 1, run = ?4,
+                    not_before = NULL, version = version + 1, last_seq = last_seq + 1
+             WHERE number = ?1 AND attempt = ?2 AND state = 'queued'",
+        )?
+        .execute(params![number, claim.token.attempt - 1, now, run])?;
+    if changed != 1 {
+        return Err(StoreError::Database(format!("job {number} changed within a transaction")));
+    }
     session.touched.push(number);
     Ok(Some(claim))
 }
@@ -595,32 +657,26 @@ pub(super) fn requeue_one(
     now: Millis,
 ) -> Result<Option<Change>, StoreError> {
     let number = token.id.number;
-    let is_ours: bool = session
-        .c
-        .prepare_cached("SELECT count(*) FROM job WHERE number = ?1 AND attempt = ?2 AND state = 'running'")?
-        .query_row(params![number, token.attempt], |row| row.get(0))?;
-    if !is_ours {
+    let Some(row) = Seen::of(&session.c, number)? else {
+        return Ok(None);
+    };
+    if row.attempt != token.attempt || row.state != JobState::Running {
         return Ok(None);
     }
     record_start(&session.c, number)?;
     let error = back.error.as_ref().map(|error| json!(error).to_string());
-    let change = session
+    let changed = session
         .c
         .prepare_cached(
             "UPDATE job SET state = 'queued', failures = ?3, crashes = ?4, crash = ?5, not_before = ?6, requeued_at = ?7,
                     error = ?8, started_seq = NULL, run = NULL, version = version + 1, last_seq = last_seq + 1
-             WHERE number = ?1 AND attempt = ?2 AND state = 'running' RETURNING number, state, version, last_seq",
+             WHERE number = ?1 AND attempt = ?2 AND state = 'running'",
         )?
-        .query_row(
-            params![number, token.attempt, back.failures, back.crashes, back.crash, back.not_before, now, error],
-            change,
-        )
-        .optional()?;
-    if let Some(change) = change {
-        session.touched.push(number);
-        record(&session.c, change, token.attempt, "job.retrying", now, &retrying(token.attempt, back, change.seq))?;
-    }
-    Ok(change)
+        .execute(params![number, token.attempt, back.failures, back.crashes, back.crash, back.not_before, now, error])?;
+    let change = row.changed(changed, JobState::Queued)?;
+    session.touched.push(number);
+    record(&session.c, change, token.attempt, "job.retrying", now, &retrying(token.attempt, back, change.seq))?;
+    Ok(Some(change))
 }
 
 /// `None`: no such job.
