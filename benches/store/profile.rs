@@ -9,6 +9,9 @@ use crate::measure::{Counters, Cpu};
 /// Symbols that are shown.
 const TOP: usize = 10;
 
+/// How long perf takes to look at all threads of a process.
+const ATTACHED: Duration = Duration::from_millis(250);
+
 /// Watches a process until it is asked what it saw.
 pub(crate) struct Watch {
     perf: Option<Child>,
@@ -28,8 +31,8 @@ pub(crate) fn available() -> Result<(), String> {
 }
 
 impl Watch {
-    /// Of `pid`, for about as long as `limit`.
-    pub(crate) fn start(dir: &Path, pid: u32, limit: Duration) -> Self {
+    /// Of `pid`, whose threads are there, for about as long as `limit`; returns when perf has begun.
+    pub(crate) async fn start(dir: &Path, pid: u32, limit: Duration) -> Self {
         let data = dir.join("perf.data");
         let seconds = format!("{:.1}", limit.as_secs_f64() * 0.8);
         let perf = available().ok().and_then(|()| {
@@ -43,6 +46,9 @@ impl Watch {
             ]);
             perf.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().ok()
         });
+        if perf.is_some() {
+            tokio::time::sleep(ATTACHED).await;
+        }
         Self { perf, data, pid, begun: Instant::now(), cpu: Cpu::of(&pid.to_string()), own: Counters::now() }
     }
 
@@ -72,31 +78,32 @@ impl Watch {
 
 /// Prints what perf wrote into a file, and removes it.
 pub(crate) fn show_symbols(data: &Path) {
-    match symbols(data) {
-        Ok(symbols) => symbols.iter().for_each(|symbol| println!("    {symbol}")),
-        Err(why) => println!("    no symbols: {why}"),
+    for (what, keys, top) in [("threads", "comm", 4), ("symbols", "comm,symbol", TOP)] {
+        match report(data, keys, top) {
+            Ok(lines) => {
+                println!("    by {what}:");
+                lines.iter().for_each(|line| println!("      {line}"));
+            }
+            Err(why) => println!("    no {what}: {why}"),
+        }
     }
     let _ = std::fs::remove_file(data);
 }
 
-fn symbols(data: &Path) -> Result<Vec<String>, String> {
+fn report(data: &Path, keys: &str, top: usize) -> Result<Vec<String>, String> {
     let mut report = Command::new("perf");
-    report.args(["report", "-q", "--stdio", "--no-children", "--sort", "comm,symbol", "-i"]).arg(data);
+    report.args(["report", "-q", "--stdio", "--no-children", "--sort", keys, "-i"]).arg(data);
     let found = report.stdin(Stdio::null()).output().map_err(|error| error.to_string())?;
     let text = String::from_utf8_lossy(&found.stdout);
-    let lines: Vec<String> = text
+    let lines = text
         .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty() && !line.starts_with('#'))
-        .take(TOP)
-        .map(|line| line.chars().take(140).collect())
-        .collect();
+        .map(|line| line.trim_matches([' ', '-']))
+        .filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let lines: Vec<String> = lines.take(top).map(|line| line.chars().take(120).collect()).collect();
     if lines.is_empty() {
         let why = String::from_utf8_lossy(&found.stderr);
-        return Err(format!(
-            "perf saw nothing ({})",
-            why.lines().last().unwrap_or("is it allowed to? see kernel.perf_event_paranoid")
-        ));
+        let why = why.lines().last().unwrap_or("is it allowed to? see kernel.perf_event_paranoid").to_owned();
+        return Err(format!("perf saw nothing ({why})"));
     }
     Ok(lines)
 }

@@ -201,8 +201,18 @@ impl Suite {
 
     /// Runs a case; one run, or, for claims, that of the completions too.
     async fn case(&mut self, case: Case, level: u64, fsync: bool) -> anyhow::Result<(Run, Option<Run>)> {
-        let mut base = self.base(level).await?;
+        let base = self.base(level).await?;
         let store = Arc::new(Ours::open(&base.dir.join("data"), fsync).await?);
+        self.measure(case, level, base, store).await
+    }
+
+    async fn measure(
+        &mut self,
+        case: Case,
+        level: u64,
+        mut base: Base,
+        store: Arc<Ours>,
+    ) -> anyhow::Result<(Run, Option<Run>)> {
         let limit = self.options.limit();
         let found = match case {
             Case::Claim => claim_and_complete(&store, &mut base.queues, limit).await.map(|(a, b)| (a, Some(b))),
@@ -400,7 +410,7 @@ impl Suite {
 
     /// Runs a case again and watches it.
     async fn profile(&mut self, name: &str) -> anyhow::Result<()> {
-        let limit = self.options.limit().max(Duration::from_secs(2));
+        let limit = self.options.limit();
         let dir = self.dir.clone();
         if let Some(case) = Case::parse(name) {
             let level = match case {
@@ -408,9 +418,9 @@ impl Suite {
                 _ => self.options.levels().first().copied().unwrap_or(0),
             };
             let base = self.base(level).await?;
-            self.big = Some((level, base));
-            let watch = profile::Watch::start(&dir, std::process::id(), self.options.limit());
-            let found = self.case(case, level, true).await;
+            let store = Arc::new(Ours::open(&base.dir.join("data"), true).await?);
+            let watch = profile::Watch::start(&dir, std::process::id(), limit).await;
+            let found = self.measure(case, level, base, store).await;
             watch.show(&format!("{name}, {} jobs waiting before", short(level)));
             let (run, _) = found?;
             println!("    (at {} jobs/s while watched)", count(run.rate()));
@@ -429,7 +439,7 @@ impl Suite {
                         Load::poll(CONNECTIONS, ids)
                     }
                 };
-                let watch = profile::Watch::start(&dir, server.pid(), limit);
+                let watch = profile::Watch::start(&dir, server.pid(), limit).await;
                 let (run, _) = load.run(server.address, limit).await?;
                 watch.show(&format!("{name}, the server"));
                 println!("    (at {} jobs/s while watched)", count(run.rate()));
