@@ -27,14 +27,17 @@ pub struct JobView {
     pub poll_after_s: Option<i64>,
 }
 
-/// The whole job: place in line, progress, artifacts, and a short answer.
-pub async fn full(state: &AppState, job: &Job) -> JobView {
+/// The whole job (`position`: if it is known already): place in line, progress, artifacts, and a short answer.
+pub async fn full(state: &AppState, job: &Job, position: Option<Position>) -> JobView {
     let now = state.clock.now();
     let mut object = listed(state, job);
     let mut poll_after_s = (!job.state.is_terminal()).then_some(1);
     match job.state {
         JobState::Queued => {
-            let position = state.handle.position(job).await;
+            let position = match position {
+                Some(position) => position,
+                None => state.handle.position(job).await,
+            };
             poll_after_s = Some(poll_after(position.eta_start, now));
             object.insert("queue".into(), queue(&position));
         }
@@ -225,7 +228,12 @@ pub fn artifact_url(state: &AppState, id: JobId, artifact: &str, expires_s: i64)
 
 /// A job as a response: its version as ETag, advice on polling, and with 202 where to find it.
 pub async fn respond(state: &AppState, status: StatusCode, job: &Job) -> Response {
-    let view = full(state, job).await;
+    respond_at(state, status, job, None).await
+}
+
+/// The same, for a job whose place in line is known already.
+pub async fn respond_at(state: &AppState, status: StatusCode, job: &Job, position: Option<Position>) -> Response {
+    let view = full(state, job, position).await;
     let position = view.json.pointer("/queue/position").and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
     let mut response = (status, Json(view.json)).into_response();
     let headers = response.headers_mut();

@@ -47,6 +47,8 @@ pub struct Accepted {
     pub jobs: Vec<Job>,
     /// Of the only job, subscribed before anything could happen to it.
     pub watch: Option<JobWatch>,
+    /// Where the only job stood when it was accepted.
+    pub position: Option<Position>,
     /// They were accepted before, under the same idempotency key.
     pub replayed: bool,
 }

@@ -280,8 +280,9 @@ impl Queue {
         }
     }
 
-    /// Lets in delayed jobs whose time has come.
-    pub(super) fn wake(&mut self, now: Millis) {
+    /// Lets in delayed jobs whose time has come; false: there are none.
+    pub(super) fn wake(&mut self, now: Millis) -> bool {
+        let before = self.delayed.len();
         while let Some(entry) = self.delayed.first_entry()
             && entry.key().0 <= now
         {
@@ -289,6 +290,7 @@ impl Queue {
             let crash = self.rare.get(&key.number()).and_then(|rare| rare.crash);
             self.make_ready(key, waiting, crash);
         }
+        self.delayed.len() < before
     }
 
     /// The next time something here changes by itself: a delay ends or a deadline passes.
@@ -312,6 +314,11 @@ impl Queue {
     pub(super) fn take_sync(&mut self) -> Vec<QueuedJob> {
         let keys: Vec<Key> = self.sync.values().copied().collect();
         keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect()
+    }
+
+    /// Whether jobs of a class wait that are not isolated.
+    pub(super) fn has(&self, class: Class) -> bool {
+        !(if class == Class::Interactive { &self.interactive } else { &self.batch }).is_empty()
     }
 
     fn isolated_keys(&self) -> impl Iterator<Item = (&Key, &Waiting)> {
