@@ -9,6 +9,7 @@
 #   --out FILE           writes the text to FILE as well
 #   --dir DIR            where the databases lie while measuring (target/bench-store); it must be on a disk
 #   --pending A,B,...    how many jobs wait before a measurement (0,10000,100000,1000000)
+#   --models N           how many models the jobs are for, by turns (20)
 #   --only A,B,...       only these parts: disk, bare, store, http, restart, peers
 #   --no-peers           does not build and measure the other queues
 #   --no-profile         does not profile the cases of missed targets
@@ -31,7 +32,7 @@ while [ $# -gt 0 ]; do
         ;;
     --quick | --no-profile) pass+=("$1") ;;
     --no-peers) peers=0 ;;
-    --out | --dir | --pending | --only | --profile)
+    --out | --dir | --pending | --models | --only | --profile)
         [ $# -ge 2 ] || die "$1 needs a value (see --help)"
         case $1 in
         --out) out=$(realpath -m "$2") ;;

@@ -56,7 +56,7 @@ def main() -> int:
     mode = connection.execute("pragma journal_mode").fetchone()[0]
     level = connection.execute("pragma synchronous").fetchone()[0]
     name = ("OFF", "NORMAL", "FULL", "EXTRA")[level]
-    text = f"huey {version('huey')}, journal_mode={mode}, synchronous={name} (read back); a job is deleted when it is taken"
+    text = f"huey {version('huey')}, journal_mode={mode}, synchronous={name} (read back); a job is deleted when taken"
     print(json.dumps({"what": "settings", "text": text}), flush=True)
 
     for _ in range(jobs - huey.pending_count()):

@@ -103,7 +103,7 @@ fn inserts(dir: &Path, vacuum: i64, rows: &[Row], group: u64, limit: Duration) -
                     values[tag] = Value::Integer(ours::tag(number));
                 }
                 if let Some(model) = row.model {
-                    values[model] = Value::Integer(1 + number % ours::MODELS as i64);
+                    values[model] = Value::Integer(1 + i64::try_from(ours::model_index(number))?);
                 }
                 c.prepare_cached(&row.insert)?.execute(params_from_iter(values.iter()))?;
             }

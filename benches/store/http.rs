@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::task::LocalSet;
 
 use crate::measure::{Counters, Run, us};
-use crate::ours::{MODELS, body, model};
+use crate::ours::{body, model, models};
 
 /// Ids that are kept for polls.
 const IDS_MAX: usize = 20_000;
@@ -31,7 +31,7 @@ pub(crate) struct Load {
 impl Load {
     /// `POST /v1/jobs`
     pub(crate) fn single(connections: usize) -> Self {
-        let requests: Vec<Vec<u8>> = (0..MODELS).map(|n| post("/v1/jobs", &item(n.cast_signed()))).collect();
+        let requests: Vec<Vec<u8>> = (0..models()).map(|n| post("/v1/jobs", &item(n.cast_signed()))).collect();
         Self {
             connections,
             jobs: 1,

@@ -50,6 +50,9 @@ pub(crate) struct Options {
     /// How many jobs wait before a measurement of the store begins [default: 0,10000,100000,1000000; quick: 0,10000]
     #[arg(long, value_name = "JOBS,...", value_delimiter = ',')]
     pub(crate) pending: Vec<u64>,
+    /// How many models the jobs are for, by turns: claims and completions are of one model each
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub(crate) models: u64,
     /// Only these sections
     #[arg(long, value_name = "SECTION,...", value_delimiter = ',')]
     pub(crate) only: Vec<Section>,

@@ -198,15 +198,37 @@ pub(crate) fn us(took: Duration) -> u32 {
 
 /// What was measured, by name: only the run itself puts something here.
 #[derive(Default)]
-pub(crate) struct Figures(BTreeMap<String, f64>);
+pub(crate) struct Figures {
+    found: BTreeMap<String, Figure>,
+    /// Of the part that is being measured.
+    fresh: Vec<String>,
+}
+
+/// A figure, and whether others kept the processors busy meanwhile.
+#[derive(Clone, Copy)]
+pub(crate) struct Figure {
+    pub(crate) value: f64,
+    pub(crate) is_noisy: bool,
+}
 
 impl Figures {
     pub(crate) fn put(&mut self, name: impl Into<String>, value: f64) {
-        self.0.insert(name.into(), value);
+        let name = name.into();
+        self.found.insert(name.clone(), Figure { value, is_noisy: false });
+        self.fresh.push(name);
     }
 
-    pub(crate) fn get(&self, name: &str) -> Option<f64> {
-        self.0.get(name).copied()
+    /// Ends a part.
+    pub(crate) fn settle(&mut self, is_noisy: bool) {
+        for name in self.fresh.drain(..) {
+            if let Some(figure) = self.found.get_mut(&name) {
+                figure.is_noisy = is_noisy;
+            }
+        }
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<Figure> {
+        self.found.get(name).copied()
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 
 use crate::measure::{Counters, Run, us};
 
-pub(crate) const MODELS: u64 = 20;
+static MODELS: AtomicU64 = AtomicU64::new(20);
 pub(crate) const BODY_BYTES: usize = 600;
 /// Jobs of one claim, and of one completion.
 pub(crate) const BATCH: usize = 32;
@@ -33,8 +33,24 @@ const IN_FLIGHT: usize = 8_192;
 /// Claims of one round; the jobs they take are put in before, outside of the time measured.
 const CLAIMS: usize = 100;
 
+/// How many models the jobs are for, by turns.
+pub(crate) fn models() -> u64 {
+    MODELS.load(Ordering::Relaxed)
+}
+
+/// Sets it, before anything is measured.
+pub(crate) fn set_models(models: u64) {
+    MODELS.store(models.max(1), Ordering::Relaxed);
+}
+
+/// Which of them a job is for.
+pub(crate) fn model_index(number: i64) -> usize {
+    usize::try_from(number.unsigned_abs() % models()).unwrap_or(0)
+}
+
+/// The name of that model.
 pub(crate) fn model(number: i64) -> String {
-    format!("m{:02}", number.unsigned_abs() % MODELS)
+    format!("m{:02}", model_index(number))
 }
 
 /// As good as random, and the same at each run.
@@ -73,7 +89,7 @@ impl Ours {
                 Err(error) => return Err(error.into()),
             }
         };
-        let bodies = (0..MODELS).map(|n| Bytes::from(body(&model(n.cast_signed())))).collect();
+        let bodies = (0..models()).map(|n| Bytes::from(body(&model(n.cast_signed())))).collect();
         let next = Mutex::new(opened.next_number);
         Ok(Self { store: opened.store, clock: SystemClock::default(), bodies, next })
     }
@@ -88,7 +104,7 @@ impl Ours {
             custom_id: None,
             face: Face::Async,
             priority: 5,
-            body: self.bodies[usize::try_from(number.unsigned_abs() % MODELS).unwrap_or(0)].clone(),
+            body: self.bodies[model_index(number)].clone(),
             batch_key: 1,
             stream: false,
             present: Present::default(),
@@ -279,16 +295,21 @@ pub(crate) async fn life(store: &Arc<Ours>, submitters: usize, limit: Duration) 
 }
 
 /// What the scheduler keeps in memory: per model, the oldest first.
-#[derive(Default)]
 pub(crate) struct Queues {
-    by_model: [VecDeque<JobId>; MODELS as usize],
+    by_model: Vec<VecDeque<JobId>>,
     turn: usize,
+}
+
+impl Default for Queues {
+    fn default() -> Self {
+        Self { by_model: (0..models()).map(|_| VecDeque::new()).collect(), turn: 0 }
+    }
 }
 
 impl Queues {
     pub(crate) fn add(&mut self, ids: Vec<JobId>) {
         for id in ids {
-            self.by_model[usize::try_from(id.number.unsigned_abs() % MODELS).unwrap_or(0)].push_back(id);
+            self.by_model[model_index(id.number)].push_back(id);
         }
     }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use serde_json::{Map, Value, json};
 
-use crate::ours::{MODELS, model};
+use crate::ours::{model, models as model_count};
 
 /// How long a start may take before the run is given up.
 const START_LIMIT: Duration = Duration::from_secs(120);
@@ -128,7 +128,7 @@ impl Drop for Server {
 
 fn models(dir: &Path, worker: bool) -> anyhow::Result<Value> {
     let mut models = Map::new();
-    for n in 0..MODELS {
+    for n in 0..model_count() {
         let entry = if worker && n == 0 {
             let program = std::env::current_exe()?;
             let command =

@@ -88,6 +88,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let dir = dir.canonicalize()?;
     let _folder = Folder(dir.clone());
     disk::check(&dir)?;
+    crate::ours::set_models(options.models);
     let mut suite = Suite { options, dir, figures: Figures::default(), big: None };
     if let Some(case) = suite.options.profile.clone() {
         return suite.profile(&case).await;
@@ -105,12 +106,12 @@ impl Suite {
         if self.options.wants(Section::Disk) {
             let others = head("disk: one thread, a growing file");
             disk::run(&dir, limit, &mut self.figures)?;
-            tail(&others);
+            self.tail(&others);
         }
         if self.options.wants(Section::Bare) {
             let others = head("bare rusqlite: our schema and rows, one thread, WAL, synchronous=FULL");
             bare::run(&dir, limit, &mut self.figures).await?;
-            tail(&others);
+            self.tail(&others);
         }
         if self.options.wants(Section::Store) && levels.contains(&0) {
             self.level(0).await?;
@@ -122,7 +123,7 @@ impl Suite {
         if self.options.wants(Section::Peers) {
             let others = head("peers: default settings, the same body, jobs that do nothing");
             peers::run(&self.options, &dir, &mut self.figures);
-            tail(&others);
+            self.tail(&others);
         }
         for level in levels.iter().copied().filter(|level| *level > 0 && *level != most) {
             if self.options.wants(Section::Store) {
@@ -138,13 +139,22 @@ impl Suite {
         if self.options.wants(Section::Disk) {
             let others = head("disk, again: how much it changed meanwhile");
             disk::run(&dir, limit / 2, &mut Figures::default())?;
-            tail(&others);
+            self.tail(&others);
         }
         println!("\n== targets: FULL, no waiting jobs unless said; every ratio within this run");
         let missed = table::show(&self.figures);
         self.profile_missed(&missed).await?;
         println!("\ntook {:.0} s", begun.elapsed().as_secs_f64());
         Ok(())
+    }
+
+    /// Ends a part: says what others took meanwhile, and marks the part's figures if that was too much.
+    fn tail(&mut self, others: &Others) {
+        let share = others.share();
+        let is_noisy = share > QUIET_MAX;
+        self.figures.settle(is_noisy);
+        let warning = if is_noisy { ": TOO MUCH, these figures are not to be compared" } else { "" };
+        println!("  (other processes took {:.0} % of the processors meanwhile{warning})", 100.0 * share);
     }
 
     fn say_where(&self) {
@@ -160,7 +170,7 @@ impl Suite {
         println!(
             "  bodies of {} B, {} models, {:.0} s a measurement",
             crate::ours::BODY_BYTES,
-            crate::ours::MODELS,
+            crate::ours::models(),
             self.options.limit().as_secs_f64()
         );
     }
@@ -184,7 +194,7 @@ impl Suite {
                 count(level as f64 / took)
             );
         }
-        let first = ids.iter().find(|id| id.number.unsigned_abs() % crate::ours::MODELS == 0).copied();
+        let first = ids.iter().find(|id| crate::ours::model_index(id.number) == 0).copied();
         let mut queues = Queues::default();
         queues.add(ids);
         Ok(Base { dir, queues, first })
@@ -286,7 +296,7 @@ impl Suite {
                 }
             }
         }
-        tail(&others);
+        self.tail(&others);
         Ok(())
     }
 
@@ -304,17 +314,18 @@ impl Suite {
             self.figures.put(format!("full.{name}"), full.rate());
             self.figures.put(format!("normal.{name}"), normal.rate());
         }
-        tail(&others);
+        self.tail(&others);
         let others =
             head(&format!("our store, alone and then beside {} threads that keep the processors busy, FULL", cpus()));
         let (quiet, _) = self.case(Case::Enqueue(256), 0, true).await?;
-        tail(&others);
+        self.figures.put("quiet.enqueue-256", quiet.rate());
+        self.tail(&others);
         let burn = Burn::start(cpus());
         let (busy, _) = self.case(Case::Enqueue(256), 0, true).await?;
         drop(burn);
-        println!("  enqueue, 256 submitters              {:>9} and {} jobs/s", count(quiet.rate()), count(busy.rate()));
-        self.figures.put("quiet.enqueue-256", quiet.rate());
         self.figures.put("busy.enqueue-256", busy.rate());
+        self.figures.settle(false);
+        println!("  enqueue, 256 submitters              {:>9} and {} jobs/s", count(quiet.rate()), count(busy.rate()));
         Ok(())
     }
 
@@ -334,7 +345,7 @@ impl Suite {
         println!("  GET /v1/jobs/{{id}} of waiting jobs    {:>9} polls/s  {}", count(run.rate()), run.times());
         self.figures.put("http-poll", run.rate());
         drop(server);
-        tail(&others);
+        self.tail(&others);
         std::fs::remove_dir_all(&dir)?;
         Ok(())
     }
@@ -346,7 +357,7 @@ impl Suite {
         let base = self.base(level).await?;
         let found = self.restarts(&base, &at).await;
         self.done_with(level, base);
-        tail(&others);
+        self.tail(&others);
         found
     }
 
@@ -479,12 +490,6 @@ fn watch_start(program: &Path, base: &Base, dir: &Path) -> anyhow::Result<()> {
 fn head(title: &str) -> Others {
     println!("\n== {title}");
     Others::watch()
-}
-
-fn tail(others: &Others) {
-    let share = others.share();
-    let warning = if share > QUIET_MAX { ": TOO MUCH, these figures are not to be compared" } else { "" };
-    println!("  (other processes took {:.0} % of the processors meanwhile{warning})", 100.0 * share);
 }
 
 fn ms(took: Duration) -> f64 {

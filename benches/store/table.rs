@@ -7,9 +7,15 @@ use crate::measure::{Figures, count};
 struct Row {
     figure: &'static str,
     target: String,
-    /// As shown, and whether the target is met; `Err`: why it is not known.
-    got: Result<(String, bool), String>,
+    got: Result<Got, String>,
     case: &'static str,
+}
+
+/// As shown, whether the target is met, and whether others kept the processors busy; not there: why it is not known.
+struct Got {
+    text: String,
+    is_met: bool,
+    is_noisy: bool,
 }
 
 /// Prints the table. Returns the cases of the targets that were missed.
@@ -17,29 +23,35 @@ pub(crate) fn show(f: &Figures) -> Vec<(&'static str, &'static str)> {
     let rows = rows(f);
     let width = rows.iter().map(|row| row.figure.len()).max().unwrap_or(0);
     let target = rows.iter().map(|row| row.target.len()).max().unwrap_or(0);
-    let shown = |row: &Row| row.got.as_ref().map_or_else(Clone::clone, |(got, _)| got.clone());
+    let shown = |row: &Row| row.got.as_ref().map_or_else(Clone::clone, |got| got.text.clone());
     let result = rows.iter().map(|row| shown(row).len()).max().unwrap_or(0);
     println!("  {:<width$}  {:<target$}  {:<result$}  ok", "figure", "target", "got");
     let mut missed = Vec::new();
-    let (mut met, mut open) = (0, 0);
+    let (mut met, mut noisy, mut open) = (0, 0, 0);
     for row in &rows {
-        let (got, ok) = match &row.got {
-            Ok((got, true)) => {
-                met += 1;
-                (got.clone(), "yes")
+        let verdict = match &row.got {
+            Ok(got) => {
+                met += usize::from(got.is_met);
+                noisy += usize::from(got.is_noisy);
+                if !got.is_met {
+                    missed.push((row.figure, row.case));
+                }
+                let word = if got.is_met { "yes" } else { "NO" };
+                if got.is_noisy { format!("{word} (noisy)") } else { word.to_owned() }
             }
-            Ok((got, false)) => {
-                missed.push((row.figure, row.case));
-                (got.clone(), "NO")
-            }
-            Err(why) => {
+            Err(_) => {
                 open += 1;
-                (why.clone(), "-")
+                "-".to_owned()
             }
         };
-        println!("  {:<width$}  {:<target$}  {got:<result$}  {ok}", row.figure, row.target);
+        println!("  {:<width$}  {:<target$}  {:<result$}  {verdict}", row.figure, row.target, shown(row));
     }
     println!("  {met} met, {} missed, {open} not measured in this run", missed.len());
+    if noisy > 0 {
+        println!(
+            "  noisy: other processes kept the processors busy while it was measured; run again on a quiet machine"
+        );
+    }
     missed
 }
 
@@ -87,9 +99,11 @@ fn absent(figure: &'static str, target: &str, why: &str) -> Row {
     Row { figure, target: target.to_owned(), got: Err(why.to_owned()), case: "" }
 }
 
-fn pair(f: &Figures, above: &str, below: &str) -> Result<(f64, f64), String> {
-    let found = |name: &str| f.get(name).filter(|n| *n > 0.0).ok_or_else(|| format!("{name} was not measured"));
-    Ok((found(above)?, found(below)?))
+/// Two figures, and whether one of them is noisy.
+fn pair(f: &Figures, above: &str, below: &str) -> Result<(f64, f64, bool), String> {
+    let found = |name: &str| f.get(name).filter(|n| n.value > 0.0).ok_or_else(|| format!("{name} was not measured"));
+    let (above, below) = (found(above)?, found(below)?);
+    Ok((above.value, below.value, above.is_noisy || below.is_noisy))
 }
 
 fn shown(n: f64) -> String {
@@ -97,18 +111,25 @@ fn shown(n: f64) -> String {
 }
 
 fn ratio(f: &Figures, figure: &'static str, least: f64, above: &str, below: &str, case: &'static str) -> Row {
-    let got =
-        pair(f, above, below).map(|(a, b)| (format!("{:.2}  ({} / {})", a / b, shown(a), shown(b)), a / b >= least));
+    let got = pair(f, above, below).map(|(a, b, is_noisy)| {
+        let text = format!("{:.2}  ({} / {})", a / b, shown(a), shown(b));
+        Got { text, is_met: a / b >= least, is_noisy }
+    });
     Row { figure, target: format!(">= {least}"), got, case }
 }
 
 fn at_most(f: &Figures, figure: &'static str, most: f64, above: &str, below: &str, case: &'static str) -> Row {
-    let got = pair(f, above, below).map(|(a, b)| (format!("{:.2}  ({a:.2} / {b:.2} ms)", a / b), a / b <= most));
+    let got = pair(f, above, below).map(|(a, b, is_noisy)| {
+        let text = format!("{:.2}  ({a:.2} / {b:.2} ms)", a / b);
+        Got { text, is_met: a / b <= most, is_noisy }
+    });
     Row { figure, target: format!("<= {most}"), got, case }
 }
 
 fn limit(f: &Figures, figure: &'static str, most: f64, name: &str, case: &'static str, unit: &str, size: f64) -> Row {
-    let got = f.get(name).ok_or_else(|| format!("{name} was not measured"));
-    let got = got.map(|value| (format!("{:.0} {unit}", value / size), value <= most));
+    let got = f.get(name).ok_or_else(|| format!("{name} was not measured")).map(|found| {
+        let text = format!("{:.0} {unit}", found.value / size);
+        Got { text, is_met: found.value <= most, is_noisy: found.is_noisy }
+    });
     Row { figure, target: format!("<= {:.0} {unit}", most / size), got, case }
 }
