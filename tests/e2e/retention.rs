@@ -24,7 +24,8 @@ async fn emptied(api: &Api, id: &str) -> Value {
 }
 
 async fn metric(api: &Api, series: &str) -> f64 {
-    let text = api.get("/metrics").await.is(200).text();
+    let reply = api.get("/metrics").await.is(200);
+    let text = String::from_utf8_lossy(&reply.body);
     let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ').map(str::to_owned));
     line.unwrap_or_else(|| panic!("no {series}: {text}")).parse().unwrap()
 }
@@ -32,8 +33,8 @@ async fn metric(api: &Api, series: &str) -> f64 {
 #[tokio::test]
 async fn what_an_ended_job_held_goes_and_its_end_is_still_told() {
     let site = Site::new()
-        .storage("results_ttl", "2s")
-        .storage("sync_ttl", "2s")
+        .storage("results_ttl", "5s")
+        .storage("sync_ttl", "1s")
         .storage("tombstone_ttl", "1h")
         .model("a", echo("custom", &[] as &[&str]))
         .model("t", echo("text", &[] as &[&str]))
@@ -41,13 +42,13 @@ async fn what_an_ended_job_held_goes_and_its_end_is_still_told() {
     let server = site.start().await;
     let api = &server.api;
     let drawn = api.submit(&with(image("a fox"), json!({"metadata": {"run": "7"}}))).await;
-    let failing = api.submit_echo("a", json!({"fail": true})).await;
-    let chat = json!({"model": "t", "messages": [{"role": "user", "content": "hi"}], "metadata": {"who": "caller"}});
-    api.post("/v1/chat/completions", &chat).await.is(200);
     let before = api.succeeded(&drawn).await;
     assert_eq!(before["emptied_at"], Value::Null);
     let url = before["artifacts"][0]["url"].as_str().unwrap().to_owned();
     api.get(&url).await.is(200);
+    let failing = api.submit_echo("a", json!({"fail": true})).await;
+    let chat = json!({"model": "t", "messages": [{"role": "user", "content": "hi"}], "metadata": {"who": "caller"}});
+    api.post("/v1/chat/completions", &chat).await.is(200);
 
     let job = emptied(api, &drawn).await;
     for field in ["id", "kind", "model", "state", "attempt", "created_at", "started_at", "finished_at", "timings"] {
@@ -89,7 +90,7 @@ async fn what_an_ended_job_held_goes_and_its_end_is_still_told() {
 #[tokio::test]
 async fn in_the_end_the_job_is_gone_and_those_that_wait_are_not() {
     let site = Site::new()
-        .storage("results_ttl", "1s")
+        .storage("results_ttl", "4s")
         .storage("tombstone_ttl", "1s")
         .model("a", echo("custom", &[] as &[&str]))
         .model("never", echo("custom", &["--load-s", "600"]));
