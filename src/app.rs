@@ -74,6 +74,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus, &tasks)?;
     let reader = opened.store.reader().clone();
     let live_sync_jobs = reader.live_sync_jobs().await?;
+    let store = opened.store.clone();
     let handle = run::start(Parts {
         store: opened.store,
         clock: clock.clone(),
@@ -88,6 +89,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         next_number: opened.next_number,
     })
     .await?;
+    tasks.spawn("housekeeping", store.keep_house(tasks.soft().clone()));
     let waiting = handle.queue().queued;
     stop_when_drained(&tasks, &handle);
     let state = AppState::new(http::Parts {

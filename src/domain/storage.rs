@@ -21,6 +21,8 @@ pub struct StorageSettings {
     pub reserve_bytes: u64,
     /// Pages of the write-ahead log after which it is copied into the database.
     pub wal_pages: u32,
+    /// The write-ahead log's file is cut back to so many bytes; four times as much is a reason to warn.
+    pub wal_bytes_kept: u64,
     /// One connection that nobody else may have: for network file systems.
     pub exclusive: bool,
     /// Whether commits wait for the disk. Only benchmarks and fault tests turn it off.
@@ -41,6 +43,7 @@ impl Default for StorageSettings {
             free_min_bytes: 512 * MIB,
             reserve_bytes: 64 * MIB,
             wal_pages: 1_000,
+            wal_bytes_kept: 64 * MIB,
             exclusive: false,
             fsync: true,
         }

@@ -44,12 +44,12 @@ pub async fn full(state: &AppState, job: &Job, position: Option<Position>) -> Jo
         JobState::Running | JobState::Cancelling => {
             object.insert("progress".into(), progress(state, job).await);
         }
-        JobState::Succeeded => {
+        JobState::Succeeded if job.emptied_at.is_none() => {
             let artifacts = state.reader.artifacts(job.id).await.unwrap_or_default();
             object.insert("result".into(), result(state, job).await);
             object.insert("artifacts".into(), artifacts_json(state, job.id, &artifacts));
         }
-        JobState::Failed | JobState::Cancelled | JobState::Expired => {}
+        JobState::Succeeded | JobState::Failed | JobState::Cancelled | JobState::Expired => {}
     }
     JobView { json: Value::Object(object), poll_after_s }
 }
@@ -69,7 +69,8 @@ fn row(job: &Job, model: Option<&ModelQueueView>, now: Millis) -> Map<String, Va
         "id": job.id.to_string(),
         "object": "job",
         "kind": job.kind.as_str(),
-        "endpoint": job.endpoint,
+        // Went with the rest of the submission.
+        "endpoint": Some(&job.endpoint).filter(|endpoint| !endpoint.is_empty()),
         "model": job.model,
         "state": job.state.as_str(),
         "state_reason": reason(job, model).map(StateReason::as_str),
@@ -81,6 +82,7 @@ fn row(job: &Job, model: Option<&ModelQueueView>, now: Millis) -> Map<String, Va
         "queued_at": rfc3339(job.queued_at),
         "started_at": at(job.started_at),
         "finished_at": at(job.finished_at),
+        "emptied_at": at(job.emptied_at),
         "not_before": at(job.not_before),
         "start_deadline": at(job.start_deadline),
         "deadline": at(job.deadline),
@@ -360,7 +362,7 @@ mod tests {
                 "id": id, "object": "job", "kind": "image", "endpoint": "/v1/images/generations", "model": "flux",
                 "state": "queued", "state_reason": "model_loading", "attempt": 0, "max_attempts": 3, "priority": 5,
                 "version": 2, "created_at": "2026-09-21T14:13:20.000Z", "queued_at": "2026-09-21T14:13:20.000Z",
-                "started_at": null, "finished_at": null, "not_before": null, "start_deadline": null, "deadline": null,
+                "started_at": null, "finished_at": null, "emptied_at": null, "not_before": null, "start_deadline": null, "deadline": null,
                 "timeout_s": 300.0, "progress": null, "queue": null, "model_state": "loading",
                 "batch_id": "batch_0000000000000003", "custom_id": null, "metadata": {"run": "42"}, "usage": null,
                 "timings": {"queue_s": 2.5, "load_s": 1.5, "run_s": null}, "result": null, "artifacts": [],

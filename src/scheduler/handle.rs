@@ -13,7 +13,7 @@ pub use crate::policy::plan::Decision;
 use crate::scheduler::hub::JobWatch;
 use crate::scheduler::hub::{Ended, Hub};
 use crate::scheduler::run::Message;
-use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics};
+use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics, Trouble};
 use crate::worker::supervisor::{Order, WorkerHandle};
 
 /// Why jobs were not accepted; nothing was stored.
@@ -229,6 +229,11 @@ impl Handle {
     /// The store's own figures.
     pub async fn store_metrics(&self) -> StoreMetrics {
         self.store.metrics().await
+    }
+
+    /// What is wrong with the store.
+    pub fn store_troubles(&self) -> Vec<Trouble> {
+        self.store.troubles()
     }
 
     /// Views of all workers, by name.
