@@ -12,6 +12,8 @@ pub mod files;
 pub mod idempotency;
 mod live;
 pub mod metrics;
+#[cfg(test)]
+pub(crate) mod model;
 mod open;
 pub mod read;
 mod recovery;
