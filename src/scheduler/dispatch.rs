@@ -152,11 +152,11 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
     }
 }
 
-/// What a job takes back to the queue.
-fn given_back(dispatch: &Dispatch, requeue: &Requeue) -> GiveBack {
+/// What a job takes back to the queue from a worker of this load.
+pub(super) fn given_back(job: &ClaimedJob, load: i64, requeue: &Requeue) -> GiveBack {
     let crash = match requeue.suspicion {
-        Suspicion::Raised => Some(dispatch.place.load),
-        Suspicion::Kept => dispatch.job.crash,
+        Suspicion::Raised => Some(load),
+        Suspicion::Kept => job.crash,
         Suspicion::Dropped => None,
     };
     GiveBack {
@@ -214,7 +214,7 @@ fn is_timeout(outcome: &Outcome) -> bool {
 }
 
 /// The attempt's time limit, and whether it is the job's deadline that sets it.
-fn time_left(job: &ClaimedJob, now: Millis) -> (Duration, bool) {
+pub(super) fn time_left(job: &ClaimedJob, now: Millis) -> (Duration, bool) {
     let millis = |ms: i64| Duration::from_millis(u64::try_from(ms).unwrap_or(0));
     match job.deadline.map(|deadline| deadline - now) {
         Some(left) if left < job.timeout_ms => (millis(left), true),
@@ -337,7 +337,7 @@ async fn try_commit(
         Verdict::Expire(error) => (End::Expired(error.clone()), ended(JobState::Expired, error.clone())),
         Verdict::Cancel => return cancel(context, token).await,
         Verdict::Requeue(requeue) => {
-            let back = given_back(dispatch, requeue);
+            let back = given_back(&dispatch.job, dispatch.place.load, requeue);
             let waits = Back { not_before: back.not_before, crash: back.crash };
             let change = context.store.requeue(token, back).await?;
             // Asked to cancel in the meantime: then it is not tried again.

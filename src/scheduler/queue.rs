@@ -263,6 +263,27 @@ impl Queue {
         }
     }
 
+    /// All waiting jobs, counted again from the maps; what stands beside them must fit.
+    #[cfg(test)]
+    pub(super) fn recount(&self) -> Vec<QueuedJob> {
+        let ready = self.interactive.iter().chain(&self.batch).chain(self.isolated_keys());
+        let all = ready.map(|(key, waiting)| (*key, *waiting)).chain(self.delayed.values().copied());
+        let jobs: Vec<QueuedJob> = all
+            .map(|(key, waiting)| self.job(key, waiting, self.rare.get(&key.number()).copied().unwrap_or_default()))
+            .collect();
+        assert_eq!(self.waiting, jobs.len(), "the count of waiting jobs");
+        assert_eq!(self.deadlines.len(), jobs.iter().filter(|job| job.limit().is_some()).count(), "deadlines");
+        assert_eq!(self.sync.len(), jobs.iter().filter(|job| job.face == Face::Sync).count(), "callers");
+        assert!(self.rare.keys().all(|number| jobs.iter().any(|job| job.number == *number)), "rare things of nobody");
+        jobs
+    }
+
+    /// Whether a waiting job waits aside.
+    #[cfg(test)]
+    pub(super) fn is_delayed(&self, job: &QueuedJob) -> bool {
+        job.not_before.is_some_and(|at| self.delayed.contains_key(&(at, job.number)))
+    }
+
     fn job(&self, key: Key, waiting: Waiting, rare: Rare) -> QueuedJob {
         QueuedJob {
             number: key.number(),

@@ -608,7 +608,7 @@ impl Scheduler {
 }
 
 /// Jobs of a run that were not queued any more.
-fn lost(run: &Run, claims: &[ClaimedJob]) -> Vec<i64> {
+pub(super) fn lost(run: &Run, claims: &[ClaimedJob]) -> Vec<i64> {
     let is_claimed = |number| claims.iter().any(|claim| claim.change.number == number);
     run.jobs.iter().map(|job| job.number).filter(|number| !is_claimed(*number)).collect()
 }

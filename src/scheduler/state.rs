@@ -864,3 +864,7 @@ fn round(ms: f64) -> i64 {
 #[cfg(test)]
 #[path = "state_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "sim_tests.rs"]
+mod sim;

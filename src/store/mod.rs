@@ -16,6 +16,8 @@ mod housekeeping;
 pub mod idempotency;
 mod live;
 pub mod metrics;
+#[cfg(test)]
+pub(crate) mod model;
 mod open;
 mod quota;
 pub mod read;
