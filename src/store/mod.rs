@@ -6,15 +6,21 @@
 //!
 //! - `verbs`: what can be done to jobs; `submit`: accepting them; `recovery`: what a start finds.
 //! - `files`: bodies, answers and artifacts that are files.
+//! - `placement`: where a database may lie; `backup`, `restore`, `snapshots`: copies of it; `examine`: a look from outside.
 //! - `live`, `idempotency`: what is kept in memory beside the database; `space`, `metrics`: the disk, and figures.
 
+pub mod backup;
+pub mod examine;
 pub mod files;
 pub mod idempotency;
 mod live;
 pub mod metrics;
 mod open;
+pub mod placement;
 pub mod read;
 mod recovery;
+pub mod restore;
+pub mod snapshots;
 mod space;
 mod submit;
 mod verbs;
@@ -125,5 +131,7 @@ impl From<sqlx::Error> for StoreError {
     }
 }
 
+#[cfg(test)]
+mod backup_tests;
 #[cfg(test)]
 mod tests;
