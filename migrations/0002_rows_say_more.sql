@@ -136,13 +136,9 @@ CREATE INDEX job_live ON job (number) WHERE finished_at IS NULL;
 CREATE INDEX job_batch ON job (batch, number) WHERE batch IS NOT NULL;
 CREATE INDEX job_expiry ON job (expires_at) WHERE expires_at IS NOT NULL;
 
--- A terminal job never changes: the last line of defence behind the guarded updates.
-CREATE TRIGGER job_terminal_is_final BEFORE UPDATE OF state, attempt ON job
-WHEN OLD.finished_at IS NOT NULL
-BEGIN
-    SELECT RAISE(ABORT, 'a terminal job never changes');
-END;
--- And what has not ended is never deleted, whoever asks.
+-- What has not ended is never deleted, whoever asks: the last line of defence behind the guarded deletes. (That a terminal
+-- job never changes is held by the guards of the updates alone: with a trigger, SQLite writes each update in two passes
+-- through a temporary table.)
 CREATE TRIGGER job_live_is_kept BEFORE DELETE ON job
 WHEN OLD.finished_at IS NULL
 BEGIN

@@ -1,7 +1,8 @@
 //! Time as a value: the only place that asks the system what time it is.
 
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::SystemTime;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Instant, SystemTime};
 
 use crate::domain::Millis;
 
@@ -11,18 +12,51 @@ pub trait Clock: Send + Sync + 'static {
     fn now(&self) -> Millis;
 }
 
-/// The system's clock, held so that it never steps back within one run of the program.
-#[derive(Debug, Default)]
+/// The system's clock, held so that it never steps back within one run of the program, and never stands still: see
+/// [`Held`].
+#[derive(Debug)]
 pub struct SystemClock {
-    latest: AtomicI64,
+    begun: Instant,
+    held: Mutex<Held>,
+}
+
+impl Default for SystemClock {
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the clocks")]
+    fn default() -> Self {
+        Self { begun: Instant::now(), held: Mutex::default() }
+    }
 }
 
 impl Clock for SystemClock {
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads the wall clock")]
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the clocks")]
     fn now(&self) -> Millis {
-        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let now = i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX);
-        self.latest.fetch_max(now, Ordering::Relaxed).max(now)
+        let millis = |duration: std::time::Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
+        let wall = millis(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
+        let steady = millis(self.begun.elapsed());
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).read(wall, steady)
+    }
+}
+
+/// The rule of [`SystemClock`]: when the wall clock is set back, the time shown goes on from where it was at half the pace,
+/// until the wall clock has caught up. Were it to stand still, no pause would end for as long as the clock was set back.
+#[derive(Debug, Default)]
+pub(crate) struct Held {
+    latest: Millis,
+    /// While the wall clock is behind: the time shown when it fell behind, and the steady clock then.
+    behind: Option<(Millis, Millis)>,
+}
+
+impl Held {
+    /// `wall`: what the system's clock says; `steady`: of a clock that nobody sets.
+    pub(crate) fn read(&mut self, wall: Millis, steady: Millis) -> Millis {
+        if wall >= self.latest {
+            self.behind = None;
+            self.latest = wall;
+        } else {
+            let (shown, since) = *self.behind.get_or_insert((self.latest, steady));
+            self.latest = self.latest.max(shown.saturating_add((steady - since) / 2));
+        }
+        self.latest
     }
 }
 
@@ -72,7 +106,18 @@ mod tests {
     #[test]
     fn never_steps_back() {
         let clock = SystemClock::default();
-        clock.latest.store(i64::MAX - 1, Ordering::SeqCst);
-        assert_eq!(clock.now(), i64::MAX - 1);
+        clock.held.lock().unwrap().latest = i64::MAX - 1_000_000;
+        assert!(clock.now() >= i64::MAX - 1_000_000);
+    }
+
+    #[test]
+    fn a_clock_set_back_goes_on_at_half_the_pace_until_it_is_right_again() {
+        let mut held = Held::default();
+        assert_eq!(held.read(10_000, 0), 10_000);
+        assert_eq!([held.read(4_000, 0), held.read(4_001, 1), held.read(5_000, 1_000)], [10_000, 10_000, 10_500]);
+        assert_eq!(held.read(16_000, 12_000), 16_000, "it has caught up");
+        assert_eq!(held.read(17_000, 13_000), 17_000);
+        assert_eq!([held.read(16_000, 13_000), held.read(17_500, 14_500)], [17_000, 17_750]);
+        assert_eq!(held.read(90_000_000, 14_600), 90_000_000, "a day forward");
     }
 }

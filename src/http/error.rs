@@ -329,6 +329,9 @@ impl From<StoreError> for ApiError {
                 tracing::warn!("a request was refused: {reason}");
                 Self::new(ErrorCode::StorageUnavailable, "no room on the server's disk for new jobs; try again later")
             }
+            error @ StoreError::OverQuota { .. } => {
+                Self::new(ErrorCode::StorageUnavailable, error.to_string()).after(10)
+            }
             StoreError::Full => Self::new(ErrorCode::StorageUnavailable, "too many writes wait; try again shortly"),
             StoreError::Stopped => Self::new(ErrorCode::Draining, "the server is shutting down"),
             error => {

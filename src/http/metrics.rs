@@ -4,9 +4,10 @@ use std::fmt::{Display, Write as _};
 
 use crate::domain::JobState;
 use crate::scheduler::handle::{Counters, QueueView};
+use crate::store::StoreMetrics;
 
 /// Name, type and help of every series.
-pub const SERIES: [(&str, &str, &str); 12] = [
+pub const SERIES: [(&str, &str, &str); 26] = [
     ("roundhouse_jobs", "gauge", "Jobs that have not ended, by model and state."),
     ("roundhouse_jobs_ended_total", "counter", "Jobs that ended since the server started, by state."),
     ("roundhouse_swaps_total", "counter", "Loads of a model after another one had held the device."),
@@ -16,8 +17,22 @@ pub const SERIES: [(&str, &str, &str); 12] = [
     ("roundhouse_worker_deaths_total", "counter", "Times a ready worker died, by model."),
     ("roundhouse_stale_results_total", "counter", "Results of old attempts that were dropped."),
     ("roundhouse_wait_seconds", "histogram", "Time from acceptance to the first claim."),
+    ("roundhouse_oldest_pending_seconds", "gauge", "Age of the oldest job that waits, by model; 0: none waits."),
     ("roundhouse_waiting_sync_calls", "gauge", "Sync calls whose callers hold the line."),
     ("roundhouse_model_state", "gauge", "1 for the state each model is in."),
+    ("roundhouse_store_commit_seconds", "summary", "Time of commits; quantiles of the latest 4096."),
+    ("roundhouse_store_group_size", "summary", "Operations per commit; quantile 1 of the latest 4096."),
+    ("roundhouse_store_wal_bytes", "gauge", "Size of the write-ahead log."),
+    ("roundhouse_store_database_bytes", "gauge", "Size of the database's file."),
+    ("roundhouse_store_used_bytes", "gauge", "What jobs take: pages of the database in use, and files."),
+    ("roundhouse_store_quota_bytes", "gauge", "What they may take."),
+    ("roundhouse_store_stale_writes_total", "counter", "Writes under an old attempt that were dropped."),
+    ("roundhouse_store_rescues_total", "counter", "Jobs given back after their worker or the server had died."),
+    ("roundhouse_store_emptied_total", "counter", "Ended jobs whose content was deleted."),
+    ("roundhouse_store_deleted_total", "counter", "Ended jobs whose row was deleted."),
+    ("roundhouse_store_purge_lag_seconds", "gauge", "How long the oldest job to be deleted has waited for it."),
+    ("roundhouse_store_missing_files", "gauge", "Files that jobs name and that are not there."),
+    ("roundhouse_store_recovery_seconds", "gauge", "How long opening the store took at the start."),
     ("roundhouse_uptime_seconds", "gauge", "Time since the server started."),
 ];
 
@@ -27,6 +42,8 @@ pub struct Seen<'a> {
     pub queue: &'a QueueView,
     /// Since start.
     pub counters: &'a Counters,
+    /// The store's own.
+    pub store: &'a StoreMetrics,
     /// Waiting now.
     pub sync_calls: usize,
     /// Since start.
@@ -44,7 +61,7 @@ pub fn render(seen: &Seen<'_>) -> String {
 }
 
 fn samples(name: &str, seen: &Seen<'_>, out: &mut String) {
-    let Seen { queue, counters, .. } = seen;
+    let Seen { queue, counters, store, .. } = seen;
     match name {
         "roundhouse_jobs" => {
             for model in &queue.models {
@@ -77,6 +94,33 @@ fn samples(name: &str, seen: &Seen<'_>, out: &mut String) {
             sample(out, "roundhouse_wait_seconds_sum", &[], counters.wait_sum_s);
             sample(out, "roundhouse_wait_seconds_count", &[], counters.wait_count);
         }
+        "roundhouse_oldest_pending_seconds" => {
+            for model in &queue.models {
+                sample(out, name, &[("model", &model.model)], model.oldest_age_s.unwrap_or(0.0));
+            }
+        }
+        "roundhouse_store_commit_seconds" => {
+            sample(out, name, &[("quantile", "0.5")], store.commit_p50_s);
+            sample(out, name, &[("quantile", "0.99")], store.commit_p99_s);
+            sample(out, "roundhouse_store_commit_seconds_sum", &[], store.commit_seconds);
+            sample(out, "roundhouse_store_commit_seconds_count", &[], store.commits);
+        }
+        "roundhouse_store_group_size" => {
+            sample(out, name, &[("quantile", "1")], store.group_max);
+            sample(out, "roundhouse_store_group_size_sum", &[], store.operations);
+            sample(out, "roundhouse_store_group_size_count", &[], store.commits);
+        }
+        "roundhouse_store_wal_bytes" => sample(out, name, &[], store.wal_bytes),
+        "roundhouse_store_database_bytes" => sample(out, name, &[], store.database_bytes),
+        "roundhouse_store_used_bytes" => sample(out, name, &[], store.stored_bytes),
+        "roundhouse_store_quota_bytes" => sample(out, name, &[], store.quota_bytes),
+        "roundhouse_store_stale_writes_total" => sample(out, name, &[], store.stale_writes),
+        "roundhouse_store_rescues_total" => sample(out, name, &[], store.rescues),
+        "roundhouse_store_emptied_total" => sample(out, name, &[], store.emptied),
+        "roundhouse_store_deleted_total" => sample(out, name, &[], store.deleted),
+        "roundhouse_store_purge_lag_seconds" => sample(out, name, &[], store.purge_lag_s),
+        "roundhouse_store_missing_files" => sample(out, name, &[], store.missing_files),
+        "roundhouse_store_recovery_seconds" => sample(out, name, &[], store.recovery_seconds),
         "roundhouse_waiting_sync_calls" => sample(out, name, &[], seen.sync_calls),
         "roundhouse_model_state" => {
             for model in &queue.models {
@@ -125,7 +169,7 @@ mod tests {
             queued: 7,
             queued_interactive: 0,
             running: 1,
-            oldest_age_s: None,
+            oldest_age_s: Some(2.5),
             resident: true,
             est_wait_s: None,
             swap_cost_s: 0.0,
@@ -135,7 +179,16 @@ mod tests {
             trouble: None,
         };
         let queue = QueueView { swaps: 6, swaps_in_arrival_order: 9, models: vec![model], ..QueueView::default() };
-        let text = render(&Seen { queue: &queue, counters: &counters, sync_calls: 8, uptime_s: 1.5 });
+        let store = StoreMetrics {
+            commits: 4,
+            operations: 9,
+            commit_seconds: 0.5,
+            commit_p99_s: 0.25,
+            group_max: 5,
+            quota_bytes: 1_000,
+            ..StoreMetrics::default()
+        };
+        let text = render(&Seen { queue: &queue, counters: &counters, store: &store, sync_calls: 8, uptime_s: 1.5 });
         for (name, _, _) in SERIES {
             let samples = text.lines().filter(|line| !line.starts_with('#') && line.starts_with(name)).count();
             assert!(samples > 0, "{name} has no sample");
@@ -148,6 +201,13 @@ mod tests {
             "roundhouse_wait_seconds_bucket{le=\"0.5\"} 1",
             "roundhouse_wait_seconds_bucket{le=\"+Inf\"} 3",
             "roundhouse_waiting_sync_calls 8",
+            "roundhouse_oldest_pending_seconds{model=\"flux\"} 2.5",
+            "roundhouse_store_commit_seconds{quantile=\"0.99\"} 0.25",
+            "roundhouse_store_commit_seconds_sum 0.5",
+            "roundhouse_store_commit_seconds_count 4",
+            "roundhouse_store_group_size{quantile=\"1\"} 5",
+            "roundhouse_store_group_size_sum 9",
+            "roundhouse_store_quota_bytes 1000",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\n{text}");
         }

@@ -13,6 +13,7 @@ use crate::http::body::Segments;
 use crate::http::error::ApiError;
 use crate::http::{AppState, metrics as series};
 use crate::scheduler::handle::{Decision, ModelQueueView, QueueView};
+use crate::store::Trouble;
 
 /// `GET /v1/queue`
 pub async fn queue(State(state): State<AppState>) -> Response {
@@ -108,18 +109,21 @@ fn worker_json(view: &WorkerView) -> Value {
     shown
 }
 
-/// `GET /health`: the process answers. Cheap, and open to everybody.
-pub async fn health() -> Response {
-    Json(json!({"status": "ok"})).into_response()
+/// `GET /health`: the process answers, and says how safe accepted jobs are. Cheap, and open to everybody.
+pub async fn health(State(state): State<AppState>) -> Response {
+    let storage = state.durability.view(state.clock.now());
+    Json(json!({"status": "ok", "storage": storage})).into_response()
 }
 
-/// `GET /readyz`: jobs can be accepted durably. Models in trouble are listed, and are no reason to be unready.
+/// `GET /readyz`: jobs can be accepted durably. Models in trouble are listed, and are no reason to be unready; neither is a
+/// quota that is used up, since fetching answers makes room.
 pub async fn ready(State(state): State<AppState>) -> Result<Response, ApiError> {
     if state.tasks.soft().is_cancelled() {
         return Err(ApiError::new(ErrorCode::Draining, "the server is shutting down"));
     }
     state.handle.is_ready().await.map_err(|reason| ApiError::new(ErrorCode::StorageUnavailable, reason))?;
-    let degraded = degraded(&state.handle.queue());
+    let mut degraded = degraded(&state.handle.queue());
+    degraded.extend(state.handle.store_troubles().iter().map(store_trouble));
     Ok(Json(json!({"status": "ready", "degraded": degraded})).into_response())
 }
 
@@ -140,11 +144,16 @@ fn degraded(view: &QueueView) -> Vec<Value> {
         .collect()
 }
 
+fn store_trouble(trouble: &Trouble) -> Value {
+    json!({"store": trouble.state, "reason": trouble.reason})
+}
+
 /// `GET /metrics`, Prometheus text.
 pub async fn metrics(State(state): State<AppState>) -> Response {
     let seen = series::Seen {
         queue: &state.handle.queue(),
         counters: &state.handle.counters(),
+        store: &state.handle.store_metrics().await,
         sync_calls: state.waiters.sync_calls(),
         #[expect(clippy::cast_precision_loss, reason = "uptimes are far below 2^52 ms")]
         uptime_s: (state.clock.now() - state.started_at) as f64 / 1e3,

@@ -11,7 +11,7 @@ use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::http::waiters::{Guard, Role, Waiters};
 use crate::lifecycle::Tasks;
-use crate::scheduler::handle::{Accepted, SubmitError};
+use crate::scheduler::handle::{Accepted, Position, SubmitError};
 use crate::scheduler::hub::JobWatch;
 use crate::store::IdempotencyKey;
 
@@ -22,6 +22,8 @@ pub struct Submitted {
     pub job: Job,
     /// Subscribed before anything could happen to it.
     pub watch: JobWatch,
+    /// Where it stood when it was accepted.
+    pub position: Option<Position>,
     /// It was accepted before, under the same idempotency key.
     pub replayed: bool,
 }
@@ -35,7 +37,7 @@ pub async fn submit(
     let face = job.face;
     let handle = state.handle.clone();
     let future: Submitting = Box::pin(async move { handle.submit(vec![job], key).await });
-    let Accepted { jobs, watch, replayed } = match face {
+    let Accepted { jobs, watch, position, replayed } = match face {
         Face::Async => future.await?,
         Face::Sync => {
             let (tasks, waiters) = (state.tasks.clone(), state.waiters.clone());
@@ -46,7 +48,7 @@ pub async fn submit(
         return Err(ApiError::new(ErrorCode::InternalError, "the scheduler accepted no job"));
     };
     let guard = (job.face == Face::Sync && face == Face::Sync).then(|| state.waiters.wait(job.id, Role::Caller));
-    Ok((Submitted { job, watch, replayed }, guard))
+    Ok((Submitted { job, watch, position, replayed }, guard))
 }
 
 type Submitting = BoxFuture<'static, Result<Accepted, SubmitError>>;

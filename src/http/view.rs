@@ -27,26 +27,29 @@ pub struct JobView {
     pub poll_after_s: Option<i64>,
 }
 
-/// The whole job: place in line, progress, artifacts, and a short answer.
-pub async fn full(state: &AppState, job: &Job) -> JobView {
+/// The whole job (`position`: if it is known already): place in line, progress, artifacts, and a short answer.
+pub async fn full(state: &AppState, job: &Job, position: Option<Position>) -> JobView {
     let now = state.clock.now();
     let mut object = listed(state, job);
     let mut poll_after_s = (!job.state.is_terminal()).then_some(1);
     match job.state {
         JobState::Queued => {
-            let position = state.handle.position(job).await;
+            let position = match position {
+                Some(position) => position,
+                None => state.handle.position(job).await,
+            };
             poll_after_s = Some(poll_after(position.eta_start, now));
             object.insert("queue".into(), queue(&position));
         }
         JobState::Running | JobState::Cancelling => {
             object.insert("progress".into(), progress(state, job).await);
         }
-        JobState::Succeeded => {
+        JobState::Succeeded if job.emptied_at.is_none() => {
             let artifacts = state.reader.artifacts(job.id).await.unwrap_or_default();
             object.insert("result".into(), result(state, job).await);
             object.insert("artifacts".into(), artifacts_json(state, job.id, &artifacts));
         }
-        JobState::Failed | JobState::Cancelled | JobState::Expired => {}
+        JobState::Succeeded | JobState::Failed | JobState::Cancelled | JobState::Expired => {}
     }
     JobView { json: Value::Object(object), poll_after_s }
 }
@@ -66,7 +69,8 @@ fn row(job: &Job, model: Option<&ModelQueueView>, now: Millis) -> Map<String, Va
         "id": job.id.to_string(),
         "object": "job",
         "kind": job.kind.as_str(),
-        "endpoint": job.endpoint,
+        // Went with the rest of the submission.
+        "endpoint": Some(&job.endpoint).filter(|endpoint| !endpoint.is_empty()),
         "model": job.model,
         "state": job.state.as_str(),
         "state_reason": reason(job, model).map(StateReason::as_str),
@@ -78,6 +82,7 @@ fn row(job: &Job, model: Option<&ModelQueueView>, now: Millis) -> Map<String, Va
         "queued_at": rfc3339(job.queued_at),
         "started_at": at(job.started_at),
         "finished_at": at(job.finished_at),
+        "emptied_at": at(job.emptied_at),
         "not_before": at(job.not_before),
         "start_deadline": at(job.start_deadline),
         "deadline": at(job.deadline),
@@ -225,7 +230,12 @@ pub fn artifact_url(state: &AppState, id: JobId, artifact: &str, expires_s: i64)
 
 /// A job as a response: its version as ETag, advice on polling, and with 202 where to find it.
 pub async fn respond(state: &AppState, status: StatusCode, job: &Job) -> Response {
-    let view = full(state, job).await;
+    respond_at(state, status, job, None).await
+}
+
+/// The same, for a job whose place in line is known already.
+pub async fn respond_at(state: &AppState, status: StatusCode, job: &Job, position: Option<Position>) -> Response {
+    let view = full(state, job, position).await;
     let position = view.json.pointer("/queue/position").and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
     let mut response = (status, Json(view.json)).into_response();
     let headers = response.headers_mut();
@@ -352,7 +362,7 @@ mod tests {
                 "id": id, "object": "job", "kind": "image", "endpoint": "/v1/images/generations", "model": "flux",
                 "state": "queued", "state_reason": "model_loading", "attempt": 0, "max_attempts": 3, "priority": 5,
                 "version": 2, "created_at": "2026-09-21T14:13:20.000Z", "queued_at": "2026-09-21T14:13:20.000Z",
-                "started_at": null, "finished_at": null, "not_before": null, "start_deadline": null, "deadline": null,
+                "started_at": null, "finished_at": null, "emptied_at": null, "not_before": null, "start_deadline": null, "deadline": null,
                 "timeout_s": 300.0, "progress": null, "queue": null, "model_state": "loading",
                 "batch_id": "batch_0000000000000003", "custom_id": null, "metadata": {"run": "42"}, "usage": null,
                 "timings": {"queue_s": 2.5, "load_s": 1.5, "run_s": null}, "result": null, "artifacts": [],

@@ -18,6 +18,7 @@ use crate::policy::retry::{self, Attempt, Requeue, Suspicion, Verdict};
 use crate::scheduler::hub::{Ended, Hub};
 use crate::scheduler::run::Message;
 use crate::scheduler::state::{Back, Event, Place};
+use crate::store::files::StoredAnswer;
 use crate::store::{Change, ClaimedJob, End, GiveBack, Store, StoreError};
 use crate::worker::client::{Call, RunTag, WorkerClient};
 
@@ -151,11 +152,11 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
     }
 }
 
-/// What a job takes back to the queue.
-fn given_back(dispatch: &Dispatch, requeue: &Requeue) -> GiveBack {
+/// What a job takes back to the queue from a worker of this load.
+pub(super) fn given_back(job: &ClaimedJob, load: i64, requeue: &Requeue) -> GiveBack {
     let crash = match requeue.suspicion {
-        Suspicion::Raised => Some(dispatch.place.load),
-        Suspicion::Kept => dispatch.job.crash,
+        Suspicion::Raised => Some(load),
+        Suspicion::Kept => job.crash,
         Suspicion::Dropped => None,
     };
     GiveBack {
@@ -213,7 +214,7 @@ fn is_timeout(outcome: &Outcome) -> bool {
 }
 
 /// The attempt's time limit, and whether it is the job's deadline that sets it.
-fn time_left(job: &ClaimedJob, now: Millis) -> (Duration, bool) {
+pub(super) fn time_left(job: &ClaimedJob, now: Millis) -> (Duration, bool) {
     let millis = |ms: i64| Duration::from_millis(u64::try_from(ms).unwrap_or(0));
     match job.deadline.map(|deadline| deadline - now) {
         Some(left) if left < job.timeout_ms => (millis(left), true),
@@ -304,8 +305,10 @@ async fn append(context: &Context, token: Token, kind: &'static str, body: Value
 /// Commits the verdict, trying again while the store refuses, since an accepted job must get its end.
 async fn commit(context: &Context, dispatch: &Dispatch, verdict: Verdict) -> Committed {
     let mut pause = STORE_RETRY;
+    // Files are written once, however often the row has to be tried.
+    let mut kept = None;
     loop {
-        match try_commit(context, dispatch, &verdict).await {
+        match try_commit(context, dispatch, &verdict, &mut kept).await {
             Ok(committed) => return committed,
             Err(StoreError::Stopped) => break,
             Err(error) => {
@@ -321,15 +324,20 @@ async fn commit(context: &Context, dispatch: &Dispatch, verdict: Verdict) -> Com
     Committed { change: None, ended: None, back: None }
 }
 
-async fn try_commit(context: &Context, dispatch: &Dispatch, verdict: &Verdict) -> Result<Committed, StoreError> {
+async fn try_commit(
+    context: &Context,
+    dispatch: &Dispatch,
+    verdict: &Verdict,
+    kept: &mut Option<StoredAnswer>,
+) -> Result<Committed, StoreError> {
     let token = dispatch.job.token;
     let (end, ended) = match verdict {
-        Verdict::Succeed(answer) => return succeed(context, dispatch, answer).await,
+        Verdict::Succeed(answer) => return succeed(context, dispatch, answer, kept).await,
         Verdict::Fail(error) => (End::Failed(error.clone()), ended(JobState::Failed, error.clone())),
         Verdict::Expire(error) => (End::Expired(error.clone()), ended(JobState::Expired, error.clone())),
         Verdict::Cancel => return cancel(context, token).await,
         Verdict::Requeue(requeue) => {
-            let back = given_back(dispatch, requeue);
+            let back = given_back(&dispatch.job, dispatch.place.load, requeue);
             let waits = Back { not_before: back.not_before, crash: back.crash };
             let change = context.store.requeue(token, back).await?;
             // Asked to cancel in the meantime: then it is not tried again.
@@ -343,9 +351,18 @@ async fn try_commit(context: &Context, dispatch: &Dispatch, verdict: &Verdict) -
     Ok(Committed { change, ended: Some(ended), back: None })
 }
 
-async fn succeed(context: &Context, dispatch: &Dispatch, answer: &Answer) -> Result<Committed, StoreError> {
-    let kept = context.store.keep(dispatch.job.token, dispatch.job.kind, answer).await?;
-    let change = context.store.finish(dispatch.job.token, End::Succeeded(kept)).await?;
+async fn succeed(
+    context: &Context,
+    dispatch: &Dispatch,
+    answer: &Answer,
+    kept: &mut Option<StoredAnswer>,
+) -> Result<Committed, StoreError> {
+    let stored = match kept.take() {
+        Some(stored) => stored,
+        None => context.store.keep(dispatch.job.token, dispatch.job.kind, answer).await?,
+    };
+    *kept = Some(stored.clone());
+    let change = context.store.finish(dispatch.job.token, End::Succeeded(stored)).await?;
     let ended = Ended { state: JobState::Succeeded, answer: Some(Arc::new(answer.clone())), error: None };
     Ok(Committed { change, ended: Some(ended), back: None })
 }

@@ -13,7 +13,7 @@ pub use crate::policy::plan::Decision;
 use crate::scheduler::hub::JobWatch;
 use crate::scheduler::hub::{Ended, Hub};
 use crate::scheduler::run::Message;
-use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics};
+use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics, Trouble};
 use crate::worker::supervisor::{Order, WorkerHandle};
 
 /// Why jobs were not accepted; nothing was stored.
@@ -47,6 +47,8 @@ pub struct Accepted {
     pub jobs: Vec<Job>,
     /// Of the only job, subscribed before anything could happen to it.
     pub watch: Option<JobWatch>,
+    /// Where the only job stood when it was accepted.
+    pub position: Option<Position>,
     /// They were accepted before, under the same idempotency key.
     pub replayed: bool,
 }
@@ -227,6 +229,11 @@ impl Handle {
     /// The store's own figures.
     pub async fn store_metrics(&self) -> StoreMetrics {
         self.store.metrics().await
+    }
+
+    /// What is wrong with the store.
+    pub fn store_troubles(&self) -> Vec<Trouble> {
+        self.store.troubles()
     }
 
     /// Views of all workers, by name.

@@ -263,6 +263,27 @@ impl Queue {
         }
     }
 
+    /// All waiting jobs, counted again from the maps; what stands beside them must fit.
+    #[cfg(test)]
+    pub(super) fn recount(&self) -> Vec<QueuedJob> {
+        let ready = self.interactive.iter().chain(&self.batch).chain(self.isolated_keys());
+        let all = ready.map(|(key, waiting)| (*key, *waiting)).chain(self.delayed.values().copied());
+        let jobs: Vec<QueuedJob> = all
+            .map(|(key, waiting)| self.job(key, waiting, self.rare.get(&key.number()).copied().unwrap_or_default()))
+            .collect();
+        assert_eq!(self.waiting, jobs.len(), "the count of waiting jobs");
+        assert_eq!(self.deadlines.len(), jobs.iter().filter(|job| job.limit().is_some()).count(), "deadlines");
+        assert_eq!(self.sync.len(), jobs.iter().filter(|job| job.face == Face::Sync).count(), "callers");
+        assert!(self.rare.keys().all(|number| jobs.iter().any(|job| job.number == *number)), "rare things of nobody");
+        jobs
+    }
+
+    /// Whether a waiting job waits aside.
+    #[cfg(test)]
+    pub(super) fn is_delayed(&self, job: &QueuedJob) -> bool {
+        job.not_before.is_some_and(|at| self.delayed.contains_key(&(at, job.number)))
+    }
+
     fn job(&self, key: Key, waiting: Waiting, rare: Rare) -> QueuedJob {
         QueuedJob {
             number: key.number(),
@@ -280,8 +301,9 @@ impl Queue {
         }
     }
 
-    /// Lets in delayed jobs whose time has come.
-    pub(super) fn wake(&mut self, now: Millis) {
+    /// Lets in delayed jobs whose time has come; false: there are none.
+    pub(super) fn wake(&mut self, now: Millis) -> bool {
+        let before = self.delayed.len();
         while let Some(entry) = self.delayed.first_entry()
             && entry.key().0 <= now
         {
@@ -289,6 +311,7 @@ impl Queue {
             let crash = self.rare.get(&key.number()).and_then(|rare| rare.crash);
             self.make_ready(key, waiting, crash);
         }
+        self.delayed.len() < before
     }
 
     /// The next time something here changes by itself: a delay ends or a deadline passes.
@@ -312,6 +335,11 @@ impl Queue {
     pub(super) fn take_sync(&mut self) -> Vec<QueuedJob> {
         let keys: Vec<Key> = self.sync.values().copied().collect();
         keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect()
+    }
+
+    /// Whether jobs of a class wait that are not isolated.
+    pub(super) fn has(&self, class: Class) -> bool {
+        !(if class == Class::Interactive { &self.interactive } else { &self.batch }).is_empty()
     }
 
     fn isolated_keys(&self) -> impl Iterator<Item = (&Key, &Waiting)> {
@@ -348,19 +376,17 @@ impl Queue {
         all.take(most).map(|(key, _)| key.number()).collect()
     }
 
-    /// Jobs before `number` in this queue; `None`: not waiting, or more than `most`.
+    /// Jobs before `number` in this queue; `None`: not waiting, or more than `most` places from either end of its class.
     pub(super) fn rank(&self, priority: u8, number: i64, most: usize) -> Option<usize> {
         let key = Key::new(priority, number);
-        let before = |map: &BTreeMap<Key, Waiting>| map.range(..key).take(most + 1).count();
         let isolated: usize = self.isolated.values().map(|suspects| suspects.jobs.len()).sum();
-        let rank = if self.interactive.contains_key(&key) {
-            isolated + before(&self.interactive)
+        if self.interactive.contains_key(&key) {
+            Some(isolated + before(&self.interactive, key, most)?)
         } else if self.batch.contains_key(&key) {
-            isolated + self.interactive.len() + before(&self.batch)
+            Some(isolated + self.interactive.len() + before(&self.batch, key, most)?)
         } else {
-            self.isolated_keys().position(|(other, _)| *other == key)?
-        };
-        (rank <= most).then_some(rank)
+            self.isolated_keys().position(|(other, _)| *other == key)
+        }
     }
 
     /// Jobs on the worker.
@@ -463,6 +489,20 @@ impl Queue {
             .find_map(|(_, key)| map.get_key_value(key));
         urgent.or_else(|| map.first_key_value()).map(|(key, waiting)| (*key, *waiting))
     }
+}
+
+/// Entries before `key`, counted from the nearer end; `None`: more than `most` steps from either.
+fn before(map: &BTreeMap<Key, Waiting>, key: Key, most: usize) -> Option<usize> {
+    let (mut ahead, mut behind) = (map.range(..key), map.range(key..));
+    for steps in 0..=most {
+        if ahead.next_back().is_none() {
+            return Some(steps);
+        }
+        if behind.next().is_none() {
+            return Some(map.len() - steps);
+        }
+    }
+    None
 }
 
 /// An `Arc<str>` for a name, shared by all jobs of a model or tenant.
@@ -643,6 +683,14 @@ pub(super) mod tests {
         assert!(q.has_free_slot(TEXT, 7), "a delayed job is not passed");
         q.push(&job(2, 0), 0);
         assert!(!q.has_free_slot(TEXT, 9));
+    }
+
+    #[test]
+    fn ranks_are_counted_from_the_nearer_end() {
+        let q = queue((1..=100).map(|n| job(n, 5)));
+        for (number, rank) in [(1, Some(0)), (6, Some(5)), (50, None), (95, Some(94)), (100, Some(99))] {
+            assert_eq!(q.rank(5, number, 10), rank, "{number}");
+        }
     }
 
     #[test]

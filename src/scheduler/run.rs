@@ -42,6 +42,8 @@ pub(super) enum Message {
     Event(Event),
     /// An attempt is over; `state`: what was committed, `None` for a late result.
     Ended { event: Event, state: Option<JobState> },
+    /// Committed jobs that wait now; the reply says so, and where the only one stands.
+    Accepted { queued: Vec<QueuedJob>, accepted: Accepted, reply: Reply },
     /// Commit new jobs.
     Submit { jobs: Vec<NewJob>, key: Option<IdempotencyKey>, reply: Reply },
     /// A running job is to be cancelled; its row says so already.
@@ -100,6 +102,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         reports,
         handle: handle.clone(),
         view,
+        changed: true,
         view_at: None,
         next_number,
         next_run: 1,
@@ -129,6 +132,8 @@ struct Scheduler {
     reports: mpsc::UnboundedReceiver<(String, Report)>,
     handle: Handle,
     view: watch::Sender<Arc<QueueView>>,
+    /// Whether something happened since the last step.
+    changed: bool,
     /// When the changed view is to be published; `None`: it has been.
     view_at: Option<Instant>,
     next_number: i64,
@@ -153,7 +158,9 @@ impl Scheduler {
         self.publish();
         let mut stopping = false;
         loop {
-            match self.next(stopping).await {
+            let wake = self.next(stopping).await;
+            let timer = matches!(wake, Wake::Timer);
+            match wake {
                 Wake::Hard => break,
                 Wake::Soft => {
                     stopping = true;
@@ -175,7 +182,10 @@ impl Scheduler {
                     }
                 }
             }
-            self.step();
+            // Questions change nothing, and submissions only when they are committed.
+            if std::mem::take(&mut self.changed) || timer {
+                self.step();
+            }
             self.view_at.get_or_insert_with(|| Instant::now() + VIEW_EVERY);
             if stopping && self.state.is_quiet() {
                 break;
@@ -201,6 +211,7 @@ impl Scheduler {
     }
 
     fn apply(&mut self, event: Event) {
+        self.changed = true;
         let effects = self.state.on_event(event, self.context.clock.now());
         self.carry_out(effects);
     }
@@ -243,6 +254,15 @@ impl Scheduler {
                     self.stops.remove(number);
                 }
                 self.apply(event);
+            }
+            Message::Accepted { queued, mut accepted, reply } => {
+                let only = match &queued[..] {
+                    [job] => Some((job.model.clone(), job.priority, job.number)),
+                    _ => None,
+                };
+                self.apply(Event::Queued(queued));
+                accepted.position = only.and_then(|(model, priority, number)| self.position(&model, priority, number));
+                let _ = reply.send(Ok(accepted));
             }
             Message::Submit { jobs, key, reply } => self.submit(jobs, key, reply),
             Message::Cancel { number } => {
@@ -352,6 +372,7 @@ impl Scheduler {
         let (model, tenant) = (shared(&mut self.names, &new.model), shared(&mut self.names, &new.tenant));
         let job = QueuedJob::of(id.number, id.created_ms, new, model.clone(), tenant);
         let place = self.state.reserve(&job, now)?;
+        self.changed = true;
         let cancelled = CancellationToken::new();
         self.stops.insert(id.number, cancelled.clone());
         self.handle.observe_wait(0.0);
@@ -379,7 +400,7 @@ impl Scheduler {
         self.context.tasks.spawn("dispatch", async move {
             match inserted.await {
                 Ok(Inserted { jobs, replayed }) => {
-                    let _ = reply.send(Ok(Accepted { jobs, watch, replayed }));
+                    let _ = reply.send(Ok(Accepted { jobs, watch, position: None, replayed }));
                     dispatch::run(context, dispatch).await;
                 }
                 Err(error) => {
@@ -411,13 +432,13 @@ impl Scheduler {
         self.context.tasks.spawn("insert", async move {
             let accepted = match inserted.await {
                 Ok(Inserted { jobs, replayed: false }) => {
-                    // Before the reply: whoever knows the id can only ask about a job that the loop knows, too.
-                    context.tell(Message::Event(Event::Queued(queued)));
-                    Ok(Accepted { jobs, watch, replayed: false })
+                    // The loop replies: whoever knows the id can only ask about a job that the loop knows, too.
+                    let accepted = Accepted { jobs, watch, position: None, replayed: false };
+                    return context.tell(Message::Accepted { queued, accepted, reply });
                 }
                 Ok(Inserted { jobs, replayed: true }) => {
                     let watch = watch.and_then(|_| jobs.first()).map(|job| context.hub.watch(job.id.number));
-                    Ok(Accepted { jobs, watch, replayed: true })
+                    Ok(Accepted { jobs, watch, position: None, replayed: true })
                 }
                 Err(error) => Err(SubmitError::Store(error)),
             };
@@ -587,7 +608,7 @@ impl Scheduler {
 }
 
 /// Jobs of a run that were not queued any more.
-fn lost(run: &Run, claims: &[ClaimedJob]) -> Vec<i64> {
+pub(super) fn lost(run: &Run, claims: &[ClaimedJob]) -> Vec<i64> {
     let is_claimed = |number| claims.iter().any(|claim| claim.change.number == number);
     run.jobs.iter().map(|job| job.number).filter(|number| !is_claimed(*number)).collect()
 }

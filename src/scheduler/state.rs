@@ -13,12 +13,14 @@ use crate::scheduler::queue::{Queue, Run, Slots};
 use crate::store::{Learned, QueuedJob};
 use crate::worker::supervisor::Order;
 
+/// How long a plan stands while only more of the same arrives.
+const PLAN_EVERY_MS: i64 = 5;
 /// Decisions kept for a person to look back on.
 const HISTORY_MAX: usize = 50;
 /// Waiting jobs that are told when their model is being loaded.
 const TOLD_MAX: usize = 256;
-/// Farthest position that is counted.
-const RANK_MAX: usize = 10_000;
+/// Farthest position that is counted, from the nearer end of a queue.
+const RANK_MAX: usize = 1_000;
 /// Weight of a new sample: loads, then service times. See `design`: EWMAs with .3 and .1.
 const LOAD_WEIGHT: f64 = 0.3;
 const SERVICE_WEIGHT: f64 = 0.1;
@@ -321,6 +323,13 @@ pub struct State {
     next_load: i64,
     stopping: bool,
     wake_at: Option<Millis>,
+    /// When the last plan wants to be made anew.
+    plan_at: Option<Millis>,
+    planned_at: Millis,
+    /// Something happened that may change the plan.
+    plan_now: bool,
+    /// More of what was there has arrived: the next plan has time.
+    plan_soon: bool,
     /// The second half of a swap that has been announced: its load is no decision of its own.
     swapping_to: Option<usize>,
 }
@@ -350,6 +359,10 @@ impl State {
             next_load: epoch << LOAD_BITS,
             stopping: false,
             wake_at: None,
+            plan_at: None,
+            planned_at: 0,
+            plan_now: true,
+            plan_soon: false,
             swapping_to: None,
         }
     }
@@ -420,6 +433,7 @@ impl State {
 
     /// Takes in an event. Call [`State::step`] after one or more of them.
     pub fn on_event(&mut self, event: Event, now: Millis) -> Vec<Effect> {
+        self.plan_now |= !matches!(event, Event::Queued(_));
         match event {
             Event::Queued(jobs) => {
                 jobs.iter().for_each(|job| self.enqueue(job, now));
@@ -463,6 +477,9 @@ impl State {
         });
         *self.by_tenant.entry(job.tenant.clone()).or_default() += 1;
         let model = &mut self.models[index];
+        let is_more = model.queue.has(Class::of(job.priority)) && job.limit().is_none() && job.crash.is_none();
+        self.plan_soon = true;
+        self.plan_now |= !is_more;
         model.queue.push(job, now);
         model.backlogged_since.get_or_insert(now);
     }
@@ -638,11 +655,14 @@ impl State {
     /// Does what follows from all events so far: ends overdue jobs, fills free slots, plans.
     pub fn step(&mut self, now: Millis) -> Vec<Effect> {
         let mut effects = self.end_overdue(now);
-        self.models.iter_mut().for_each(|m| m.queue.wake(now));
+        self.plan_now |= !effects.is_empty();
+        for model in &mut self.models {
+            self.plan_now |= model.queue.wake(now);
+        }
         self.admit_jobs(now, &mut effects);
         self.note_idle(now);
         self.finish_draining(&mut effects);
-        let planned = if self.stopping { None } else { self.plan(now, &mut effects) };
+        let planned = if self.stopping { None } else { self.plan_in_time(now, &mut effects) };
         let own = self.models.iter().filter_map(|m| m.queue.next_wake()).min();
         self.wake_at = [planned, own].into_iter().flatten().min();
         effects
@@ -697,6 +717,19 @@ impl State {
             self.device = Device::Stopping { model, to };
             effects.push(self.order(model, Order::Stop));
         }
+    }
+
+    /// Plans at once when something happened, and a little later when only more of the same arrived: under load most
+    /// arrivals change nothing but numbers. Returns when to come again.
+    fn plan_in_time(&mut self, now: Millis, effects: &mut Vec<Effect>) -> Option<Millis> {
+        let soon = self.plan_soon.then_some(self.planned_at + PLAN_EVERY_MS);
+        let due = [self.plan_at, soon].into_iter().flatten().min();
+        if !self.plan_now && due.is_none_or(|at| now < at) {
+            return due;
+        }
+        (self.plan_now, self.plan_soon, self.planned_at) = (false, false, now);
+        self.plan_at = self.plan(now, effects);
+        self.plan_at
     }
 
     fn plan(&mut self, now: Millis, effects: &mut Vec<Effect>) -> Option<Millis> {
@@ -831,3 +864,7 @@ fn round(ms: f64) -> i64 {
 #[cfg(test)]
 #[path = "state_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "sim_tests.rs"]
+mod sim;

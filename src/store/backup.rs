@@ -212,13 +212,7 @@ impl Destination {
         Err(StoreError::Stopped)
     }
 
-    fn pass(
-        &self,
-        live: &Connection,
-        clock: &dyn Clock,
-        tolerant: bool,
-        watch: Watch<'_>,
-    ) -> Result<Pass, StoreError> {
+    fn pass(&self, live: &Connection, clock: &dyn Clock, tolerant: bool, watch: Watch<'_>) -> Result<Pass, StoreError> {
         let mut manifest = Manifest {
             format: FORMAT,
             created_at: rfc3339(clock.now()),
@@ -233,8 +227,15 @@ impl Destination {
         let snapshot = open_still(&next)?;
         manifest.jobs = jobs_by_state(&snapshot)?;
         manifest.data_dir_id = meta(&snapshot, ID)?.unwrap_or_default();
-        let mut copying =
-            Copying { live, destination: self, tolerant, watch, done: None, folders: BTreeSet::new(), damaged: Vec::new() };
+        let mut copying = Copying {
+            live,
+            destination: self,
+            tolerant,
+            watch,
+            done: None,
+            folders: BTreeSet::new(),
+            damaged: Vec::new(),
+        };
         let files = match copying.run(&snapshot)? {
             Ok(files) => files,
             Err(vanished) => return Ok(Pass::Vanished(vanished)),
@@ -323,10 +324,8 @@ impl Copying<'_, '_> {
                 }
                 self.folders.extend(to.parent().map(Path::to_owned));
             }
-            let done = Count {
-                files: files.copied.files + files.kept.files,
-                bytes: files.copied.bytes + files.kept.bytes,
-            };
+            let done =
+                Count { files: files.copied.files + files.kept.files, bytes: files.copied.bytes + files.kept.bytes };
             (self.watch)(Progress { step: "files", done, total });
         }
         for folder in &self.folders {
@@ -441,8 +440,7 @@ pub(super) fn copy_verified(from: &Path, to: &Path, file: &FileRow) -> Result<()
 /// Copies, fsyncs, and returns checksum and size of what was copied.
 pub(super) fn copy_hashed(source: &mut File, from: &Path, to: &Path) -> Result<(String, u64), StoreError> {
     let mut target = new_file(to)?;
-    let (sha256, bytes) =
-        each_chunk(source, from, |chunk| target.write_all(chunk).map_err(in_file(to)))?;
+    let (sha256, bytes) = each_chunk(source, from, |chunk| target.write_all(chunk).map_err(in_file(to)))?;
     target.sync_all().map_err(in_file(to))?;
     Ok((sha256, bytes))
 }
@@ -501,7 +499,8 @@ fn is_empty(folder: &Path) -> Result<bool, StoreError> {
 }
 
 fn lock(path: &Path) -> Result<File, StoreError> {
-    let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(path).map_err(in_file(path))?;
+    let file =
+        File::options().create(true).truncate(false).write(true).mode(0o600).open(path).map_err(in_file(path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => Err(StoreError::Unusable(format!(
@@ -612,8 +611,7 @@ pub(super) fn open_live(data_dir: &Path) -> Result<Connection, StoreError> {
 pub(super) fn open_still(database: &Path) -> Result<Connection, StoreError> {
     let text = path_text(database)?.replace('%', "%25").replace('?', "%3F").replace('#', "%23");
     let uri = format!("file:{text}?immutable=1");
-    let flags =
-        OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
     Connection::open_with_flags(uri, flags).map_err(|error| in_database(database, error))
 }
 

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use super::StoreError;
 use super::backup::{
-    ALL_FILES, ARTIFACTS, Count, FileRow, Progress, Watch, digest, each_file, files_in, in_database, in_file, jobs_by_state,
-    open_live, schema,
+    ALL_FILES, ARTIFACTS, Count, FileRow, Progress, Watch, digest, each_file, files_in, in_database, in_file,
+    jobs_by_state, open_live, schema,
 };
 use super::open::{DATABASE, schema_version};
 use super::restore::integrity;

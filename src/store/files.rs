@@ -101,6 +101,7 @@ pub enum Body {
 /// The folder of files. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Files {
+    pub(super) folder: Arc<std::path::PathBuf>,
     files: Arc<LocalFileSystem>,
     stored_bytes: Arc<AtomicU64>,
 }
@@ -113,12 +114,18 @@ impl Files {
         let files = LocalFileSystem::new_with_prefix(folder)
             .map_err(|error| in_folder(std::io::Error::other(error)))?
             .with_fsync(true);
-        Ok(Self { files: Arc::new(files), stored_bytes: Arc::new(AtomicU64::new(stored_bytes)) })
+        let folder = Arc::new(folder.to_owned());
+        Ok(Self { folder, files: Arc::new(files), stored_bytes: Arc::new(AtomicU64::new(stored_bytes)) })
     }
 
     /// Bytes of all files that rows name, and of those that soon will be.
     pub(super) fn stored_bytes(&self) -> u64 {
         self.stored_bytes.load(Ordering::Relaxed)
+    }
+
+    /// The running count behind [`Self::stored_bytes`].
+    pub(super) fn counter(&self) -> Arc<AtomicU64> {
+        self.stored_bytes.clone()
     }
 
     /// Stores a body that is too large for a row; `None`: it is not.
@@ -209,15 +216,15 @@ impl Files {
         Err(StoreError::Damaged { path: format!("artifacts/{}", file.path) })
     }
 
-    /// Deletes files; those that are gone already are no error. Returns those that could not be deleted, and why.
+    /// Deletes files that no row names; those that are gone already are no error. Returns those that could not be deleted,
+    /// and why: the collection of files without rows comes for them.
     pub(super) async fn delete(&self, files: &[StoredFile]) -> Vec<(String, object_store::Error)> {
         let mut failed = Vec::new();
         for file in files {
+            let less = |bytes: u64| Some(bytes.saturating_sub(file.bytes));
+            let _ = self.stored_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
             match self.files.delete(&Path::from(file.path.as_str())).await {
-                Ok(()) | Err(object_store::Error::NotFound { .. }) => {
-                    let less = |bytes: u64| Some(bytes.saturating_sub(file.bytes));
-                    let _ = self.stored_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
-                }
+                Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
                 Err(error) => failed.push((file.path.clone(), error)),
             }
         }

@@ -110,10 +110,11 @@ impl Keys {
     }
 }
 
-/// Deletes keys that are too old, at most `limit`.
+/// Deletes keys that are too old, at most `limit`: they are the first ones.
 pub(super) fn purge(c: &Connection, now: Millis, limit: u32) -> Result<usize, StoreError> {
     Ok(c.prepare_cached(
-        "DELETE FROM idempotency WHERE id IN (SELECT id FROM idempotency WHERE at <= ?1 ORDER BY id LIMIT ?2)",
+        "DELETE FROM idempotency WHERE id IN
+             (SELECT id FROM (SELECT id, at FROM idempotency ORDER BY id LIMIT ?2) WHERE at <= ?1)",
     )?
     .execute(params![now - KEY_TTL_MS, limit])?)
 }

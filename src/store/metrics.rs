@@ -42,7 +42,9 @@ pub struct StoreMetrics {
     pub emptied: u64,
     /// See `emptied`.
     pub deleted: u64,
-    /// What results and files take, and the limit.
+    /// Files that rows name and that the latest look at all of them did not find.
+    pub missing_files: u64,
+    /// What jobs take (pages in use and files), and the limit.
     pub stored_bytes: u64,
     /// See `stored_bytes`.
     pub quota_bytes: u64,
@@ -64,6 +66,9 @@ struct Inner {
     recovery_us: AtomicU64,
     emptied: AtomicU64,
     deleted: AtomicU64,
+    missing: AtomicU64,
+    /// Size of the write-ahead log's file while it is far beyond its limit, else 0.
+    long_wal: AtomicU64,
     /// (µs, operations)
     recent: Mutex<VecDeque<(u32, u32)>>,
 }
@@ -81,6 +86,8 @@ impl Metrics {
                 recovery_us: AtomicU64::new(0),
                 emptied: AtomicU64::new(0),
                 deleted: AtomicU64::new(0),
+                missing: AtomicU64::new(0),
+                long_wal: AtomicU64::new(0),
                 recent: Mutex::default(),
             }),
         }
@@ -120,6 +127,27 @@ impl Metrics {
         self.inner.deleted.fetch_add(deleted, Ordering::Relaxed);
     }
 
+    pub(super) fn set_missing(&self, files: u64) {
+        self.inner.missing.store(files, Ordering::Relaxed);
+    }
+
+    pub(super) fn missing(&self) -> u64 {
+        self.inner.missing.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_long_wal(&self, bytes: u64) {
+        self.inner.long_wal.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn long_wal(&self) -> u64 {
+        self.inner.long_wal.load(Ordering::Relaxed)
+    }
+
+    /// Operations since start.
+    pub(super) fn operations(&self) -> u64 {
+        self.inner.operations.load(Ordering::Relaxed)
+    }
+
     #[expect(clippy::cast_precision_loss, reason = "counters and times are far below 2^52")]
     pub(super) fn look(&self) -> StoreMetrics {
         let inner = &self.inner;
@@ -143,6 +171,7 @@ impl Metrics {
             recovery_seconds: seconds(read(&inner.recovery_us)),
             emptied: read(&inner.emptied),
             deleted: read(&inner.deleted),
+            missing_files: read(&inner.missing),
             ..StoreMetrics::default()
         }
     }

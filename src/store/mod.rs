@@ -7,33 +7,46 @@
 //! - `verbs`: what can be done to jobs; `submit`: accepting them; `recovery`: what a start finds.
 //! - `files`: bodies, answers and artifacts that are files.
 //! - `placement`: where a database may lie; `backup`, `restore`, `snapshots`: copies of it; `examine`: a look from outside.
+//! - `retention`: what is deleted when its time has come or room is needed; `quota`: how much may be kept; `collect`: files
+//!   without rows, rows without files; `housekeeping`: the task that calls them.
 //! - `live`, `idempotency`: what is kept in memory beside the database; `space`, `metrics`: the disk, and figures.
 
 pub mod backup;
+mod collect;
 pub mod examine;
 pub mod files;
+mod housekeeping;
 pub mod idempotency;
 mod live;
 pub mod metrics;
+#[cfg(test)]
+pub(crate) mod model;
 mod open;
 pub mod placement;
+mod quota;
 pub mod read;
 mod recovery;
 pub mod restore;
+mod retention;
 pub mod snapshots;
 mod space;
 mod submit;
 mod verbs;
 mod writer;
 
+pub use collect::FilesReport;
 pub use files::Body;
+pub use housekeeping::Trouble;
 pub use idempotency::IdempotencyKey;
 pub use metrics::StoreMetrics;
 pub use open::{Opened, open};
 pub use recovery::QueuedJob;
+pub use retention::Purged;
 pub use submit::Inserted;
 pub use verbs::{Cancelled, Change, ClaimedJob, End, GiveBack, Learned, Store};
 pub use writer::OnFatal;
+
+use crate::domain::storage::shown_bytes;
 
 /// Why a verb did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +66,19 @@ pub enum StoreError {
     /// No room on the disk for new jobs; the text says where.
     #[error("{0}")]
     DiskFull(String),
+    /// What is kept takes all the room it may. The text is for clients, too.
+    #[error(
+        "the storage quota is used up: {} of {}; fetch results that are waiting (fetched ones make room), or raise \
+         storage.quota in models.yaml",
+        shown_bytes(*.used),
+        shown_bytes(*.quota)
+    )]
+    OverQuota {
+        /// Bytes that are kept.
+        used: u64,
+        /// The limit.
+        quota: u64,
+    },
     /// The writer has stopped; the process is going down.
     #[error("the store has stopped")]
     Stopped,
@@ -105,6 +131,7 @@ impl StoreError {
     fn for_everybody(&self) -> Self {
         match self {
             Self::DiskFull(text) => Self::DiskFull(text.clone()),
+            Self::OverQuota { used, quota } => Self::OverQuota { used: *used, quota: *quota },
             Self::Io(text) => Self::Io(text.clone()),
             Self::Corrupt(text) => Self::Corrupt(text.clone()),
             Self::Database(text) => Self::Database(text.clone()),
@@ -133,5 +160,7 @@ impl From<sqlx::Error> for StoreError {
 
 #[cfg(test)]
 mod backup_tests;
+#[cfg(test)]
+mod retention_tests;
 #[cfg(test)]
 mod tests;

@@ -19,6 +19,7 @@ use super::files::{Files, hex};
 use super::idempotency::Keys;
 use super::live::Live;
 use super::metrics::Metrics;
+use super::quota::{self, Quota};
 use super::read::Reader;
 use super::recovery;
 use super::space::Space;
@@ -31,8 +32,6 @@ use crate::domain::StorageSettings;
 const SQLITE_MIN: i32 = 3_051_003;
 /// Pages the writer keeps in memory: 32 MiB.
 const CACHE_KIB: i64 = 32 * 1024;
-/// The write-ahead log's file is cut back to this.
-const WAL_BYTES_KEPT: i64 = 64 * 1024 * 1024;
 /// The database's file in the data dir.
 pub(super) const DATABASE: &str = "roundhouse.db";
 
@@ -103,9 +102,14 @@ pub async fn open(
     let file_bytes = session.c.query_row("SELECT coalesce(sum(bytes), 0) FROM file", [], |row| row.get::<_, i64>(0));
     let file_bytes = file_bytes.map_err(StoreError::from).map_err(in_database)?;
     let files = Files::open(&dir.join("artifacts"), file_bytes.unsigned_abs())?;
+    let (used, _) = quota::pages(&session.c).map_err(in_database)?;
+    let bytes = quota::decide(&session.c, dir, &settings, used + files.stored_bytes())?;
+    let quota = Quota::new(bytes, used, files.counter());
+    // Files of the first release cannot give pages back.
+    let gives_back = session.c.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0))? == 2;
     let live = Live::default();
     let space = Space::new(dir, settings.free_min_bytes, settings.reserve_bytes);
-    let parts = Parts { session, space, live: live.clone(), metrics: metrics.clone(), on_fatal };
+    let parts = Parts { session, space, quota: quota.clone(), live: live.clone(), metrics: metrics.clone(), on_fatal };
     let writer = Writer::start(parts)
         .map_err(|source| StoreError::File { path: "the store's writing thread".into(), source })?;
     let reader = if settings.exclusive {
@@ -121,6 +125,8 @@ pub async fn open(
         files,
         clock,
         metrics,
+        quota,
+        gives_back,
         settings: Arc::new(settings),
         next_batch: Arc::new(AtomicI64::new(next_batch)),
         _lock: Arc::new(lock),
@@ -188,7 +194,7 @@ fn writing_connection(database: &Path, settings: &StorageSettings) -> Result<Con
         ("temp_store", "2".to_owned(), "2".to_owned()),
         ("cache_size", (-CACHE_KIB).to_string(), (-CACHE_KIB).to_string()),
         ("wal_autocheckpoint", settings.wal_pages.to_string(), settings.wal_pages.to_string()),
-        ("journal_size_limit", WAL_BYTES_KEPT.to_string(), WAL_BYTES_KEPT.to_string()),
+        ("journal_size_limit", settings.wal_bytes_kept.to_string(), settings.wal_bytes_kept.to_string()),
         ("trusted_schema", "0".to_owned(), "0".to_owned()),
         ("foreign_keys", "0".to_owned(), "0".to_owned()),
     ];

@@ -234,7 +234,15 @@ mod tests {
     #[test]
     fn network_file_systems_are_refused_with_what_to_do() {
         let networks = [
-            0x6969, 0x6573_5546, 0xff53_4d42, 0xfe53_4d42, 0x517b, 0x0102_1997, 0x0bd0_0bd0, 0x4750_4653, 0x5346_414f,
+            0x6969,
+            0x6573_5546,
+            0xff53_4d42,
+            0xfe53_4d42,
+            0x517b,
+            0x0102_1997,
+            0x0bd0_0bd0,
+            0x4750_4653,
+            0x5346_414f,
             0x00c3_6400,
         ];
         for magic in networks {

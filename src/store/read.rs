@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 use super::StoreError;
 use super::files::{Body, Files, Role, StoredFile};
 use super::live::Live;
+use super::quota;
 use super::recovery::{self, QueuedJob};
 use super::verbs;
 use super::writer::{Kind, Writer};
@@ -100,6 +101,8 @@ pub struct Sizes {
     pub database_bytes: u64,
     /// Of these, pages in use.
     pub used_bytes: u64,
+    /// Of these, pages that are free.
+    pub free_bytes: u64,
     /// The file of the write-ahead log.
     pub wal_bytes: u64,
     /// How long the oldest job to be deleted has been waiting for it.
@@ -306,7 +309,25 @@ impl Reader {
                 })
             })
             .await?;
-        self.load(&found.ok_or(StoreError::Expired)?).await
+        match found.ok_or(StoreError::Expired)? {
+            Body::Inline(bytes) => Ok(bytes),
+            Body::File(file) => self.file(id, &file).await,
+        }
+    }
+
+    /// Reads a job's file. Its retention may end between the look at the row and this one.
+    async fn file(&self, id: JobId, file: &StoredFile) -> Result<Bytes, StoreError> {
+        let read = self.files.read(file).await;
+        match read {
+            Err(error) if error.is_lost_file() => self.still_there(id).await.and(Err(error)),
+            other => other,
+        }
+    }
+
+    /// `Expired`, if the job was emptied.
+    async fn still_there(&self, id: JobId) -> Result<(), StoreError> {
+        let job = self.read(move |c| job_by_number(c, id.number)).await?;
+        if job.is_some_and(|job| job.emptied_at.is_none()) { Ok(()) } else { Err(StoreError::Expired) }
     }
 
     /// Reads a body that a claim found.
@@ -324,13 +345,20 @@ impl Reader {
         };
         let Kept { status, content_type, usage, body } = kept;
         let role = |role| files.iter().find(move |file: &&StoredFile| file.role == role);
-        let body = match (body, role(Role::Response), role(Role::Artifact)) {
-            (Some(body), ..) => self.files.inline(body, &files).await?,
-            (None, Some(file), _) => self.files.inline(self.files.read(file).await?, &files).await?,
-            (None, None, Some(file)) => self.files.read(file).await?,
+        let whole = match (body, role(Role::Response), role(Role::Artifact)) {
+            (Some(body), ..) => self.files.inline(body, &files).await,
+            (None, Some(file), _) => match self.files.read(file).await {
+                Ok(body) => self.files.inline(body, &files).await,
+                Err(error) => Err(error),
+            },
+            (None, None, Some(file)) => self.files.read(file).await,
             (None, None, None) => {
                 return Err(StoreError::Database("an answer has neither a body nor a file".to_owned()));
             }
+        };
+        let body = match whole {
+            Err(error) if error.is_lost_file() => return self.still_there(id).await.and(Err(error)),
+            other => other?,
         };
         Ok(Some(Answer { status, content_type, body, usage }))
     }
@@ -387,7 +415,7 @@ impl Reader {
     ) -> Result<Bytes, StoreError> {
         let files = self.artifact_files(id).await?;
         let file = files.iter().find(|file| file.artifact_id() == artifact).ok_or(StoreError::NotFound)?;
-        let bytes = self.files.read(file).await?;
+        let bytes = self.file(id, file).await?;
         let place = |n: u64| usize::try_from(n).unwrap_or(usize::MAX).min(bytes.len());
         Ok(match range {
             None => bytes,
@@ -424,15 +452,12 @@ impl Reader {
         wal.push("-wal");
         let (database_bytes, wal_bytes) = (length(self.database.to_path_buf()), length(PathBuf::from(wal)));
         self.read(move |c| {
-            let pragma = |name: &str| {
-                c.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0)).map(i64::unsigned_abs)
-            };
-            let pages = pragma("page_count")?.saturating_sub(pragma("freelist_count")?);
+            let (used_bytes, free_bytes) = quota::pages(c)?;
             let first: Option<Millis> = c
                 .prepare_cached("SELECT min(expires_at) FROM job INDEXED BY job_expiry WHERE expires_at IS NOT NULL")?
                 .query_row([], |row| row.get(0))?;
             let purge_lag_ms = first.map_or(0, |at| (now - at).max(0));
-            Ok(Sizes { database_bytes, used_bytes: pages * pragma("page_size")?, wal_bytes, purge_lag_ms })
+            Ok(Sizes { database_bytes, used_bytes, free_bytes, wal_bytes, purge_lag_ms })
         })
         .await
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use rusqlite::Connection;
+use rusqlite::{Connection, params};
 
 use super::StoreError;
 use super::verbs::{self, Change, End, GiveBack, Guard, Learned};
@@ -186,12 +186,34 @@ pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, 
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
-/// The number after the highest one there is. Numbers of deleted rows may come again: ids hold time and tag, too.
+/// The number after the highest one there ever was.
 pub(super) fn next_number(c: &Connection) -> Result<i64, StoreError> {
-    Ok(c.query_row("SELECT coalesce(max(number), 0) + 1 FROM job", [], |row| row.get(0))?)
+    after_last(c, "SELECT max(number) FROM job", LAST_NUMBER)
 }
 
 /// The same for batches.
 pub(super) fn next_batch(c: &Connection) -> Result<i64, StoreError> {
-    Ok(c.query_row("SELECT coalesce(max(id), 0) + 1 FROM batch", [], |row| row.get(0))?)
+    after_last(c, "SELECT max(id) FROM batch", LAST_BATCH)
+}
+
+/// What the last deleted row leaves in `meta`, so that its number is never given again.
+pub(super) const LAST_NUMBER: &str = "last_number";
+/// The same for batches.
+pub(super) const LAST_BATCH: &str = "last_batch";
+
+fn after_last(c: &Connection, highest: &str, deleted: &str) -> Result<i64, StoreError> {
+    let sql = format!(
+        "SELECT max(coalesce(({highest}), 0), coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE key = ?1), 0)) + 1"
+    );
+    Ok(c.query_row(&sql, [deleted], |row| row.get(0))?)
+}
+
+/// Remembers that rows up to `number` were there.
+pub(super) fn remember_last(c: &Connection, key: &str, number: i64) -> Result<(), StoreError> {
+    verbs::execute(
+        c,
+        "INSERT INTO meta (key, value) VALUES (?1, ?2)
+         ON CONFLICT (key) DO UPDATE SET value = max(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER))",
+        params![key, number.to_string()],
+    )
 }

@@ -8,8 +8,9 @@ use rusqlite::{Connection, OpenFlags};
 
 use super::StoreError;
 use super::backup::{
-    ALL_FILES, ARTIFACTS, Count, FileRow, Manifest, Progress, Watch, copy_hashed, copy_verified, digest, files_in, forget_id,
-    in_database, in_file, is_backup, make_folders, manifests, open_still, remove_if_there, schema, sync_folder,
+    ALL_FILES, ARTIFACTS, Count, FileRow, Manifest, Progress, Watch, copy_hashed, copy_verified, digest, files_in,
+    forget_id, in_database, in_file, is_backup, make_folders, manifests, open_still, remove_if_there, schema,
+    sync_folder,
 };
 use super::open::{DATABASE, schema_version};
 

@@ -18,6 +18,7 @@ use super::StoreError;
 use super::files::{Body, Files, Role, StoredAnswer, StoredFile};
 use super::idempotency::IdempotencyKey;
 use super::metrics::{Metrics, StoreMetrics};
+use super::quota::Quota;
 use super::read::Reader;
 use super::submit::{self, Inserted, Submission};
 use super::writer::{Kind, Session, Writer, answer};
@@ -35,6 +36,9 @@ pub struct Store {
     pub(super) files: Files,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) metrics: Metrics,
+    pub(super) quota: Quota,
+    /// Whether free pages can be given back to the disk.
+    pub(super) gives_back: bool,
     pub(super) settings: Arc<StorageSettings>,
     pub(super) next_batch: Arc<AtomicI64>,
     /// Keeps the data dir for this process.
@@ -357,6 +361,7 @@ impl Store {
             database_bytes: sizes.database_bytes,
             purge_lag_s: sizes.purge_lag_ms as f64 / 1e3,
             stored_bytes: sizes.used_bytes + file_bytes,
+            quota_bytes: self.quota.bytes(),
             ..self.metrics.look()
         }
     }

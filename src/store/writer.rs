@@ -20,6 +20,7 @@ use super::StoreError;
 use super::idempotency::Keys;
 use super::live::Live;
 use super::metrics::Metrics;
+use super::quota::Quota;
 use super::space::Space;
 
 /// Operations in one transaction at most, and bytes of bodies and answers.
@@ -169,6 +170,7 @@ pub(super) type Pending<T> = oneshot::Receiver<Result<T, StoreError>>;
 pub(super) struct Parts {
     pub(super) session: Session,
     pub(super) space: Space,
+    pub(super) quota: Quota,
     pub(super) live: Live,
     pub(super) metrics: Metrics,
     pub(super) on_fatal: OnFatal,
@@ -206,6 +208,11 @@ impl Writer {
             tracing::error!("the store's writer has stopped; a change was not stored");
         }
         receiver
+    }
+
+    /// Whether answers were handed to clients since the last commit.
+    pub(super) fn has_delivered(&self) -> bool {
+        !lock(&self.waiting.delivered).is_empty()
     }
 
     /// Notes that a job's answer was handed to a client; written with the next commit.
@@ -248,14 +255,14 @@ impl Thread {
             }
             self.waiting.operations.fetch_sub(group.len(), Ordering::Relaxed);
             self.waiting.bytes.fetch_sub(bytes, Ordering::Relaxed);
-            self.commit(group);
+            self.commit(group, bytes);
         }
         if !self.is_dead {
             close(&self.parts.session.c);
         }
     }
 
-    fn commit(&mut self, mut group: Vec<Box<dyn Operation>>) {
+    fn commit(&mut self, mut group: Vec<Box<dyn Operation>>, bytes: u64) {
         if self.is_dead {
             // Nothing is answered by a store that cannot be trusted.
             return;
@@ -267,6 +274,7 @@ impl Thread {
             Ok(()) => {
                 self.parts.live.forget(&self.parts.session.touched);
                 self.parts.session.committed();
+                self.parts.quota.wrote(bytes);
                 self.parts.metrics.committed(group.len(), begun.elapsed());
             }
             Err(error) => {
@@ -287,7 +295,7 @@ impl Thread {
     }
 
     fn try_commit(&mut self, group: &mut [Box<dyn Operation>], delivered: &[i64]) -> Result<(), StoreError> {
-        let low = self.parts.space.check();
+        let low = self.parts.space.check().map(StoreError::DiskFull).or_else(|| self.parts.quota.check());
         let has_submissions = group.iter().any(|operation| operation.kind() == Kind::Submission);
         let mut outcome =
             if low.is_some() && has_submissions { Err(Stop::Failed) } else { self.plain(group, delivered) };
@@ -301,7 +309,7 @@ impl Thread {
                 "the disk is full: the reserve is given up, new jobs are refused until there is space again"
             );
             let low = self.parts.space.check().unwrap_or_else(|| "the disk is full".to_owned());
-            outcome = self.guarded(group, delivered, Some(&low));
+            outcome = self.guarded(group, delivered, Some(&StoreError::DiskFull(low)));
         }
         outcome.map_err(|stop| match stop {
             Stop::NotCommitted(error) => error,
@@ -327,14 +335,14 @@ impl Thread {
         &mut self,
         group: &mut [Box<dyn Operation>],
         delivered: &[i64],
-        low: Option<&String>,
+        low: Option<&StoreError>,
     ) -> Result<(), Stop> {
         self.begin(delivered)?;
         for operation in group.iter_mut() {
             if let Some(reason) = low
                 && operation.kind() == Kind::Submission
             {
-                operation.refuse(StoreError::DiskFull(reason.clone()));
+                operation.refuse(reason.for_everybody());
                 continue;
             }
             run(&self.parts.session.c, "SAVEPOINT operation")?;
@@ -431,6 +439,7 @@ mod tests {
         Parts {
             session: Session::new(c, Keys::default()),
             space: Space::unlimited(),
+            quota: Quota::new(u64::MAX, 0, Arc::default()),
             live: Live::default(),
             metrics: Metrics::new(Arc::new(ManualClock::at(1))),
             on_fatal: Arc::new(|reason| panic!("{reason}")),

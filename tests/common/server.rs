@@ -27,6 +27,7 @@ pub(crate) struct Site {
     models: Map<String, Value>,
     server: Map<String, Value>,
     scheduler: Map<String, Value>,
+    storage: Map<String, Value>,
     env: Vec<(String, String)>,
     listen: String,
 }
@@ -44,6 +45,7 @@ impl Site {
             models: Map::new(),
             server,
             scheduler: Map::new(),
+            storage: Map::new(),
             env: Vec::new(),
             listen: "127.0.0.1:0".to_owned(),
         }
@@ -70,6 +72,12 @@ impl Site {
     /// Sets a key of `scheduler:`.
     pub(crate) fn scheduler(mut self, key: &str, value: impl Into<Value>) -> Self {
         self.scheduler.insert(key.to_owned(), value.into());
+        self
+    }
+
+    /// Sets a key of `storage:`.
+    pub(crate) fn storage(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.storage.insert(key.to_owned(), value.into());
         self
     }
 
@@ -114,7 +122,9 @@ impl Site {
     /// Starts the server and waits until it accepts requests.
     pub(crate) async fn start(&self) -> Server {
         let config = self.dir.path().join("models.yaml");
-        let file = json!({"models": self.models, "server": self.server, "scheduler": self.scheduler});
+        let file = json!({
+            "models": self.models, "server": self.server, "scheduler": self.scheduler, "storage": self.storage,
+        });
         std::fs::write(&config, serde_json::to_string_pretty(&file).unwrap()).unwrap();
         let log = self.dir.path().join("server.log");
         let log_file = File::options().create(true).append(true).open(&log).unwrap();

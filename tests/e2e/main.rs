@@ -14,6 +14,7 @@ mod gpu;
 mod input;
 mod limits;
 mod restarts;
+mod retention;
 mod streams;
 mod swaps;
 mod sync_calls;

@@ -7,6 +7,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
+use crate::domain::{ErrorCode, Job};
 use crate::http::auth::Caller;
 use crate::http::body::Segments;
 use crate::http::error::ApiError;
@@ -22,7 +23,7 @@ pub async fn list(
     Segments(id): Segments<String>,
 ) -> Result<Response, ApiError> {
     let id = job_id(&id)?;
-    state.job(&caller, id).await?;
+    not_expired(&state.job(&caller, id).await?)?;
     let artifacts = state.reader.artifacts(id).await?;
     let data = view::artifacts_json(&state, id, &artifacts);
     let end = |artifact: Option<&Artifact>| artifact.map(|artifact| artifact.id.clone());
@@ -45,7 +46,9 @@ pub async fn get(
 ) -> Result<Response, ApiError> {
     let id = job_id(&id)?;
     let job = state.job(&caller, id).await?;
+    not_expired(&job)?;
     let artifacts = state.reader.artifacts(id).await?;
+    let last = artifacts.last().map(|last| last.id.clone());
     let found = artifacts.into_iter().find(|found| found.id == artifact);
     let artifact = found.ok_or_else(|| ApiError::not_found("the artifact"))?;
     let etag = format!("\"{}\"", artifact.sha256);
@@ -64,7 +67,10 @@ pub async fn get(
         StoreError::NotFound => ApiError::not_found("the artifact"),
         error => error.into(),
     })?;
-    state.handle.delivered(&job);
+    // Who has the end of the last file has them all, as far as one can tell.
+    if last.as_ref() == Some(&artifact.id) && range.is_none_or(|(_, end)| end == artifact.bytes) {
+        state.handle.delivered(&job);
+    }
     let status = if range.is_some() { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
     let mut response = with_headers(status, Body::from(bytes), &artifact, &etag);
     if let Some((start, end)) = range {
@@ -72,6 +78,17 @@ pub async fn get(
         view::set(response.headers_mut(), header::CONTENT_RANGE, &shown);
     }
     Ok(response)
+}
+
+/// What an emptied job had is gone.
+fn not_expired(job: &Job) -> Result<(), ApiError> {
+    match job.emptied_at {
+        None => Ok(()),
+        Some(_) => {
+            let message = "the job's files are past their retention and were deleted";
+            Err(ApiError::new(ErrorCode::ResultExpired, message).about(job.id))
+        }
+    }
 }
 
 fn matches(headers: &HeaderMap, name: header::HeaderName, etag: &str) -> bool {

@@ -100,7 +100,7 @@ async fn ended(state: &AppState, id: JobId, event: &EventRow) -> Result<Option<V
         return Ok(None);
     }
     let job = state.reader.job(id).await?;
-    Ok(Some(view::full(state, &job).await.json))
+    Ok(Some(view::full(state, &job, None).await.json))
 }
 
 fn is_terminal(kind: &str) -> bool {

@@ -52,16 +52,17 @@ pub async fn create(
 
 /// 202 with the job, or 200 if it ended within `wait_s`.
 async fn accepted(state: &AppState, submitted: Submitted, wait_s: Option<u64>) -> Result<Response, ApiError> {
-    let Submitted { mut job, mut watch, replayed } = submitted;
+    let Submitted { mut job, mut watch, mut position, replayed } = submitted;
     let mut status = StatusCode::ACCEPTED;
     if let Some(seconds) = wait_s {
         wait_for_end(state, &job, &mut watch, Duration::from_secs(seconds)).await;
         job = state.reader.job(job.id).await?;
+        position = None;
         if job.state.is_terminal() {
             status = StatusCode::OK;
         }
     }
-    let mut response = view::respond(state, status, &job).await;
+    let mut response = view::respond_at(state, status, &job, position).await;
     hops::applied(response.headers_mut(), false, wait_s);
     Ok(idempotency::mark(response, replayed))
 }

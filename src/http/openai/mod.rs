@@ -48,7 +48,7 @@ pub async fn call(
     }
     let place = state.waiters.sync_call(state.waiting_sync_max).ok_or_else(|| too_many(&state))?;
     let (submitted, guard) = submit(&state, job, key).await?;
-    let Submitted { job, watch, replayed } = submitted;
+    let Submitted { job, watch, replayed, .. } = submitted;
     if replayed && job.state.is_terminal() {
         return Ok(idempotency::mark(answer::of_terminal(&state, &job).await, true));
     }
@@ -76,7 +76,7 @@ async fn respond_async(
     key: Option<IdempotencyKey>,
     wait_s: Option<u64>,
 ) -> Result<Response, ApiError> {
-    let (Submitted { job, mut watch, replayed }, _) = submit(state, job, key).await?;
+    let (Submitted { job, mut watch, replayed, .. }, _) = submit(state, job, key).await?;
     if let Some(seconds) = wait_s
         && let Waited::Ended(ended) = wait_for_end(state, &job, &mut watch, Duration::from_secs(seconds)).await
     {

@@ -1,0 +1,241 @@
+//! The store's own task: measures, deletes what is past its time, makes room, gives free pages back, collects files without
+//! rows, and knows what is wrong.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::read::Sizes;
+use super::retention::Purged;
+use super::verbs::Store;
+use super::{FilesReport, StoreError};
+use crate::domain::storage::shown_bytes;
+
+/// How often it looks when there is nothing to do.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Deleting by age takes a tenth of the writer's time at most, making room half of it.
+const REST_PURGING: u32 = 9;
+const REST_MAKING_ROOM: u32 = 1;
+const REST_MIN: Duration = Duration::from_millis(10);
+/// Old idempotency keys have no lag of their own: looked for so often.
+const PURGE_AT_LEAST_EVERY: Duration = Duration::from_secs(60);
+/// A log that is so many times longer than what it is cut back to is held open by a reader.
+const WAL_TIMES: u64 = 4;
+const WARN_EVERY: Duration = Duration::from_secs(60);
+/// Fewer operations between two looks than this: idle.
+const IDLE_OPERATIONS: u64 = 8;
+const FREE_MIN_BYTES: u64 = 1024 * 1024;
+const PAGES_PER_STEP: u32 = 256;
+/// The collection of files: when it begins, its pause between folders, and between passes.
+const COLLECT_AFTER: Duration = Duration::from_secs(60);
+const COLLECT_PAUSE: Duration = Duration::from_millis(200);
+const COLLECT_EVERY: Duration = Duration::from_secs(3_600);
+/// Names in one line of the log.
+const NAMES_MAX: usize = 20;
+
+/// Something about the store that its keeper should know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Trouble {
+    /// `wal_long`, `quota_used_up` or `files_missing`.
+    pub state: &'static str,
+    /// In words, without paths.
+    pub reason: String,
+}
+
+/// What the task remembers from look to look.
+#[derive(Default)]
+struct Seen {
+    is_making_room: bool,
+    operations: u64,
+    purged_at: Option<Instant>,
+    warned_at: Option<Instant>,
+    failed_at: Option<Instant>,
+}
+
+impl Store {
+    /// Runs until `stop` is cancelled.
+    pub async fn keep_house(self, stop: CancellationToken) {
+        tokio::join!(self.sweep(&stop), self.collect_files(&stop));
+    }
+
+    /// What is wrong now.
+    pub fn troubles(&self) -> Vec<Trouble> {
+        let mut troubles = Vec::new();
+        let wal = self.metrics.long_wal();
+        if wal > 0 {
+            troubles.push(Trouble { state: "wal_long", reason: self.long_wal(wal) });
+        }
+        if self.quota.is_used_up() {
+            let error = StoreError::OverQuota { used: self.quota.used(), quota: self.quota.bytes() };
+            troubles.push(Trouble { state: "quota_used_up", reason: format!("new jobs are refused: {error}") });
+        }
+        let missing = self.metrics.missing();
+        if missing > 0 {
+            let reason = format!("{missing} files of jobs are missing, the log names them; restore them from a backup");
+            troubles.push(Trouble { state: "files_missing", reason });
+        }
+        troubles
+    }
+
+    fn long_wal(&self, bytes: u64) -> String {
+        format!(
+            "the write-ahead log has grown to {} (normal: up to {}): a reader holds it open; is another program reading \
+             the database?",
+            shown_bytes(bytes),
+            shown_bytes(self.settings.wal_bytes_kept)
+        )
+    }
+
+    async fn sweep(&self, stop: &CancellationToken) {
+        let mut seen = Seen::default();
+        loop {
+            let rest = match self.look_after(&mut seen).await {
+                Ok(rest) => rest,
+                Err(StoreError::Stopped) => return,
+                Err(error) => {
+                    if is_due(&mut seen.failed_at) {
+                        tracing::warn!("old jobs could not be deleted, it is tried again: {error}");
+                    }
+                    LOOK_EVERY
+                }
+            };
+            let pause = async {
+                tokio::time::sleep(rest.min(REST_MIN)).await;
+                tokio::select! {
+                    () = tokio::time::sleep(rest.saturating_sub(REST_MIN)) => {}
+                    () = self.quota.exceeded(), if !self.quota.is_used_up() => {}
+                }
+            };
+            tokio::select! {
+                () = pause => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// One look, and one step if there is something to do; returns how long to rest.
+    async fn look_after(&self, seen: &mut Seen) -> Result<Duration, StoreError> {
+        let sizes = self.measure().await?;
+        self.watch_wal(&sizes, seen);
+        if self.writer.has_delivered() {
+            self.ping().await?;
+        }
+        seen.is_making_room = self.quota.is_over() || (seen.is_making_room && self.quota.too_much() > 0);
+        let is_time = seen.purged_at.is_none_or(|at| at.elapsed() >= PURGE_AT_LEAST_EVERY);
+        if sizes.purge_lag_ms > 0 || is_time {
+            seen.purged_at = Some(Instant::now());
+            let purged = self.purge().await?;
+            let times = if seen.is_making_room { REST_MAKING_ROOM } else { REST_PURGING };
+            if purged.has_more || seen.is_making_room {
+                self.measure().await?;
+                return Ok(rest(&purged, times));
+            }
+        }
+        if seen.is_making_room {
+            let purged = self.make_room(self.quota.too_much()).await?;
+            self.measure().await?;
+            let is_stuck = purged.emptied + purged.deleted == 0;
+            seen.is_making_room &= !is_stuck;
+            self.say_used_up(is_stuck && self.quota.is_over());
+            return Ok(if is_stuck { LOOK_EVERY } else { rest(&purged, REST_MAKING_ROOM) });
+        }
+        self.say_used_up(false);
+        let operations = self.metrics.operations();
+        let is_idle = operations - seen.operations < IDLE_OPERATIONS;
+        seen.operations = operations;
+        let free = sizes.free_bytes;
+        if is_idle && self.gives_back && free > FREE_MIN_BYTES && free > (sizes.used_bytes + free) / 4 {
+            let begun = Instant::now();
+            self.give_back_pages(PAGES_PER_STEP).await?;
+            seen.operations = self.metrics.operations();
+            return Ok((begun.elapsed() * REST_PURGING).max(REST_MIN));
+        }
+        Ok(LOOK_EVERY)
+    }
+
+    async fn measure(&self) -> Result<Sizes, StoreError> {
+        let sizes = self.reader.sizes(self.clock.now()).await?;
+        self.quota.measured(sizes.used_bytes);
+        Ok(sizes)
+    }
+
+    fn say_used_up(&self, is_used_up: bool) {
+        if !self.quota.set_used_up(is_used_up) {
+            return;
+        }
+        let (used, quota) = (self.quota.used(), self.quota.bytes());
+        if is_used_up {
+            tracing::warn!(used, quota, "new jobs are refused: {}", StoreError::OverQuota { used, quota });
+        } else {
+            tracing::info!(used, quota, "there is room again: {} of {}", shown_bytes(used), shown_bytes(quota));
+        }
+    }
+
+    fn watch_wal(&self, sizes: &Sizes, seen: &mut Seen) {
+        let is_long = sizes.wal_bytes > self.settings.wal_bytes_kept.saturating_mul(WAL_TIMES);
+        self.metrics.set_long_wal(if is_long { sizes.wal_bytes } else { 0 });
+        if is_long && is_due(&mut seen.warned_at) {
+            tracing::warn!(wal_bytes = sizes.wal_bytes, "{}", self.long_wal(sizes.wal_bytes));
+        }
+    }
+
+    async fn collect_files(&self, stop: &CancellationToken) {
+        let mut named = BTreeSet::new();
+        let mut wait = COLLECT_AFTER;
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = stop.cancelled() => return,
+            }
+            wait = COLLECT_EVERY;
+            tokio::select! {
+                passed = self.pass(&mut named) => if let Err(error) = passed {
+                    tracing::warn!("files without rows could not be collected, it is tried again in an hour: {error}");
+                },
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// All folders, slowly. `named`: missing files that the log names already.
+    async fn pass(&self, named: &mut BTreeSet<String>) -> Result<(), StoreError> {
+        let mut missing = BTreeSet::new();
+        let (mut deleted, mut bytes) = (0, 0);
+        let mut next = self.folder_from(0).await?;
+        while let Some(folder) = next {
+            let report: FilesReport = self.check_folder(folder, true).await?;
+            missing.extend(report.missing);
+            deleted += report.deleted;
+            bytes += report.orphan_bytes;
+            tokio::time::sleep(COLLECT_PAUSE).await;
+            next = self.folder_from(folder + 1).await?;
+        }
+        if deleted > 0 {
+            tracing::info!(deleted, bytes, "deleted {deleted} files that no job has, {}", shown_bytes(bytes));
+        }
+        let new: Vec<&str> = missing.difference(named).map(String::as_str).collect();
+        for names in new.chunks(NAMES_MAX) {
+            tracing::error!("files of jobs are missing under artifacts/: {}", names.join(", "));
+        }
+        self.metrics.set_missing(missing.len() as u64);
+        *named = missing;
+        Ok(())
+    }
+}
+
+/// So that the step was one part of `times + 1`.
+fn rest(purged: &Purged, times: u32) -> Duration {
+    (purged.took * times).max(REST_MIN)
+}
+
+/// At most once a minute.
+fn is_due(last: &mut Option<Instant>) -> bool {
+    let is_due = last.is_none_or(|at| at.elapsed() >= WARN_EVERY);
+    if is_due {
+        *last = Some(Instant::now());
+    }
+    is_due
+}
