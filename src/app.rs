@@ -12,12 +12,16 @@ use tokio::sync::mpsc;
 
 use crate::clock::{Clock, SystemClock};
 use crate::config::{Config, ServerSettings};
+use crate::domain::StorageSettings;
 use crate::http::auth::ApiKeys;
 use crate::http::{self, AppState};
 use crate::lifecycle::Tasks;
 use crate::scheduler::handle::Handle;
 use crate::scheduler::run::{self, Parts};
 use crate::store;
+use crate::store::placement::{self, FileSystem, FileSystems};
+use crate::store::restore::Verified;
+use crate::store::snapshots::{Durability, Snapshots, restore_if_needed};
 use crate::worker::client::WorkerClient;
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
@@ -40,11 +44,13 @@ pub struct Serve {
     pub data_dir: PathBuf,
     /// Address to listen on.
     pub listen: String,
+    /// Whether the data dir may lie on a network file system.
+    pub allow_network_fs: bool,
 }
 
 /// Runs the server until it is told to stop. Says whether it ended well.
 pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
-    let Serve { config, data_dir, listen } = serve;
+    let Serve { mut config, data_dir, listen, allow_network_fs } = serve;
     let tasks = Tasks::new();
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
     let listener = listen_on(&listen).await.with_context(|| format!("cannot listen on {listen}"))?;
@@ -53,7 +59,10 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         let tasks = tasks.clone();
         Arc::new(move |reason: &str| tasks.fail(reason))
     };
+    let file_system = place_data_dir(&data_dir, &mut config.storage, allow_network_fs)?;
+    restore_from_snapshots(&data_dir, &config.storage).await?;
     let opened = store::open(&data_dir, clock.clone(), config.storage.clone(), on_fatal).await?;
+    let snapshots = open_snapshots(&data_dir, &config.storage, &clock)?;
     let setting = std::env::var("ROUNDHOUSE_GPU_PROBE").ok();
     let gpus =
         gpu::from_setting(setting.as_deref()).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_GPU_PROBE: {error}"))?;
@@ -102,6 +111,11 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         tasks: tasks.clone(),
         clock,
         url_secret: secret(&data_dir)?,
+        durability: Durability {
+            file_system: Some(file_system),
+            lazy: !config.storage.fsync,
+            snapshots: snapshots.clone(),
+        },
     });
     for id in live_sync_jobs {
         state.expect_hop(id);
@@ -109,8 +123,91 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     announce(address, config.models.len(), waiting)?;
     let server = http::serve(listener, http::router(state), tasks.clone());
     tasks.spawn("http", server);
+    if let Some(snapshots) = &snapshots {
+        tasks.spawn("snapshots", snapshots.clone().run(tasks.soft().clone()));
+    }
     wait_for_end(&tasks, &config.server).await?;
-    Ok(!tasks.has_failed())
+    let is_kept = last_snapshot(snapshots).await;
+    Ok(is_kept && !tasks.has_failed())
+}
+
+/// Refuses a data dir where a database would not be safe, and warns of what else there is to know.
+fn place_data_dir(
+    data_dir: &Path,
+    storage: &mut StorageSettings,
+    allow_network_fs: bool,
+) -> anyhow::Result<FileSystem> {
+    let setting = std::env::var("ROUNDHOUSE_STATFS").ok();
+    let file_systems =
+        FileSystems::from_setting(setting.as_deref()).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_STATFS: {error}"))?;
+    let placement = placement::place(data_dir, storage.snapshot_dir.as_deref(), allow_network_fs, &file_systems)?;
+    if let Some(warning) = placement.warning {
+        tracing::warn!("{warning}");
+    }
+    storage.exclusive |= placement.exclusive;
+    Ok(placement.file_system)
+}
+
+/// Where the data dir has no database and the snapshot folder has a backup, that is where we go on.
+async fn restore_from_snapshots(data_dir: &Path, storage: &StorageSettings) -> anyhow::Result<()> {
+    let Some(folder) = storage.snapshot_dir.clone() else {
+        return Ok(());
+    };
+    let data = data_dir.to_owned();
+    let shown = folder.display().to_string();
+    let restored = tokio::task::spawn_blocking(move || restore_if_needed(&data, &folder)).await?;
+    let restored = restored.with_context(|| {
+        format!(
+            "{} has no database, and the snapshot in {shown} (--snapshot-dir) cannot be restored",
+            data_dir.display()
+        )
+    })?;
+    if let Some(Verified { manifest, files }) = restored {
+        let jobs: u64 = manifest.jobs.values().sum();
+        tracing::warn!(
+            jobs,
+            files = files.files,
+            "{} had no database: restored the snapshot of {} from {shown}; what was accepted or finished after it is not in it",
+            data_dir.display(),
+            manifest.created_at
+        );
+    }
+    Ok(())
+}
+
+fn open_snapshots(
+    data_dir: &Path,
+    storage: &StorageSettings,
+    clock: &Arc<dyn Clock>,
+) -> anyhow::Result<Option<Snapshots>> {
+    let Some(folder) = &storage.snapshot_dir else {
+        return Ok(None);
+    };
+    let every = storage.snapshot_every;
+    let snapshots = Snapshots::open(data_dir, folder, every, clock.clone())
+        .with_context(|| format!("no snapshots can be kept in {} (--snapshot-dir)", folder.display()))?;
+    tracing::info!(
+        "snapshots go to {} every {} s and at the end: if the data dir's disk is lost, so are the jobs and results of up to {} s",
+        folder.display(),
+        every.as_secs_f64(),
+        every.as_secs_f64()
+    );
+    Ok(Some(snapshots))
+}
+
+/// What was accepted and finished since the last snapshot. Says whether it is safe.
+async fn last_snapshot(snapshots: Option<Snapshots>) -> bool {
+    let Some(snapshots) = snapshots else {
+        return true;
+    };
+    match snapshots.take().await {
+        Ok(()) => tracing::info!("the last snapshot holds everything"),
+        Err(reason) => {
+            tracing::error!("the last snapshot could not be taken, the data dir has what it lacks: {reason}");
+            return false;
+        }
+    }
+    true
 }
 
 /// A listener on the first address of `listen` that can be had, with room for a burst of callers.

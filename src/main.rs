@@ -34,7 +34,8 @@ fn main() -> ExitCode {
 fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let (config, listen) = args.load(&|name| std::env::var(name).ok())?;
     let data_dir = std::path::absolute(&args.data_dir)?;
-    let ended_well = block_on(app::serve(Serve { config, data_dir, listen }))?;
+    let serve = Serve { config, data_dir, listen, allow_network_fs: args.allow_network_fs };
+    let ended_well = block_on(app::serve(serve))?;
     Ok(if ended_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

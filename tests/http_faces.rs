@@ -115,6 +115,7 @@ impl Bench {
             tasks: tasks.clone(),
             clock,
             url_secret: [7; 32],
+            durability: roundhouse::store::snapshots::Durability::default(),
         });
         Self { router: http::router(state), handle, store, tasks, _dir: dir }
     }

@@ -1,9 +1,12 @@
-//! The command line. One file per command; commands about a running server talk to its public HTTP API.
+//! The command line. One file per command; commands about a running server talk to its public HTTP API,
+//! those about a data dir (`backup`, `restore`, `doctor`) to the store, whether a server runs or not.
 //!
 //! `serve` and `guard` are only described here: `main` hands them to the modules that do them.
 
 mod api;
+mod backup;
 mod config;
+mod doctor;
 mod fetch;
 mod models;
 mod serve;
@@ -13,6 +16,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use backup::{BackupArgs, RestoreArgs};
+pub use doctor::DoctorArgs;
 pub use serve::ServeArgs;
 
 /// A durable, model-aware job scheduler for boxes with one GPU and more models than fit.
@@ -83,6 +88,12 @@ pub enum ClientCommand {
     /// Check a model file, print its JSON Schema
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Copy all jobs and their files to a folder; the server may run
+    Backup(BackupArgs),
+    /// Make a data dir of a backup, or verify one
+    Restore(RestoreArgs),
+    /// Show where everything lies, how much it takes, and what is wrong
+    Doctor(DoctorArgs),
 }
 
 /// `roundhouse models ...`
@@ -140,6 +151,9 @@ pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Models(ModelsCommand::Fetch { config, names }) => fetch::fetch(&config, &names).await,
         ClientCommand::Config(ConfigCommand::Schema) => config::schema(&mut out),
         ClientCommand::Config(ConfigCommand::Check { config }) => config::check(&config, &mut out),
+        ClientCommand::Backup(args) => backup::backup(&args, &mut out),
+        ClientCommand::Restore(args) => backup::restore(&args, &mut out),
+        ClientCommand::Doctor(args) => doctor::doctor(&args, &mut out),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The flags of `roundhouse serve`, and how they are weighed against the environment and the file.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 
@@ -18,6 +19,16 @@ pub struct ServeArgs {
     /// Address to listen on [default: server.listen of the file, else 127.0.0.1:9000]
     #[arg(long, value_name = "HOST:PORT", env = "ROUNDHOUSE_LISTEN")]
     pub listen: Option<String>,
+    /// Folder on a disk that outlives the data dir's, where copies of all jobs are kept, and restored from if the data dir is
+    /// empty [default: storage.snapshot_dir of the file, else none]
+    #[arg(long, value_name = "DIR", env = "ROUNDHOUSE_SNAPSHOT_DIR")]
+    pub snapshot_dir: Option<PathBuf>,
+    /// How often such a copy is made: seconds, or 90s, 15m [default: storage.snapshot_every of the file, else 60s]
+    #[arg(long, value_name = "TIME", env = "ROUNDHOUSE_SNAPSHOT_EVERY", value_parser = config::duration)]
+    pub snapshot_every: Option<Duration>,
+    /// Keep the database on a network file system all the same: one connection, slow, and only as safe as that is
+    #[arg(long, env = "ROUNDHOUSE_ALLOW_NETWORK_FS", value_parser = clap::builder::BoolishValueParser::new())]
+    pub allow_network_fs: bool,
 }
 
 impl ServeArgs {
@@ -29,7 +40,13 @@ impl ServeArgs {
             "ROUNDHOUSE_LISTEN" => self.listen.clone(),
             name => env(name),
         };
-        let config = config::load(&self.config, &weighed)?;
+        let mut config = config::load(&self.config, &weighed)?;
+        if let Some(dir) = self.snapshot_dir.as_ref().filter(|dir| !dir.as_os_str().is_empty()) {
+            config.storage.snapshot_dir = Some(dir.clone());
+        }
+        if let Some(every) = self.snapshot_every {
+            config.storage.snapshot_every = every;
+        }
         let listen = config.server.listen.clone().unwrap_or_else(|| DEFAULT_LISTEN.to_owned());
         Ok((config, listen))
     }
@@ -45,8 +62,14 @@ mod tests {
         let path = dir.path().join("models.yaml");
         let models = "models:\n  m: {type: text, command: x}\n";
         let load = |listen: Option<&str>| {
-            let args =
-                ServeArgs { config: path.clone(), data_dir: PathBuf::from("data"), listen: listen.map(str::to_owned) };
+            let args = ServeArgs {
+                config: path.clone(),
+                data_dir: PathBuf::from("data"),
+                listen: listen.map(str::to_owned),
+                snapshot_dir: None,
+                snapshot_every: None,
+                allow_network_fs: false,
+            };
             let pod = |name: &str| (name == "RUNPOD_POD_ID").then(|| "pod".to_owned());
             args.load(&pod).unwrap()
         };

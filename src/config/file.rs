@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::Deserialize;
@@ -208,6 +209,12 @@ pub(super) struct Storage {
     pub(super) reserve: Option<At<Size>>,
     /// Pages (4 KiB) of the write-ahead log after which it is copied into the database. Default 1000.
     pub(super) wal_pages: Option<At<u32>>,
+    /// A folder on a disk that outlives the data dir's, for example a network volume: copies of all jobs are kept there, and
+    /// restored where the data dir is empty. `--snapshot-dir` and ROUNDHOUSE_SNAPSHOT_DIR win. Default: none.
+    pub(super) snapshot_dir: Option<At<PathBuf>>,
+    /// How often such a copy is made; what was accepted since the last one is lost with the data dir. `--snapshot-every` and
+    /// ROUNDHOUSE_SNAPSHOT_EVERY win. Default 60.
+    pub(super) snapshot_every: Option<At<Period>>,
 }
 
 impl File {

@@ -184,9 +184,17 @@ fn parse(path: &Path, text: &str, env: &dyn Fn(&str) -> Option<String>) -> (Opti
         models: entry::models(&file, dir, &mut problems),
         scheduler: sections::scheduler(&file, &mut problems),
         server: sections::server(&file, env, &mut problems),
-        storage: sections::storage(&file, &mut problems),
+        storage: sections::storage(&file, dir, &mut problems),
     };
     (Some(config), problems.0)
+}
+
+/// A duration as it is written in the file and in flags: seconds, or `500ms`, `90s`, `15m`, `2h`; more than 0.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    match units::period(text)? {
+        Duration::ZERO => Err("must be more than 0".to_owned()),
+        duration => Ok(duration),
+    }
 }
 
 /// Whether a `model:` value is a Hugging Face id (`org/name` or `name`), not a folder.

@@ -1,5 +1,6 @@
 //! `scheduler:` and `server:`, with their defaults and what the environment says.
 
+use std::path::Path;
 use std::time::Duration;
 
 use super::file::{At, File, MaxWait, Scheduler, Server, Storage, SwapBudget};
@@ -91,7 +92,7 @@ pub(super) fn server(file: &File, env: &dyn Fn(&str) -> Option<String>, problems
     }
 }
 
-pub(super) fn storage(file: &File, problems: &mut Problems) -> StorageSettings {
+pub(super) fn storage(file: &File, dir: &Path, problems: &mut Problems) -> StorageSettings {
     let nothing = Storage::default();
     let given = file.storage.as_ref().unwrap_or(&nothing);
     let usual = StorageSettings::default();
@@ -104,6 +105,8 @@ pub(super) fn storage(file: &File, problems: &mut Problems) -> StorageSettings {
         sync_ttl: period("sync_ttl", &given.sync_ttl, usual.sync_ttl),
         batch_ttl: period("batch_ttl", &given.batch_ttl, usual.batch_ttl),
         tombstone_ttl: period("tombstone_ttl", &given.tombstone_ttl, usual.tombstone_ttl),
+        snapshot_dir: given.snapshot_dir.as_ref().map(|at| dir.join(&at.value)),
+        snapshot_every: period("snapshot_every", &given.snapshot_every, usual.snapshot_every),
         quota_bytes: given.quota.as_ref().map(|at| at.value.0),
         free_min_bytes: given.free_min.as_ref().map_or(usual.free_min_bytes, |at| at.value.0),
         reserve_bytes: given.reserve.as_ref().map_or(usual.reserve_bytes, |at| at.value.0),

@@ -29,7 +29,7 @@ pub(super) struct Command(pub(super) Vec<String>);
 /// Longest duration that makes sense here; a longer one is a slip of units.
 const PERIOD_MAX_S: f64 = 366.0 * 24.0 * 3600.0;
 
-fn period(text: &str) -> Result<Duration, String> {
+pub(super) fn period(text: &str) -> Result<Duration, String> {
     let help = || format!("`{text}` is no duration; write seconds (90) or 500ms, 90s, 15m, 2h");
     let (number, unit) = number_and_unit(text).ok_or_else(help)?;
     let factor = match unit {

@@ -1,5 +1,6 @@
 //! How long things are kept, and how much room they may take.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Settings of the store.
@@ -25,6 +26,10 @@ pub struct StorageSettings {
     pub wal_bytes_kept: u64,
     /// One connection that nobody else may have: for network file systems.
     pub exclusive: bool,
+    /// Copies of the jobs are kept in this folder, on a disk that outlives the data dir's; `None`: nowhere.
+    pub snapshot_dir: Option<PathBuf>,
+    /// How often such a copy is made.
+    pub snapshot_every: Duration,
     /// Whether commits wait for the disk. Only benchmarks and fault tests turn it off.
     pub fsync: bool,
 }
@@ -45,6 +50,8 @@ impl Default for StorageSettings {
             wal_pages: 1_000,
             wal_bytes_kept: 64 * MIB,
             exclusive: false,
+            snapshot_dir: None,
+            snapshot_every: Duration::from_secs(60),
             fsync: true,
         }
     }

@@ -26,6 +26,7 @@ use crate::http::waiters::Waiters;
 use crate::lifecycle::Tasks;
 use crate::scheduler::handle::Handle;
 use crate::store::read::Reader;
+use crate::store::snapshots::Durability;
 
 pub mod auth;
 pub mod body;
@@ -71,6 +72,8 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     /// Signs artifact URLs.
     pub url_secret: [u8; 32],
+    /// How safe accepted jobs are.
+    pub durability: Durability,
 }
 
 /// What every handler has. Cheap to clone.
@@ -92,6 +95,7 @@ pub struct Shared {
     pub(crate) signer: Signer,
     pub(crate) waiters: Waiters,
     pub(crate) started_at: Millis,
+    pub(crate) durability: Durability,
     requests: AtomicU64,
 }
 
@@ -106,7 +110,8 @@ impl Deref for AppState {
 impl AppState {
     /// Connects the faces with what is behind them.
     pub fn new(parts: Parts) -> Self {
-        let Parts { handle, reader, models, server, waiting_sync_max, keys, tasks, clock, url_secret } = parts;
+        let Parts { handle, reader, models, server, waiting_sync_max, keys, tasks, clock, url_secret, durability } =
+            parts;
         let canceller = handle.clone();
         let cancel: waiters::Cancel = Arc::new(move |id| {
             let handle = canceller.clone();
@@ -127,6 +132,7 @@ impl AppState {
                 signer: Signer::new(url_secret),
                 waiters,
                 started_at,
+                durability,
                 requests: AtomicU64::new(0),
             }),
         }

@@ -109,9 +109,10 @@ fn worker_json(view: &WorkerView) -> Value {
     shown
 }
 
-/// `GET /health`: the process answers. Cheap, and open to everybody.
-pub async fn health() -> Response {
-    Json(json!({"status": "ok"})).into_response()
+/// `GET /health`: the process answers, and says how safe accepted jobs are. Cheap, and open to everybody.
+pub async fn health(State(state): State<AppState>) -> Response {
+    let storage = state.durability.view(state.clock.now());
+    Json(json!({"status": "ok", "storage": storage})).into_response()
 }
 
 /// `GET /readyz`: jobs can be accepted durably. Models in trouble are listed, and are no reason to be unready; neither is a

@@ -6,11 +6,14 @@
 //!
 //! - `verbs`: what can be done to jobs; `submit`: accepting them; `recovery`: what a start finds.
 //! - `files`: bodies, answers and artifacts that are files.
+//! - `placement`: where a database may lie; `backup`, `restore`, `snapshots`: copies of it; `examine`: a look from outside.
 //! - `retention`: what is deleted when its time has come or room is needed; `quota`: how much may be kept; `collect`: files
 //!   without rows, rows without files; `housekeeping`: the task that calls them.
 //! - `live`, `idempotency`: what is kept in memory beside the database; `space`, `metrics`: the disk, and figures.
 
+pub mod backup;
 mod collect;
+pub mod examine;
 pub mod files;
 mod housekeeping;
 pub mod idempotency;
@@ -19,10 +22,13 @@ pub mod metrics;
 #[cfg(test)]
 pub(crate) mod model;
 mod open;
+pub mod placement;
 mod quota;
 pub mod read;
 mod recovery;
+pub mod restore;
 mod retention;
+pub mod snapshots;
 mod space;
 mod submit;
 mod verbs;
@@ -152,6 +158,8 @@ impl From<sqlx::Error> for StoreError {
     }
 }
 
+#[cfg(test)]
+mod backup_tests;
 #[cfg(test)]
 mod retention_tests;
 #[cfg(test)]

@@ -35,6 +35,14 @@ const CACHE_KIB: i64 = 32 * 1024;
 /// The database's file in the data dir.
 pub(super) const DATABASE: &str = "roundhouse.db";
 
+/// What the schema went through.
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("./migrations");
+
+/// The last migration that this program knows.
+pub(super) fn schema_version() -> i64 {
+    MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0)
+}
+
 /// A store that is ready, and what it found.
 pub struct Opened {
     /// Writes and reads.
@@ -135,7 +143,7 @@ pub async fn open(
 }
 
 /// One server per data dir: an advisory lock that ends with the process.
-fn lock(dir: &Path) -> Result<File, StoreError> {
+pub(super) fn lock(dir: &Path) -> Result<File, StoreError> {
     let path = dir.join("lock");
     let in_file = |source| StoreError::File { path: path.display().to_string(), source };
     let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(in_file)?;
@@ -167,7 +175,7 @@ async fn migrate(database: &Path, settings: &StorageSettings) -> Result<(), Stor
     };
     let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await;
     let pool = pool.map_err(|error| damaged(error.to_string()))?;
-    let migrated = sqlx::migrate!("./migrations").run(&pool).await;
+    let migrated = MIGRATIONS.run(&pool).await;
     pool.close().await;
     migrated.map_err(|error| damaged(error.to_string()))
 }

@@ -1,0 +1,372 @@
+//! Backups of real data dirs, restored and damaged.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::backup::{Destination, Done};
+use super::snapshots::{Durability, Snapshots, restore_if_needed};
+use super::*;
+use crate::clock::ManualClock;
+use crate::domain::job::Present;
+use crate::domain::worker::Answer;
+use crate::domain::{Face, JobId, JobKind, JobState, NewJob, StorageSettings};
+
+struct Bench {
+    dir: tempfile::TempDir,
+    clock: Arc<ManualClock>,
+    opened: Opened,
+}
+
+async fn open_at(data: &Path, clock: &Arc<ManualClock>) -> Opened {
+    let settings = StorageSettings { free_min_bytes: 0, reserve_bytes: 0, ..StorageSettings::default() };
+    open(data, clock.clone(), settings, Arc::new(|reason: &str| panic!("{reason}"))).await.unwrap()
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = Arc::new(ManualClock::at(1_000));
+        let opened = open_at(&dir.path().join("data"), &clock).await;
+        Self { dir, clock, opened }
+    }
+
+    fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    fn backup(&self) -> PathBuf {
+        self.dir.path().join("backup")
+    }
+
+    async fn add(&self, number: i64) -> JobId {
+        let id = JobId::new(1_000, number, 77);
+        let job = NewJob {
+            endpoint: "/v1/images/generations".into(),
+            model: "m".into(),
+            tenant: "default".into(),
+            batch: None,
+            custom_id: None,
+            face: Face::Async,
+            priority: 5,
+            body: Bytes::from_static(b"{}"),
+            batch_key: 1,
+            stream: false,
+            present: Present::default(),
+            start_deadline: None,
+            deadline: None,
+            timeout_ms: 1_000,
+            max_attempts: 3,
+            metadata: std::collections::BTreeMap::new(),
+            retry_of: None,
+        };
+        self.opened.store.insert(vec![(id, job)], false, None).await.unwrap();
+        id
+    }
+
+    /// A job with an answer of one file.
+    async fn finished(&self, number: i64, bytes: usize) -> JobId {
+        let id = self.add(number).await;
+        let store = &self.opened.store;
+        let token = store.claim(vec![number], 1).await.unwrap()[0].token;
+        let body = Bytes::from(vec![u8::try_from(number % 250).unwrap(); bytes]);
+        let answer = Answer { status: 200, content_type: "image/png".into(), body, usage: None };
+        let stored = store.keep(token, JobKind::Image, &answer).await.unwrap();
+        store.finish(token, End::Succeeded(stored)).await.unwrap();
+        id
+    }
+
+    async fn file_of(&self, id: JobId) -> PathBuf {
+        let root = self.data().join("artifacts/00000");
+        let mut found = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
+        found.find(|path| path.to_string_lossy().contains(&id.uuid().to_string())).unwrap()
+    }
+
+    fn back_up(&self) -> Result<Done, StoreError> {
+        Destination::open(&self.data(), &self.backup())?.back_up(self.clock.as_ref(), false, &mut |_| {})
+    }
+
+    fn restore(&self, to: &str) -> Result<restore::Verified, StoreError> {
+        restore::restore(&self.backup(), &self.dir.path().join(to), &mut |_| {})
+    }
+}
+
+fn check(folder: &Path) -> Result<restore::Verified, StoreError> {
+    restore::check(folder, &mut |_| {})
+}
+
+fn refusal<T: std::fmt::Debug>(result: Result<T, StoreError>) -> String {
+    result.unwrap_err().to_string()
+}
+
+#[tokio::test]
+async fn a_backup_taken_while_the_store_is_open_restores_with_all_jobs_and_files_and_an_id_of_its_own() {
+    let bench = Bench::new().await;
+    let waiting = bench.add(1).await;
+    let done = bench.finished(2, 100_000).await;
+    let made = bench.back_up().unwrap();
+    assert_eq!((made.copied.files, made.kept.files, made.manifest.jobs["queued"]), (1, 0, 1));
+    assert_eq!(made.manifest.file_bytes, 100_000);
+    let restored = bench.restore("other").unwrap();
+    assert_eq!((restored.files.files, restored.manifest), (1, made.manifest));
+
+    let other = open_at(&bench.dir.path().join("other"), &bench.clock).await;
+    assert_ne!(other.data_dir_id, bench.opened.data_dir_id);
+    let reader = other.store.reader();
+    assert_eq!(reader.job(waiting).await.unwrap().state, JobState::Queued);
+    let (original, copy) = (bench.opened.store.reader().answer(done).await, reader.answer(done).await);
+    assert_eq!(original.unwrap().unwrap(), copy.unwrap().unwrap());
+}
+
+#[tokio::test]
+async fn a_second_backup_copies_only_what_is_new_and_removes_what_is_gone() {
+    let bench = Bench::new().await;
+    bench.finished(1, 1_000).await;
+    bench.back_up().unwrap();
+    bench.finished(2, 2_000).await;
+    std::fs::write(bench.backup().join("artifacts/00000/old"), "x").unwrap();
+    let made = bench.back_up().unwrap();
+    assert_eq!((made.copied.files, made.copied.bytes), (1, 2_000));
+    assert_eq!((made.kept.files, made.removed.files), (1, 1));
+    assert!(!bench.backup().join("artifacts/00000/old").exists());
+    assert_eq!(check(&bench.backup()).unwrap().files.files, 2);
+}
+
+#[tokio::test]
+async fn a_file_that_is_lost_or_damaged_is_named_and_the_former_backup_stays() {
+    let bench = Bench::new().await;
+    bench.finished(1, 1_000).await;
+    let before = bench.back_up().unwrap();
+    let lost = bench.finished(2, 2_000).await;
+    let file = bench.file_of(lost).await;
+    let name = file.file_name().unwrap().to_string_lossy().into_owned();
+    let bytes = std::fs::read(&file).unwrap();
+    std::fs::write(&file, vec![0; 2_000]).unwrap();
+    assert!(refusal(bench.back_up()).contains(&name));
+    std::fs::remove_file(&file).unwrap();
+    assert!(refusal(bench.back_up()).contains(&name));
+    assert_eq!(check(&bench.backup()).unwrap().manifest, before.manifest, "the former one stays");
+
+    // Snapshots leave it out, and say so.
+    let destination = Destination::open(&bench.data(), &bench.backup()).unwrap();
+    let made = destination.back_up(bench.clock.as_ref(), true, &mut |_| {}).unwrap();
+    assert!(made.manifest.damaged.len() == 1 && made.manifest.damaged[0].ends_with(&name));
+    assert_eq!(check(&bench.backup()).unwrap().files.files, 1);
+    // And take it in again once it is back.
+    std::fs::write(&file, bytes).unwrap();
+    let made = destination.back_up(bench.clock.as_ref(), true, &mut |_| {}).unwrap();
+    assert_eq!((made.manifest.damaged.len(), made.copied.files), (0, 1));
+}
+
+#[tokio::test]
+async fn a_file_that_retention_deletes_meanwhile_is_no_error() {
+    let bench = Bench::new().await;
+    let gone = bench.finished(1, 1_000).await;
+    bench.finished(2, 2_000).await;
+    let (file, data) = (bench.file_of(gone).await, bench.data());
+    let mut is_first = true;
+    let destination = Destination::open(&data, &bench.backup()).unwrap();
+    let mut purge = |_: backup::Progress| {
+        // Told before the snapshot is taken: what follows in this pass sees the file.
+        if std::mem::take(&mut is_first) {
+            return;
+        }
+        if file.exists() {
+            let c = rusqlite::Connection::open(data.join("roundhouse.db")).unwrap();
+            c.execute("DELETE FROM file WHERE number = 1", []).unwrap();
+            std::fs::remove_file(&file).unwrap();
+        }
+    };
+    // Job 2 sorts behind job 1, so the purge strikes after job 1's file; strike for it in a second backup, too.
+    let made = destination.back_up(bench.clock.as_ref(), false, &mut purge).unwrap();
+    assert_eq!(made.manifest.files, 2);
+    let made = destination.back_up(bench.clock.as_ref(), false, &mut |_| {}).unwrap();
+    assert_eq!((made.manifest.files, made.removed.files), (1, 1));
+
+    // Now a file goes between the snapshot that names it and its copying.
+    let third = bench.finished(3, 3_000).await;
+    let (file, data) = (bench.file_of(third).await, bench.data());
+    let mut purge = |progress: backup::Progress| {
+        if progress.step == "files" && progress.done.files == 1 && file.exists() {
+            let c = rusqlite::Connection::open(data.join("roundhouse.db")).unwrap();
+            c.execute("DELETE FROM file WHERE number = 3", []).unwrap();
+            std::fs::remove_file(&file).unwrap();
+        }
+    };
+    let made = destination.back_up(bench.clock.as_ref(), false, &mut purge).unwrap();
+    assert_eq!((made.manifest.files, made.copied.files), (1, 0), "a second snapshot does not name it any more");
+    check(&bench.backup()).unwrap();
+}
+
+#[tokio::test]
+async fn a_crash_at_any_step_leaves_a_backup_that_can_be_restored() {
+    let bench = Bench::new().await;
+    bench.finished(1, 1_000).await;
+    let first = bench.back_up().unwrap();
+    let backup = bench.backup();
+    let (database, manifest) = (backup.join("roundhouse.db"), backup.join("manifest.json"));
+    let (old_database, old_manifest) = (std::fs::read(&database).unwrap(), std::fs::read(&manifest).unwrap());
+    bench.finished(2, 2_000).await;
+    let second = bench.back_up().unwrap();
+    let (new_database, new_manifest) = (std::fs::read(&database).unwrap(), std::fs::read(&manifest).unwrap());
+    // In the order of the writing: new files are there in all.
+    let next = backup.join("manifest.next.json");
+    let crashed = |db: &[u8], settled: &[u8], coming: Option<&[u8]>| {
+        std::fs::write(&database, db).unwrap();
+        std::fs::write(&manifest, settled).unwrap();
+        let _ = std::fs::remove_file(&next);
+        if let Some(coming) = coming {
+            std::fs::write(&next, coming).unwrap();
+        }
+        check(&backup).unwrap().manifest
+    };
+    assert_eq!(crashed(&old_database, &old_manifest, None), first.manifest);
+    assert_eq!(crashed(&old_database, &old_manifest, Some(&new_manifest)), first.manifest);
+    assert_eq!(crashed(&new_database, &old_manifest, Some(&new_manifest)), second.manifest);
+    assert_eq!(crashed(&new_database, &new_manifest, None), second.manifest);
+    // The very first backup, cut off after its database.
+    std::fs::remove_file(&manifest).unwrap();
+    std::fs::write(&next, &new_manifest).unwrap();
+    assert_eq!(check(&backup).unwrap().manifest, second.manifest);
+    assert_eq!(bench.back_up().unwrap().copied.files, 0, "and the next one goes on from there");
+}
+
+#[tokio::test]
+async fn a_damaged_backup_is_refused_by_name() {
+    let bench = Bench::new().await;
+    let id = bench.finished(1, 100_000).await;
+    bench.back_up().unwrap();
+    let flip = |path: &Path| {
+        let mut bytes = std::fs::read(path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(path, bytes).unwrap();
+    };
+    let name = bench.file_of(id).await.file_name().unwrap().to_string_lossy().into_owned();
+    let file = bench.backup().join("artifacts/00000").join(&name);
+    flip(&file);
+    for text in [refusal(check(&bench.backup())), refusal(bench.restore("other"))] {
+        assert!(text.contains(&name), "{text}");
+    }
+    assert!(!bench.dir.path().join("other/roundhouse.db").exists());
+    std::fs::remove_file(&file).unwrap();
+    assert!(refusal(check(&bench.backup())).contains(&name));
+    bench.back_up().unwrap();
+    bench.restore("other").unwrap();
+
+    flip(&bench.backup().join("roundhouse.db"));
+    for text in [refusal(check(&bench.backup())), refusal(bench.restore("third"))] {
+        assert!(text.contains("backup/roundhouse.db") && text.contains("damaged"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn folders_that_are_no_place_for_it_are_refused() {
+    let bench = Bench::new().await;
+    let data = bench.data();
+    for inside in [data.clone(), data.join("backups/1"), bench.dir.path().to_owned()] {
+        let text = refusal(Destination::open(&data, &inside));
+        assert!(text.contains("within each other"), "{text}");
+    }
+    let full = bench.dir.path().join("full");
+    std::fs::create_dir(&full).unwrap();
+    std::fs::write(full.join("thesis.txt"), "x").unwrap();
+    assert!(refusal(Destination::open(&data, &full)).contains("is not empty"));
+    assert!(refusal(Destination::open(&full, &bench.backup())).contains("--data-dir"));
+    let held = Destination::open(&data, &bench.backup()).unwrap();
+    assert!(refusal(bench.back_up()).contains("somebody else writes"));
+    drop(held);
+    bench.back_up().unwrap();
+    // A data dir that is in use, by a database or by a server.
+    assert!(refusal(bench.restore("data")).contains("--data-dir"));
+    std::fs::create_dir(bench.dir.path().join("held")).unwrap();
+    let held = super::open::lock(&bench.dir.path().join("held"));
+    assert!(refusal(bench.restore("held")).contains("another roundhouse server"));
+    drop(held);
+    assert!(refusal(check(&full)).contains("no backup"));
+    // Another data dir's backup is not overwritten; that of the one it was restored from is.
+    let stranger = bench.dir.path().join("stranger");
+    let other = open_at(&stranger, &bench.clock).await;
+    assert!(refusal(Destination::open(&stranger, &bench.backup())).contains("another data dir"));
+    drop(other);
+    bench.restore("other").unwrap();
+    Destination::open(&bench.dir.path().join("other"), &bench.backup()).unwrap();
+}
+
+#[tokio::test]
+async fn snapshots_are_taken_when_something_changed_and_say_how_old_they_are() {
+    let bench = Bench::new().await;
+    let every = Duration::from_secs(60);
+    let snapshots = Snapshots::open(&bench.data(), &bench.backup(), every, bench.clock.clone()).unwrap();
+    let durability = Durability { snapshots: Some(snapshots.clone()), ..Durability::default() };
+    let view = |at: i64| durability.view(at);
+    assert_eq!((view(1_000).durability, view(1_000).loss_window_s), ("snapshot", 60.0));
+    assert_eq!(view(1_000).snapshot.unwrap().last_at, None);
+    bench.finished(1, 1_000).await;
+    snapshots.take().await.unwrap();
+    let manifest = bench.backup().join("manifest.json");
+    let written = || std::fs::metadata(&manifest).unwrap().modified().unwrap();
+    let first = written();
+    assert_eq!(view(11_000).snapshot.unwrap().last_age_s, Some(10));
+    bench.clock.advance(60_000);
+    snapshots.take().await.unwrap();
+    assert_eq!(written(), first, "nothing has changed");
+    assert_eq!(view(61_000).snapshot.unwrap().last_age_s, Some(0));
+    bench.finished(2, 1_000).await;
+    snapshots.take().await.unwrap();
+    assert_ne!(written(), first);
+
+    // A volume that is gone is said, and the window grows.
+    std::fs::remove_dir_all(bench.backup()).unwrap();
+    std::fs::write(bench.backup(), "in the way").unwrap();
+    bench.finished(3, 1_000).await;
+    assert!(snapshots.take().await.unwrap_err().contains("backup"));
+    let seen = view(261_000);
+    assert_eq!(seen.loss_window_s, 200.0);
+    assert!(seen.snapshot.unwrap().failed.is_some());
+    assert_eq!(Durability::default().view(0).durability, "fsync");
+}
+
+#[tokio::test]
+async fn a_lost_data_dir_comes_back_from_its_snapshots_and_an_existing_one_is_left_alone() {
+    let bench = Bench::new().await;
+    let id = bench.finished(1, 1_000).await;
+    let every = Duration::from_secs(60);
+    assert_eq!(restore_if_needed(&bench.dir.path().join("new"), &bench.backup()).unwrap(), None, "no backup yet");
+    let snapshots = Snapshots::open(&bench.data(), &bench.backup(), every, bench.clock.clone()).unwrap();
+    snapshots.take().await.unwrap();
+    drop(snapshots);
+    assert_eq!(restore_if_needed(&bench.data(), &bench.backup()).unwrap(), None, "it has its own");
+    let new = bench.dir.path().join("new");
+    assert_eq!(restore_if_needed(&new, &bench.backup()).unwrap().unwrap().files.files, 1);
+    let opened = open_at(&new, &bench.clock).await;
+    assert!(opened.store.reader().answer(id).await.unwrap().is_some());
+    // It goes on with the same snapshots.
+    Snapshots::open(&new, &bench.backup(), every, bench.clock.clone()).unwrap().take().await.unwrap();
+    // Then they are the new one's.
+    assert!(refusal(Destination::open(&bench.data(), &bench.backup())).contains("another data dir"));
+    // A backup that cannot be read is no reason to begin empty.
+    std::fs::write(bench.backup().join("roundhouse.db"), "nonsense").unwrap();
+    assert!(refusal(restore_if_needed(&bench.dir.path().join("next"), &bench.backup())).contains("damaged"));
+}
+
+#[tokio::test]
+async fn a_thorough_look_finds_files_without_rows_and_rows_without_files() {
+    let bench = Bench::new().await;
+    let (lost, damaged) = (bench.finished(1, 1_000).await, bench.finished(2, 2_000).await);
+    bench.finished(3, 3_000).await;
+    assert!(examine::has_server(&bench.data()).unwrap());
+    let inside = examine::look(&bench.data()).unwrap().unwrap();
+    assert_eq!((inside.files.files, inside.files.bytes, inside.jobs["succeeded"]), (3, 6_000, 3));
+    std::fs::remove_file(bench.file_of(lost).await).unwrap();
+    std::fs::write(bench.file_of(damaged).await, vec![9; 2_000]).unwrap();
+    std::fs::write(bench.data().join("artifacts/00000/left-over"), "1234").unwrap();
+    let faults = examine::thoroughly(&bench.data(), &mut |_| {}).unwrap();
+    assert!(faults.database.is_empty());
+    assert_eq!((faults.missing.len(), faults.damaged.len(), faults.whole.files), (1, 1, 1));
+    assert_eq!((faults.unnamed, faults.unnamed_bytes), (vec!["00000/left-over".to_owned()], 4));
+    assert_eq!(examine::look(bench.dir.path()).unwrap(), None);
+    assert!(!examine::has_server(bench.dir.path()).unwrap());
+}

@@ -1,0 +1,215 @@
+//! Copies of the jobs on a disk that stays, for a data dir whose own disk goes with the pod: a backup every so often and at
+//! the end, and the last one restored where there is no database yet.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rusqlite::Connection;
+use serde::Serialize;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::StoreError;
+use super::backup::{self, Destination};
+use super::open::DATABASE;
+use super::placement::FileSystem;
+use super::restore::{self, Verified};
+use crate::clock::{Clock, rfc3339};
+use crate::domain::Millis;
+
+/// Takes snapshots of one data dir. Cheap to clone.
+#[derive(Clone)]
+pub struct Snapshots {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    every: Duration,
+    clock: Arc<dyn Clock>,
+    taking: Mutex<Taking>,
+    last: Mutex<Last>,
+}
+
+/// One at a time.
+struct Taking {
+    destination: Destination,
+    /// Tells whether the database changed.
+    watcher: Connection,
+    /// What it told before the last snapshot.
+    version: Option<i64>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Last {
+    at: Option<Millis>,
+    failed: Option<String>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Before the start of a server: restores the backup in `folder` if the data dir has no database; `None`: there was nothing
+/// to do. An unreadable backup is an error: an empty server would overwrite it. Blocks.
+pub fn restore_if_needed(data_dir: &Path, folder: &Path) -> Result<Option<Verified>, StoreError> {
+    if data_dir.join(DATABASE).exists() || !backup::is_backup(folder) {
+        return Ok(None);
+    }
+    restore::restore(folder, data_dir, &mut |_| {}).map(Some)
+}
+
+impl Snapshots {
+    /// Snapshots of `data_dir`, which has a database, into `folder`.
+    pub fn open(data_dir: &Path, folder: &Path, every: Duration, clock: Arc<dyn Clock>) -> Result<Self, StoreError> {
+        let destination = Destination::open(data_dir, folder)?;
+        let taking = Taking { destination, watcher: backup::open_live(data_dir)?, version: None };
+        let shared = Shared { every, clock, taking: Mutex::new(taking), last: Mutex::default() };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Takes one now and then every so often, until `stop`. One that is being taken then goes on by itself.
+    pub async fn run(self, stop: CancellationToken) {
+        loop {
+            let round = async {
+                if let Err(reason) = self.take().await {
+                    tracing::error!("no snapshot could be taken, the last good one stays: {reason}");
+                }
+                tokio::time::sleep(self.shared.every).await;
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = round => {}
+            }
+        }
+    }
+
+    /// Takes a snapshot, unless nothing has changed since the last one. Not on a thread of the runtime, whose end would wait
+    /// for a network file system that has gone away.
+    pub async fn take(&self) -> Result<(), String> {
+        let (reply, taken) = oneshot::channel();
+        let shared = self.shared.clone();
+        let thread = std::thread::Builder::new().name("snapshot".into()).spawn(move || drop(reply.send(shared.take())));
+        thread.map_err(|error| format!("no thread: {error}"))?;
+        taken.await.unwrap_or_else(|_| Err("the snapshot's thread panicked".to_owned()))
+    }
+
+    fn view(&self, now: Millis) -> SnapshotView {
+        let last = lock(&self.shared.last).clone();
+        SnapshotView {
+            every_s: self.shared.every.as_secs_f64(),
+            last_at: last.at.map(rfc3339),
+            last_age_s: last.at.map(|at| (now - at).max(0) / 1_000),
+            failed: last.failed,
+        }
+    }
+}
+
+impl Shared {
+    fn take(&self) -> Result<(), String> {
+        let mut taking = lock(&self.taking);
+        let (at, begun) = (self.clock.now(), Instant::now());
+        let taken = taking.take(self.clock.as_ref()).map_err(|error| error.to_string());
+        let mut last = lock(&self.last);
+        match &taken {
+            Ok(done) => {
+                *last = Last { at: Some(at), failed: None };
+                if let Some(done) = done {
+                    tracing::info!(
+                        took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+                        database_bytes = done.manifest.database_bytes,
+                        copied = done.copied.files,
+                        "snapshot taken"
+                    );
+                    if !done.manifest.damaged.is_empty() {
+                        tracing::error!(
+                            files = done.manifest.damaged.len(),
+                            first = done.manifest.damaged[0],
+                            "files of jobs are lost or damaged, and not in the snapshot; roundhouse doctor --deep lists them"
+                        );
+                    }
+                }
+            }
+            Err(reason) => last.failed = Some(reason.clone()),
+        }
+        taken.map(drop)
+    }
+}
+
+impl Taking {
+    fn take(&mut self, clock: &dyn Clock) -> Result<Option<backup::Done>, StoreError> {
+        let version: i64 = self.watcher.pragma_query_value(None, "data_version", |row| row.get(0))?;
+        if self.version == Some(version) {
+            return Ok(None);
+        }
+        // A file that was lost earlier must not keep all others from being saved.
+        let done = self.destination.back_up(clock, true, &mut |_| {})?;
+        self.version = Some(version);
+        Ok(Some(done))
+    }
+}
+
+/// How safe accepted jobs are, as `GET /health` tells. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Durability {
+    /// Where the data dir lies, if that is known.
+    pub file_system: Option<FileSystem>,
+    /// Whether commits do not wait for the disk.
+    pub lazy: bool,
+    /// Copies on another disk.
+    pub snapshots: Option<Snapshots>,
+}
+
+/// `storage` in `GET /health`.
+#[derive(Clone, Debug, Serialize)]
+pub struct DurabilityView {
+    /// `fsync`: what was accepted is on the data dir's disk. `snapshot`: that disk may go, its copies stay. `none`: commits do
+    /// not wait for the disk.
+    pub durability: &'static str,
+    /// Age of the newest jobs that the loss of the machine may take along.
+    pub loss_window_s: f64,
+    /// Where the data dir lies.
+    pub file_system: Option<String>,
+    /// Whether that outlives the pod or container.
+    pub persistent: Option<bool>,
+    /// With `durability: snapshot`.
+    pub snapshot: Option<SnapshotView>,
+}
+
+/// The copies on another disk.
+#[derive(Clone, Debug, Serialize)]
+pub struct SnapshotView {
+    /// How often one is taken.
+    pub every_s: f64,
+    /// When the last good one was begun, or when it was last seen that nothing has changed since.
+    pub last_at: Option<String>,
+    /// How long ago that was.
+    pub last_age_s: Option<i64>,
+    /// Why the last try failed; `None`: it did not.
+    pub failed: Option<String>,
+}
+
+impl Durability {
+    /// As it is now.
+    pub fn view(&self, now: Millis) -> DurabilityView {
+        let snapshot = self.snapshots.as_ref().map(|snapshots| snapshots.view(now));
+        let loss_window_s = snapshot.as_ref().map_or(0.0, |snapshot| {
+            #[expect(clippy::cast_precision_loss, reason = "ages are far below 2^52 s")]
+            let age = snapshot.last_age_s.unwrap_or(0) as f64;
+            // While snapshots fail, the window grows.
+            if snapshot.failed.is_some() { age.max(snapshot.every_s) } else { snapshot.every_s }
+        });
+        DurabilityView {
+            durability: match (&snapshot, self.lazy) {
+                (Some(_), _) => "snapshot",
+                (None, true) => "none",
+                (None, false) => "fsync",
+            },
+            loss_window_s,
+            file_system: self.file_system.as_ref().map(|found| found.name.to_string()),
+            persistent: self.file_system.as_ref().map(FileSystem::is_persistent),
+            snapshot,
+        }
+    }
+}
