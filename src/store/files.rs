@@ -110,7 +110,7 @@ impl Files {
     /// Opens (and makes) the folder.
     pub(super) fn open(folder: &std::path::Path, stored_bytes: u64) -> Result<Self, StoreError> {
         let in_folder = |source| StoreError::File { path: folder.display().to_string(), source };
-        std::fs::create_dir_all(folder).map_err(in_folder)?;
+        std::fs::create_dir_all(folder).and_then(|()| sync_name(folder)).map_err(in_folder)?;
         let files = LocalFileSystem::new_with_prefix(folder)
             .map_err(|error| in_folder(std::io::Error::other(error)))?
             .with_fsync(true);
@@ -253,6 +253,14 @@ impl Files {
             image["b64_json"] = Value::String(BASE64.encode(bytes));
         }
         Ok(Bytes::from(json.to_string()))
+    }
+}
+
+/// Makes a folder's name outlive a power cut: without it, all that is synced inside may be gone with its folder.
+pub(super) fn sync_name(folder: &std::path::Path) -> std::io::Result<()> {
+    match folder.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        Some(parent) => std::fs::File::open(parent)?.sync_all(),
+        None => std::fs::File::open(".")?.sync_all(),
     }
 }
 

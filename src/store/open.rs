@@ -75,6 +75,7 @@ pub async fn open(
         .recursive(true)
         .mode(0o700)
         .create(dir)
+        .and_then(|()| super::files::sync_name(dir))
         .map_err(|source| StoreError::File { path: dir.display().to_string(), source })?;
     let lock = lock(dir)?;
     if rusqlite::version_number() < SQLITE_MIN {
