@@ -1,6 +1,6 @@
 //! What whole-system tests share: the real binary on a fresh data dir with echo workers, a client, a look at processes,
 //! and a proxy that cuts answers. Nothing here sleeps where something can be awaited.
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a helper that fails ends its test, and says why")]
 
 mod client;
@@ -11,7 +11,7 @@ mod server;
 pub(crate) use client::{Api, EventStream, Frame, Reply, check_history, echo_job, is_terminal};
 pub(crate) use procs::Proc;
 pub(crate) use proxy::CuttingProxy;
-pub(crate) use server::{Server, Site, echo, with};
+pub(crate) use server::{Server, Site, echo, free_port, with};
 
 use std::future::Future;
 use std::time::Duration;

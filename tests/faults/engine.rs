@@ -141,6 +141,14 @@ impl Engine {
     }
 }
 
+/// Waits until a store that was dropped has let go of its data dir.
+pub(crate) async fn closed(dir: &Path) {
+    let lock = std::fs::File::options().write(true).create(true).truncate(false).open(dir.join("lock")).unwrap();
+    while lock.try_lock().is_err() {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+}
+
 /// What is past its retention is gone, in order.
 fn kept<T>(read: Result<T, StoreError>) -> Result<Option<T>, StoreError> {
     match read {

@@ -85,6 +85,11 @@ impl Ledger {
         }
     }
 
+    /// The same as if nothing had been promised: then any of its states will do, but no other.
+    pub(crate) fn without_promises(&self) -> Self {
+        Self { done: BTreeSet::new(), ..self.clone() }
+    }
+
     /// Number of promises.
     pub(crate) fn promises(&self) -> usize {
         self.done.len()

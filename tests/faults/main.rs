@@ -8,11 +8,19 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod clients;
+mod damage;
+mod disk_errors;
+mod disk_full;
 mod engine;
+mod kills;
 mod ledger;
 mod power_cut;
 mod replay;
 mod shim;
+mod stops;
+mod strangers;
+mod worker;
 mod workload;
 
 use std::path::Path;
@@ -36,21 +44,43 @@ fn store_child(mode: &str, data: &Path, rounds: usize) -> Command {
     command
 }
 
+/// How often something is done: as an environment variable says, or as usual.
+fn count(variable: &str, usual: usize) -> usize {
+    std::env::var(variable).map_or(usual, |text| text.parse().unwrap_or_else(|_| panic!("{variable}={text}: a number")))
+}
+
 /// Not a test of its own: what children of this binary do.
 #[test]
 fn child() {
     let Some(mode) = std::env::var(CHILD).ok() else { return };
-    let data = std::env::var("FAULTS_DATA").unwrap_or_default();
-    let rounds = std::env::var("FAULTS_ROUNDS").map_or(1, |rounds| rounds.parse().unwrap());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let (manners, fsync) = match mode.as_str() {
-        "honest" => (Manners::Honest, true),
-        "lazy" => (Manners::Honest, false),
-        "early" => (Manners::Early, true),
+    match mode.as_str() {
+        "worker" => worker::serve(),
+        "disk-full" => runtime.block_on(disk_full::scenario()),
+        "lazy" => runtime.block_on(work(Manners::Honest, false)),
+        "early" => runtime.block_on(work(Manners::Early, true)),
+        "honest" => runtime.block_on(work(Manners::Honest, true)),
+        "killed" => runtime.block_on(async {
+            let _engine =
+                workload::run(&data(), engine::settings(true), rounds(), Manners::Honest).await.unwrap();
+            nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL).unwrap();
+        }),
         other => panic!("{other}"),
-    };
-    let done = runtime.block_on(workload::run(Path::new(&data), engine::settings(fsync), rounds, manners));
-    if let Err(error) = done {
-        panic!("the store refused: {error}");
     }
+}
+
+async fn work(manners: Manners, fsync: bool) {
+    match workload::run(&data(), engine::settings(fsync), rounds(), manners).await {
+        Ok(engine) => drop(engine),
+        Err(error) => panic!("the store refused: {error}"),
+    }
+    engine::closed(&data()).await;
+}
+
+fn data() -> std::path::PathBuf {
+    std::env::var_os("FAULTS_DATA").unwrap().into()
+}
+
+fn rounds() -> usize {
+    count("FAULTS_ROUNDS", 1)
 }

@@ -4,15 +4,12 @@
 //! The same look must find losses where there are some: without syncs at commits, and with promises made too early.
 
 use std::collections::BTreeSet;
-use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::engine::{self, Engine};
 use super::ledger::Ledger;
 use super::replay::{Disk, Log, Random, Record, Torn, seed};
-use super::workload::{self, Manners};
+use super::workload::Manners;
 use super::{is_long, shim, store_child};
 
 /// Rounds of each hand: enough for checkpoints, bodies in files, and everything in between.
@@ -60,16 +57,8 @@ async fn look(disk: &Disk<'_>, torn: Torn<'_>, ledger: &Ledger) -> Vec<String> {
         broken.push(format!("it takes no job: {error}"));
     }
     drop(engine);
-    closed(dir.path()).await;
+    engine::closed(dir.path()).await;
     broken
-}
-
-/// Waits until the store in `dir` has let go of it.
-async fn closed(dir: &Path) {
-    let lock = std::fs::File::options().write(true).create(true).truncate(false).open(dir.join("lock")).unwrap();
-    while lock.try_lock().is_err() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
 }
 
 /// Looks at the disk before each sync (of all that is promised by then, as little is safe as can be) and, `torn` times in

@@ -34,18 +34,22 @@ struct Hand {
     manners: Manners,
 }
 
-/// Opens the store in `dir` and has `rounds` rounds of all verbs done to it. An error ends it, after a line that tells it.
+/// Opens the store in `dir` and has `rounds` rounds of all verbs done to it. Returns the store, still open.
 pub(crate) async fn run(
     dir: &Path,
     settings: StorageSettings,
     rounds: usize,
     manners: Manners,
-) -> Result<(), StoreError> {
+) -> Result<Engine, StoreError> {
     let on_fatal = Arc::new(|reason: &str| {
         eprintln!("fatal: {reason}");
         std::process::abort();
     });
     let engine = Engine::open(dir, settings, on_fatal).await?;
+    // From now on the disk fails, if that was asked for.
+    if let Some(arm) = std::env::var_os("FAULTS_ARM") {
+        std::fs::write(arm, "").unwrap();
+    }
     let counters =
         Arc::new(Counters { number: AtomicI64::new(engine.next_number()), verb: AtomicU64::new(1) });
     let hand = Hand { engine, counters, manners };
@@ -71,7 +75,7 @@ pub(crate) async fn run(
     // And life goes on.
     hand.round(0).await?;
     ledger::end();
-    Ok(())
+    Ok(hand.engine)
 }
 
 impl Hand {
