@@ -18,7 +18,7 @@ struct Entry {
     /// Sent under an idempotency key: it may be, and is, sent again.
     is_keyed: bool,
     id: Option<String>,
-    /// Refused with a word: nothing of it may be there.
+    /// Refused with a word, and not in doubt: nothing of it may be there.
     refused: bool,
     /// The server said that it is cancelled.
     cancelled: bool,
@@ -104,7 +104,7 @@ impl Clients {
             entry.refused = false;
         } else {
             assert!(reply.status == 503 || reply.status == 429, "{}: {}", reply.status, reply.text());
-            entry.refused = true;
+            entry.refused = !reply.text().contains("whether this was stored is not known");
             *self.refusals.lock().unwrap().entry(reply.code()).or_default() += 1;
         }
         true

@@ -75,6 +75,11 @@ async fn work(manners: Manners, fsync: bool) {
         Err(error) => panic!("the store refused: {error}"),
     }
     engine::closed(&data()).await;
+    // The last thing it does is to empty its log.
+    let log = data().join("roundhouse.db-wal");
+    while std::fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
 }
 
 fn data() -> std::path::PathBuf {
