@@ -52,7 +52,13 @@ impl Clients {
 
     /// `hands` clients submit (and cancel now and then) until the server is gone or [`Clients::stop`] is called. Those whose
     /// answer never came are sent again first, if they have a key.
-    pub(crate) fn submit_until_broken(&self, api: &Api, hands: usize, seed: u64, more: &Value) -> Vec<tokio::task::JoinHandle<()>> {
+    pub(crate) fn submit_until_broken(
+        &self,
+        api: &Api,
+        hands: usize,
+        seed: u64,
+        more: &Value,
+    ) -> Vec<tokio::task::JoinHandle<()>> {
         self.stop.store(false, Ordering::Relaxed);
         let open: Vec<String> = self.open();
         (0..hands)

@@ -23,7 +23,8 @@ fn made(mode: &str) -> (tempfile::TempDir, Ledger) {
     (dir, ledger)
 }
 
-fn copy(from: &Path, to: &Path) {
+/// Copies a folder.
+pub(crate) fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
@@ -41,7 +42,11 @@ async fn open(dir: &Path) -> Result<Engine, StoreError> {
 }
 
 /// Damages the file `name` of a copy, and opens it.
-async fn damaged(dir: &Path, name: &str, damage: impl FnOnce(&mut Vec<u8>)) -> (tempfile::TempDir, Result<Engine, StoreError>) {
+async fn damaged(
+    dir: &Path,
+    name: &str,
+    damage: impl FnOnce(&mut Vec<u8>),
+) -> (tempfile::TempDir, Result<Engine, StoreError>) {
     let copied = tempfile::tempdir().unwrap();
     copy(dir, copied.path());
     let file = copied.path().join(name);

@@ -121,7 +121,11 @@ async fn a_server_whose_syncs_fail_stops_with_a_word_and_recovers() {
         std::fs::write(&arm, "").unwrap();
         let status = server.ended().await;
         assert_eq!(status.code(), Some(1), "{what}");
-        assert!(server.log().contains("cannot go on: the database could not be made durable"), "{what}: {}", server.log());
+        assert!(
+            server.log().contains("cannot go on: the database could not be made durable"),
+            "{what}: {}",
+            server.log()
+        );
         for hand in hands {
             hand.await.unwrap();
         }

@@ -44,7 +44,8 @@ pub(crate) async fn scenario() {
         .storage("wal_pages", 200)
         .model("fast", worker::entry(3));
     std::fs::create_dir(site.data()).unwrap();
-    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=32m", "none"]).arg(site.data()).status().unwrap();
+    let mounted =
+        Command::new("mount").args(["-t", "tmpfs", "-o", "size=32m", "none"]).arg(site.data()).status().unwrap();
     assert!(mounted.success(), "a tmpfs can be mounted");
     let mut server = site.start().await;
     let api = server.api.clone();

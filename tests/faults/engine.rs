@@ -33,7 +33,7 @@ pub(crate) fn settings(fsync: bool) -> StorageSettings {
         free_min_bytes: 0,
         reserve_bytes: 0,
         quota_bytes: Some(1 << 40),
-        wal_pages: 60,
+        wal_pages: 40,
         fsync,
         ..StorageSettings::default()
     }
@@ -130,8 +130,7 @@ impl Engine {
     pub(crate) async fn ids(&self) -> Result<Vec<JobId>, StoreError> {
         let mut ids = Vec::new();
         loop {
-            let filter =
-                JobFilter { after: ids.last().copied(), ascending: true, limit: 100, ..JobFilter::default() };
+            let filter = JobFilter { after: ids.last().copied(), ascending: true, limit: 100, ..JobFilter::default() };
             let page = self.store.reader().jobs(&filter).await?;
             ids.extend(page.jobs.iter().map(|job| job.id));
             if !page.has_more {

@@ -6,7 +6,7 @@ use super::replay::{Random, seed};
 use super::{count, worker};
 
 const CYCLES: usize = 30;
-const HANDS: usize = 8;
+const HANDS: usize = 4;
 
 #[tokio::test]
 async fn what_was_accepted_outlives_kills_at_any_moment_and_ends_once() {

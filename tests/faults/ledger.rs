@@ -31,8 +31,13 @@ pub(crate) struct Step {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Line {
-    Will { verb: u64, steps: Vec<Step> },
-    Did { verb: u64 },
+    Will {
+        verb: u64,
+        steps: Vec<Step>,
+    },
+    Did {
+        verb: u64,
+    },
     /// Everything was done.
     End,
 }

@@ -26,6 +26,7 @@ mod workload;
 use std::path::Path;
 use std::process::Command;
 
+use roundhouse::domain::StorageSettings;
 use workload::Manners;
 
 /// What a child of this binary is to do: see [`child`].
@@ -57,12 +58,18 @@ fn child() {
     match mode.as_str() {
         "worker" => worker::serve(),
         "disk-full" => runtime.block_on(disk_full::scenario()),
+        "opens" => runtime.block_on(async {
+            let on_fatal = std::sync::Arc::new(|reason: &str| panic!("{reason}"));
+            drop(engine::Engine::open(&data(), engine::settings(true), on_fatal).await.unwrap());
+            engine::closed(&data()).await;
+        }),
         "lazy" => runtime.block_on(work(Manners::Honest, false)),
         "early" => runtime.block_on(work(Manners::Early, true)),
         "honest" => runtime.block_on(work(Manners::Honest, true)),
+        // Its log holds all it did, and nothing of it is in the database's own file.
         "killed" => runtime.block_on(async {
-            let _engine =
-                workload::run(&data(), engine::settings(true), rounds(), Manners::Honest).await.unwrap();
+            let settings = StorageSettings { wal_pages: 1_000_000, ..engine::settings(true) };
+            let _engine = workload::run(&data(), settings, rounds(), Manners::Honest, false).await.unwrap();
             nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL).unwrap();
         }),
         other => panic!("{other}"),
@@ -70,7 +77,7 @@ fn child() {
 }
 
 async fn work(manners: Manners, fsync: bool) {
-    match workload::run(&data(), engine::settings(fsync), rounds(), manners).await {
+    match workload::run(&data(), engine::settings(fsync), rounds(), manners, true).await {
         Ok(engine) => drop(engine),
         Err(error) => panic!("the store refused: {error}"),
     }

@@ -15,18 +15,50 @@ const SECTOR: usize = 512;
 /// One record of `disk.c`'s log. Ranges are places in the log.
 #[derive(Clone, Debug)]
 pub(crate) enum Record {
-    Open { file: u32, path: PathBuf, created: bool, truncated: bool, is_folder: bool },
-    Write { file: u32, offset: usize, data: Range<usize> },
-    Truncate { file: u32, len: usize },
-    Allocate { file: u32, len: usize },
-    Rename { from: PathBuf, to: PathBuf },
-    Link { from: PathBuf, to: PathBuf },
-    Unlink { path: PathBuf },
-    MakeFolder { path: PathBuf },
-    RemoveFolder { path: PathBuf },
-    Sync { file: u32 },
+    Open {
+        file: u32,
+        path: PathBuf,
+        created: bool,
+        truncated: bool,
+        is_folder: bool,
+    },
+    Write {
+        file: u32,
+        offset: usize,
+        data: Range<usize>,
+    },
+    Truncate {
+        file: u32,
+        len: usize,
+    },
+    Allocate {
+        file: u32,
+        len: usize,
+    },
+    Rename {
+        from: PathBuf,
+        to: PathBuf,
+    },
+    Link {
+        from: PathBuf,
+        to: PathBuf,
+    },
+    Unlink {
+        path: PathBuf,
+    },
+    MakeFolder {
+        path: PathBuf,
+    },
+    RemoveFolder {
+        path: PathBuf,
+    },
+    Sync {
+        file: u32,
+    },
     /// Something was said on stdout.
-    Output { data: Range<usize> },
+    Output {
+        data: Range<usize>,
+    },
 }
 
 /// A whole log.

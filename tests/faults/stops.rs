@@ -44,7 +44,7 @@ async fn a_stop_under_load_loses_nothing_and_charges_nothing() {
 }
 
 /// Jobs in one submission of several.
-const TOGETHER: usize = 20;
+const TOGETHER: usize = 8;
 
 #[tokio::test]
 async fn a_submission_whose_client_vanishes_is_there_whole_or_not_at_all() {

@@ -57,8 +57,13 @@ fn connection(mut stream: TcpStream) -> std::io::Result<()> {
         }
         let mut body = vec![0; len];
         reader.read_exact(&mut body)?;
-        let answer = if first.starts_with("GET ") { json!({"status": "ok"}) } else { work(&body, &request_id) }.to_string();
-        write!(stream, "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{answer}", answer.len())?;
+        let answer =
+            if first.starts_with("GET ") { json!({"status": "ok"}) } else { work(&body, &request_id) }.to_string();
+        write!(
+            stream,
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{answer}",
+            answer.len()
+        )?;
     }
 }
 

@@ -34,12 +34,13 @@ struct Hand {
     manners: Manners,
 }
 
-/// Opens the store in `dir` and has `rounds` rounds of all verbs done to it. Returns the store, still open.
+/// Opens the store in `dir` and has `rounds` rounds of all verbs done to it, and a purge. Returns the store, still open.
 pub(crate) async fn run(
     dir: &Path,
     settings: StorageSettings,
     rounds: usize,
     manners: Manners,
+    purges: bool,
 ) -> Result<Engine, StoreError> {
     let on_fatal = Arc::new(|reason: &str| {
         eprintln!("fatal: {reason}");
@@ -50,8 +51,7 @@ pub(crate) async fn run(
     if let Some(arm) = std::env::var_os("FAULTS_ARM") {
         std::fs::write(arm, "").unwrap();
     }
-    let counters =
-        Arc::new(Counters { number: AtomicI64::new(engine.next_number()), verb: AtomicU64::new(1) });
+    let counters = Arc::new(Counters { number: AtomicI64::new(engine.next_number()), verb: AtomicU64::new(1) });
     let hand = Hand { engine, counters, manners };
     let mut hands = tokio::task::JoinSet::new();
     for _ in 0..HANDS {
@@ -68,12 +68,14 @@ pub(crate) async fn run(
     while let Some(done) = hands.join_next().await {
         ended.extend(done.unwrap()?);
     }
-    for job in &mut ended {
-        job.is_emptied = true;
+    if purges {
+        for job in &mut ended {
+            job.is_emptied = true;
+        }
+        hand.promise(ended, hand.engine.purge()).await?;
+        // And life goes on.
+        hand.round(0).await?;
     }
-    hand.promise(ended, hand.engine.purge()).await?;
-    // And life goes on.
-    hand.round(0).await?;
     ledger::end();
     Ok(hand.engine)
 }
@@ -86,9 +88,11 @@ impl Hand {
         let mut jobs: Vec<Step> = (first..first + 8).map(|number| queued(number, size)).collect();
         self.promise(jobs.clone(), self.engine.insert(&pairs(&jobs))).await?;
         // The first stays queued; the second is cancelled as it waits.
-        self.move_on(&mut jobs[1], |step| step.state = JobState::Cancelled, |engine, id, _| async move {
-            engine.cancel(id).await
-        })
+        self.move_on(
+            &mut jobs[1],
+            |step| step.state = JobState::Cancelled,
+            |engine, id, _| async move { engine.cancel(id).await },
+        )
         .await?;
         let running: Vec<JobId> = jobs[2..].iter().map(|step| engine::id(step.number)).collect();
         for step in &mut jobs[2..] {
@@ -100,13 +104,17 @@ impl Hand {
         self.succeed(&mut jobs[3], SMALL, false).await?;
         self.succeed(&mut jobs[4], large, false).await?;
         self.succeed(&mut jobs[5], large, true).await?;
-        self.move_on(&mut jobs[6], |step| step.failures = 1, |engine, _, token| async move {
-            engine.requeue(token, 1).await
-        })
+        self.move_on(
+            &mut jobs[6],
+            |step| step.failures = 1,
+            |engine, _, token| async move { engine.requeue(token, 1).await },
+        )
         .await?;
-        self.move_on(&mut jobs[6], |step| step.attempt = 2, |engine, id, _| async move {
-            engine.claim(&[id]).await.map(drop)
-        })
+        self.move_on(
+            &mut jobs[6],
+            |step| step.attempt = 2,
+            |engine, id, _| async move { engine.claim(&[id]).await.map(drop) },
+        )
         .await?;
         let failed = |step: &mut Step| step.state = JobState::Failed;
         self.move_on(&mut jobs[6], failed, |engine, _, token| async move { engine.fail(token).await }).await?;
