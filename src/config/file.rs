@@ -192,7 +192,7 @@ pub(super) struct Server {
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub(super) struct Storage {
-    /// How long results, events and artifacts are kept after a job's end. Default 168h (7 days).
+    /// How long what a job held (body, answer, events, files) is kept after its end. Default 168h (7 days).
     pub(super) results_ttl: Option<At<Period>>,
     /// The same for synchronous calls. Default 24h.
     pub(super) sync_ttl: Option<At<Period>>,
@@ -200,8 +200,8 @@ pub(super) struct Storage {
     pub(super) batch_ttl: Option<At<Period>>,
     /// How long after its end a job can still be looked up. Default 720h (30 days).
     pub(super) tombstone_ttl: Option<At<Period>>,
-    /// Room for results and artifacts: at the limit, expired ones go first, then delivered ones, then new jobs are refused.
-    /// Default half of what is free on the disk at the start.
+    /// Room for all that jobs hold, waiting ones included: at the limit, expired ones go first, then answers that were
+    /// fetched, then new jobs are refused. Default half of what is free on the disk at the first start.
     pub(super) quota: Option<At<Size>>,
     /// New jobs are refused while less than this is free on the disk. Default 512MiB.
     pub(super) free_min: Option<At<Size>>,

@@ -219,11 +219,9 @@ impl Handle {
         answer.await.ok().flatten().unwrap_or_default()
     }
 
-    /// Notes that a job's answer was handed to a client.
-    pub fn delivered(&self, job: &Job) {
-        if job.state == JobState::Succeeded {
-            self.store.delivered(job.id);
-        }
+    /// Notes that the answer of a job, which has succeeded, was handed to a client.
+    pub fn delivered(&self, id: JobId) {
+        self.store.delivered(id);
     }
 
     /// The store's own figures.

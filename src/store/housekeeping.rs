@@ -19,7 +19,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Deleting by age takes a tenth of the writer's time at most, making room half of it.
 const REST_PURGING: u32 = 9;
 const REST_MAKING_ROOM: u32 = 1;
-const REST_MIN: Duration = Duration::from_millis(10);
+const REST_MIN: Duration = Duration::from_millis(2);
 /// Old idempotency keys have no lag of their own: looked for so often.
 const PURGE_AT_LEAST_EVERY: Duration = Duration::from_secs(60);
 /// A log that is so many times longer than what it is cut back to is held open by a reader.
@@ -126,21 +126,22 @@ impl Store {
         seen.is_making_room = self.quota.is_over() || (seen.is_making_room && self.quota.too_much() > 0);
         let is_time = seen.purged_at.is_none_or(|at| at.elapsed() >= PURGE_AT_LEAST_EVERY);
         if sizes.purge_lag_ms > 0 || is_time {
-            seen.purged_at = Some(Instant::now());
+            let begun = Instant::now();
+            seen.purged_at = Some(begun);
             let purged = self.purge().await?;
-            let times = if seen.is_making_room { REST_MAKING_ROOM } else { REST_PURGING };
             if purged.has_more || seen.is_making_room {
-                self.measure().await?;
-                return Ok(rest(&purged, times));
+                let times = if seen.is_making_room { REST_MAKING_ROOM } else { REST_PURGING };
+                return Ok(rest(&purged, begun, times));
             }
         }
         if seen.is_making_room {
+            let begun = Instant::now();
             let purged = self.make_room(self.quota.too_much()).await?;
             self.measure().await?;
             let is_stuck = purged.emptied + purged.deleted == 0;
             seen.is_making_room &= !is_stuck;
             self.say_used_up(is_stuck && self.quota.is_over());
-            return Ok(if is_stuck { LOOK_EVERY } else { rest(&purged, REST_MAKING_ROOM) });
+            return Ok(if is_stuck { LOOK_EVERY } else { rest(&purged, begun, REST_MAKING_ROOM) });
         }
         self.say_used_up(false);
         let operations = self.metrics.operations();
@@ -226,9 +227,9 @@ impl Store {
     }
 }
 
-/// So that the step was one part of `times + 1`.
-fn rest(purged: &Purged, times: u32) -> Duration {
-    (purged.took * times).max(REST_MIN)
+/// So that the step, which was asked for at `begun`, keeps the writer for one part of `times + 1`.
+fn rest(purged: &Purged, begun: Instant, times: u32) -> Duration {
+    (purged.took * (times + 1)).saturating_sub(begun.elapsed()).max(REST_MIN)
 }
 
 /// At most once a minute.

@@ -251,6 +251,13 @@ impl Server {
         self.database().query_row(sql, [number], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).unwrap()
     }
 
+    /// Whether the database says that a job's answer was handed out.
+    pub(crate) fn is_delivered(&self, id: &str) -> bool {
+        let number = id.parse::<roundhouse::domain::JobId>().unwrap().number;
+        let sql = "SELECT delivered_at IS NOT NULL FROM job WHERE number = ?1";
+        self.database().query_row(sql, [number], |row| row.get(0)).unwrap()
+    }
+
     fn read_data_dir_id(&self) -> String {
         let sql = "SELECT value FROM meta WHERE key = 'data_dir_id'";
         self.database().query_row(sql, [], |row| row.get(0)).unwrap()

@@ -163,3 +163,46 @@ async fn a_full_store_refuses_new_jobs_until_answers_are_fetched() {
     api.succeeded(&id).await;
     assert!(server.log().contains("there is room again"), "{}", server.log());
 }
+
+#[tokio::test]
+async fn an_answer_counts_as_fetched_when_somebody_has_it_whole() {
+    let site = Site::new()
+        .model("t", echo("text", &[] as &[&str]))
+        .model("i", echo("image", &[] as &[&str]))
+        .model("a", echo("custom", &[] as &[&str]));
+    let server = site.start().await;
+    let api = &server.api;
+    let chat = |who: &str, stream: bool| json!({"model": "t", "messages": [{"role": "user", "content": "hi"}], "metadata": {"who": who}, "stream": stream});
+    let marked = |id: String| {
+        let server = &server;
+        async move {
+            eventually(LIMIT, "it is marked as fetched", || async { server.is_delivered(&id).then_some(()) }).await;
+        }
+    };
+    api.post("/v1/chat/completions", &chat("waiting", false)).await.is(200);
+    marked(api.job_of("waiting").await).await;
+    let streamed = api.post("/v1/chat/completions", &chat("streaming", true)).await.is(200).text();
+    assert!(streamed.ends_with("data: [DONE]\n\n"), "{streamed}");
+    marked(api.job_of("streaming").await).await;
+
+    let two = json!({"endpoint": "/v1/images/generations", "body": {"model": "i", "prompt": "foxes", "n": 2}});
+    let drawn = api.submit(&two).await;
+    api.succeeded(&drawn).await;
+    let artifact = |n: usize| format!("/v1/jobs/{drawn}/artifacts/art_{n}");
+    api.get(&artifact(0)).await.is(200);
+    api.header("range", "bytes=0-9").get(&artifact(1)).await.is(206);
+    let text = "x".repeat(100_000);
+    let large = api.submit(&json!({"endpoint": "/echo", "body": {"model": "a", "text": text}})).await;
+    api.succeeded(&large).await;
+    // The next commits would tell.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert!(!server.is_delivered(&drawn), "one of two, and a part of the other");
+    assert!(!server.is_delivered(&large), "too long to be in the job");
+    api.get(&artifact(1)).await.is(200);
+    marked(drawn).await;
+    api.get(&format!("/v1/jobs/{large}/response")).await.is(200);
+    marked(large).await;
+    let small = api.submit_echo("a", json!({})).await;
+    api.succeeded(&small).await;
+    marked(small).await;
+}

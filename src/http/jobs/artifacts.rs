@@ -69,7 +69,7 @@ pub async fn get(
     })?;
     // Who has the end of the last file has them all, as far as one can tell.
     if last.as_ref() == Some(&artifact.id) && range.is_none_or(|(_, end)| end == artifact.bytes) {
-        state.handle.delivered(&job);
+        state.handle.delivered(job.id);
     }
     let status = if range.is_some() { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
     let mut response = with_headers(status, Body::from(bytes), &artifact, &etag);

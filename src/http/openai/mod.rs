@@ -172,9 +172,15 @@ async fn chunks(
     if let Some(error) = chunks.early_failure(EARLY).await {
         return Err(error);
     }
-    let frames = unfold(chunks, |mut chunks| async move {
-        let bytes = chunks.next().await?;
-        Some((Ok::<_, std::convert::Infallible>(bytes), chunks))
+    let (handle, id) = (state.handle.clone(), job.id);
+    let frames = unfold((chunks, handle), move |(mut chunks, handle)| async move {
+        let Some(bytes) = chunks.next().await else {
+            if chunks.is_answer() {
+                handle.delivered(id);
+            }
+            return None;
+        };
+        Some((Ok::<_, std::convert::Infallible>(bytes), (chunks, handle)))
     });
     let mut response = Response::new(Body::from_stream(frames));
     let headers = response.headers_mut();

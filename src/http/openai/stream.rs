@@ -156,6 +156,8 @@ pub struct ChunkStream {
     quiet_until: Instant,
     /// The soft stage has been seen, and the job was running.
     is_stopping: bool,
+    /// The answer was streamed to its end.
+    is_answer: bool,
 }
 
 enum Step {
@@ -189,6 +191,7 @@ impl ChunkStream {
             hard,
             quiet_until: Instant::now() + KEEP_ALIVE,
             is_stopping: false,
+            is_answer: false,
         }
     }
 
@@ -207,6 +210,11 @@ impl ChunkStream {
         let error = failure(self.id, &ended)?;
         self.answered();
         Some(error)
+    }
+
+    /// Whether the whole answer of a success has been given out.
+    pub fn is_answer(&self) -> bool {
+        self.is_answer
     }
 
     /// The next bytes to send; `None`: close.
@@ -297,6 +305,7 @@ impl ChunkStream {
             (None, Some(answer)) if !self.is_shown => self.shape.synthesise(answer, out),
             (None, _) => {}
         }
+        self.is_answer = ended.state == JobState::Succeeded;
         out.extend_from_slice(DONE);
         self.answered();
     }
