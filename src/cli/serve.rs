@@ -63,7 +63,8 @@ mod tests {
         let text = "models:\n  m: {type: text, command: x}\nstorage: {snapshot_dir: kept, snapshot_every: 5m}\n";
         std::fs::write(&path, text).unwrap();
         let load = |words: &[&str]| {
-            let words = ["roundhouse", "serve", "--config", path.to_str().unwrap()].iter().chain(words);
+            let words =
+                ["roundhouse", "serve", "--config", path.to_str().unwrap()].into_iter().chain(words.iter().copied());
             let cli = <crate::cli::Cli as clap::Parser>::try_parse_from(words).unwrap();
             let crate::cli::Command::Serve(args) = cli.command else { panic!("serve") };
             let storage = args.load(&|_| None).unwrap().0.storage;
