@@ -111,6 +111,9 @@ impl Files {
     pub(super) fn open(folder: &std::path::Path, stored_bytes: u64) -> Result<Self, StoreError> {
         let in_folder = |source| StoreError::File { path: folder.display().to_string(), source };
         std::fs::create_dir_all(folder).map_err(in_folder)?;
+        // The folder's own name has to outlive a power cut, too.
+        let parent = folder.parent().unwrap_or(folder);
+        std::fs::File::open(parent).and_then(|dir| dir.sync_all()).map_err(in_folder)?;
         let files = LocalFileSystem::new_with_prefix(folder)
             .map_err(|error| in_folder(std::io::Error::other(error)))?
             .with_fsync(true);

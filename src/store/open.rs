@@ -76,6 +76,10 @@ pub async fn open(
         .mode(0o700)
         .create(dir)
         .map_err(|source| StoreError::File { path: dir.display().to_string(), source })?;
+    if let Some(parent) = dir.parent().filter(|parent| parent.is_dir()) {
+        // The folder's own name has to outlive a power cut, too. Where it may not be read, it was there before.
+        let _ = File::open(parent).and_then(|parent| parent.sync_all());
+    }
     let lock = lock(dir)?;
     if rusqlite::version_number() < SQLITE_MIN {
         return Err(StoreError::Unusable(format!(

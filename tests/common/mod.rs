@@ -1,6 +1,6 @@
 //! What whole-system tests share: the real binary on a fresh data dir with echo workers, a client, a look at processes,
 //! and a proxy that cuts answers. Nothing here sleeps where something can be awaited.
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a helper that fails ends its test, and says why")]
 
 mod client;
