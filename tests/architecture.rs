@@ -34,7 +34,19 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     // Commands about a data dir work without a server; they use the store's views from outside, never its verbs.
-    ("cli", &["domain", "config", "store::backup", "store::restore", "store::examine", "store::placement", "clock"]),
+    (
+        "cli",
+        &[
+            "domain",
+            "config",
+            "store::StoreError",
+            "store::backup",
+            "store::restore",
+            "store::examine",
+            "store::placement",
+            "clock",
+        ],
+    ),
 ];
 
 /// The composition root and the crate's own files may name everything.
