@@ -69,7 +69,7 @@ pub async fn open(
         .mode(0o700)
         .create(dir)
         .map_err(|source| StoreError::File { path: dir.display().to_string(), source })?;
-    let lock = lock(dir)?;
+    let lock = Arc::new(lock(dir)?);
     if rusqlite::version_number() < SQLITE_MIN {
         return Err(StoreError::Unusable(format!(
             "SQLite {} is linked; 3.51.3 or newer is needed",
@@ -97,7 +97,8 @@ pub async fn open(
     let files = Files::open(&dir.join("artifacts"), file_bytes.unsigned_abs())?;
     let live = Live::default();
     let space = Space::new(dir, settings.free_min_bytes, settings.reserve_bytes);
-    let parts = Parts { session, space, live: live.clone(), metrics: metrics.clone(), on_fatal };
+    let parts =
+        Parts { session, space, live: live.clone(), metrics: metrics.clone(), on_fatal, _lock: Some(lock.clone()) };
     let writer = Writer::start(parts)
         .map_err(|source| StoreError::File { path: "the store's writing thread".into(), source })?;
     let reader = if settings.exclusive {
@@ -115,7 +116,7 @@ pub async fn open(
         metrics,
         settings: Arc::new(settings),
         next_batch: Arc::new(AtomicI64::new(next_batch)),
-        _lock: Arc::new(lock),
+        _lock: lock,
     };
     Ok(Opened {
         store,
