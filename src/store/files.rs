@@ -103,6 +103,8 @@ pub enum Body {
 pub(super) struct Files {
     files: Arc<LocalFileSystem>,
     stored_bytes: Arc<AtomicU64>,
+    /// Files written by this process.
+    written: Arc<AtomicU64>,
 }
 
 impl Files {
@@ -113,7 +115,11 @@ impl Files {
         let files = LocalFileSystem::new_with_prefix(folder)
             .map_err(|error| in_folder(std::io::Error::other(error)))?
             .with_fsync(true);
-        Ok(Self { files: Arc::new(files), stored_bytes: Arc::new(AtomicU64::new(stored_bytes)) })
+        Ok(Self {
+            files: Arc::new(files),
+            stored_bytes: Arc::new(AtomicU64::new(stored_bytes)),
+            written: Arc::default(),
+        })
     }
 
     /// Bytes of all files that rows name, and of those that soon will be.
@@ -188,8 +194,10 @@ impl Files {
         mime: &str,
         bytes: Bytes,
     ) -> Result<StoredFile, StoreError> {
-        // The attempt is in the path: a late writer of an old attempt never touches the file of the one that won.
-        let path = format!("{}/{}-{}-{name}", folder_of(token.id.number), token.id.uuid(), token.attempt);
+        // The attempt is in the path: a late writer of an old attempt never touches the file of the one that won. So is a
+        // number of this process: neither does a second result of the same attempt.
+        let serial = self.written.fetch_add(1, Ordering::Relaxed);
+        let path = format!("{}/{}-{}-{serial}-{name}", folder_of(token.id.number), token.id.uuid(), token.attempt);
         let size = bytes.len() as u64;
         let sha256 = hex(&Sha256::digest(&bytes));
         self.files.put(&Path::from(path.as_str()), bytes.into()).await.map_err(|error| file_error(&path, error))?;
