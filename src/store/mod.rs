@@ -128,4 +128,6 @@ impl From<sqlx::Error> for StoreError {
 }
 
 #[cfg(test)]
+mod model_tests;
+#[cfg(test)]
 mod tests;
