@@ -25,7 +25,7 @@ mod writer;
 pub use files::Body;
 pub use idempotency::IdempotencyKey;
 pub use metrics::StoreMetrics;
-pub use open::{Opened, open};
+pub use open::{Opened, data_dir_id_of, open};
 pub use recovery::QueuedJob;
 pub use submit::Inserted;
 pub use verbs::{Cancelled, Change, ClaimedJob, End, GiveBack, Learned, Store};

@@ -129,6 +129,13 @@ pub async fn open(
     })
 }
 
+/// The id of the data dir `dir`, which a server may be using: what its workers are marked with. Changes nothing.
+pub fn data_dir_id_of(dir: &Path) -> Result<String, StoreError> {
+    let c = Connection::open_with_flags(dir.join(DATABASE), OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    c.busy_timeout(Duration::from_secs(5))?;
+    Ok(c.query_row("SELECT value FROM meta WHERE key = 'data_dir_id'", [], |row| row.get(0))?)
+}
+
 /// One server per data dir: an advisory lock that ends with the process.
 fn lock(dir: &Path) -> Result<File, StoreError> {
     let path = dir.join("lock");
