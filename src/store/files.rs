@@ -104,6 +104,8 @@ pub(super) struct Files {
     pub(super) folder: Arc<std::path::PathBuf>,
     files: Arc<LocalFileSystem>,
     stored_bytes: Arc<AtomicU64>,
+    /// Files written by this process.
+    written: Arc<AtomicU64>,
 }
 
 impl Files {
@@ -117,8 +119,12 @@ impl Files {
         let files = LocalFileSystem::new_with_prefix(folder)
             .map_err(|error| in_folder(std::io::Error::other(error)))?
             .with_fsync(true);
-        let folder = Arc::new(folder.to_owned());
-        Ok(Self { folder, files: Arc::new(files), stored_bytes: Arc::new(AtomicU64::new(stored_bytes)) })
+        Ok(Self {
+            folder: Arc::new(folder.to_owned()),
+            files: Arc::new(files),
+            stored_bytes: Arc::new(AtomicU64::new(stored_bytes)),
+            written: Arc::default(),
+        })
     }
 
     /// Bytes of all files that rows name, and of those that soon will be.
@@ -198,8 +204,10 @@ impl Files {
         mime: &str,
         bytes: Bytes,
     ) -> Result<StoredFile, StoreError> {
-        // The attempt is in the path: a late writer of an old attempt never touches the file of the one that won.
-        let path = format!("{}/{}-{}-{name}", folder_of(token.id.number), token.id.uuid(), token.attempt);
+        // The attempt is in the path: a late writer of an old attempt never touches the file of the one that won. So is a
+        // number of this process: neither does a second result of the same attempt.
+        let serial = self.written.fetch_add(1, Ordering::Relaxed);
+        let path = format!("{}/{}-{}-{serial}-{name}", folder_of(token.id.number), token.id.uuid(), token.attempt);
         let size = bytes.len() as u64;
         let sha256 = hex(&Sha256::digest(&bytes));
         self.files.put(&Path::from(path.as_str()), bytes.into()).await.map_err(|error| file_error(&path, error))?;

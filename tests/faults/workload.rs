@@ -80,7 +80,7 @@ impl Hand {
         }
         self.promise(jobs[2..].to_vec(), async { self.engine.claim(&running).await.map(drop) }).await?;
         // The third stays on its worker.
-        let large = if round % 2 == 0 { LARGE } else { SMALL };
+        let large = if round.is_multiple_of(2) { LARGE } else { SMALL };
         self.succeed(&mut jobs[3], SMALL, false).await?;
         self.succeed(&mut jobs[4], large, false).await?;
         self.succeed(&mut jobs[5], large, true).await?;
