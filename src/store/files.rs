@@ -104,8 +104,8 @@ pub(super) struct Files {
     pub(super) folder: Arc<std::path::PathBuf>,
     files: Arc<LocalFileSystem>,
     stored_bytes: Arc<AtomicU64>,
-    /// Files written by this process.
-    written: Arc<AtomicU64>,
+    /// Part of the names of files; begins anywhere, so that no two runs of the server give the same.
+    serial: Arc<AtomicU64>,
 }
 
 impl Files {
@@ -123,7 +123,7 @@ impl Files {
             folder: Arc::new(folder.to_owned()),
             files: Arc::new(files),
             stored_bytes: Arc::new(AtomicU64::new(stored_bytes)),
-            written: Arc::default(),
+            serial: Arc::new(AtomicU64::new(u64::from(getrandom::u32().unwrap_or_default()))),
         })
     }
 
@@ -205,9 +205,9 @@ impl Files {
         bytes: Bytes,
     ) -> Result<StoredFile, StoreError> {
         // The attempt is in the path: a late writer of an old attempt never touches the file of the one that won. So is a
-        // number of this process: neither does a second result of the same attempt.
-        let serial = self.written.fetch_add(1, Ordering::Relaxed);
-        let path = format!("{}/{}-{}-{serial}-{name}", folder_of(token.id.number), token.id.uuid(), token.attempt);
+        // serial number: neither does a second result of the same attempt.
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed);
+        let path = format!("{}/{}-{}-{serial:x}-{name}", folder_of(token.id.number), token.id.uuid(), token.attempt);
         let size = bytes.len() as u64;
         let sha256 = hex(&Sha256::digest(&bytes));
         self.files.put(&Path::from(path.as_str()), bytes.into()).await.map_err(|error| file_error(&path, error))?;
