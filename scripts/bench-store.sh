@@ -2,7 +2,7 @@
 # Measures the store, the server over it, and other queues beside them, on this machine's disk, in one run: prints a table of
 # targets and what was got. docs/BENCHMARKS.md says what each line means.
 #
-#   scripts/bench-store.sh               everything: about 12 minutes, once all is built
+#   scripts/bench-store.sh               everything: about 6 minutes, once all is built
 #   scripts/bench-store.sh --quick       under 2 minutes: shorter measurements, at most 10 000 waiting jobs
 #   scripts/bench-store.sh --profile life    runs one case under perf and shows where its time goes
 #
@@ -11,6 +11,7 @@
 #   --pending A,B,...    how many jobs wait before a measurement (0,10000,100000,1000000)
 #   --models N           how many models the jobs are for, by turns (20)
 #   --only A,B,...       only these parts: disk, bare, store, http, restart, peers
+#   --patience S         waits up to S seconds before each part until other processes are quiet (0)
 #   --no-peers           does not build and measure the other queues
 #   --no-profile         does not profile the cases of missed targets
 #
@@ -32,7 +33,7 @@ while [ $# -gt 0 ]; do
         ;;
     --quick | --no-profile) pass+=("$1") ;;
     --no-peers) peers=0 ;;
-    --out | --dir | --pending | --models | --only | --profile)
+    --out | --dir | --pending | --models | --patience | --only | --profile)
         [ $# -ge 2 ] || die "$1 needs a value (see --help)"
         case $1 in
         --out) out=$(realpath -m "$2") ;;

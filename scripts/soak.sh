@@ -1,105 +1,69 @@
 #!/usr/bin/env bash
-# The long forms of the fault tests: hours, not minutes. Stops at the first failure and says how to have it again.
+# The long forms of the tests that look for lost jobs: hours of kills, power cuts and simulated runs. The short forms run
+# with scripts/test.sh.
 #
-#   scripts/soak.sh                    everything, once
-#   scripts/soak.sh kills power-cut    only these
-#   scripts/soak.sh --rounds 10 kills  ten times over
-#   scripts/soak.sh --list             their names
+#   scripts/soak.sh                  everything: 1000 kills, 1000 random power cuts, 10 000 simulated runs, disk errors
+#   scripts/soak.sh kills sim        only these: kills, power, disk, sim
 #
-# How much: ROUNDHOUSE_KILL_CYCLES (1000), ROUNDHOUSE_STOP_CYCLES (100), ROUNDHOUSE_VANISHING_CLIENTS (5000),
-# ROUNDHOUSE_SIM_SEEDS (10000). ROUNDHOUSE_TEST_SEED sets the seed of all but the simulation. Logs: target/soak/.
+#   --kills N      kills of the server (1000)
+#   --cuts N       random power cuts, beside those at every sync (1000)
+#   --seeds N      simulated runs of the scheduler's core (10000)
+#
+# Stops at the first failure and says how to have it again.
 set -euo pipefail
 source "$(dirname "$0")/lib/common.sh"
 cd "$ROOT"
 
-export ROUNDHOUSE_SOAK=1
-export ROUNDHOUSE_KILL_CYCLES=${ROUNDHOUSE_KILL_CYCLES:-1000}
-export ROUNDHOUSE_STOP_CYCLES=${ROUNDHOUSE_STOP_CYCLES:-100}
-export ROUNDHOUSE_VANISHING_CLIENTS=${ROUNDHOUSE_VANISHING_CLIENTS:-5000}
-export ROUNDHOUSE_SIM_SEEDS=${ROUNDHOUSE_SIM_SEEDS:-10000}
-
-# name | what | arguments of cargo test
-PARTS=(
-    "kills|the server is killed $ROUNDHOUSE_KILL_CYCLES times under load|--test faults kills::"
-    "power-cut|the power is cut: each sync, and 1000 torn states of the disk|--test faults power_cut::"
-    "disk-errors|a disk that fails, at 40 random moments of each kind|--test faults disk_errors::"
-    "disk-full|a disk that is full|--test faults disk_full::"
-    "damage|damaged files|--test faults damage::"
-    "strangers|other programs on the database's file|--test faults strangers::"
-    "stops|stops under load, clients that vanish|--test faults stops::"
-    "simulation|the scheduler's core, seeds 1 to $ROUNDHOUSE_SIM_SEEDS|--lib sim"
-)
-
-rounds=1 chosen=()
+kills=1000 cuts=1000 seeds=10000 parts=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --list)
-        printf '%s\n' "${PARTS[@]}" | awk -F'|' '{ printf "%-12s %s\n", $1, $2 }'
-        exit 0
-        ;;
     -h | --help)
         sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "$0"
         exit 0
         ;;
-    --rounds)
-        [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--rounds: a number from 1 on, not \`${2:-}\`"
-        rounds=$2
+    --kills | --cuts | --seeds)
+        [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "$1 needs a number above 0 (see --help)"
+        declare "${1#--}=$2"
         shift
         ;;
-    *)
-        printf '%s\n' "${PARTS[@]}" | grep -q "^$1|" || die "no part $1 (see --list)"
-        chosen+=("$1")
-        ;;
+    kills | power | disk | sim) parts+=("$1") ;;
+    *) die "unknown argument $1 (see --help)" ;;
     esac
     shift
 done
+[ ${#parts[@]} -gt 0 ] || parts=(sim power disk kills)
 
 need_rust
-logs=$ROOT/target/soak
-rm -rf "$logs"
-mkdir -p "$logs"
-step "building"
-cargo test --locked --no-run --lib --test faults >"$logs/build.log" 2>&1 || die "the build failed: $logs/build.log"
+if [[ " ${parts[*]} " == *" kills "* || " ${parts[*]} " == *" disk "* ]]; then
+    [ -x .venv-dev/bin/python ] || [ -n "${ROUNDHOUSE_TEST_PYTHON:-}" ] ||
+        die "the workers of these tests need an environment: run scripts/test.sh python once (or set ROUNDHOUSE_TEST_PYTHON)"
+fi
 
-done_parts=()
-summary() {
-    say
-    step "summary"
-    [ ${#done_parts[@]} -eq 0 ] || printf '    %s\n' "${done_parts[@]}" >&2
+# part NAME COMMAND...: runs it with its output, and says how to run it again if it fails.
+part() {
+    local name=$1 begun=$SECONDS
+    shift
+    step "$name"
+    if ! "$@"; then
+        printf '\n%s failed after %s s. A line with a seed stands above; have it again with\n' "$name" $((SECONDS - begun)) >&2
+        printf '    ROUNDHOUSE_TEST_SEED=SEED (ROUNDHOUSE_SIM_SEED=SEED for sim)' >&2
+        printf ' %q' "$@" >&2
+        printf '\n' >&2
+        exit 1
+    fi
+    done_parts+=("$name: $((SECONDS - begun)) s")
 }
 
-# What a test says about itself: its seed, and how much it did. Both go to the screen and into the summary.
-told() { grep -E '^(power cut|kills|stops|vanishing clients|disk errors|damage|damaged log|sim[a-z]*): ' "$1" | sort -u || true; }
-
-for ((round = 1; round <= rounds; round++)); do
-    for line in "${PARTS[@]}"; do
-        IFS='|' read -r name what arguments <<<"$line"
-        [ ${#chosen[@]} -eq 0 ] || [[ " ${chosen[*]} " == *" $name "* ]] || continue
-        log=$logs/$name.$round.log
-        step "== $name, round $round of $rounds: $what"
-        began=$SECONDS status=0
-        # shellcheck disable=SC2086 # several words
-        cargo test --locked $arguments -- --nocapture >"$log" 2>&1 &
-        job=$!
-        while kill -0 "$job" 2>/dev/null; do
-            sleep 1
-            [ $(((SECONDS - began) % 60)) -ne 59 ] || step "   $(tail -n 1 "$log" | cut -c1-150)"
-        done
-        wait "$job" || status=$?
-        told "$log" | sed 's/^/    /' >&2
-        if [ $status != 0 ] || ! grep -q '^test result: ok\. [1-9]' "$log"; then
-            summary
-            say
-            say "FAILED: $name. The end of $log:"
-            tail -n 30 "$log" >&2
-            say
-            seeds=$(grep -ohE 'ROUNDHOUSE_(TEST|SIM)_SEED=[0-9]+' "$log" | sort -u | tr '\n' ' ' || true)
-            say "again, with the seed that the log names for the test that failed: ${seeds:-none}"
-            say "    ROUNDHOUSE_SOAK=1 ROUNDHOUSE_TEST_SEED=SEED cargo test $arguments -- --nocapture"
-            exit 1
-        fi
-        done_parts+=("$(printf '%-12s round %-3s %5s s  %s' "$name" "$round" $((SECONDS - began)) "$(told "$log" | grep -v SEED | tr '\n' ';')")")
-    done
+done_parts=()
+faults=(cargo test --release --locked --test faults)
+for name in "${parts[@]}"; do
+    case $name in
+    sim) part "sim: $seeds simulated runs" env ROUNDHOUSE_SIM_SEEDS="$seeds" cargo test --release --locked --lib sim -- --nocapture ;;
+    power) part "power: $cuts random power cuts" env ROUNDHOUSE_POWER_CUTS="$cuts" "${faults[@]}" power_cut -- --nocapture ;;
+    disk) part "disk: errors, full disks, damage, locks, clients that leave" \
+        env ROUNDHOUSE_SOAK=1 ROUNDHOUSE_STOP_CYCLES=100 "${faults[@]}" -- --nocapture --skip power_cut --skip kills ;;
+    kills) part "kills: $kills kills of the server" env ROUNDHOUSE_KILL_CYCLES="$kills" "${faults[@]}" kills -- --nocapture ;;
+    esac
 done
-summary
-echo "all passed"
+printf '\nAll passed:\n'
+printf '  %s\n' "${done_parts[@]}"

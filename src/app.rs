@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::net::{TcpListener, TcpSocket};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::clock::{Clock, SystemClock};
@@ -131,6 +132,10 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     Ok(is_kept && !tasks.has_failed())
 }
 
+async fn again(signal: &mut Option<Signal>) -> Option<()> {
+    signal.as_mut()?.recv().await
+}
+
 /// Refuses a data dir where a database would not be safe, and warns of what else there is to know.
 fn place_data_dir(
     data_dir: &Path,
@@ -200,7 +205,15 @@ async fn last_snapshot(snapshots: Option<Snapshots>) -> bool {
     let Some(snapshots) = snapshots else {
         return true;
     };
-    match snapshots.take().await {
+    let mut terminate = signal(SignalKind::terminate()).ok();
+    let mut interrupt = signal(SignalKind::interrupt()).ok();
+    let taken = tokio::select! {
+        taken = snapshots.take() => taken,
+        // Its volume may have gone away, and then it would never end.
+        Some(()) = again(&mut terminate) => Err("another signal came first".to_owned()),
+        Some(()) = again(&mut interrupt) => Err("another signal came first".to_owned()),
+    };
+    match taken {
         Ok(()) => tracing::info!("the last snapshot holds everything"),
         Err(reason) => {
             tracing::error!("the last snapshot could not be taken, the data dir has what it lacks: {reason}");

@@ -1,6 +1,7 @@
 //! Data dirs of earlier releases open, migrate, and lose nothing, also when the migration is killed.
 //!
 //! `fixtures/schema-1` was made by the first release: 10 jobs in all states, killed with SIGKILL while one ran.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

@@ -53,6 +53,9 @@ pub(crate) struct Options {
     /// How many models the jobs are for, by turns: claims and completions are of one model each
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub(crate) models: u64,
+    /// Waits before each part until other processes leave the processors alone, at most so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub(crate) patience: u64,
     /// Only these sections
     #[arg(long, value_name = "SECTION,...", value_delimiter = ',')]
     pub(crate) only: Vec<Section>,

@@ -104,12 +104,12 @@ impl Suite {
         let most = levels.last().copied().unwrap_or(0);
         let (dir, limit) = (self.dir.clone(), self.options.limit());
         if self.options.wants(Section::Disk) {
-            let others = head("disk: one thread, a growing file");
+            let others = self.head("disk: one thread, a growing file");
             disk::run(&dir, limit, &mut self.figures)?;
             self.tail(&others);
         }
         if self.options.wants(Section::Bare) {
-            let others = head("bare rusqlite: our schema and rows, one thread, WAL, synchronous=FULL");
+            let others = self.head("bare rusqlite: our schema and rows, one thread, WAL, synchronous=FULL");
             bare::run(&dir, limit, &mut self.figures).await?;
             self.tail(&others);
         }
@@ -121,7 +121,7 @@ impl Suite {
             self.http().await?;
         }
         if self.options.wants(Section::Peers) {
-            let others = head("peers: default settings, the same body, jobs that do nothing");
+            let others = self.head("peers: default settings, the same body, jobs that do nothing");
             peers::run(&self.options, &dir, &mut self.figures);
             self.tail(&others);
         }
@@ -137,7 +137,7 @@ impl Suite {
             self.level(most).await?;
         }
         if self.options.wants(Section::Disk) {
-            let others = head("disk, again: how much it changed meanwhile");
+            let others = self.head("disk, again: how much it changed meanwhile");
             disk::run(&dir, limit / 2, &mut Figures::default())?;
             self.tail(&others);
         }
@@ -146,6 +146,20 @@ impl Suite {
         self.profile_missed(&missed).await?;
         println!("\ntook {:.0} s", begun.elapsed().as_secs_f64());
         Ok(())
+    }
+
+    /// Begins a part, if others leave the processors alone; with patience, waits for that.
+    fn head(&self, title: &str) -> Others {
+        let begun = Instant::now();
+        while begun.elapsed().as_secs() < self.options.patience {
+            let others = Others::watch();
+            std::thread::sleep(Duration::from_secs(1));
+            if others.share() <= QUIET_MAX {
+                break;
+            }
+        }
+        println!("\n== {title}");
+        Others::watch()
     }
 
     /// Ends a part: says what others took meanwhile, and marks the part's figures if that was too much.
@@ -237,7 +251,7 @@ impl Suite {
 
     async fn level(&mut self, level: u64) -> anyhow::Result<()> {
         let at = short(level);
-        let others = head(&format!("our store in this process, {at} jobs waiting before, FULL"));
+        let others = self.head(&format!("our store in this process, {at} jobs waiting before, FULL"));
         let put = |figures: &mut Figures, name: String, value: f64| {
             if level == 0 {
                 figures.put(name.clone(), value);
@@ -303,7 +317,7 @@ impl Suite {
     /// What NORMAL would bring, and what busy processors take; each beside its opposite.
     async fn settings_and_load(&mut self) -> anyhow::Result<()> {
         let others =
-            head("our store, FULL and then NORMAL (acknowledged before it is on the disk: for comparison only)");
+            self.head("our store, FULL and then NORMAL (acknowledged before it is on the disk: for comparison only)");
         for (case, name) in
             [(Case::Enqueue(64), "enqueue-64"), (Case::Enqueue(256), "enqueue-256"), (Case::Life, "life")]
         {
@@ -315,8 +329,8 @@ impl Suite {
             self.figures.put(format!("normal.{name}"), normal.rate());
         }
         self.tail(&others);
-        let others =
-            head(&format!("our store, alone and then beside {} threads that keep the processors busy, FULL", cpus()));
+        let others = self
+            .head(&format!("our store, alone and then beside {} threads that keep the processors busy, FULL", cpus()));
         let (quiet, _) = self.case(Case::Enqueue(256), 0, true).await?;
         self.figures.put("quiet.enqueue-256", quiet.rate());
         self.tail(&others);
@@ -330,7 +344,7 @@ impl Suite {
     }
 
     async fn http(&mut self) -> anyhow::Result<()> {
-        let others = head("our server over HTTP, keep-alive, the client on the same machine");
+        let others = self.head("our server over HTTP, keep-alive, the client on the same machine");
         let dir = self.dir.join("http");
         std::fs::create_dir_all(&dir)?;
         let server = Server::start(&self.options.server, &dir, false)?;
@@ -353,7 +367,7 @@ impl Suite {
     /// Memory with many waiting jobs, and the way back after `kill -9`.
     async fn restart(&mut self, level: u64) -> anyhow::Result<()> {
         let at = short(level);
-        let others = head(&format!("our server with {at} waiting jobs: memory, and restart after kill -9"));
+        let others = self.head(&format!("our server with {at} waiting jobs: memory, and restart after kill -9"));
         let base = self.base(level).await?;
         let found = self.restarts(&base, &at).await;
         self.done_with(level, base);
@@ -485,11 +499,6 @@ fn watch_start(program: &Path, base: &Base, dir: &Path) -> anyhow::Result<()> {
     server.end_gently();
     profile::show_symbols(&data);
     Ok(())
-}
-
-fn head(title: &str) -> Others {
-    println!("\n== {title}");
-    Others::watch()
 }
 
 fn ms(took: Duration) -> f64 {

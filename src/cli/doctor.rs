@@ -13,6 +13,7 @@ use super::environment;
 use crate::config::{self, Config, is_hub_id};
 use crate::domain::storage::shown_bytes;
 use crate::domain::{Launch, ModelSpec, StorageSettings};
+use crate::store::StoreError;
 use crate::store::examine::{self, Faults};
 use crate::store::placement::{Class, FileSystem, FileSystems, free_bytes, place};
 
@@ -302,6 +303,7 @@ impl Doctor<'_> {
                     self.advice.push(format!("{}: {text}", data_dir.display()));
                 }
             }
+            Err(error @ StoreError::Unusable(_)) => line(out, "jobs", &format!("not to be seen now: {error}"))?,
             Err(error) => self.wrong.push(error.to_string()),
         }
         Ok(())
@@ -313,6 +315,10 @@ impl Doctor<'_> {
             Ok(None) => return Ok(()),
             Ok(Some(_)) => {
                 self.wrong.push("--deep: the database is of another version, so it cannot be read in depth".into());
+                return Ok(());
+            }
+            Err(StoreError::Unusable(_)) => {
+                self.wrong.push("--deep: a server keeps the database to itself; stop it first".into());
                 return Ok(());
             }
             // Told already.

@@ -57,6 +57,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn snapshot_flags_win_over_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("models.yaml");
+        let text = "models:\n  m: {type: text, command: x}\nstorage: {snapshot_dir: kept, snapshot_every: 5m}\n";
+        std::fs::write(&path, text).unwrap();
+        let load = |words: &[&str]| {
+            let words =
+                ["roundhouse", "serve", "--config", path.to_str().unwrap()].into_iter().chain(words.iter().copied());
+            let cli = <crate::cli::Cli as clap::Parser>::try_parse_from(words).unwrap();
+            let crate::cli::Command::Serve(args) = cli.command else { panic!("serve") };
+            let storage = args.load(&|_| None).unwrap().0.storage;
+            (storage.snapshot_dir.unwrap(), storage.snapshot_every)
+        };
+        assert_eq!(load(&[]), (dir.path().join("kept"), Duration::from_secs(300)), "relative to the file");
+        let flags = ["--snapshot-dir", "/v", "--snapshot-every", "90s"];
+        assert_eq!(load(&flags), (PathBuf::from("/v"), Duration::from_secs(90)));
+    }
+
+    #[test]
     fn the_flag_wins_over_the_file_and_the_file_over_the_default() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("models.yaml");

@@ -262,7 +262,8 @@ fn on_empty(view: &View, waiting: &[(&ModelView, Millis)], knobs: &Knobs, now: M
         return act(Action::Load(m.name.clone()), now, "load", "fits", &m.name, None, reason, &[]);
     }
     let blocked: Vec<_> = view.models.iter().filter(|m| m.pending() > 0).collect();
-    let wake_at = blocked.iter().filter_map(|m| m.trouble_until).min();
+    // One that should be over is ended by a report: waking up for it would not let the loop sleep until then.
+    let wake_at = blocked.iter().filter_map(|m| m.trouble_until).filter(|at| *at > now).min();
     if blocked.is_empty() {
         return still(now, "idle", "dry", None, None, "idle: nothing is pending".to_owned(), &[], None);
     }

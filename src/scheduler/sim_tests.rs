@@ -20,10 +20,8 @@ use crate::store::files::StoredAnswer;
 use crate::store::model::{Accepted, Row, Rows};
 use crate::store::{Change, ClaimedJob, End, GiveBack};
 
-/// Longest load and stop of a healthy worker, longest time limit of a job, longest back-off of a model.
-const LOAD_MAX: Millis = 20_000;
+/// Longest stop of a worker, and longest back-off of a model.
 const STOP_MAX: Millis = 3_000;
-const TIMEOUT_MAX: Millis = 60_000;
 const BACKOFF_MAX: Millis = 60_000;
 /// A load that hangs is given up after this long.
 const LOAD_LIMIT: Millis = 600_000;
@@ -32,7 +30,9 @@ const SLACK: Millis = 90_000;
 /// Free deaths soon after readiness, and what counts as soon: as in the supervisor.
 const FREE_EARLY_DEATHS: u32 = 2;
 const EARLY: Millis = 10_000;
-const EVENTS_MAX: usize = 300_000;
+const EVENTS_MAX: usize = 100_000;
+/// The loop may not be woken by its timer more often than this for nothing.
+const IDLE_WAKES_MAX: usize = 500;
 
 /// SplitMix64.
 struct Rng(u64);
@@ -362,7 +362,11 @@ struct Sim {
     now: Millis,
     /// Wall clock = this + `now`.
     offset: Millis,
-    set_back: Millis,
+    /// The latest time shown by any run's clock, and by how much the clock of a later run was behind it at most.
+    shown: Millis,
+    lost_time: Millis,
+    /// Times in a row that the loop was woken by its timer, and nothing else happened.
+    idle_wakes: usize,
     agenda: BTreeMap<(Millis, u64), (u64, Ev)>,
     next_event: u64,
     generation: u64,
@@ -461,7 +465,9 @@ impl Sim {
             setup,
             now: 0,
             offset: 1_790_000_000_000,
-            set_back: 0,
+            shown: 0,
+            lost_time: 0,
+            idle_wakes: 0,
             agenda: BTreeMap::new(),
             next_event: 0,
             generation: 0,
@@ -538,7 +544,9 @@ impl Sim {
 
     fn clock(&mut self) -> Millis {
         let (wall, steady) = (self.offset + self.now, self.now);
-        self.server().clock.read(wall, steady)
+        let now = self.server().clock.read(wall, steady);
+        self.shown = self.shown.max(now);
+        now
     }
 
     /// Runs until every job has ended and nobody is busy.
@@ -546,7 +554,9 @@ impl Sim {
         while let Some(((at, _), (stamp, event))) = self.agenda.pop_first() {
             self.now = at;
             self.seen.events += 1;
-            assert!(self.seen.events < EVENTS_MAX, "no end: the loop is busy with nothing");
+            assert!(self.seen.events < EVENTS_MAX, "no end");
+            self.idle_wakes = if matches!(event, Ev::Timer(_)) { self.idle_wakes + 1 } else { 0 };
+            assert!(self.idle_wakes < IDLE_WAKES_MAX, "the loop is busy with nothing");
             let changes = matches!(event, Ev::Turn | Ev::Timer(_) | Ev::Commit | Ev::Boot | Ev::Stale);
             self.happen(stamp, event);
             self.check_device();
@@ -675,6 +685,7 @@ impl Sim {
         self.generation += 1;
         let mut clock = Held::default();
         let now = clock.read(self.offset + self.now, self.now);
+        self.lost_time = self.lost_time.max(self.shown - now);
         self.disk.recover(now);
         let state = State::new(&self.setup.specs, self.setup.knobs.clone(), &self.disk.learned, self.disk.epoch);
         self.server = Some(Server {
@@ -949,6 +960,10 @@ impl Sim {
                     self.note(|| format!("order {model} {order:?}"));
                     let index = self.server().state.index_of(&model).unwrap();
                     self.workers[index].orders.push_back(order);
+                    if order == Order::Stop && self.faults && self.rng.chance(self.setup.troubles / 2) {
+                        // It dies while it is told to stop.
+                        self.dies(index);
+                    }
                     let after = self.hop();
                     self.world(after, Ev::Orders(index));
                 }
@@ -1666,9 +1681,7 @@ impl Sim {
             9 => self.slow_disk = !self.slow_disk,
             10 => self.offset += 86_400_000,
             11 => {
-                let back = self.rng.range(1, 3_600_000);
-                self.offset -= back;
-                self.set_back += back;
+                self.offset -= self.rng.range(1, 3_600_000);
             }
             12 => {
                 self.workers[index].orders.push_back(Order::Retry);
@@ -1681,20 +1694,35 @@ impl Sim {
         self.world(after, Ev::Strike);
     }
 
-    /// From now on nothing goes wrong any more but what jobs do, and every job must end within: what is under way (a load
-    /// that hangs, a back-off, a pause of the store), twice what the clock was set back by (it goes on at half the pace), and
-    /// for each job and each attempt that it may have left: its time limit, a load, a stop and a back-off of its model and
-    /// of itself.
+    /// From now on nothing goes wrong any more but what jobs do, and every job must end within the sum of
+    ///
+    /// - what is under way: a load that hangs, a pause of the store, a server that is down, a back-off (at half the pace if
+    ///   the clock was set back);
+    /// - what the clock lost over restarts, since pauses that were written down before last longer by it;
+    /// - for each attempt that a job has left: a load and a stop, its time limit and its pause. Jobs that fail by themselves
+    ///   have three, others two (one may be on a worker that hangs);
+    /// - for each death that killers have left: a load, a stop, a back-off of the model, and the time limit of what it takes
+    ///   along. A killer has seven: its first, five of the search, and the last.
     fn cease(&mut self) {
         self.faults = false;
         self.refusing = false;
         self.slow_disk = false;
-        let open = i64::try_from(self.open().count() + self.flying_submissions()).unwrap();
-        let attempts = 3 + 2 + 6;
-        let each = TIMEOUT_MAX + LOAD_MAX + STOP_MAX + 2 * BACKOFF_MAX + 2 * BACKOFF_MAX;
-        let bound = LOAD_LIMIT + 2 * BACKOFF_MAX + SLACK + 2 * self.set_back + (open + 1) * attempts * each;
+        let swap = 2 * self.setup.load_ms.iter().max().unwrap() + STOP_MAX;
+        let limit = self.setup.specs.iter().map(|spec| spec.timeout.as_millis()).max().unwrap();
+        let limit = i64::try_from(limit).unwrap();
+        let (mut attempts, mut deaths) = (3 * i64::try_from(self.flying_submissions()).unwrap(), 0);
+        for row in self.open() {
+            match self.natures[&row.id.number] {
+                Nature::Killer => deaths += 7,
+                Nature::Flaky(_) | Nature::Hanging => attempts += 3,
+                Nature::Good | Nature::Refused | Nature::Slow => attempts += 2,
+            }
+        }
+        let under_way = LOAD_LIMIT + 2 * BACKOFF_MAX + SLACK;
+        let work = attempts * (swap + limit + 2 * 4_000) + deaths * (swap + 2 * BACKOFF_MAX + limit);
+        let bound = under_way + self.lost_time + work;
         self.due = Some((self.now, self.now + bound));
-        self.note(|| format!("faults cease; {open} jobs have {bound} ms"));
+        self.note(|| format!("faults cease; jobs have {attempts} attempts and {deaths} deaths left, and {bound} ms"));
     }
 
     fn flying_submissions(&self) -> usize {
@@ -1890,7 +1918,7 @@ impl Sim {
                 _ => {}
             }
         }
-        if self.seen.events % 8 == 0 && flying.is_empty() {
+        if self.seen.events.is_multiple_of(8) && flying.is_empty() {
             self.check_view(&waiting);
         }
     }

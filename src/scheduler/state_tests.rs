@@ -362,3 +362,23 @@ fn a_suspect_that_is_seen_alive_while_it_drains_may_finish_its_jobs() {
     }
     assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
 }
+
+#[test]
+fn a_clock_that_jumps_takes_no_job_from_its_worker_and_loses_no_pause() {
+    let mut world = World::new(&[("a", 4)]);
+    world.queue(vec![job(1, "a"), job(2, "a")]);
+    world.obey();
+    assert_eq!(world.running.len(), 2);
+    let back = Some(Back { not_before: Some(world.now + 2_000), crash: None });
+    world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: false, suspect: false, back });
+    assert_eq!(world.state.wake_at(), Some(world.now + 2_000));
+    // Back between two runs of the server: the pause lasts longer, and nobody else is touched.
+    world.now -= 900;
+    world.event(Event::Queued(Vec::new()));
+    assert_eq!((world.running.len(), world.state.queued()), (2, 1));
+    // A day forward: the pause is over, and what runs goes on running.
+    world.now += 86_400_000;
+    world.event(Event::Queued(Vec::new()));
+    assert_eq!(world.running.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [1, 2, 1], "one more claim");
+    assert_eq!((world.state.queued(), world.orders.len(), world.ended.len()), (0, 0, 0));
+}

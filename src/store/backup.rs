@@ -165,7 +165,7 @@ impl Destination {
         }
         let lock = lock(&folder.join(MARK))?;
         let destination = Self { data_dir, folder, _lock: lock };
-        destination.is_ours()?;
+        destination.is_ours().map_err(|error| explained(&destination.data_dir, error))?;
         Ok(destination)
     }
 
@@ -195,7 +195,7 @@ impl Destination {
     /// in the manifest; without, they are an error. Blocks.
     pub fn back_up(&self, clock: &dyn Clock, tolerant: bool, watch: Watch<'_>) -> Result<Done, StoreError> {
         let live = open_live(&self.data_dir)?;
-        check_schema(&live, &self.data_dir)?;
+        check_schema(&live, &self.data_dir).map_err(|error| explained(&self.data_dir, error))?;
         for pass in 1.. {
             match self.pass(&live, clock, tolerant, watch)? {
                 Pass::Done(done) => return Ok(*done),
@@ -615,15 +615,25 @@ pub(super) fn open_still(database: &Path) -> Result<Connection, StoreError> {
     Connection::open_with_flags(uri, flags).map_err(|error| in_database(database, error))
 }
 
+/// The same error with the database's name.
 pub(super) fn in_database(database: &Path, error: rusqlite::Error) -> StoreError {
-    match StoreError::from(error) {
-        StoreError::Corrupt(text) => StoreError::Corrupt(format!("{}: {text}", database.display())),
-        StoreError::Io(text) => StoreError::Io(format!("{}: {text}", database.display())),
+    named(database, error.into())
+}
+
+/// The same error with the database of `data_dir` in it, and what to do if a server keeps others out.
+pub(super) fn explained(data_dir: &Path, error: StoreError) -> StoreError {
+    named(&data_dir.join(DATABASE), error)
+}
+
+fn named(database: &Path, error: StoreError) -> StoreError {
+    let database = database.display();
+    match error {
+        StoreError::Corrupt(text) => StoreError::Corrupt(format!("{database}: {text}")),
+        StoreError::Io(text) => StoreError::Io(format!("{database}: {text}")),
         StoreError::Database(text) if text.contains("locked") => StoreError::Unusable(format!(
-            "{}: {text}: a server that was allowed a network file system shares its database with nobody; stop it first",
-            database.display()
+            "{database}: {text}: a server with --allow-network-fs shares its database with nobody; stop it first"
         )),
-        StoreError::Database(text) => StoreError::Database(format!("{}: {text}", database.display())),
+        StoreError::Database(text) => StoreError::Database(format!("{database}: {text}")),
         other => other,
     }
 }

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use super::StoreError;
 use super::backup::{
-    ALL_FILES, ARTIFACTS, Count, FileRow, Progress, Watch, digest, each_file, files_in, in_database, in_file,
-    jobs_by_state, open_live, schema,
+    ALL_FILES, ARTIFACTS, Count, FileRow, Progress, Watch, digest, each_file, explained, files_in, in_database,
+    in_file, jobs_by_state, open_live, schema,
 };
 use super::open::{DATABASE, schema_version};
 use super::restore::integrity;
@@ -62,7 +62,7 @@ pub fn has_server(data_dir: &Path) -> Result<bool, StoreError> {
     }
 }
 
-/// What is in a data dir; `None`: no database.
+/// What is in a data dir; `None`: no database. [`StoreError::Unusable`]: a server keeps others out.
 pub fn look(data_dir: &Path) -> Result<Option<Inside>, StoreError> {
     if !data_dir.join(DATABASE).exists() {
         return Ok(None);
@@ -73,10 +73,7 @@ pub fn look(data_dir: &Path) -> Result<Option<Inside>, StoreError> {
         let files = if schema == schema_known { files_in(&c)? } else { Count::default() };
         Ok(Inside { jobs: jobs_by_state(&c)?, files, schema, schema_known })
     };
-    read().map(Some).map_err(|error| match error {
-        StoreError::Corrupt(text) => StoreError::Corrupt(format!("{}: {text}", data_dir.join(DATABASE).display())),
-        other => other,
-    })
+    read().map(Some).map_err(|error| explained(data_dir, error))
 }
 
 /// Checks the database's pages and indexes, and every file against its row. Blocks, and reads everything.

@@ -104,18 +104,27 @@ pub(super) struct Files {
     pub(super) folder: Arc<std::path::PathBuf>,
     files: Arc<LocalFileSystem>,
     stored_bytes: Arc<AtomicU64>,
+    /// Part of the names of files; begins anywhere, so that no two runs of the server give the same.
+    serial: Arc<AtomicU64>,
 }
 
 impl Files {
     /// Opens (and makes) the folder.
     pub(super) fn open(folder: &std::path::Path, stored_bytes: u64) -> Result<Self, StoreError> {
         let in_folder = |source| StoreError::File { path: folder.display().to_string(), source };
-        std::fs::create_dir_all(folder).and_then(|()| sync_name(folder)).map_err(in_folder)?;
+        std::fs::create_dir_all(folder).map_err(in_folder)?;
+        // The folder's own name has to outlive a power cut, too.
+        let parent = folder.parent().unwrap_or(folder);
+        std::fs::File::open(parent).and_then(|dir| dir.sync_all()).map_err(in_folder)?;
         let files = LocalFileSystem::new_with_prefix(folder)
             .map_err(|error| in_folder(std::io::Error::other(error)))?
             .with_fsync(true);
-        let folder = Arc::new(folder.to_owned());
-        Ok(Self { folder, files: Arc::new(files), stored_bytes: Arc::new(AtomicU64::new(stored_bytes)) })
+        Ok(Self {
+            folder: Arc::new(folder.to_owned()),
+            files: Arc::new(files),
+            stored_bytes: Arc::new(AtomicU64::new(stored_bytes)),
+            serial: Arc::new(AtomicU64::new(u64::from(getrandom::u32().unwrap_or_default()))),
+        })
     }
 
     /// Bytes of all files that rows name, and of those that soon will be.
@@ -195,8 +204,10 @@ impl Files {
         mime: &str,
         bytes: Bytes,
     ) -> Result<StoredFile, StoreError> {
-        // The attempt is in the path: a late writer of an old attempt never touches the file of the one that won.
-        let path = format!("{}/{}-{}-{name}", folder_of(token.id.number), token.id.uuid(), token.attempt);
+        // The attempt is in the path: a late writer of an old attempt never touches the file of the one that won. So is a
+        // serial number: neither does a second result of the same attempt.
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed);
+        let path = format!("{}/{}-{}-{serial:x}-{name}", folder_of(token.id.number), token.id.uuid(), token.attempt);
         let size = bytes.len() as u64;
         let sha256 = hex(&Sha256::digest(&bytes));
         self.files.put(&Path::from(path.as_str()), bytes.into()).await.map_err(|error| file_error(&path, error))?;
@@ -253,14 +264,6 @@ impl Files {
             image["b64_json"] = Value::String(BASE64.encode(bytes));
         }
         Ok(Bytes::from(json.to_string()))
-    }
-}
-
-/// Makes a folder's name outlive a power cut: without it, all that is synced inside may be gone with its folder.
-pub(super) fn sync_name(folder: &std::path::Path) -> std::io::Result<()> {
-    match folder.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        Some(parent) => std::fs::File::open(parent)?.sync_all(),
-        None => std::fs::File::open(".")?.sync_all(),
     }
 }
 

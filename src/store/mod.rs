@@ -39,7 +39,7 @@ pub use files::Body;
 pub use housekeeping::Trouble;
 pub use idempotency::IdempotencyKey;
 pub use metrics::StoreMetrics;
-pub use open::{Opened, open};
+pub use open::{Opened, data_dir_id_of, open};
 pub use recovery::QueuedJob;
 pub use retention::Purged;
 pub use submit::Inserted;
@@ -160,6 +160,8 @@ impl From<sqlx::Error> for StoreError {
 
 #[cfg(test)]
 mod backup_tests;
+#[cfg(test)]
+mod model_tests;
 #[cfg(test)]
 mod retention_tests;
 #[cfg(test)]

@@ -75,9 +75,12 @@ pub async fn open(
         .recursive(true)
         .mode(0o700)
         .create(dir)
-        .and_then(|()| super::files::sync_name(dir))
         .map_err(|source| StoreError::File { path: dir.display().to_string(), source })?;
-    let lock = lock(dir)?;
+    if let Some(parent) = dir.parent().filter(|parent| parent.is_dir()) {
+        // The folder's own name has to outlive a power cut, too. Where it may not be read, it was there before.
+        let _ = File::open(parent).and_then(|parent| parent.sync_all());
+    }
+    let lock = Arc::new(lock(dir)?);
     if rusqlite::version_number() < SQLITE_MIN {
         return Err(StoreError::Unusable(format!(
             "SQLite {} is linked; 3.51.3 or newer is needed",
@@ -110,7 +113,15 @@ pub async fn open(
     let gives_back = session.c.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0))? == 2;
     let live = Live::default();
     let space = Space::new(dir, settings.free_min_bytes, settings.reserve_bytes);
-    let parts = Parts { session, space, quota: quota.clone(), live: live.clone(), metrics: metrics.clone(), on_fatal };
+    let parts = Parts {
+        session,
+        space,
+        quota: quota.clone(),
+        live: live.clone(),
+        metrics: metrics.clone(),
+        on_fatal,
+        _lock: Some(lock.clone()),
+    };
     let writer = Writer::start(parts)
         .map_err(|source| StoreError::File { path: "the store's writing thread".into(), source })?;
     let reader = if settings.exclusive {
@@ -130,7 +141,7 @@ pub async fn open(
         gives_back,
         settings: Arc::new(settings),
         next_batch: Arc::new(AtomicI64::new(next_batch)),
-        _lock: Arc::new(lock),
+        _lock: lock,
     };
     Ok(Opened {
         store,
@@ -141,6 +152,13 @@ pub async fn open(
         epoch: recovered.epoch,
         data_dir_id,
     })
+}
+
+/// The id of the data dir `dir`, which a server may be using: what its workers are marked with. Changes nothing.
+pub fn data_dir_id_of(dir: &Path) -> Result<String, StoreError> {
+    let c = Connection::open_with_flags(dir.join(DATABASE), OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    c.busy_timeout(Duration::from_secs(5))?;
+    Ok(c.query_row("SELECT value FROM meta WHERE key = 'data_dir_id'", [], |row| row.get(0))?)
 }
 
 /// One server per data dir: an advisory lock that ends with the process.

@@ -132,7 +132,7 @@ const JOB_COLUMNS: &str =
     "job.number, job.tag, job.kind, job.face, model.name, tenant.name, job.batch, job.state, job.priority,
     job.attempt, job.failures, job.crashes, job.max_attempts, job.version, job.batch_key, job.stream, job.created_at,
     job.requeued_at, job.started_at, job.finished_at, job.not_before, job.start_deadline, job.deadline, job.timeout_ms,
-    job.error, job.load_ms, job.emptied_at, request.endpoint, request.custom_id, request.metadata, request.present,
+    job.error, job.load_ms, job.emptied_at, job.delivered_at, request.endpoint, request.custom_id, request.metadata, request.present,
     request.retry_of, result.usage";
 const JOB_TABLES: &str = "job JOIN model ON model.id = job.model JOIN tenant ON tenant.id = job.tenant
     LEFT JOIN request ON request.number = job.number LEFT JOIN result ON result.number = job.number";
@@ -149,11 +149,11 @@ fn job_of(row: &Row<'_>) -> Result<Job, StoreError> {
     Ok(Job {
         id: JobId::new(created_at, row.get(0)?, tag),
         kind,
-        endpoint: optional(27)?.unwrap_or_default(),
+        endpoint: optional(28)?.unwrap_or_default(),
         model: text(4)?,
         tenant: text(5)?,
         batch: row.get::<_, Option<i64>>(6)?.map(BatchId),
-        custom_id: optional(28)?,
+        custom_id: optional(29)?,
         face: Face::parse(&text(3)?).ok_or_else(|| unreadable("face"))?,
         state,
         state_reason: (state == JobState::Queued).then(|| reason(attempt, not_before)),
@@ -165,7 +165,7 @@ fn job_of(row: &Row<'_>) -> Result<Job, StoreError> {
         version: row.get(13)?,
         batch_key: row.get(14)?,
         stream: row.get(15)?,
-        present: optional(30)?.map(|text| parse("present", &text)).transpose()?.unwrap_or_default(),
+        present: optional(31)?.map(|text| parse("present", &text)).transpose()?.unwrap_or_default(),
         created_at,
         queued_at: row.get::<_, Option<Millis>>(17)?.unwrap_or(created_at),
         started_at: row.get(18)?,
@@ -174,12 +174,13 @@ fn job_of(row: &Row<'_>) -> Result<Job, StoreError> {
         start_deadline: row.get(21)?,
         deadline: row.get(22)?,
         timeout_ms: row.get(23)?,
-        metadata: optional(29)?.map(|text| parse("metadata", &text)).transpose()?.unwrap_or_default(),
-        retry_of: optional(31)?.and_then(|text| JobId::from_str(&text).ok()),
+        metadata: optional(30)?.map(|text| parse("metadata", &text)).transpose()?.unwrap_or_default(),
+        retry_of: optional(32)?.and_then(|text| JobId::from_str(&text).ok()),
         error: optional(24)?.map(|text| parse("error", &text)).transpose()?,
-        usage: optional(32)?.map(|text| parse("usage", &text)).transpose()?,
+        usage: optional(33)?.map(|text| parse("usage", &text)).transpose()?,
         load_ms: row.get(25)?,
         emptied_at: row.get(26)?,
+        delivered_at: row.get(27)?,
     })
 }
 

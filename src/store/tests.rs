@@ -76,7 +76,7 @@ fn settings() -> StorageSettings {
     StorageSettings { free_min_bytes: 0, reserve_bytes: 0, ..StorageSettings::default() }
 }
 
-async fn reopen(dir: &tempfile::TempDir, clock: &Arc<ManualClock>) -> Opened {
+pub(super) async fn reopen(dir: &tempfile::TempDir, clock: &Arc<ManualClock>) -> Opened {
     // The lock is released when the last handle of the earlier store is gone, which is a moment after its drop.
     for _ in 0..200 {
         match open(dir.path(), clock.clone(), settings(), Arc::new(|reason| panic!("{reason}"))).await {
@@ -88,7 +88,7 @@ async fn reopen(dir: &tempfile::TempDir, clock: &Arc<ManualClock>) -> Opened {
     panic!("the data dir stays locked");
 }
 
-fn new_job() -> NewJob {
+pub(super) fn new_job() -> NewJob {
     NewJob {
         endpoint: "/v1/chat/completions".into(),
         model: "echo".into(),
@@ -110,7 +110,7 @@ fn new_job() -> NewJob {
     }
 }
 
-fn answer(text: &str) -> Answer {
+pub(super) fn answer(text: &str) -> Answer {
     Answer {
         status: 200,
         content_type: "application/json".into(),
@@ -350,6 +350,121 @@ async fn an_answer_that_came_too_late_leaves_no_files() {
     let left = walk(&bench.dir.path().join("artifacts"));
     assert_eq!(left, Vec::<std::path::PathBuf>::new());
     assert_eq!(bench.store().metrics().await.stale_writes, 1);
+}
+
+#[tokio::test]
+async fn a_second_answer_of_the_same_attempt_leaves_the_file_of_the_first_alone() {
+    let bench = Bench::new().await;
+    let id = bench.add(1).await;
+    let token = bench.claim(id).await;
+    let large = |letter: &str| format!("\"{}\"", letter.repeat(100_000));
+    assert!(succeed(bench.store(), token, &large("y")).await.is_some());
+    assert!(succeed(bench.store(), token, &large("z")).await.is_none());
+    assert_eq!(bench.store().reader().answer(id).await.unwrap().unwrap().body, large("y"));
+    assert_eq!(walk(&bench.dir.path().join("artifacts")).len(), 1);
+}
+
+#[tokio::test]
+async fn a_late_answer_of_a_killed_attempt_changes_nothing_after_a_newer_one_has_finished() {
+    let bench = Bench::new().await;
+    let id = bench.add(1).await;
+    let killed = bench.claim(id).await;
+    let bench = bench.restart().await;
+    let newer = bench.claim(id).await;
+    assert_eq!(newer.attempt, 2);
+    assert!(succeed(bench.store(), newer, "\"new\"").await.is_some());
+    let (before, kinds) = (bench.store().reader().job(id).await.unwrap(), bench.kinds(id).await);
+    let late = format!("\"{}\"", "late".repeat(100_000));
+    assert!(succeed(bench.store(), killed, &late).await.is_none());
+    assert_eq!(bench.store().append(killed, "job.progress", serde_json::json!({})).await.unwrap(), None);
+    assert_eq!(bench.store().requeue(killed, GiveBack { crashes: 1, ..GiveBack::default() }).await.unwrap(), None);
+    let bench = bench.restart().await;
+    let after = bench.store().reader().job(id).await.unwrap();
+    assert_eq!((after.state, after.version, after.attempt), (before.state, before.version, before.attempt));
+    assert_eq!(bench.kinds(id).await, kinds);
+    assert_eq!(bench.store().reader().answer(id).await.unwrap().unwrap().body, "\"new\"");
+    assert_eq!(walk(&bench.dir.path().join("artifacts")), Vec::<std::path::PathBuf>::new());
+}
+
+/// A worker dies at each stage of a run; each of its 32 jobs ends once, and as its stage says.
+#[tokio::test]
+async fn a_death_at_any_stage_leaves_every_job_of_a_run_whole() {
+    let mut bench = Bench::new().await;
+    let mut ids = Vec::new();
+    for number in 1..=32 {
+        ids.push(bench.add(number).await);
+    }
+    let numbers: Vec<i64> = ids.iter().map(|id| id.number).collect();
+    // Before the claim is committed: nobody has been told, and the claim stands or it does not.
+    let mut claim = Box::pin(bench.store().claim(numbers.clone(), 1));
+    assert!(futures_util::poll!(&mut claim).is_pending());
+    drop(claim);
+    bench = bench.restart().await;
+    // After the commit and before the jobs are sent.
+    assert_eq!(bench.queued().await, numbers);
+    let sent = bench.store().claim(numbers.clone(), 2).await.unwrap();
+    bench = bench.restart().await;
+    // In the middle of the run: a third has been answered, a third is known to have been lost.
+    assert_eq!(bench.queued().await, numbers);
+    let running = bench.store().claim(numbers.clone(), 3).await.unwrap();
+    for claim in &running[..11] {
+        assert!(succeed(bench.store(), claim.token, "\"early\"").await.is_some());
+    }
+    for claim in &running[11..22] {
+        let back = GiveBack { crashes: 1, crash: Some(7), ..GiveBack::default() };
+        assert!(bench.store().requeue(claim.token, back).await.unwrap().is_some());
+    }
+    bench = bench.restart().await;
+    assert_eq!(bench.queued().await, numbers[11..]);
+    // After the results and before they are committed: kept files, no row that names them.
+    let last = bench.store().claim(numbers[11..].to_vec(), 4).await.unwrap();
+    for claim in &last[..10] {
+        let large = format!("\"{}\"", "y".repeat(100_000));
+        bench.store().keep(claim.token, JobKind::Chat, &answer(&large)).await.unwrap();
+    }
+    bench = bench.restart().await;
+    let again = bench.store().claim(numbers[11..].to_vec(), 5).await.unwrap();
+    assert_eq!(again.len(), 21);
+    for (claim, number) in again.iter().zip(12..) {
+        let (crashes, crash) = if number <= 22 { (1, Some(7)) } else { (0, None) };
+        assert_eq!((claim.failures, claim.crashes, claim.crash), (0, crashes, crash), "{number}");
+        assert!(succeed(bench.store(), claim.token, "\"late\"").await.is_some());
+    }
+    for old in sent.iter().chain(&running).chain(&last) {
+        assert!(succeed(bench.store(), old.token, "\"stale\"").await.is_none());
+    }
+    bench = bench.restart().await;
+    for id in &ids {
+        let text = if id.number <= 11 { "\"early\"" } else { "\"late\"" };
+        assert_eq!(bench.store().reader().answer(*id).await.unwrap().unwrap().body, text);
+        let kinds = bench.kinds(*id).await;
+        let ends = kinds.iter().filter(|kind| *kind == "job.succeeded").count();
+        assert_eq!((ends, kinds.last().map(String::as_str)), (1, Some("job.succeeded")), "{kinds:?}");
+    }
+    assert!(bench.queued().await.is_empty());
+}
+
+/// Pauses are kept as times of the wall clock. Whatever it does between two runs, jobs that wait keep waiting, one by one,
+/// and running ones are given back once.
+#[tokio::test]
+async fn a_wall_clock_that_jumps_between_two_runs_rescues_nobody() {
+    for jump in [-3_600_000, 86_400_000] {
+        let bench = Bench::new().await;
+        bench.clock.advance(10_000_000);
+        let (pausing, waiting, running) = (bench.add(1).await, bench.add(2).await, bench.add(3).await);
+        let token = bench.claim(pausing).await;
+        let back = GiveBack { failures: 1, not_before: Some(10_002_000), ..GiveBack::default() };
+        bench.store().requeue(token, back).await.unwrap().unwrap();
+        bench.claim(running).await;
+        bench.clock.advance(jump);
+        assert_eq!(bench.state(running).await, JobState::Running, "nobody takes a job from a worker by the clock");
+        let bench = bench.restart().await;
+        assert_eq!(bench.opened.recovered, 1, "only what ran");
+        assert_eq!(bench.queued().await, [pausing.number, waiting.number, running.number]);
+        let job = bench.store().reader().job(pausing).await.unwrap();
+        assert_eq!((job.not_before, job.failures, job.attempt), (Some(10_002_000), 1, 1));
+        assert_eq!(bench.store().reader().job(running).await.unwrap().failures, 0);
+    }
 }
 
 fn walk(dir: &std::path::Path) -> Vec<std::path::PathBuf> {

@@ -9,6 +9,7 @@
 //!    damaged file), the program is brought down, answers nobody, and recovers at its next start.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -174,6 +175,8 @@ pub(super) struct Parts {
     pub(super) live: Live,
     pub(super) metrics: Metrics,
     pub(super) on_fatal: OnFatal,
+    /// Keeps the data dir until the last change has been written.
+    pub(super) _lock: Option<Arc<File>>,
 }
 
 impl Writer {
@@ -443,6 +446,7 @@ mod tests {
             live: Live::default(),
             metrics: Metrics::new(Arc::new(ManualClock::at(1))),
             on_fatal: Arc::new(|reason| panic!("{reason}")),
+            _lock: None,
         }
     }
 

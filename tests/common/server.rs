@@ -165,7 +165,7 @@ impl Site {
         .await;
         server.said = said;
         server.api = Api::new(&format!("http://{}", address.replace("0.0.0.0", "127.0.0.1")));
-        server.data_dir_id = Some(server.read_data_dir_id());
+        server.data_dir_id = Some(roundhouse::store::data_dir_id_of(&self.data()).unwrap());
         server
     }
 }
@@ -242,33 +242,6 @@ impl Server {
     /// Waits until no process of it lives.
     pub(crate) async fn all_gone(&self, limit: Duration) {
         eventually(limit, "no process is left", || async { self.processes().is_empty().then_some(()) }).await;
-    }
-
-    /// `failures, crashes, attempt` of a job, from the database.
-    pub(crate) fn charged(&self, id: &str) -> (i64, i64, i64) {
-        let number = id.parse::<roundhouse::domain::JobId>().unwrap().number;
-        let sql = "SELECT failures, crashes, attempt FROM job WHERE number = ?1";
-        self.database().query_row(sql, [number], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).unwrap()
-    }
-
-    /// Whether the database says that a job's answer was handed out.
-    pub(crate) fn is_delivered(&self, id: &str) -> bool {
-        let number = id.parse::<roundhouse::domain::JobId>().unwrap().number;
-        let sql = "SELECT delivered_at IS NOT NULL FROM job WHERE number = ?1";
-        self.database().query_row(sql, [number], |row| row.get(0)).unwrap()
-    }
-
-    fn read_data_dir_id(&self) -> String {
-        let sql = "SELECT value FROM meta WHERE key = 'data_dir_id'";
-        self.database().query_row(sql, [], |row| row.get(0)).unwrap()
-    }
-
-    fn database(&self) -> rusqlite::Connection {
-        let file = self.dir.path().join("data/roundhouse.db");
-        let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY;
-        let connection = rusqlite::Connection::open_with_flags(file, flags).unwrap();
-        connection.busy_timeout(Duration::from_secs(10)).unwrap();
-        connection
     }
 }
 

@@ -36,8 +36,7 @@ async fn jobs_of_a_killed_worker_run_again_uncharged() {
         check_history(&events);
         assert_eq!(job["attempt"], 2, "{job}");
         assert!(kinds(&events).contains(&"job.retrying"), "{events:?}");
-        let (failures, crashes, _) = server.charged(id);
-        assert_eq!((failures, crashes), (0, 1), "a crash isolates and charges nothing");
+        assert_eq!((&job["failures"], &job["crashes"]), (&json!(0), &json!(1)), "a crash isolates and charges nothing");
     }
     assert!(!server.worker_log("a").contains("out of memory"), "the dead one's memory was free");
 }
@@ -63,9 +62,8 @@ async fn the_killer_of_a_run_fails_and_its_companions_do_not() {
     for id in &innocents {
         let job = api.succeeded(id).await;
         check_history(&api.events(id).await);
-        let (failures, crashes, _) = server.charged(id);
-        assert_eq!(failures, 0, "{job}");
-        assert!(crashes <= 2, "the search halves: {job}");
+        assert_eq!(job["failures"], 0, "{job}");
+        assert!(job["crashes"].as_i64().unwrap() <= 2, "the search halves: {job}");
     }
     // The run of eight: all of it was there when the worker died.
     let started = api.events(&killer).await.into_iter().find(|event| event["type"] == "job.started").unwrap();
@@ -79,6 +77,32 @@ async fn the_killer_of_a_run_fails_and_its_companions_do_not() {
     assert_eq!(beside_the_killer, together, "one run had all eight: {started}");
     let other = api.submit_echo("b", json!({})).await;
     api.succeeded(&other).await;
+}
+
+#[tokio::test]
+async fn a_poisonous_job_among_32_is_alone_after_five_more_runs_and_the_others_succeed() {
+    // While it loads, all of them come to wait for it. The first place is the worst: each half with it dies.
+    let args = ["--load-s", "1", "--delay-ms", "20"];
+    let site = Site::new().model("a", with(echo("image", &args), json!({"max_batch": 32, "limit": 32})));
+    let server = site.start().await;
+    let api = &server.api;
+    let image = |wishes: Value| json!({"endpoint": "/v1/images/generations", "body": {"model": "a", "prompt": "x", "echo": wishes}});
+    let mut requests = vec![image(json!({})); 32];
+    requests[0] = image(json!({"crash": true}));
+    let mut innocents = api.submit_together(requests).await;
+    let killer = innocents.remove(0);
+
+    let job = api.finished(&killer).await;
+    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("worker_lost")), "{job}");
+    assert_eq!((&job["attempt"], &job["crashes"]), (&json!(6), &json!(5)), "among 32, 16, 8, 4, 2, and alone: {job}");
+    assert_eq!(check_history(&api.events(&killer).await), "job.failed");
+    for id in &innocents {
+        let job = api.succeeded(id).await;
+        assert_eq!(check_history(&api.events(id).await), "job.succeeded");
+        assert_eq!(job["failures"], 0, "{job}");
+        assert!(job["crashes"].as_i64().unwrap() <= 5, "{job}");
+    }
+    assert_eq!(api.worker("a").await["starts"], 7, "one for each death and one for the innocent");
 }
 
 #[tokio::test]
@@ -142,7 +166,7 @@ async fn failures_of_single_jobs_are_results_and_leave_the_worker_alone() {
     let job = api.finished(&failing).await;
     assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("worker_error")), "{job}");
     assert!(job["error"]["message"].as_str().unwrap().contains("no such colour"), "{job}");
-    assert_eq!((server.charged(&failing).0, &job["attempt"]), (1, &json!(2)), "{job}");
+    assert_eq!((&job["failures"], &job["attempt"]), (&json!(1), &json!(2)), "{job}");
     let job = api.finished(&refused).await;
     assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("upstream_rejected")), "{job}");
     assert_eq!(job["attempt"], 1, "what the engine refuses is not tried again: {job}");

@@ -76,8 +76,8 @@ async fn jobs_resume_by_themselves_when_a_gpu_appears() {
     })
     .await;
     insert_card(&site.device());
-    api.succeeded(&waiting).await;
-    assert_eq!(server.charged(&waiting).0, 0);
+    let job = api.succeeded(&waiting).await;
+    assert_eq!(job["failures"], 0, "{job}");
 }
 
 #[tokio::test]

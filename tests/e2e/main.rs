@@ -7,6 +7,7 @@ mod common;
 
 mod api;
 mod auth;
+mod backups;
 mod broken_models;
 mod crashes;
 mod ends;

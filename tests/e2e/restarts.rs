@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use reqwest::Method;
 use serde_json::json;
 
-use crate::common::{Api, Proc, Server, Site, beside, check_history, echo, echo_job, eventually, with};
+use crate::common::{Api, Proc, Reply, Server, Site, beside, check_history, echo, echo_job, eventually, with};
 
 /// Jobs in three rounds of submitting, killing and starting again.
 const ROUNDS: u64 = 3;
@@ -46,8 +46,7 @@ async fn no_accepted_job_is_lost_or_ends_twice_when_the_server_is_killed() {
         assert_eq!(check_history(&events), "job.succeeded");
         let started = events.iter().filter(|event| event["type"] == "job.started").count();
         assert_eq!(job["attempt"], started, "each claim is an attempt: {job}");
-        let (failures, crashes, _) = server.charged(id);
-        assert_eq!((failures, crashes), (0, 0), "a restart charges nothing: {job}");
+        assert_eq!((&job["failures"], &job["crashes"]), (&json!(0), &json!(0)), "a restart charges nothing: {job}");
     }
     for state in ["queued", "running", "cancelling", "failed"] {
         let page = server.api.get(&format!("/v1/jobs?state={state}")).await.is(200).json();
@@ -60,6 +59,46 @@ async fn no_accepted_job_is_lost_or_ends_twice_when_the_server_is_killed() {
     for model in ["a", "b"] {
         assert!(!server.worker_log(model).contains("out of memory"), "{model} found the device free");
     }
+}
+
+#[tokio::test]
+async fn a_key_makes_one_job_whatever_becomes_of_the_server() {
+    let site = Site::new().model("a", echo("custom", &[] as &[&str]));
+    let mut server = site.start().await;
+    let request = echo_job("a", json!({}));
+    let sent = |server: &Server| {
+        let (api, body) = (server.api.header("idempotency-key", "once"), request.to_string().into_bytes());
+        beside(async move { api.try_send(Method::POST, "/v1/jobs", Some(body)).await })
+    };
+    let mut answers = Vec::new();
+    for _ in 0..2 {
+        // The first answer shows that the server is at it; the others come before its end, or not at all.
+        let calls: Vec<_> = (0..25).map(|_| sent(&server)).collect();
+        let mut calls = calls.into_iter();
+        answers.push(calls.next().unwrap().await.unwrap().unwrap().is(202));
+        server.kill();
+        for call in calls {
+            answers.extend(call.await.unwrap());
+        }
+        server.forget_processes();
+        server = site.start().await;
+    }
+    for call in (0..50).map(|_| sent(&server)).collect::<Vec<_>>() {
+        answers.push(call.await.unwrap().unwrap());
+    }
+    let is_new = |reply: &&Reply| reply.header("idempotent-replayed") != "true";
+    assert!(answers.iter().filter(is_new).count() <= 1, "all but the first are told so");
+    let mut ids: Vec<String> = Vec::new();
+    for reply in answers {
+        ids.push(reply.is(202).json()["id"].as_str().unwrap().to_owned());
+    }
+    ids.dedup();
+    assert_eq!(ids.len(), 1, "{ids:?}");
+    let api = server.api.header("idempotency-key", "once");
+    api.post("/v1/jobs", &echo_job("a", json!({"other": 1}))).await.refused(422, "idempotency_key_reused");
+    server.api.succeeded(&ids[0]).await;
+    let page = server.api.get("/v1/jobs").await.is(200).json();
+    assert_eq!(page["data"].as_array().unwrap().len(), 1, "{page}");
 }
 
 /// Submits until the connection breaks; returns the ids of accepted jobs.
@@ -186,7 +225,7 @@ async fn a_second_signal_stops_at_once_and_the_running_job_runs_again() {
     drop(server);
     let server = site.start().await;
     server.api.happened(&id, "job.started").await;
-    assert_eq!(server.charged(&id).0, 0, "stopping charges nothing");
+    assert_eq!(server.api.job(&id).await["failures"], 0, "stopping charges nothing");
     assert_eq!(server.api.poke(&format!("/v1/jobs/{id}/cancel")).await.is(200).json()["id"], id.as_str());
     assert_eq!(server.api.finished(&id).await["state"], "cancelled");
 }

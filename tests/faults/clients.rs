@@ -202,13 +202,6 @@ pub(crate) async fn all_jobs(api: &Api) -> Vec<Value> {
     }
 }
 
-/// The value of a metric without labels.
-pub(crate) async fn metric(api: &Api, name: &str) -> f64 {
-    let text = String::from_utf8(api.get("/metrics").await.is(200).body.to_vec()).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    line.unwrap_or_else(|| panic!("no {name} in {text}")).trim().parse().unwrap()
-}
-
 /// Waits a moment without meaning, `from` to `to` ms: what matters is that each time it is another one.
 pub(crate) async fn a_moment(random: &mut Random, from: u64, to: u64) {
     let ms = from + random.next() % (to - from);

@@ -10,7 +10,7 @@
  *                       short:N[:COUNT]      that write stores the first half only, and says so
  *                       enospc:BYTES         after so many bytes nothing can be written or made: ENOSPC
  *                       erofs:N              from the N-th change on, as on a disk that the kernel made read-only
- *                       slow-sync:MS[:COUNT] each sync, or the first COUNT, takes so much longer
+ *                       slow-sync:MS         each sync takes so much longer
  *   FAULT_DISK_ARM    if set: nothing goes wrong unless this file exists; counting begins when it is first seen
  *   FAULT_DISK_ONLY   if set: only files whose path ends so go wrong
  *
@@ -83,7 +83,6 @@ static void read_fault(const char *text) {
         fault.first = strtoull(text + len, &end, 10);
         fault.count = *end == ':' ? strtoull(end + 1, NULL, 10) : 1;
         fault.kind = kinds[i].kind;
-        if (fault.kind == SLOW_SYNC && *end != ':') fault.count = UINT64_MAX;
         return;
     }
     fprintf(stderr, "disk.c: FAULT_DISK_FAULT=%s is unknown\n", text);
@@ -343,7 +342,7 @@ static int sync_fd(int fd, long call) {
         fault.syncs++;
         if (fault.kind == SYNC_EIO && nth(fault.syncs)) return (int)fail(EIO);
         if (fault.kind == EROFS_FROM && fault.changes >= fault.first) return (int)fail(EROFS);
-        if (fault.kind == SLOW_SYNC && fault.syncs <= fault.count) {
+        if (fault.kind == SLOW_SYNC) {
             leave();
             struct timespec nap = {(time_t)(fault.first / 1000), (long)(fault.first % 1000) * 1000000};
             nanosleep(&nap, NULL);

@@ -1,160 +1,178 @@
-//! Files that cannot be written or synced. A store under the shim meets each kind of error at each of its first operations;
-//! afterwards, without errors, all that was promised is there. And the whole server stops, or refuses with a word.
+//! Writes and syncs that fail, a disk that is full or turns read-only, a disk that is slow: no promise is broken, the
+//! process ends or refuses clearly, and the next start recovers.
 
 use std::path::Path;
-use std::process::{Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::clients::{Clients, plain};
-use super::common::{LIMIT, Site, eventually};
-use super::engine::{self, Engine};
+use serde_json::json;
+
+use super::common::{LIMIT, Site, echo, eventually, within};
+use super::engine::Engine;
 use super::ledger::Ledger;
-use super::replay::{Random, seed};
 use super::shim::{self, Fault};
-use super::{is_long, store_child, worker};
+use super::workload::{self, Manners};
 
-fn fault(what: String, only: &'static str) -> Fault {
-    Fault { what, only }
+const DIR: &str = "ROUNDHOUSE_TEST_ERRORS_DIR";
+const ROUNDS: usize = 2;
+
+/// What the failing process does: not a test of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_failing_process() {
+    let Ok(dir) = std::env::var(DIR) else { return };
+    workload::run(Path::new(&dir), ROUNDS, true, Manners::Honest).await.expect("the work is done");
 }
 
-/// Runs the workload on a new data dir with one fault, from the start or from when the store is open.
-fn run(fault: &Fault, is_from_start: bool, dir: &Path) -> Output {
-    let (data, arm) = (dir.join("data"), dir.join("arm"));
-    std::fs::create_dir(&data).unwrap();
-    if is_from_start {
-        std::fs::write(&arm, "").unwrap();
-    }
-    store_child("honest", &data, 2)
-        .envs(shim::failing(&data, fault, &arm))
-        .env("FAULTS_ARM", &arm)
-        .stderr(Stdio::piped())
-        .output()
-        .unwrap()
-}
-
-/// What is wrong after a run; the data dir is opened without faults.
-async fn broken(dir: &Path, output: &Output) -> Vec<String> {
-    let mut ledger = Ledger::default();
-    ledger.read(&String::from_utf8_lossy(&output.stdout));
-    let data = dir.join("data");
-    let on_fatal = Arc::new(|reason: &str| panic!("{reason}"));
-    match Engine::open(&data, engine::settings(true), on_fatal).await {
-        Ok(engine) => ledger.broken_promises(&engine).await,
-        Err(error) => vec![format!("it does not open again: {error}")],
-    }
-}
-
-/// One run: promises are kept, and an error that cannot be got over ends the process with a word.
-async fn check(fault: &Fault, is_from_start: bool, must_end_well: bool) -> bool {
+/// Runs the process with a fault from its start, and looks at what it left. Says whether it got to its end.
+async fn run(what: &str, only: &'static str) -> bool {
     let dir = tempfile::tempdir().unwrap();
-    let root = dir.path().canonicalize().unwrap();
-    let output = run(fault, is_from_start, &root);
-    let said = String::from_utf8_lossy(&output.stderr);
-    let found = broken(&root, &output).await;
-    assert!(found.is_empty(), "{fault:?}, from the start: {is_from_start}: {found:?}\n{said}");
+    let data = dir.path().canonicalize().unwrap().join("data");
+    std::fs::create_dir(&data).unwrap();
+    let armed = dir.path().join("armed");
+    std::fs::write(&armed, "").unwrap();
+    let fault = Fault { what: what.to_owned(), only };
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "disk_errors::the_failing_process", "--nocapture"])
+        .env(DIR, &data)
+        .envs(shim::failing(&data, &fault, &armed))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
     let mut ledger = Ledger::default();
     ledger.read(&String::from_utf8_lossy(&output.stdout));
-    if output.status.success() {
-        assert!(ledger.has_ended(), "{fault:?}: {said}");
-    } else {
-        assert!(!must_end_well, "{fault:?}: {said}");
-        let words = ["fatal:", "the store refused:"];
-        assert!(words.iter().any(|word| said.contains(word)), "{fault:?}: no word in {said}");
-    }
-    output.status.success()
+    let engine = Engine::open(&data, true, Arc::new(|_| {})).await;
+    let engine = engine.unwrap_or_else(|error| panic!("{what} {only}: the next start fails: {error}"));
+    let broken = ledger.broken_promises(&engine, 1).await;
+    assert!(broken.is_empty(), "{what} {only}: {broken:?}");
+    assert!(ledger.has_ended() == output.status.success(), "{what} {only}: {output:?}");
+    ledger.has_ended()
 }
 
 #[tokio::test]
-async fn no_promise_is_broken_by_a_disk_that_fails() {
-    let seed = seed("disk errors");
-    let mut random = Random::new(seed);
-    let rounds = if is_long() { 40 } else { 4 };
-    let (mut runs, mut ended_well) = (0, 0);
-    for round in 0..rounds {
-        for kind in ["write-eio", "sync-eio", "erofs", "enospc"] {
-            // The first few, and some later ones.
-            let nth = if round < 2 { round + 1 } else { 1 + random.below(60) };
-            let nth = if kind == "enospc" { random.below(400_000) } else { nth };
-            let is_from_start = round % 2 == 0;
-            ended_well += usize::from(check(&fault(format!("{kind}:{nth}"), ""), is_from_start, false).await);
-            runs += 1;
+async fn a_failing_disk_breaks_no_promise() {
+    let mut ended_early = 0;
+    for (what, only) in [
+        ("write-eio:40", ""),
+        ("write-eio:90", "-wal"),
+        ("write-eio:3", "roundhouse.db"),
+        ("write-eio:2", ".json#1"),
+        ("sync-eio:9", ""),
+        ("sync-eio:12", "-wal"),
+        ("sync-eio:2", "roundhouse.db"),
+        ("sync-eio:2", ".json#1"),
+        ("short:30", ""),
+        ("short:25", "-wal"),
+        ("enospc:300000", ""),
+        ("enospc:600000", ""),
+        ("erofs:60", ""),
+        ("erofs:150", ""),
+    ] {
+        ended_early += u32::from(!run(what, only).await);
+    }
+    assert!(ended_early >= 8, "the faults were felt {ended_early} times");
+}
+
+#[tokio::test]
+async fn a_slow_disk_only_takes_longer() {
+    assert!(run("slow-sync:20", "").await, "everything was done");
+}
+
+/// A server with a fault that can be switched on.
+struct Switched {
+    site: Site,
+    arm: std::path::PathBuf,
+}
+
+impl Switched {
+    fn new(what: &str, only: &'static str) -> Self {
+        let mut site = Site::new()
+            .model("echo", echo("text", &[] as &[&str]))
+            .storage("free_min", "0MiB")
+            .storage("reserve", "0MiB");
+        let data = site.path().canonicalize().unwrap().join("data");
+        let arm = site.path().join("armed");
+        for (name, value) in shim::failing(&data, &Fault { what: what.to_owned(), only }, &arm) {
+            site = site.env(&name, &value);
         }
+        Self { site, arm }
     }
-    eprintln!("disk errors: {runs} runs, {ended_well} of them got to their end");
-    assert!(ended_well < runs / 2, "the faults were met: {ended_well} of {runs} runs ended well");
-}
 
-#[tokio::test]
-async fn a_failed_sync_of_the_log_ends_the_process() {
-    for nth in [1, 4, 9] {
-        assert!(!check(&fault(format!("sync-eio:{nth}"), "roundhouse.db-wal"), false, false).await, "sync {nth}");
-        assert!(!check(&fault(format!("write-eio:{nth}"), "roundhouse.db-wal"), false, false).await, "write {nth}");
+    fn on(&self) {
+        std::fs::write(&self.arm, "").unwrap();
     }
-}
 
-#[tokio::test]
-async fn short_writes_and_slow_syncs_change_nothing() {
-    check(&fault("short:1:1000000".to_owned(), ""), true, true).await;
-    let begun = tokio::time::Instant::now();
-    check(&fault("slow-sync:5000:1".to_owned(), "roundhouse.db-wal"), false, true).await;
-    assert!(begun.elapsed().as_secs_f64() >= 5.0, "it was slow");
-    check(&fault("slow-sync:10".to_owned(), ""), false, true).await;
-}
-
-/// A server whose disk begins to fail when `arm` is called.
-fn site(fault: &Fault) -> (Site, std::path::PathBuf) {
-    let site = Site::new().server("worker_grace", "1s").model("fast", worker::entry(2));
-    let site = site.storage("free_min", "0").storage("reserve", "0").storage("quota", "1GiB");
-    let arm = site.path().join("arm");
-    let env = shim::failing(&site.data(), fault, &arm);
-    (env.iter().fold(site, |site, (name, value)| site.env(name, value)), arm)
-}
-
-#[tokio::test]
-async fn a_server_whose_syncs_fail_stops_with_a_word_and_recovers() {
-    for what in ["sync-eio:5:1000000", "erofs:20"] {
-        let (site, arm) = site(&fault(what.to_owned(), "roundhouse.db-wal"));
-        let mut server = site.start().await;
-        let clients = Clients::default();
-        let hands = clients.submit_until_broken(&server.api, 8, 1, &plain());
-        eventually(LIMIT, "some jobs are accepted", || async { (clients.accepted() > 20).then_some(()) }).await;
-        std::fs::write(&arm, "").unwrap();
-        let status = server.ended().await;
-        assert_eq!(status.code(), Some(1), "{what}");
-        assert!(
-            server.log().contains("cannot go on: the database could not be made durable"),
-            "{what}: {}",
-            server.log()
-        );
-        for hand in hands {
-            hand.await.unwrap();
-        }
-        drop(server);
-        std::fs::remove_file(&arm).unwrap();
-        let server = site.start().await;
-        clients.settle(&server.api, &plain()).await;
-        clients.compare_histories(&server.api).await;
+    fn off(&self) {
+        std::fs::remove_file(&self.arm).unwrap();
     }
 }
 
+fn chat(text: &str) -> serde_json::Value {
+    let body = json!({"model": "echo", "messages": [{"role": "user", "content": text}]});
+    json!({"endpoint": "/v1/chat/completions", "body": body})
+}
+
 #[tokio::test]
-async fn a_server_without_room_refuses_with_a_word_and_goes_on_when_there_is_some() {
-    let (site, arm) = site(&fault("enospc:0".to_owned(), "roundhouse.db-wal"));
-    let server = site.start().await;
-    let clients = Clients::default();
-    let hands = clients.submit_until_broken(&server.api, 4, 1, &plain());
-    eventually(LIMIT, "some jobs are accepted", || async { (clients.accepted() > 20).then_some(()) }).await;
-    std::fs::write(&arm, "").unwrap();
-    eventually(LIMIT, "some are refused", || async { (!clients.refusals().is_empty()).then_some(()) }).await;
-    std::fs::remove_file(&arm).unwrap();
-    let before = clients.accepted();
-    eventually(LIMIT, "jobs are accepted again", || async { (clients.accepted() > before + 20).then_some(()) }).await;
-    clients.stop();
-    for hand in hands {
-        hand.await.unwrap();
+async fn after_a_failed_fsync_nothing_is_acknowledged_and_the_server_stops_and_recovers() {
+    let switched = Switched::new("sync-eio:1:1000000", "-wal");
+    let mut server = switched.site.start().await;
+    let kept = server.api.submit(&chat("kept")).await;
+    server.api.succeeded(&kept).await;
+    switched.on();
+    let body = chat("never promised").to_string().into_bytes();
+    let answer = server.api.try_send(reqwest::Method::POST, "/v1/jobs", Some(body)).await;
+    let status = answer.map(|reply| reply.status).unwrap_or(0);
+    assert!(status != 202 && status != 200, "a false promise: {status}");
+    let ended = server.ended().await;
+    assert!(!ended.success(), "{ended}");
+    let log = server.log();
+    assert!(log.contains("could not be made durable"), "{log}");
+    server.all_gone(LIMIT).await;
+    server.forget_processes();
+    switched.off();
+    let server = switched.site.start().await;
+    assert_eq!(server.api.job(&kept).await["state"], "succeeded");
+    let next = server.api.submit(&chat("next")).await;
+    server.api.succeeded(&next).await;
+}
+
+#[tokio::test]
+async fn without_room_new_jobs_are_refused_and_accepted_again_when_there_is_some() {
+    let switched = Switched::new("enospc:0", "");
+    let server = switched.site.start().await;
+    let first = server.api.submit(&chat("first")).await;
+    server.api.succeeded(&first).await;
+    switched.on();
+    for _ in 0..5 {
+        server.api.post("/v1/jobs", &chat("refused")).await.refused(503, "storage_unavailable");
     }
-    let refusals = clients.refusals();
-    assert_eq!(refusals.keys().collect::<Vec<_>>(), ["storage_unavailable"], "{refusals:?}");
-    clients.settle(&server.api, &plain()).await;
-    clients.compare_histories(&server.api).await;
+    assert_eq!(server.api.get("/readyz").await.status, 503);
+    assert_eq!(server.api.job(&first).await["state"], "succeeded", "looking works");
+    switched.off();
+    let next = server.api.submit(&chat("next")).await;
+    server.api.succeeded(&next).await;
+    let all = server.api.get("/v1/jobs").await.json();
+    assert_eq!(all["data"].as_array().map(Vec::len), Some(2), "what was refused is not there: {all}");
+}
+
+#[tokio::test]
+async fn a_disk_that_takes_seconds_to_sync_is_waited_for() {
+    let seconds = if std::env::var_os("ROUNDHOUSE_SOAK").is_some() { 5 } else { 1 };
+    let switched = Switched::new(&format!("slow-sync:{}", seconds * 1_000), "-wal");
+    let server = switched.site.start().await;
+    switched.on();
+    let texts = ["a", "b", "c"].map(chat);
+    let accepted = within(LIMIT, "all are accepted", async {
+        let submissions = texts.iter().map(|text| server.api.submit(text));
+        futures_util::future::join_all(submissions).await
+    })
+    .await;
+    switched.off();
+    for id in &accepted {
+        server.api.succeeded(id).await;
+    }
+    eventually(Duration::from_secs(30), "ready again", || async {
+        (server.api.get("/readyz").await.status == 200).then_some(())
+    })
+    .await;
 }

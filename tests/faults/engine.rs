@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use roundhouse::clock::ManualClock;
+use roundhouse::clock::SystemClock;
 use roundhouse::domain::job::Present;
 use roundhouse::domain::worker::Answer;
 use roundhouse::domain::{ErrorCode, Face, JobError, JobId, JobKind, JobState, NewJob, StorageSettings, Token};
@@ -20,37 +20,21 @@ pub(crate) const LARGE: usize = 40_000;
 #[derive(Clone)]
 pub(crate) struct Engine {
     pub(crate) store: Store,
-    clock: Arc<ManualClock>,
     next_number: i64,
 }
 
-/// When these tests take place.
-const NOW: i64 = 1_800_000_000_000;
-
-/// The usual settings but for the disk's size, and with many checkpoints. `fsync`: whether commits are synced, as always.
-pub(crate) fn settings(fsync: bool) -> StorageSettings {
-    StorageSettings {
-        free_min_bytes: 0,
-        reserve_bytes: 0,
-        quota_bytes: Some(1 << 40),
-        wal_pages: 40,
-        fsync,
-        ..StorageSettings::default()
-    }
-}
-
 impl Engine {
-    pub(crate) async fn open(dir: &Path, settings: StorageSettings, on_fatal: OnFatal) -> Result<Self, StoreError> {
-        let clock = Arc::new(ManualClock::at(NOW));
-        let opened = store::open(dir, clock.clone(), settings, on_fatal).await?;
-        Ok(Self { store: opened.store, clock, next_number: opened.next_number })
-    }
-
-    /// Lets so much time pass that all that has ended is past its retention, and deletes what it held.
-    pub(crate) async fn purge(&self) -> Result<(), StoreError> {
-        self.clock.advance(StorageSettings::default().results_ttl.as_millis().try_into().unwrap());
-        while self.store.purge().await?.has_more {}
-        Ok(())
+    pub(crate) async fn open(dir: &Path, fsync: bool, on_fatal: OnFatal) -> Result<Self, StoreError> {
+        let settings = StorageSettings {
+            fsync,
+            free_min_bytes: 0,
+            reserve_bytes: 0,
+            // So that the log is copied into the database in the middle of the work.
+            wal_pages: 60,
+            ..StorageSettings::default()
+        };
+        let opened = store::open(dir, Arc::new(SystemClock::default()), settings, on_fatal).await?;
+        Ok(Self { store: opened.store, next_number: opened.next_number })
     }
 
     /// The first number that is free.
@@ -65,8 +49,7 @@ impl Engine {
 
     pub(crate) async fn claim(&self, ids: &[JobId]) -> Result<Vec<Token>, StoreError> {
         let numbers = ids.iter().map(|id| id.number).collect();
-        let claimed = self.store.claim(numbers, 1).await?;
-        Ok(claimed.iter().map(|claim| claim.token).collect())
+        Ok(self.store.claim(numbers, 1).await?.into_iter().map(|claim| claim.token).collect())
     }
 
     /// Ends a job with an answer: JSON, or with `is_audio` a file.
@@ -88,8 +71,10 @@ impl Engine {
     }
 
     pub(crate) async fn requeue(&self, token: Token, failures: u32) -> Result<(), StoreError> {
-        let back = GiveBack { failures, crashes: 0, crash: None, not_before: None, error: None };
-        self.must_change(self.store.requeue(token, back).await?.is_some(), token)
+        self.must_change(
+            self.store.requeue(token, GiveBack { failures, ..GiveBack::default() }).await?.is_some(),
+            token,
+        )
     }
 
     pub(crate) async fn cancel(&self, id: JobId) -> Result<(), StoreError> {
@@ -119,8 +104,8 @@ impl Engine {
             state: job.state,
             attempt: job.attempt,
             failures: job.failures,
-            body: kept(reader.body(id).await)?,
-            answer: kept(reader.answer(id).await)?.flatten().map(|answer| answer.body),
+            body: reader.body(id).await?,
+            answer: reader.answer(id).await?.map(|answer| answer.body),
             has_gaps: seqs != (1..=seqs.len() as i64).collect::<Vec<_>>(),
             last_event: events.last().map(|event| event.kind.clone()).unwrap_or_default(),
         }))
@@ -140,31 +125,13 @@ impl Engine {
     }
 }
 
-/// Waits until a store that was dropped has let go of its data dir.
-pub(crate) async fn closed(dir: &Path) {
-    let lock = std::fs::File::options().write(true).create(true).truncate(false).open(dir.join("lock")).unwrap();
-    while lock.try_lock().is_err() {
-        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
-    }
-}
-
-/// What is past its retention is gone, in order.
-fn kept<T>(read: Result<T, StoreError>) -> Result<Option<T>, StoreError> {
-    match read {
-        Ok(found) => Ok(Some(found)),
-        Err(StoreError::Expired) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
 /// A job as read back.
 #[derive(Debug)]
 pub(crate) struct Seen {
     pub(crate) state: JobState,
     pub(crate) attempt: i64,
     pub(crate) failures: u32,
-    /// `None`: past its retention.
-    pub(crate) body: Option<Bytes>,
+    pub(crate) body: Bytes,
     pub(crate) answer: Option<Bytes>,
     pub(crate) has_gaps: bool,
     pub(crate) last_event: String,

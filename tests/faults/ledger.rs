@@ -23,8 +23,6 @@ pub(crate) struct Step {
     pub(crate) body: usize,
     /// About how long its answer is.
     pub(crate) answer: Option<usize>,
-    /// Past its retention: body, answer and events are gone.
-    pub(crate) is_emptied: bool,
 }
 
 /// One line.
@@ -90,11 +88,6 @@ impl Ledger {
         }
     }
 
-    /// The same as if nothing had been promised: then any of its states will do, but no other.
-    pub(crate) fn without_promises(&self) -> Self {
-        Self { done: BTreeSet::new(), ..self.clone() }
-    }
-
     /// Number of promises.
     pub(crate) fn promises(&self) -> usize {
         self.done.len()
@@ -110,8 +103,8 @@ impl Ledger {
         self.jobs.values().filter_map(|steps| Some(steps.last()?.1.state)).collect()
     }
 
-    /// What is wrong with a store that was opened after this; empty: nothing.
-    pub(crate) async fn broken_promises(&self, engine: &Engine) -> Vec<String> {
+    /// What is wrong with a store that was opened after this; empty: nothing. Jobs below `first` were there before.
+    pub(crate) async fn broken_promises(&self, engine: &Engine, first: i64) -> Vec<String> {
         let mut broken = Vec::new();
         for (number, steps) in &self.jobs {
             let promised = steps.iter().rposition(|(verb, _)| self.done.contains(verb));
@@ -138,6 +131,11 @@ impl Ledger {
         match engine.ids().await {
             Err(error) => broken.push(format!("jobs cannot be listed: {error}")),
             Ok(ids) => {
+                let before = ids.iter().filter(|id| id.number < first).count();
+                if i64::try_from(before).unwrap() != first - 1 {
+                    broken.push(format!("{before} of the {} jobs that were there before", first - 1));
+                }
+                let ids: Vec<JobId> = ids.into_iter().filter(|id| id.number >= first).collect();
                 let unknown: Vec<&JobId> = ids.iter().filter(|id| !self.jobs.contains_key(&id.number)).collect();
                 if !unknown.is_empty() {
                     broken.push(format!("nobody submitted {unknown:?}"));
@@ -157,13 +155,7 @@ fn difference(step: &Step, seen: &Seen) -> String {
     if (seen.state, seen.attempt, seen.failures) != (step.state, step.attempt, step.failures) {
         found.push(format!("{} attempt {} failures {}", seen.state, seen.attempt, seen.failures));
     }
-    if step.is_emptied || seen.body.is_none() {
-        if !step.is_emptied || seen.body.is_some() || seen.answer.is_some() {
-            found.push(format!("what is kept of it (emptied: {})", seen.body.is_none()));
-        }
-        return found.join(", ");
-    }
-    if seen.body != Some(engine::body(step.number, step.body)) {
+    if seen.body != engine::body(step.number, step.body) {
         found.push("its body".to_owned());
     }
     let answer = step.answer.map(|size| engine::answer(step.number, step.attempt, size));

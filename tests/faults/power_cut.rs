@@ -1,212 +1,147 @@
-//! The power is cut at any moment: what was promised is there afterwards. A recorded run is played onto a model of the
-//! disk, and at every sync what that disk may hold is opened and compared with the promises made until then.
-//!
-//! The same look must find losses where there are some: without syncs at commits, and with promises made too early.
+//! A power cut at every sync of a recorded run, and at random with parts of what was not synced: nothing that was promised
+//! is lost. The same harness sees the loss when commits do not wait for the disk, and when a promise comes too early.
 
-use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use roundhouse::store::StoreError;
-
-use super::engine::{self, Engine};
+use super::engine::Engine;
 use super::ledger::Ledger;
 use super::replay::{Disk, Log, Random, Record, Torn, seed};
-use super::{damage, is_long, shim, store_child};
+use super::shim;
+use super::workload::{self, Manners};
 
-/// Rounds of each hand: enough for checkpoints, bodies in files, and everything in between.
+const DIR: &str = "ROUNDHOUSE_TEST_POWER_DIR";
+const MODE: &str = "ROUNDHOUSE_TEST_POWER_MODE";
+/// Rounds of all verbs by each hand.
 const ROUNDS: usize = 3;
-/// Torn states of the disk that are looked at, without and with `ROUNDHOUSE_SOAK`.
-const TORN: usize = 60;
-const TORN_LONG: usize = 1_000;
 
-/// A run of the workload, recorded.
-struct Run {
+/// Random cuts; `ROUNDHOUSE_POWER_CUTS` sets it.
+fn cuts() -> usize {
+    std::env::var("ROUNDHOUSE_POWER_CUTS").map_or(60, |text| text.parse().expect("ROUNDHOUSE_POWER_CUTS is a number"))
+}
+
+/// What the recorded process does: not a test of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_recorded_process() {
+    let (Ok(dir), Ok(mode)) = (std::env::var(DIR), std::env::var(MODE)) else { return };
+    let manners = if mode == "early" { Manners::Early } else { Manners::Honest };
+    workload::run(Path::new(&dir), ROUNDS, mode != "normal", manners).await.expect("the work is done");
+}
+
+struct Recorded {
     _dir: tempfile::TempDir,
     log: Log,
-    before: std::path::PathBuf,
+    before: PathBuf,
 }
 
-/// The workload on a new data dir; `mode`: see `child`.
-fn record(mode: &str) -> Run {
-    record_on(mode, |_| {})
-}
-
-/// The same on what `make` puts into a folder.
-fn record_on(mode: &str, make: impl Fn(&Path)) -> Run {
+/// Runs the process on an empty data dir, or on one of the first release.
+fn record(mode: &str, from_first_release: bool) -> Recorded {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().canonicalize().unwrap();
-    let (data, before, log) = (root.join("data"), root.join("before"), root.join("log"));
-    for folder in [&data, &before] {
-        std::fs::create_dir(folder).unwrap();
-        make(folder);
+    let (before, data, log) = (root.join("before"), root.join("data"), root.join("log"));
+    for folder in [&before, &data] {
+        std::fs::create_dir_all(folder).unwrap();
+        if from_first_release {
+            let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/schema-1/roundhouse.db");
+            std::fs::copy(fixture, folder.join("roundhouse.db")).unwrap();
+        }
     }
-    let output = store_child(mode, &data, ROUNDS).envs(shim::recording(&data, &log)).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "power_cut::the_recorded_process", "--nocapture"])
+        .env(DIR, &data)
+        .env(MODE, mode)
+        .envs(shim::recording(&data, &log))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "the recorded process failed:\n{said}");
     let log = Log::read(&log, &data);
-    Run { _dir: dir, log, before }
+    Recorded { _dir: dir, log, before }
 }
 
-/// One state of the disk.
-async fn look(disk: &Disk<'_>, torn: Torn<'_>, ledger: &Ledger) -> Vec<String> {
-    let dir = tempfile::tempdir().unwrap();
-    disk.cut(dir.path(), torn);
-    let engine = match open(dir.path()).await {
-        Ok(engine) => engine,
-        Err(error) => return vec![format!("it does not open: {error}")],
+/// What a cut cost.
+#[derive(Debug, Default)]
+struct Outcome {
+    cuts: usize,
+    promises: usize,
+    broken: Vec<String>,
+}
+
+/// Cuts the power after record `at` and looks at what is left.
+async fn look(disk: &Disk<'_>, ledger: &Ledger, torn: Torn<'_>, what: &str, first_number: i64, outcome: &mut Outcome) {
+    let left = tempfile::tempdir().unwrap();
+    disk.cut(left.path(), torn);
+    outcome.cuts += 1;
+    outcome.promises = ledger.promises();
+    let opened = Engine::open(left.path(), true, Arc::new(|_| {})).await;
+    let broken = match opened {
+        Ok(engine) => ledger.broken_promises(&engine, first_number).await,
+        // Before anything was promised there may be no database yet; it must never be one that does not open.
+        Err(error) => vec![format!("does not open: {error}")],
     };
-    let mut broken = ledger.broken_promises(&engine).await;
-    // What was recovered is no dead end.
-    let next = engine::id(engine.next_number());
-    if let Err(error) = engine.insert(&[(next, 10)]).await {
-        broken.push(format!("it takes no job: {error}"));
-    }
-    drop(engine);
-    engine::closed(dir.path()).await;
-    broken
+    outcome.broken.extend(broken.into_iter().map(|text| format!("{what}: {text}")));
 }
 
-async fn open(dir: &Path) -> Result<Engine, StoreError> {
-    Engine::open(dir, engine::settings(true), Arc::new(|reason| panic!("{reason}"))).await
-}
-
-/// Looks at the disk before each sync (of all that is promised by then, as little is safe as can be) and, `torn` times in
-/// all, at a part of what was not synced. Returns what was lost, and stops after the first few.
-async fn losses(run: &Run, torn: usize, random: &mut Random) -> (usize, Vec<String>) {
-    let mut disk = Disk::new(&run.log, &run.before);
-    let mut ledger = Ledger::default();
-    let syncs = run.log.records.iter().filter(|record| matches!(record, Record::Sync { .. })).count();
-    let (mut looked, mut lost) = (0, Vec::new());
-    let mut nth = 0;
-    for (place, record) in run.log.records.iter().enumerate() {
-        if matches!(record, Record::Sync { .. }) {
-            nth += 1;
-            // As many at each sync, and the rest spread out.
-            let here = torn * nth / syncs - torn * (nth - 1) / syncs;
-            for state in 0..=here {
-                let was = random.clone();
-                let (name, torn) = match state {
-                    0 => ("nothing that was not synced".to_owned(), Torn::Nothing),
-                    _ => (format!("a part of it, {was:?}"), Torn::AtRandom(random)),
-                };
-                looked += 1;
-                let broken = look(&disk, torn, &ledger).await;
-                if !broken.is_empty() {
-                    let parts = disk.unsafe_parts();
-                    lost.push(format!(
-                        "before sync {nth} of {syncs} (record {place}), with {name} of {parts:?}: {broken:?}"
-                    ));
-                }
-                if lost.len() >= 3 {
-                    return (looked, lost);
-                }
-            }
-        }
-        if let Record::Output { data } = record {
-            ledger.read(run.log.text(data));
-        }
-        disk.play(record);
-    }
-    assert!(ledger.has_ended(), "the run was recorded to its end");
-    for torn in [Torn::Nothing, Torn::Everything] {
-        let broken = look(&disk, torn, &ledger).await;
-        if !broken.is_empty() {
-            lost.push(format!("at the end: {broken:?}"));
-        }
-    }
-    (looked, lost)
-}
-
-#[tokio::test]
-async fn what_was_promised_outlives_a_power_cut_at_any_sync() {
-    let seed = seed("power cut");
-    let run = record("honest");
-    checks_what_it_says(&run);
-    let torn = if is_long() { TORN_LONG } else { TORN };
-    let (looked, lost) = losses(&run, torn, &mut Random::new(seed)).await;
-    eprintln!("power cut: {looked} states of the disk, {} records", run.log.records.len());
-    assert!(lost.is_empty(), "ROUNDHOUSE_TEST_SEED={seed}\n{}", lost.join("\n"));
-    assert!(looked > torn, "{looked}");
-}
-
-/// The recorded run has in it what the test is about.
-fn checks_what_it_says(run: &Run) {
-    let mut ledger = Ledger::default();
-    let (mut files, mut opened, mut checkpoints) = (BTreeSet::new(), std::collections::HashMap::new(), 0);
-    let mut last_synced = None;
-    for record in &run.log.records {
-        match record {
-            Record::Output { data } => ledger.read(run.log.text(data)),
-            Record::Open { file, path, .. } => drop(opened.insert(*file, path.clone())),
-            Record::Rename { to, .. } => drop(files.insert(to.clone())),
-            Record::Sync { file } => {
-                let path = opened[file].display().to_string();
-                // The database is written at checkpoints only.
-                checkpoints +=
-                    usize::from(path == "roundhouse.db" && last_synced.as_deref() == Some("roundhouse.db-wal"));
-                last_synced = Some(path);
-            }
-            _ => {}
-        }
-    }
-    assert!(checkpoints > 3, "{checkpoints} checkpoints");
-    assert!(files.len() > 5, "bodies and answers in files: {files:?}");
-    assert!(ledger.promises() > 50 && ledger.states().len() >= 4, "{:?}", ledger.states());
-}
-
-#[tokio::test]
-async fn the_same_look_sees_what_is_lost_without_syncs_at_commits() {
-    let run = record("lazy");
-    let (_, lost) = losses(&run, 0, &mut Random::new(1)).await;
-    assert!(lost.iter().any(|loss| loss.contains("is lost")), "{lost:?}");
-}
-
-#[tokio::test]
-async fn the_same_look_sees_promises_that_were_made_too_early() {
-    let run = record("early");
-    let (_, lost) = losses(&run, 0, &mut Random::new(1)).await;
-    assert!(!lost.is_empty());
-}
-
-/// All that a data dir says, in words.
-async fn told(dir: &Path) -> Vec<String> {
-    let engine = match open(dir).await {
-        Ok(engine) => engine,
-        Err(error) => return vec![format!("it does not open: {error}")],
-    };
-    let mut told = Vec::new();
-    for id in engine.ids().await.unwrap() {
-        told.push(format!("{id}: {:?}", engine.look(id).await));
-    }
-    drop(engine);
-    engine::closed(dir).await;
-    told
-}
-
-#[tokio::test]
-async fn a_migration_that_is_cut_off_loses_no_job_of_the_first_release() {
-    let seed = seed("power cut in a migration");
+async fn cut_everywhere(recorded: &Recorded, seed: u64, random_cuts: usize, first_number: i64) -> Outcome {
+    let records = &recorded.log.records;
     let mut random = Random::new(seed);
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/schema-1");
-    let run = record_on("opens", |folder| damage::copy(&fixture, folder));
-    let whole = tempfile::tempdir().unwrap();
-    damage::copy(&fixture, whole.path());
-    let expected = told(whole.path()).await;
-    assert_eq!(expected.len(), 10, "{expected:?}");
-    let mut disk = Disk::new(&run.log, &run.before);
-    let mut looked = 0;
-    for record in &run.log.records {
+    let at_random: std::collections::BTreeMap<usize, usize> =
+        (0..random_cuts).fold(Default::default(), |mut all, _| {
+            *all.entry(random.below(records.len())).or_default() += 1;
+            all
+        });
+    let mut disk = Disk::new(&recorded.log, &recorded.before);
+    let mut ledger = Ledger::default();
+    let mut outcome = Outcome::default();
+    for (index, record) in records.iter().enumerate() {
+        // The worst moment is just before a sync ends: all before it was said, nothing of it is safe.
         if matches!(record, Record::Sync { .. }) {
-            for state in 0..if is_long() { 50 } else { 3 } {
-                let dir = tempfile::tempdir().unwrap();
-                disk.cut(dir.path(), if state == 0 { Torn::Nothing } else { Torn::AtRandom(&mut random) });
-                let found = told(dir.path()).await;
-                assert_eq!(found, expected, "ROUNDHOUSE_TEST_SEED={seed}, state {looked}, {:?}", disk.unsafe_parts());
-                looked += 1;
-            }
+            look(&disk, &ledger, Torn::Nothing, &format!("before sync {index}"), first_number, &mut outcome).await;
         }
         disk.play(record);
+        if let Record::Output { data } = record {
+            ledger.read(recorded.log.text(data));
+        }
+        for cut in 0..at_random.get(&index).copied().unwrap_or(0) {
+            let what = format!("random cut {cut} after record {index}");
+            look(&disk, &ledger, Torn::AtRandom(&mut random), &what, first_number, &mut outcome).await;
+        }
     }
-    eprintln!("power cut: {looked} states of the disk in a migration");
-    assert!(looked > 20, "{looked}");
+    look(&disk, &ledger, Torn::Nothing, "at the end", first_number, &mut outcome).await;
+    look(&disk, &ledger, Torn::Everything, "killed at the end", first_number, &mut outcome).await;
+    assert!(ledger.has_ended(), "the process did all its work");
+    assert_eq!(ledger.states().len(), 4, "jobs of all fates: {:?}", ledger.states());
+    outcome
+}
+
+#[tokio::test]
+async fn nothing_promised_is_lost_wherever_the_power_is_cut() {
+    let seed = seed("nothing_promised_is_lost_wherever_the_power_is_cut");
+    let outcome = cut_everywhere(&record("full", false), seed, cuts(), 1).await;
+    assert!(outcome.cuts > 50 && outcome.promises > 50, "{} cuts, {} promises", outcome.cuts, outcome.promises);
+    assert!(outcome.broken.is_empty(), "{} broken promises, the first: {}", outcome.broken.len(), outcome.broken[0]);
+    println!("{} cuts, {} promises, none broken", outcome.cuts, outcome.promises);
+}
+
+#[tokio::test]
+async fn nor_in_the_middle_of_a_migration() {
+    let seed = seed("nor_in_the_middle_of_a_migration");
+    let outcome = cut_everywhere(&record("full", true), seed, cuts() / 2, 11).await;
+    assert!(outcome.broken.is_empty(), "{} broken promises, the first: {}", outcome.broken.len(), outcome.broken[0]);
+}
+
+#[tokio::test]
+async fn the_harness_sees_what_is_lost_without_waiting_for_the_disk() {
+    let seed = seed("the_harness_sees_what_is_lost_without_waiting_for_the_disk");
+    let outcome = cut_everywhere(&record("normal", false), seed, 10, 1).await;
+    assert!(outcome.broken.iter().any(|text| text.contains("is lost")), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn the_harness_sees_a_promise_that_comes_too_early() {
+    let seed = seed("the_harness_sees_a_promise_that_comes_too_early");
+    let outcome = cut_everywhere(&record("early", false), seed, 10, 1).await;
+    assert!(outcome.broken.iter().any(|text| text.contains("is lost")), "{outcome:?}");
 }

@@ -286,15 +286,6 @@ impl<'a> Disk<'a> {
         }
     }
 
-    /// Files whose content is not all safe, and names that are not; for people.
-    pub(crate) fn unsafe_parts(&self) -> Vec<String> {
-        let files = self.names.iter().filter_map(|(path, named)| match named {
-            Named::File(content) if !self.contents[*content].later.is_empty() => Some(path.display().to_string()),
-            _ => None,
-        });
-        files.chain(self.later.iter().map(|renaming| format!("{renaming:?}"))).collect()
-    }
-
     /// Writes to the folder `to` what the disk holds if the power is cut now.
     pub(crate) fn cut(&self, to: &Path, mut torn: Torn<'_>) {
         let names = self.names_left(&mut torn);

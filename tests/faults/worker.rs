@@ -1,18 +1,28 @@
-//! A worker that is there at once: answers any path with what it was sent, after `delay_ms`, or when the file `gate` is there.
+//! A worker that is there at once: answers any path with the prompt and the attempt, after `delay_ms`.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+
+/// Set for a process that is to be the worker.
+const WORKER: &str = "FAULTS_WORKER";
+
+/// Not a test of its own: the worker.
+#[test]
+fn the_worker() {
+    if std::env::var_os(WORKER).is_some() {
+        serve();
+    }
+}
 
 /// An entry of `models:` that starts this binary as a worker; `limit`: jobs at once.
 pub(crate) fn entry(limit: u32) -> Value {
     json!({
         "type": "custom",
-        "command": [std::env::current_exe().unwrap(), "--exact", "child", "--nocapture", "{port}"],
-        "env": {super::CHILD: "worker"},
+        "command": [std::env::current_exe().unwrap(), "--exact", "worker::the_worker", "--nocapture", "{port}"],
+        "env": {WORKER: "1"},
         "endpoint": "/echo",
         "gpus": 0,
         "startup_time": 1,
@@ -28,8 +38,8 @@ pub(crate) fn job(prompt: &str, more: Value) -> Value {
     json!({"endpoint": "/echo", "body": body, "metadata": {"who": prompt}})
 }
 
-/// Serves until the process is ended.
-pub(crate) fn serve() {
+/// Serves until the process is ended; its port is the last word of its command line.
+fn serve() {
     let port: u16 = std::env::args().next_back().unwrap().parse().unwrap();
     let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
     for stream in listener.incoming().map_while(Result::ok) {
@@ -72,11 +82,5 @@ fn work(body: &[u8], request_id: &str) -> Value {
     if let Some(ms) = body["delay_ms"].as_u64() {
         std::thread::sleep(Duration::from_millis(ms));
     }
-    while let Some(gate) = body["gate"].as_str()
-        && !Path::new(gate).exists()
-    {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let fill = "x".repeat(body["answer_bytes"].as_u64().map_or(0, |bytes| usize::try_from(bytes).unwrap()));
-    json!({"prompt": body["prompt"], "token": request_id, "fill": fill})
+    json!({"prompt": body["prompt"], "token": request_id})
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
-use roundhouse::domain::{JobId, JobState, StorageSettings, Token};
+use roundhouse::domain::{JobId, JobState, Token};
 use roundhouse::store::StoreError;
 
 use super::engine::{self, Engine, LARGE, SMALL};
@@ -34,55 +34,35 @@ struct Hand {
     manners: Manners,
 }
 
-/// Opens the store in `dir` and has `rounds` rounds of all verbs done to it, and a purge. Returns the store, still open.
-pub(crate) async fn run(
-    dir: &Path,
-    settings: StorageSettings,
-    rounds: usize,
-    manners: Manners,
-    purges: bool,
-) -> Result<Engine, StoreError> {
+/// Opens the store in `dir` and has `rounds` rounds of all verbs done to it. An error ends it, after a line that tells it.
+pub(crate) async fn run(dir: &Path, rounds: usize, fsync: bool, manners: Manners) -> Result<(), StoreError> {
     let on_fatal = Arc::new(|reason: &str| {
         eprintln!("fatal: {reason}");
         std::process::abort();
     });
-    let engine = Engine::open(dir, settings, on_fatal).await?;
-    // From now on the disk fails, if that was asked for.
-    if let Some(arm) = std::env::var_os("FAULTS_ARM") {
-        std::fs::write(arm, "").unwrap();
-    }
+    let engine = Engine::open(dir, fsync, on_fatal).await?;
     let counters = Arc::new(Counters { number: AtomicI64::new(engine.next_number()), verb: AtomicU64::new(1) });
     let hand = Hand { engine, counters, manners };
     let mut hands = tokio::task::JoinSet::new();
     for _ in 0..HANDS {
         let hand = hand.clone();
         hands.spawn(async move {
-            let mut ended = Vec::new();
             for round in 0..rounds {
-                ended.extend(hand.round(round).await?);
+                hand.round(round).await?;
             }
-            Ok::<_, StoreError>(ended)
+            Ok::<(), StoreError>(())
         });
     }
-    let mut ended = Vec::new();
     while let Some(done) = hands.join_next().await {
-        ended.extend(done.unwrap()?);
-    }
-    if purges {
-        for job in &mut ended {
-            job.is_emptied = true;
-        }
-        hand.promise(ended, hand.engine.purge()).await?;
-        // And life goes on.
-        hand.round(0).await?;
+        done.unwrap()?;
     }
     ledger::end();
-    Ok(hand.engine)
+    Ok(())
 }
 
 impl Hand {
-    /// Eight jobs, each with another fate. Returns those that have ended.
-    async fn round(&self, round: usize) -> Result<Vec<Step>, StoreError> {
+    /// Eight jobs, each with another fate.
+    async fn round(&self, round: usize) -> Result<(), StoreError> {
         let size = if round % 4 == 3 { LARGE } else { SMALL };
         let first = self.counters.number.fetch_add(8, Ordering::Relaxed);
         let mut jobs: Vec<Step> = (first..first + 8).map(|number| queued(number, size)).collect();
@@ -100,7 +80,7 @@ impl Hand {
         }
         self.promise(jobs[2..].to_vec(), async { self.engine.claim(&running).await.map(drop) }).await?;
         // The third stays on its worker.
-        let large = if round % 2 == 0 { LARGE } else { SMALL };
+        let large = if round.is_multiple_of(2) { LARGE } else { SMALL };
         self.succeed(&mut jobs[3], SMALL, false).await?;
         self.succeed(&mut jobs[4], large, false).await?;
         self.succeed(&mut jobs[5], large, true).await?;
@@ -122,8 +102,7 @@ impl Hand {
         let cancelled = |step: &mut Step| step.state = JobState::Cancelled;
         self.move_on(&mut jobs[7], cancelled, |engine, id, _| async move { engine.cancel(id).await }).await?;
         self.move_on(&mut jobs[7], cancelled, |engine, _, token| async move { engine.finish_cancelled(token).await })
-            .await?;
-        Ok(jobs.into_iter().filter(|job| job.state.is_terminal()).collect())
+            .await
     }
 
     async fn succeed(&self, job: &mut Step, size: usize, is_audio: bool) -> Result<(), StoreError> {
@@ -166,7 +145,7 @@ impl Hand {
 }
 
 fn queued(number: i64, body: usize) -> Step {
-    Step { number, state: JobState::Queued, attempt: 0, failures: 0, body, answer: None, is_emptied: false }
+    Step { number, state: JobState::Queued, attempt: 0, failures: 0, body, answer: None }
 }
 
 fn pairs(steps: &[Step]) -> Vec<(JobId, usize)> {
