@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use super::clients::{Clients, a_moment, all_jobs, plain};
-use super::common::{LIMIT, Site, eventually, within};
+use super::common::{LIMIT, Site, beside, eventually, with, within};
 use super::replay::{Random, seed};
 use super::shim::{self, Fault};
 use super::worker;
@@ -103,6 +103,29 @@ async fn a_server_whose_disk_is_lost_says_what_it_does_not_know() {
         let server = site.start().await;
         clients.settle(&server.api, &plain()).await;
         clients.compare_histories(&server.api).await;
+    }
+}
+
+#[tokio::test]
+async fn a_job_that_is_being_stored_when_the_server_stops_is_accepted() {
+    // Syncs so slow that the stop comes in the middle of one; nothing runs, so nothing else is waited for.
+    let (site, arm) = failing_site("slow-sync:200");
+    let site = site.model("fast", with(worker::entry(1), json!({"command": ["false"]})));
+    for n in 0..3 {
+        let mut server = site.start().await;
+        std::fs::write(&arm, "").unwrap();
+        let (api, name) = (server.api.clone(), format!("stopped {n}"));
+        let request = worker::job(&name, plain());
+        let sent = beside(async move { api.post("/v1/jobs", &request).await });
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        server.signal(Signal::SIGTERM);
+        let reply = sent.await.unwrap();
+        server.ended().await;
+        std::fs::remove_file(&arm).unwrap();
+        drop(server);
+        let server = site.start().await;
+        let stored = all_jobs(&server.api).await.iter().any(|job| job["metadata"]["who"] == name.as_str());
+        assert_eq!((reply.status == 202), stored, "{}: {}", reply.status, reply.text());
     }
 }
 
