@@ -135,7 +135,7 @@ const JOB_COLUMNS: &str =
     job.error, job.load_ms, job.emptied_at, job.delivered_at, request.endpoint, request.custom_id, request.metadata, request.present,
     request.retry_of, result.usage";
 const JOB_TABLES: &str = "job JOIN model ON model.id = job.model JOIN tenant ON tenant.id = job.tenant
-    LEFT JOIN request ON request.number = job.number LEFT JOIN result ON result.number = job.number";
+    LEFT JOIN request ON request.number = job.number LEFT JOIN result ON result.id = job.result";
 
 fn job_of(row: &Row<'_>) -> Result<Job, StoreError> {
     let text = |index: usize| -> Result<String, StoreError> { Ok(row.get::<_, String>(index)?) };
@@ -380,7 +380,10 @@ impl Reader {
     async fn kept(&self, id: JobId) -> Result<Option<(Kept, Vec<StoredFile>)>, StoreError> {
         self.read(move |c| {
             let row = c
-                .prepare_cached("SELECT status, content_type, usage, body FROM result WHERE number = ?1")?
+                .prepare_cached(
+                    "SELECT result.status, result.content_type, result.usage, result.body
+                     FROM job JOIN result ON result.id = job.result WHERE job.number = ?1",
+                )?
                 .query_row([id.number], |row| {
                     let usage: Option<String> = row.get(2)?;
                     let body: Option<Vec<u8>> = row.get(3)?;
