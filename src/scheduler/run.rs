@@ -143,6 +143,13 @@ struct Scheduler {
     stops: HashMap<i64, CancellationToken>,
 }
 
+/// Answers a submission that was committed when the loop no longer schedules; the next start does.
+fn confirm(message: Message) {
+    if let Message::Accepted { accepted, reply, .. } = message {
+        let _ = reply.send(Ok(accepted));
+    }
+}
+
 enum Wake {
     Message(Message),
     Report(String, Report),
@@ -190,6 +197,11 @@ impl Scheduler {
             if stopping && self.state.is_quiet() {
                 break;
             }
+        }
+        // What was committed in the meantime is accepted, whatever happens here.
+        self.inbox.close();
+        while let Some(message) = self.inbox.recv().await {
+            confirm(message);
         }
         self.publish();
     }
@@ -434,7 +446,10 @@ impl Scheduler {
                 Ok(Inserted { jobs, replayed: false }) => {
                     // The loop replies: whoever knows the id can only ask about a job that the loop knows, too.
                     let accepted = Accepted { jobs, watch, position: None, replayed: false };
-                    return context.tell(Message::Accepted { queued, accepted, reply });
+                    if let Err(unsent) = context.messages.send(Message::Accepted { queued, accepted, reply }) {
+                        confirm(unsent.0);
+                    }
+                    return;
                 }
                 Ok(Inserted { jobs, replayed: true }) => {
                     let watch = watch.and_then(|_| jobs.first()).map(|job| context.hub.watch(job.id.number));
