@@ -333,7 +333,13 @@ impl From<StoreError> for ApiError {
                 Self::new(ErrorCode::StorageUnavailable, error.to_string()).after(10)
             }
             StoreError::Full => Self::new(ErrorCode::StorageUnavailable, "too many writes wait; try again shortly"),
-            StoreError::Stopped => Self::new(ErrorCode::Draining, "the server is shutting down"),
+            // The store was lost in the middle: what it was asked for may be in the file all the same.
+            StoreError::Stopped => Self::new(
+                ErrorCode::StorageUnavailable,
+                "the server is stopping since its disk failed; whether this was stored is not known: ask again under the \
+                 same Idempotency-Key",
+            )
+            .after(5),
             error => {
                 tracing::error!("the store failed a request: {error}");
                 Self::new(ErrorCode::StorageUnavailable, "the database cannot be used now; the server's log says why")
