@@ -47,6 +47,7 @@ CREATE TABLE job_new (
     result         INTEGER,
     load_ms        INTEGER NOT NULL DEFAULT 0,
     -- When the next part of it is deleted: first what it holds (body, events, answer, files), then the row itself.
+    -- 0: from before there was such a time; the next start sets it.
     expires_at     INTEGER,
     -- When its answer was first handed to a client.
     delivered_at   INTEGER,
@@ -66,7 +67,7 @@ INSERT INTO job_new (number, tag, kind, face, model, tenant, batch, state, prior
                      start_deadline, deadline, timeout_ms, cancel_code, error, result, load_ms, expires_at)
 SELECT job.number, tag, kind, face, model, tenant, batch, state, priority, attempt, failures, crashes, max_attempts,
        version, last_seq, batch_key, stream, created_at, nullif(queued_at, created_at), started_at, finished_at, not_before,
-       start_deadline, deadline, timeout_ms, cancel_code, job_detail.error, result.number, job_detail.load_ms, finished_at + 604800000
+       start_deadline, deadline, timeout_ms, cancel_code, job_detail.error, result.number, job_detail.load_ms, CASE WHEN finished_at IS NOT NULL THEN 0 END
 FROM job JOIN job_detail USING (number) LEFT JOIN result USING (number);
 
 -- What the submission carries. Without a body: it is the file of the role `request`.

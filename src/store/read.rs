@@ -250,15 +250,18 @@ impl Reader {
         if job.id == id { Ok(Arc::unwrap_or_clone(job)) } else { Err(StoreError::NotFound) }
     }
 
-    /// The jobs of a submission that began with number `first` and had `count` members, as they are now.
-    pub(super) async fn replayed(&self, first: i64, count: usize) -> Result<Vec<Job>, StoreError> {
-        let count = i64::try_from(count).unwrap_or(i64::MAX);
+    /// The jobs of the submission that began with number `first`, as they are now, as far as they are still there.
+    pub(super) async fn replayed(&self, first: i64) -> Result<Vec<Job>, StoreError> {
         let jobs = self
             .read(move |c| {
-                let sql = format!(
-                    "SELECT {JOB_COLUMNS} FROM {JOB_TABLES} WHERE job.number BETWEEN ?1 AND ?2 ORDER BY job.number"
-                );
-                jobs_of(c, &sql, &[&first, &(first + count - 1)])
+                let Some(job) = job_by_number(c, first)? else {
+                    return Ok(Vec::new());
+                };
+                let Some(batch) = job.batch else {
+                    return Ok(vec![job]);
+                };
+                let sql = format!("SELECT {JOB_COLUMNS} FROM {JOB_TABLES} WHERE job.batch = ?1 ORDER BY job.number");
+                jobs_of(c, &sql, &[&batch.0])
             })
             .await?;
         if jobs.is_empty() { Err(StoreError::Expired) } else { Ok(jobs) }

@@ -347,6 +347,17 @@ impl Store {
         self.writer.delivered(id.number);
     }
 
+    /// Reading the queue into memory took so long; part of the time that a start needs.
+    pub fn took_in(&self, time: std::time::Duration) {
+        self.metrics.recovered_in(time);
+    }
+
+    /// The last word: the next start knows that this run ended in order.
+    pub async fn close(&self) -> Result<(), StoreError> {
+        let pending = self.writer.apply(Kind::Change, 0, |session| super::writer::mark_clean(&session.c));
+        answer(pending).await
+    }
+
     /// Answers when the writer does, for `/readyz`.
     pub async fn ping(&self) -> Result<(), StoreError> {
         answer(self.writer.apply(Kind::Change, 0, |_| Ok(()))).await
@@ -487,7 +498,8 @@ pub(super) fn end_one(
     let changed = session
         .c
         .prepare_cached(
-            "UPDATE job SET state = ?4, finished_at = ?5, error = ?6, result = ?10, version = version + 1, last_seq = last_seq + 1,
+            "UPDATE job SET state = ?4, finished_at = ?5, error = ?6, result = ?10,
+                    delivered_at = CASE WHEN ?10 IS NULL THEN ?5 END, version = version + 1, last_seq = last_seq + 1,
                     expires_at = ?5 + CASE WHEN face = 'sync' THEN ?7 WHEN batch IS NOT NULL THEN ?8 ELSE ?9 END
              WHERE number = ?1 AND attempt = ?2 AND state = ?3",
         )?
