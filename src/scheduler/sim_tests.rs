@@ -1470,12 +1470,12 @@ impl Sim {
             None => self.report(index, Report::Stopped { stop_ms: 1 }),
             Some(lived) => {
                 self.seen.deaths += 1;
-                self.report(index, Report::Died { reason: "x".to_owned() });
-                self.workers[index].early_deaths = if lived < EARLY { self.workers[index].early_deaths + 1 } else { 0 };
-                let early = self.workers[index].early_deaths;
+                let early = if lived < EARLY { self.workers[index].early_deaths + 1 } else { 0 };
+                self.workers[index].early_deaths = early;
                 if early > FREE_EARLY_DEATHS {
-                    return self.back_off(index, early - FREE_EARLY_DEATHS);
+                    self.back_off(index, early - FREE_EARLY_DEATHS);
                 }
+                self.report(index, Report::Died { reason: "x".to_owned() });
             }
         }
         self.obey(index);
