@@ -61,7 +61,7 @@ for name in "${parts[@]}"; do
     sim) part "sim: $seeds simulated runs" env ROUNDHOUSE_SIM_SEEDS="$seeds" cargo test --release --locked --lib sim -- --nocapture ;;
     power) part "power: $cuts random power cuts" env ROUNDHOUSE_POWER_CUTS="$cuts" "${faults[@]}" power_cut -- --nocapture ;;
     disk) part "disk: errors, full disks, damage, locks, clients that leave" \
-        env ROUNDHOUSE_SOAK=1 "${faults[@]}" -- --nocapture --skip power_cut --skip kills ;;
+        env ROUNDHOUSE_SOAK=1 ROUNDHOUSE_STOP_CYCLES=100 "${faults[@]}" -- --nocapture --skip power_cut --skip kills ;;
     kills) part "kills: $kills kills of the server" env ROUNDHOUSE_KILL_CYCLES="$kills" "${faults[@]}" kills -- --nocapture ;;
     esac
 done

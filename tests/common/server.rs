@@ -327,7 +327,7 @@ fn python(root: &Path) -> String {
 }
 
 /// A port that no other test of this process gets, outside the range from which clients' ports are taken.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let base = 10_000 + u16::try_from(std::process::id() % 200).unwrap() * 100;
     loop {

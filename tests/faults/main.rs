@@ -9,6 +9,7 @@
 mod common;
 
 mod cancels;
+mod clients;
 mod damage;
 mod disk_errors;
 mod disk_full;
@@ -17,6 +18,8 @@ mod kills;
 mod ledger;
 mod locks;
 mod power_cut;
+mod refusals;
 mod replay;
 mod shim;
+mod worker;
 mod workload;
