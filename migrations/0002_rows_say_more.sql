@@ -43,8 +43,11 @@ CREATE TABLE job_new (
     -- Why it is to be cancelled, once somebody asked.
     cancel_code    TEXT CHECK (cancel_code IN ('cancelled_by_user', 'client_disconnected')),
     error          TEXT,
+    -- The row of its answer.
+    result         INTEGER,
     load_ms        INTEGER NOT NULL DEFAULT 0,
     -- When the next part of it is deleted: first what it holds (body, events, answer, files), then the row itself.
+    -- 0: from before there was such a time; the next start sets it.
     expires_at     INTEGER,
     -- When its answer was first handed to a client.
     delivered_at   INTEGER,
@@ -61,11 +64,11 @@ CREATE TABLE job_new (
 
 INSERT INTO job_new (number, tag, kind, face, model, tenant, batch, state, priority, attempt, failures, crashes, max_attempts,
                      version, last_seq, batch_key, stream, created_at, requeued_at, started_at, finished_at, not_before,
-                     start_deadline, deadline, timeout_ms, cancel_code, error, load_ms, expires_at)
+                     start_deadline, deadline, timeout_ms, cancel_code, error, result, load_ms, expires_at)
 SELECT job.number, tag, kind, face, model, tenant, batch, state, priority, attempt, failures, crashes, max_attempts,
        version, last_seq, batch_key, stream, created_at, nullif(queued_at, created_at), started_at, finished_at, not_before,
-       start_deadline, deadline, timeout_ms, cancel_code, job_detail.error, job_detail.load_ms, finished_at + 604800000
-FROM job JOIN job_detail USING (number);
+       start_deadline, deadline, timeout_ms, cancel_code, job_detail.error, result.number, job_detail.load_ms, CASE WHEN finished_at IS NOT NULL THEN 0 END
+FROM job JOIN job_detail USING (number) LEFT JOIN result USING (number);
 
 -- What the submission carries. Without a body: it is the file of the role `request`.
 CREATE TABLE request (
@@ -82,17 +85,18 @@ INSERT INTO request (number, endpoint, custom_id, metadata, present, retry_of, b
 SELECT number, endpoint, custom_id, nullif(metadata, '{}'), nullif(present, '{}'), retry_of, body
 FROM job_detail JOIN payload USING (number);
 
--- The answer of a succeeded job. Images stand in `body` as references to artifacts. Without a body: it is the file of the
+-- The answer of a succeeded job, named by its row in `job`. Its key is given in the order of the answers, so that they are
+-- appended: jobs of one model, whose numbers lie far apart, would each be put onto a page of their own. Images stand in `body` as references to artifacts. Without a body: it is the file of the
 -- role `response` if there is one, else the first artifact (audio).
 CREATE TABLE result_new (
-    number       INTEGER PRIMARY KEY,
+    id           INTEGER PRIMARY KEY,
     status       INTEGER NOT NULL,
     content_type TEXT NOT NULL,
     usage        TEXT,
     body         BLOB
 ) STRICT;
 
-INSERT INTO result_new (number, status, content_type, usage, body)
+INSERT INTO result_new (id, status, content_type, usage, body)
 SELECT number, status, content_type, usage, body FROM result;
 
 -- Files of a job, under the data dir's `artifacts/`; `path` begins with the folder number / 1000.

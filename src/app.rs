@@ -73,6 +73,9 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         // Memory is free when the driver says so.
         gpu::settled(gpus.clone(), MEMORY_SETTLES_WITHIN).await;
     }
+    if opened.epoch > 1 && !opened.was_clean {
+        tracing::warn!("the last run did not end in order; nothing that was accepted is lost");
+    }
     if opened.recovered > 0 {
         tracing::warn!(
             jobs = opened.recovered,
@@ -99,7 +102,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         next_number: opened.next_number,
     })
     .await?;
-    tasks.spawn("housekeeping", store.keep_house(tasks.soft().clone()));
+    tasks.spawn("housekeeping", store.clone().keep_house(tasks.soft().clone()));
     let waiting = handle.queue().queued;
     stop_when_drained(&tasks, &handle);
     let state = AppState::new(http::Parts {
@@ -129,6 +132,9 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     }
     wait_for_end(&tasks, &config.server).await?;
     let is_kept = last_snapshot(snapshots).await;
+    if let Err(error) = store.close().await {
+        tracing::warn!("the database was not closed in order: {error}");
+    }
     Ok(is_kept && !tasks.has_failed())
 }
 

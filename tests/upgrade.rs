@@ -38,8 +38,12 @@ fn copy(from: &Path, to: &Path) {
 }
 
 async fn open(dir: &Path) -> Opened {
+    open_at(dir, NOW).await
+}
+
+async fn open_at(dir: &Path, now: i64) -> Opened {
     let settings = StorageSettings { free_min_bytes: 0, reserve_bytes: 0, ..StorageSettings::default() };
-    let clock = Arc::new(ManualClock::at(NOW));
+    let clock = Arc::new(ManualClock::at(now));
     store::open(dir, clock, settings, Arc::new(|reason| panic!("{reason}"))).await.unwrap()
 }
 
@@ -94,6 +98,16 @@ async fn check(opened: Opened) {
 async fn the_first_releases_data_dir_opens_with_every_job() {
     let dir = fixture();
     check(open(dir.path()).await).await;
+}
+
+#[tokio::test]
+async fn what_is_older_than_the_retention_is_not_deleted_by_the_upgrade() {
+    let dir = fixture();
+    let days = 24 * 3_600_000_i64;
+    let opened = open_at(dir.path(), NOW + 40 * days).await;
+    let purged = opened.store.purge().await.unwrap();
+    assert_eq!((purged.emptied, purged.deleted), (0, 0), "their time begins now");
+    check(opened).await;
 }
 
 #[tokio::test]

@@ -332,7 +332,9 @@ impl From<StoreError> for ApiError {
             error @ StoreError::OverQuota { .. } => {
                 Self::new(ErrorCode::StorageUnavailable, error.to_string()).after(10)
             }
-            StoreError::Full => Self::new(ErrorCode::StorageUnavailable, "too many writes wait; try again shortly"),
+            StoreError::Full => {
+                Self::new(ErrorCode::QueueFull, "more submissions wait for the disk than may; try again shortly").after(1)
+            }
             // The store was lost in the middle: what it was asked for may be in the file all the same.
             StoreError::Stopped => Self::new(
                 ErrorCode::StorageUnavailable,
@@ -402,6 +404,18 @@ upstream_rejected 502 server_error never
 cancelled_by_user 409 invalid_request_error never
 client_disconnected 409 invalid_request_error never
 ";
+
+    #[test]
+    fn a_store_that_is_behind_or_full_says_when_to_come_again() {
+        let header = |error: StoreError| {
+            let response = ApiError::from(error).render("/v1/jobs");
+            let after = response.headers().get("retry-after").and_then(|v| v.to_str().ok()).map(str::to_owned);
+            (response.status().as_u16(), after)
+        };
+        assert_eq!(header(StoreError::Full), (429, Some("1".to_owned())));
+        assert_eq!(header(StoreError::DiskFull("/disk is full".into())), (503, Some("1".to_owned())));
+        assert_eq!(header(StoreError::OverQuota { used: 2, quota: 1 }), (503, Some("10".to_owned())));
+    }
 
     #[test]
     fn the_table_is_the_contract() {

@@ -13,11 +13,13 @@ const KEY_CHARS_MAX: usize = 255;
 const HEADER: &str = "idempotency-key";
 const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
-/// The key of a submission to `route`, if it has one. Equal bodies are equal JSON, whatever its spaces.
+/// The key of a submission to `route`, if it has one. Equal bodies are equal JSON, whatever its spaces. `manner`: what else
+/// makes it another request.
 pub fn key(
     headers: &HeaderMap,
     caller: &Caller,
     route: &str,
+    manner: &str,
     body: &Map<String, Value>,
 ) -> Result<Option<IdempotencyKey>, ApiError> {
     let Some(value) = headers.get(HEADER) else {
@@ -29,7 +31,7 @@ pub fn key(
     let body = serde_json::to_vec(body).unwrap_or_default();
     Ok(Some(IdempotencyKey {
         key: hash(&[caller.tenant.as_bytes(), route.as_bytes(), text.as_bytes()]),
-        request: hash(&[&body]),
+        request: hash(&[manner.as_bytes(), &body]),
     }))
 }
 

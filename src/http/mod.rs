@@ -52,6 +52,11 @@ const UNREAD_BYTES_MAX: u64 = 8 * 1024;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
 
+tokio::task_local! {
+    /// Whether the request being handled is a HEAD: the framework runs the GET's handler and drops the body.
+    static IS_HEAD: bool;
+}
+
 /// What the faces are built from.
 pub struct Parts {
     /// The scheduler.
@@ -94,6 +99,7 @@ pub struct Shared {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) signer: Signer,
     pub(crate) waiters: Waiters,
+    pub(crate) fetched: jobs::artifacts::Fetched,
     pub(crate) started_at: Millis,
     pub(crate) durability: Durability,
     requests: AtomicU64,
@@ -131,6 +137,7 @@ impl AppState {
                 clock,
                 signer: Signer::new(url_secret),
                 waiters,
+                fetched: jobs::artifacts::Fetched::default(),
                 started_at,
                 durability,
                 requests: AtomicU64::new(0),
@@ -141,6 +148,13 @@ impl AppState {
     /// After a restart: the caller of this live sync job may come back by its next hop.
     pub fn expect_hop(&self, id: JobId) {
         self.waiters.expect_hop(id);
+    }
+
+    /// Notes that a job's answer is handed out whole by the request being handled; a HEAD hands out nothing.
+    pub(crate) fn delivered(&self, id: JobId) {
+        if !IS_HEAD.try_with(|is_head| *is_head).unwrap_or(false) {
+            self.handle.delivered(id);
+        }
     }
 
     /// The job, if there is one that this caller may see.
@@ -229,7 +243,8 @@ async fn edge(State(state): State<AppState>, mut request: Request, next: Next) -
     let mut response = match state.admit(&request) {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
-            let handled = AssertUnwindSafe(next.run(request)).catch_unwind().await;
+            let is_head = request.method() == Method::HEAD;
+            let handled = IS_HEAD.scope(is_head, AssertUnwindSafe(next.run(request)).catch_unwind()).await;
             handled.unwrap_or_else(|_| {
                 tracing::error!(http.path = path, "a request's handler panicked");
                 ApiError::new(ErrorCode::InternalError, "the server failed on this request; its log says why")

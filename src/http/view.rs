@@ -174,7 +174,7 @@ async fn result(state: &AppState, job: &Job) -> Value {
     let body = is_short.then(|| super::openai::answer::named(job, &answer.body));
     let body: Option<Value> = body.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     if body.is_some() {
-        state.handle.delivered(job.id);
+        state.delivered(job.id);
     }
     json!({"status_code": answer.status, "body": body, "body_url": body_url})
 }

@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::domain::worker::WorkerView;
 use crate::domain::{BatchId, ErrorCode, Job, JobError, JobId, JobState, Millis, ModelState, NewJob, StateReason};
+use crate::lifecycle::Tasks;
 pub use crate::policy::plan::Decision;
 use crate::scheduler::hub::JobWatch;
 use crate::scheduler::hub::{Ended, Hub};
@@ -149,6 +150,7 @@ pub struct Handle {
     workers: Arc<BTreeMap<String, WorkerHandle>>,
     view: watch::Receiver<Arc<QueueView>>,
     counters: Arc<Mutex<Counters>>,
+    tasks: Tasks,
 }
 
 impl Handle {
@@ -158,10 +160,11 @@ impl Handle {
         store: Store,
         workers: BTreeMap<String, WorkerHandle>,
         view: watch::Receiver<Arc<QueueView>>,
+        tasks: Tasks,
     ) -> Self {
         let counters =
             Counters { wait_buckets: WAIT_BUCKETS.iter().map(|le| (*le, 0)).collect(), ..Counters::default() };
-        Self { messages, hub, store, workers: Arc::new(workers), view, counters: Arc::new(Mutex::new(counters)) }
+        Self { messages, hub, store, workers: Arc::new(workers), view, counters: Arc::new(Mutex::new(counters)), tasks }
     }
 
     /// Commits jobs (all or none) and returns them in order. All are of one tenant. With a `key` that came before, those of
@@ -180,21 +183,32 @@ impl Handle {
     /// Asks to cancel: queued jobs are cancelled at once, running ones become `cancelling`, terminal ones stay.
     /// `code`: `cancelled_by_user` or `client_disconnected`.
     pub async fn cancel(&self, id: JobId, code: ErrorCode) -> Result<Job, StoreError> {
+        // Beside the caller, who may leave in the middle: what is committed must be told to the loop and to watchers.
+        let (reply, answer) = oneshot::channel();
+        let handle = self.clone();
+        self.tasks.spawn("cancel", async move {
+            let _ = reply.send(handle.cancel_now(id, code).await);
+        });
+        answer.await.unwrap_or(Err(StoreError::Stopped))
+    }
+
+    async fn cancel_now(&self, id: JobId, code: ErrorCode) -> Result<Job, StoreError> {
         let request = self.store.request_cancel(id, code).await?;
-        let job = self.store.reader().job(id).await?;
-        if let Some(change) = request.change {
-            let message = if change.state == JobState::Cancelling {
-                self.hub.publish(id.number, change.version, change.seq);
-                Message::Cancel { number: id.number }
-            } else {
-                let ended = Ended { state: change.state, answer: None, error: job.error.clone() };
-                self.hub.end(id.number, change.version, change.seq, ended);
-                Message::Cancelled { model: request.model, priority: request.priority, number: id.number }
-            };
-            // After the loop has ended there is nothing left to stop.
-            let _ = self.messages.send(message);
+        let Some(change) = request.change else {
+            return self.store.reader().job(id).await;
+        };
+        // After the loop has ended there is nothing left to stop.
+        if change.state == JobState::Cancelling {
+            let _ = self.messages.send(Message::Cancel { number: id.number });
+            self.hub.publish(id.number, change.version, change.seq);
+            return self.store.reader().job(id).await;
         }
-        Ok(job)
+        let (model, priority) = (request.model, request.priority);
+        let _ = self.messages.send(Message::Cancelled { model, priority, number: id.number });
+        let job = self.store.reader().job(id).await;
+        let error = job.as_ref().ok().and_then(|job| job.error.clone());
+        self.hub.end(id.number, change.version, change.seq, Ended { state: change.state, answer: None, error });
+        job
     }
 
     /// Watches a job from now on; read the store afterwards for what was before.

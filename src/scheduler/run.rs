@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -29,6 +30,8 @@ use crate::worker::supervisor::WorkerHandle;
 const MESSAGES_PER_STEP: usize = 256;
 /// Views are published at most this often.
 const VIEW_EVERY: Duration = Duration::from_millis(5);
+/// Waiting jobs that are ended at once.
+const ENDED_AT_ONCE: usize = 512;
 /// Waiting jobs read at once at the start.
 const TAKEN_IN_AT_ONCE: u32 = 8_192;
 /// Jobs whose claim the store refused are tried again after this long.
@@ -90,9 +93,11 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
     let (messages, inbox) = mpsc::unbounded_channel();
     let (view, viewed) = watch::channel(Arc::new(QueueView::default()));
     let hub = Hub::default();
-    let handle = Handle::new(messages.clone(), hub.clone(), store.clone(), workers.clone(), viewed);
+    let handle = Handle::new(messages.clone(), hub.clone(), store.clone(), workers.clone(), viewed, tasks.clone());
     let mut state = State::new(&models, knobs, &learned, epoch);
+    let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
+    store.took_in(begun.elapsed());
     let context = Context { store, hub, client, clock, tasks: tasks.clone(), messages };
     let mut scheduler = Scheduler {
         state,
@@ -551,8 +556,9 @@ impl Scheduler {
     fn end_queued(&self, numbers: Vec<i64>, error: JobError, overdue: bool) {
         let context = self.context.clone();
         self.context.tasks.spawn("end queued", async move {
-            for number in numbers {
-                end_one_queued(&context, number, &error, overdue).await;
+            // Together, so that they share commits.
+            for some in numbers.chunks(ENDED_AT_ONCE) {
+                join_all(some.iter().map(|number| end_one_queued(&context, *number, &error, overdue))).await;
             }
         });
     }

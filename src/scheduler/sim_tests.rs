@@ -1470,12 +1470,12 @@ impl Sim {
             None => self.report(index, Report::Stopped { stop_ms: 1 }),
             Some(lived) => {
                 self.seen.deaths += 1;
-                self.report(index, Report::Died { reason: "x".to_owned() });
-                self.workers[index].early_deaths = if lived < EARLY { self.workers[index].early_deaths + 1 } else { 0 };
-                let early = self.workers[index].early_deaths;
+                let early = if lived < EARLY { self.workers[index].early_deaths + 1 } else { 0 };
+                self.workers[index].early_deaths = early;
                 if early > FREE_EARLY_DEATHS {
-                    return self.back_off(index, early - FREE_EARLY_DEATHS);
+                    self.back_off(index, early - FREE_EARLY_DEATHS);
                 }
+                self.report(index, Report::Died { reason: "x".to_owned() });
             }
         }
         self.obey(index);
@@ -1698,7 +1698,8 @@ impl Sim {
     ///
     /// - what is under way: a load that hangs, a pause of the store, a server that is down, a back-off (at half the pace if
     ///   the clock was set back);
-    /// - what the clock lost over restarts, since pauses that were written down before last longer by it;
+    /// - twice what the clock lost over restarts, since pauses that were written down before last longer by it (at half the
+    ///   pace, if it was set back once more);
     /// - for each attempt that a job has left: a load and a stop, its time limit and its pause. Jobs that fail by themselves
     ///   have three, others two (one may be on a worker that hangs);
     /// - for each death that killers have left: a load, a stop, a back-off of the model, and the time limit of what it takes
@@ -1720,7 +1721,7 @@ impl Sim {
         }
         let under_way = LOAD_LIMIT + 2 * BACKOFF_MAX + SLACK;
         let work = attempts * (swap + limit + 2 * 4_000) + deaths * (swap + 2 * BACKOFF_MAX + limit);
-        let bound = under_way + self.lost_time + work;
+        let bound = under_way + 2 * self.lost_time + work;
         self.due = Some((self.now, self.now + bound));
         self.note(|| format!("faults cease; jobs have {attempts} attempts and {deaths} deaths left, and {bound} ms"));
     }
@@ -1846,6 +1847,22 @@ impl Sim {
         assert!(on_device <= 1, "two models on the device");
     }
 
+    /// When nothing is under way between them, the state machine and the supervisors agree on who holds the device.
+    fn check_agreement(&self, server: &Server) {
+        if !server.reports.is_empty() || self.workers.iter().any(|worker| !worker.orders.is_empty()) {
+            return;
+        }
+        for (index, worker) in self.workers.iter().enumerate() {
+            let (mine, phase) = (server.state.device.model() == Some(index), worker.phase);
+            assert!(
+                mine || !worker.is_on_device(),
+                "m{index} is {phase:?}, and the device is {:?}",
+                server.state.device
+            );
+            assert!(!mine || worker.is_on_device(), "the device waits for m{index} for ever, which is {phase:?}");
+        }
+    }
+
     fn check(&mut self) {
         for row in self.disk.jobs.values() {
             let now = (row.state, row.version);
@@ -1856,6 +1873,7 @@ impl Sim {
             }
         }
         let Some(server) = &self.server else { return };
+        self.check_agreement(server);
         let flying = self.flying();
         let mut attempts: BTreeMap<i64, &Dispatch> = BTreeMap::new();
         for task in server.tasks.values() {

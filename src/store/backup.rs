@@ -246,6 +246,7 @@ impl Destination {
         drop(snapshot);
         (manifest.database_sha256, manifest.database_bytes) = digest(&next)?;
         File::open(&next).and_then(|file| file.sync_all()).map_err(in_file(&next))?;
+        self.finish_former()?;
         self.write_manifest(&manifest)?;
         let database = self.folder.join(DATABASE);
         std::fs::rename(&next, &database).map_err(in_file(&database))?;
@@ -255,6 +256,21 @@ impl Destination {
         sync_folder(&self.folder)?;
         let removed = remove_others(&self.folder.join(ARTIFACTS), &files.named)?;
         Ok(Pass::Done(Box::new(Done { manifest, copied: files.copied, kept: files.kept, removed })))
+    }
+
+    /// A former pass may have ended between its two renames: then the next manifest is the one of the database, and has to
+    /// get its place before it is written anew.
+    fn finish_former(&self) -> Result<(), StoreError> {
+        let (next, database) = (self.folder.join(MANIFEST_NEXT), self.folder.join(DATABASE));
+        let Some(manifest) = read_manifest(&next)? else {
+            return Ok(());
+        };
+        if database.exists() && digest(&database)?.0 == manifest.database_sha256 {
+            let described = self.folder.join(MANIFEST);
+            std::fs::rename(&next, &described).map_err(in_file(&described))?;
+            sync_folder(&self.folder)?;
+        }
+        Ok(())
     }
 
     fn write_manifest(&self, manifest: &Manifest) -> Result<(), StoreError> {
@@ -646,7 +662,8 @@ pub(super) fn meta(c: &Connection, key: &str) -> Result<Option<String>, StoreErr
 /// start, and remembers whose copy it is, so that it may go on with the same backup.
 pub(super) fn forget_id(c: &Connection) -> Result<(), StoreError> {
     let id = meta(c, ID)?;
-    c.execute("DELETE FROM meta WHERE key IN (?1, ?2)", [ID, RESTORED_FROM])?;
+    // And its share of another disk.
+    c.execute("DELETE FROM meta WHERE key IN (?1, ?2, 'quota_bytes')", [ID, RESTORED_FROM])?;
     if let Some(id) = id {
         c.execute("INSERT INTO meta (key, value) VALUES (?1, ?2)", [RESTORED_FROM, &id])?;
     }

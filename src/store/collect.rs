@@ -179,12 +179,13 @@ impl Store {
 
 fn known(c: &Connection, folder: i64) -> Result<Known, StoreError> {
     let range = params![folder * NUMBERS, folder * NUMBERS + NUMBERS - 1];
-    let mut rows = c.prepare_cached("SELECT path, number FROM file WHERE number BETWEEN ?1 AND ?2")?;
-    let rows = rows.query_map(range, |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
+    // In this order: a job that ends in between is seen as live, or with its rows.
     let mut live = c.prepare_cached(
         "SELECT number, attempt FROM job INDEXED BY job_live WHERE finished_at IS NULL AND number BETWEEN ?1 AND ?2",
     )?;
     let live = live.query_map(range, |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
+    let mut rows = c.prepare_cached("SELECT path, number FROM file WHERE number BETWEEN ?1 AND ?2")?;
+    let rows = rows.query_map(range, |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
     Ok(Known { rows, live })
 }
 

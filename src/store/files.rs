@@ -15,6 +15,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::StoreError;
+use super::space::Space;
 use crate::domain::worker::Answer;
 use crate::domain::{JobId, JobKind, Token};
 
@@ -104,13 +105,14 @@ pub(super) struct Files {
     pub(super) folder: Arc<std::path::PathBuf>,
     files: Arc<LocalFileSystem>,
     stored_bytes: Arc<AtomicU64>,
+    space: Space,
     /// Part of the names of files; begins anywhere, so that no two runs of the server give the same.
     serial: Arc<AtomicU64>,
 }
 
 impl Files {
     /// Opens (and makes) the folder.
-    pub(super) fn open(folder: &std::path::Path, stored_bytes: u64) -> Result<Self, StoreError> {
+    pub(super) fn open(folder: &std::path::Path, stored_bytes: u64, space: Space) -> Result<Self, StoreError> {
         let in_folder = |source| StoreError::File { path: folder.display().to_string(), source };
         std::fs::create_dir_all(folder).map_err(in_folder)?;
         // The folder's own name has to outlive a power cut, too.
@@ -123,6 +125,7 @@ impl Files {
             folder: Arc::new(folder.to_owned()),
             files: Arc::new(files),
             stored_bytes: Arc::new(AtomicU64::new(stored_bytes)),
+            space,
             serial: Arc::new(AtomicU64::new(u64::from(getrandom::u32().unwrap_or_default()))),
         })
     }
@@ -142,12 +145,16 @@ impl Files {
         if body.len() <= INLINE_BYTES_MAX {
             return Ok(None);
         }
+        // Before it is written: what is left on the disk is for the answers of running jobs.
+        if let Some(reason) = self.space.check() {
+            return Err(StoreError::DiskFull(reason));
+        }
         let token = Token { id, attempt: 0 };
         let name = "request.json".to_owned();
         Ok(Some(self.write(token, Role::Request, 0, name, "application/json", body.clone()).await?))
     }
 
-    /// Takes the files out of an answer and stores them.
+    /// Takes the files out of an answer and stores them: all, or none.
     pub(super) async fn keep(&self, token: Token, kind: JobKind, answer: &Answer) -> Result<StoredAnswer, StoreError> {
         let mut stored = StoredAnswer {
             status: answer.status,
@@ -156,12 +163,28 @@ impl Files {
             usage: answer.usage.clone(),
             files: Vec::new(),
         };
+        match self.take_files(token, kind, answer, &mut stored).await {
+            Ok(()) => Ok(stored),
+            Err(error) => {
+                self.delete(&stored.files).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn take_files(
+        &self,
+        token: Token,
+        kind: JobKind,
+        answer: &Answer,
+        stored: &mut StoredAnswer,
+    ) -> Result<(), StoreError> {
         if !is_json(&answer.content_type) {
             let name = format!("{kind}-0.{}", extension(&answer.content_type));
             let file = self.write(token, Role::Artifact, 0, name, &answer.content_type, answer.body.clone()).await?;
             stored.files.push(file);
             stored.body = None;
-            return Ok(stored);
+            return Ok(());
         }
         if kind == JobKind::Image
             && let Ok(mut body) = serde_json::from_slice::<Value>(&answer.body)
@@ -173,7 +196,7 @@ impl Files {
             let name = "response.json".to_owned();
             stored.files.push(self.write(token, Role::Response, 0, name, &answer.content_type, body).await?);
         }
-        Ok(stored)
+        Ok(())
     }
 
     async fn take_images(&self, token: Token, body: &mut Value, files: &mut Vec<StoredFile>) -> Result<(), StoreError> {
@@ -210,7 +233,12 @@ impl Files {
         let path = format!("{}/{}-{}-{serial:x}-{name}", folder_of(token.id.number), token.id.uuid(), token.attempt);
         let size = bytes.len() as u64;
         let sha256 = hex(&Sha256::digest(&bytes));
-        self.files.put(&Path::from(path.as_str()), bytes.into()).await.map_err(|error| file_error(&path, error))?;
+        let place = Path::from(path.as_str());
+        let mut put = self.files.put(&place, bytes.clone().into()).await;
+        if put.as_ref().is_err_and(is_full) && self.space.give_up_reserve() {
+            put = self.files.put(&place, bytes.into()).await;
+        }
+        put.map_err(|error| file_error(&path, error))?;
         self.stored_bytes.fetch_add(size, Ordering::Relaxed);
         let position = i64::try_from(position).unwrap_or(i64::MAX);
         Ok(StoredFile { role, position, name, mime: mime.to_owned(), bytes: size, sha256, path })
@@ -272,6 +300,18 @@ pub(super) fn folder_of(number: i64) -> String {
     format!("{:05}", number / 1_000)
 }
 
+/// Whether the disk has no room.
+fn is_full(error: &object_store::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<std::io::Error>() {
+            return error.kind() == std::io::ErrorKind::StorageFull;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 fn file_error(path: &str, error: object_store::Error) -> StoreError {
     let source = match error {
         object_store::Error::NotFound { .. } => std::io::Error::new(std::io::ErrorKind::NotFound, "the file is gone"),
@@ -320,7 +360,7 @@ mod tests {
     #[tokio::test]
     async fn images_leave_the_answer_and_come_back_whole() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Files::open(dir.path(), 0).unwrap();
+        let store = Files::open(dir.path(), 0, Space::unlimited()).unwrap();
         let token = Token { id: JobId::new(1, 2, 3), attempt: 1 };
         let png = BASE64.encode([0x89, b'P', b'N', b'G', 1, 2, 3]);
         let body = serde_json::json!({"created": 1, "data": [{"b64_json": png}, {"b64_json": png}]}).to_string();
@@ -345,7 +385,7 @@ mod tests {
     #[tokio::test]
     async fn a_damaged_file_is_told_by_name_and_a_missing_one_too() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Files::open(dir.path(), 0).unwrap();
+        let store = Files::open(dir.path(), 0, Space::unlimited()).unwrap();
         let body = Bytes::from(vec![b'x'; INLINE_BYTES_MAX + 1]);
         assert!(store.keep_request(JobId::new(1, 2, 3), &body.slice(1..)).await.unwrap().is_none());
         let file = store.keep_request(JobId::new(1, 2, 3), &body).await.unwrap().unwrap();
@@ -363,7 +403,7 @@ mod tests {
     #[tokio::test]
     async fn audio_is_one_file_and_no_body() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Files::open(dir.path(), 0).unwrap();
+        let store = Files::open(dir.path(), 0, Space::unlimited()).unwrap();
         let token = Token { id: JobId::new(1, 2, 3), attempt: 1 };
         let answer =
             Answer { status: 200, content_type: "audio/wav".into(), body: Bytes::from_static(b"RIFF"), usage: None };

@@ -103,8 +103,17 @@ impl Keys {
         self.uncommitted.clear();
     }
 
+    /// A place to go back to with [`Self::back_to`].
+    pub(super) fn mark(&self) -> usize {
+        self.uncommitted.len()
+    }
+
     pub(super) fn rolled_back(&mut self) {
-        for key in self.uncommitted.drain(..) {
+        self.back_to(0);
+    }
+
+    pub(super) fn back_to(&mut self, mark: usize) {
+        for key in self.uncommitted.drain(mark..) {
             self.known.remove(&key);
         }
     }

@@ -119,7 +119,7 @@ impl Metrics {
     }
 
     pub(super) fn recovered_in(&self, took: Duration) {
-        self.inner.recovery_us.store(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.inner.recovery_us.fetch_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     pub(super) fn purged(&self, emptied: u64, deleted: u64) {

@@ -105,14 +105,14 @@ pub async fn open(
     let next_batch = recovery::next_batch(&session.c).map_err(in_database)?;
     let file_bytes = session.c.query_row("SELECT coalesce(sum(bytes), 0) FROM file", [], |row| row.get::<_, i64>(0));
     let file_bytes = file_bytes.map_err(StoreError::from).map_err(in_database)?;
-    let files = Files::open(&dir.join("artifacts"), file_bytes.unsigned_abs())?;
+    let space = Space::new(dir, settings.free_min_bytes, settings.reserve_bytes);
+    let files = Files::open(&dir.join("artifacts"), file_bytes.unsigned_abs(), space.clone())?;
     let (used, _) = quota::pages(&session.c).map_err(in_database)?;
     let bytes = quota::decide(&session.c, dir, &settings, used + files.stored_bytes())?;
     let quota = Quota::new(bytes, used, files.counter());
     // Files of the first release cannot give pages back.
     let gives_back = session.c.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0))? == 2;
     let live = Live::default();
-    let space = Space::new(dir, settings.free_min_bytes, settings.reserve_bytes);
     let parts = Parts {
         session,
         space,

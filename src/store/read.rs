@@ -135,7 +135,7 @@ const JOB_COLUMNS: &str =
     job.error, job.load_ms, job.emptied_at, job.delivered_at, request.endpoint, request.custom_id, request.metadata, request.present,
     request.retry_of, result.usage";
 const JOB_TABLES: &str = "job JOIN model ON model.id = job.model JOIN tenant ON tenant.id = job.tenant
-    LEFT JOIN request ON request.number = job.number LEFT JOIN result ON result.number = job.number";
+    LEFT JOIN request ON request.number = job.number LEFT JOIN result ON result.id = job.result";
 
 fn job_of(row: &Row<'_>) -> Result<Job, StoreError> {
     let text = |index: usize| -> Result<String, StoreError> { Ok(row.get::<_, String>(index)?) };
@@ -250,15 +250,18 @@ impl Reader {
         if job.id == id { Ok(Arc::unwrap_or_clone(job)) } else { Err(StoreError::NotFound) }
     }
 
-    /// The jobs of a submission that began with number `first` and had `count` members, as they are now.
-    pub(super) async fn replayed(&self, first: i64, count: usize) -> Result<Vec<Job>, StoreError> {
-        let count = i64::try_from(count).unwrap_or(i64::MAX);
+    /// The jobs of the submission that began with number `first`, as they are now, as far as they are still there.
+    pub(super) async fn replayed(&self, first: i64) -> Result<Vec<Job>, StoreError> {
         let jobs = self
             .read(move |c| {
-                let sql = format!(
-                    "SELECT {JOB_COLUMNS} FROM {JOB_TABLES} WHERE job.number BETWEEN ?1 AND ?2 ORDER BY job.number"
-                );
-                jobs_of(c, &sql, &[&first, &(first + count - 1)])
+                let Some(job) = job_by_number(c, first)? else {
+                    return Ok(Vec::new());
+                };
+                let Some(batch) = job.batch else {
+                    return Ok(vec![job]);
+                };
+                let sql = format!("SELECT {JOB_COLUMNS} FROM {JOB_TABLES} WHERE job.batch = ?1 ORDER BY job.number");
+                jobs_of(c, &sql, &[&batch.0])
             })
             .await?;
         if jobs.is_empty() { Err(StoreError::Expired) } else { Ok(jobs) }
@@ -380,7 +383,10 @@ impl Reader {
     async fn kept(&self, id: JobId) -> Result<Option<(Kept, Vec<StoredFile>)>, StoreError> {
         self.read(move |c| {
             let row = c
-                .prepare_cached("SELECT status, content_type, usage, body FROM result WHERE number = ?1")?
+                .prepare_cached(
+                    "SELECT result.status, result.content_type, result.usage, result.body
+                     FROM job JOIN result ON result.id = job.result WHERE job.number = ?1",
+                )?
                 .query_row([id.number], |row| {
                     let usage: Option<String> = row.get(2)?;
                     let body: Option<Vec<u8>> = row.get(3)?;

@@ -80,6 +80,7 @@ pub(super) struct Recovered {
 pub(super) fn recover(session: &mut Session, now: Millis, settings: &StorageSettings) -> Result<Recovered, StoreError> {
     session.c.execute_batch("BEGIN IMMEDIATE")?;
     let (epoch, was_clean) = begin_epoch(&session.c)?;
+    set_times(&session.c, now, settings)?;
     let mut left: Vec<(Token, JobState)> = Vec::new();
     {
         let mut statement = session.c.prepare(
@@ -111,6 +112,17 @@ pub(super) fn recover(session: &mut Session, now: Millis, settings: &StorageSett
     session.c.execute_batch("COMMIT")?;
     session.touched.clear();
     Ok(Recovered { jobs, was_clean, epoch })
+}
+
+/// Jobs that ended before there was a retention have theirs from now on.
+fn set_times(c: &Connection, now: Millis, settings: &StorageSettings) -> Result<(), StoreError> {
+    c.execute(
+        "UPDATE job SET expires_at = max(finished_at, ?1)
+                + CASE WHEN face = 'sync' THEN ?2 WHEN batch IS NOT NULL THEN ?3 ELSE ?4 END
+         WHERE expires_at = 0",
+        [now, verbs::ms(settings.sync_ttl), verbs::ms(settings.batch_ttl), verbs::ms(settings.results_ttl)],
+    )?;
+    Ok(())
 }
 
 /// Uncharged: what it was charged with before stays.

@@ -198,7 +198,7 @@ impl Step {
         let bodies: i64 = c
             .prepare_cached(
                 "SELECT coalesce((SELECT length(body) FROM request WHERE number = ?1), 0)
-                      + coalesce((SELECT length(body) FROM result WHERE number = ?1), 0)",
+                      + coalesce((SELECT length(body) FROM result WHERE id = (SELECT result FROM job WHERE number = ?1)), 0)",
             )?
             .query_row([job.number], |row| row.get(0))?;
         let files = super::read::files_of(c, job.number)?;
@@ -207,7 +207,7 @@ impl Step {
         for sql in [
             "DELETE FROM request WHERE number = ?1",
             "DELETE FROM event WHERE number = ?1",
-            "DELETE FROM result WHERE number = ?1",
+            "DELETE FROM result WHERE id = (SELECT result FROM job WHERE number = ?1)",
             "DELETE FROM file WHERE number = ?1",
         ] {
             execute(c, sql, [job.number])?;
@@ -218,7 +218,7 @@ impl Step {
         }
         execute(
             c,
-            "UPDATE job SET emptied_at = ?2, expires_at = ?3, version = version + 1
+            "UPDATE job SET emptied_at = ?2, expires_at = ?3, result = NULL, version = version + 1
              WHERE number = ?1 AND finished_at IS NOT NULL AND emptied_at IS NULL",
             params![job.number, now, until],
         )?;

@@ -4,50 +4,65 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crate::domain::storage::shown_bytes;
 
-/// The disk under one data dir. Only the writing thread uses it.
+/// The disk under one data dir. Cheap to clone.
+#[derive(Clone, Debug)]
 pub(super) struct Space {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
     dir: PathBuf,
     free_min: u64,
     reserve_bytes: u64,
     reserve_is_there: AtomicBool,
+    /// Held while the reserve is made.
+    making: Mutex<()>,
 }
 
 impl Space {
     /// `free_min`: bytes that must be free for new jobs. `reserve_bytes`: size of the reserve; 0: none.
     pub(super) fn new(dir: &Path, free_min: u64, reserve_bytes: u64) -> Self {
-        let space = Self { dir: dir.to_owned(), free_min, reserve_bytes, reserve_is_there: AtomicBool::new(false) };
+        let space = Self::of(dir, free_min, reserve_bytes);
         let size = std::fs::metadata(space.reserve()).map_or(0, |file| file.len());
-        space.reserve_is_there.store(size == reserve_bytes && size > 0, Ordering::Relaxed);
+        space.inner.reserve_is_there.store(size == reserve_bytes && size > 0, Ordering::Relaxed);
         space.refill();
         space
     }
 
+    fn of(dir: &Path, free_min: u64, reserve_bytes: u64) -> Self {
+        let (reserve_is_there, making) = (AtomicBool::new(false), Mutex::new(()));
+        Self { inner: Arc::new(Inner { dir: dir.to_owned(), free_min, reserve_bytes, reserve_is_there, making }) }
+    }
+
     #[cfg(test)]
     pub(super) fn unlimited() -> Self {
-        Self { dir: PathBuf::new(), free_min: 0, reserve_bytes: 0, reserve_is_there: AtomicBool::new(false) }
+        Self::of(Path::new(""), 0, 0)
     }
 
     fn reserve(&self) -> PathBuf {
-        self.dir.join("reserve")
+        self.inner.dir.join("reserve")
     }
 
     /// Why new jobs are refused now, in words; `None`: there is room. Puts the reserve back when there is room for it.
     pub(super) fn check(&self) -> Option<String> {
-        if self.free_min == 0 {
+        let inner = &self.inner;
+        if inner.free_min == 0 {
             return None;
         }
         let free = self.refill();
-        let has_reserve = self.reserve_bytes == 0 || self.reserve_is_there.load(Ordering::Relaxed);
-        if free >= self.free_min && has_reserve {
+        let has_reserve = inner.reserve_bytes == 0 || inner.reserve_is_there.load(Ordering::Relaxed);
+        if free >= inner.free_min && has_reserve {
             return None;
         }
-        let needed = self.free_min + if has_reserve { 0 } else { self.reserve_bytes };
+        let needed = inner.free_min + if has_reserve { 0 } else { inner.reserve_bytes };
         Some(format!(
             "the disk of {} is nearly full: {} free, new jobs need {}; make room there, running jobs go on",
-            self.dir.display(),
+            inner.dir.display(),
             shown_bytes(free),
             shown_bytes(needed)
         ))
@@ -55,17 +70,20 @@ impl Space {
 
     /// Makes the reserve again if there is room for it beyond the watermark. Returns what is free.
     fn refill(&self) -> u64 {
-        let free = free_bytes(&self.dir).unwrap_or(u64::MAX);
-        if self.reserve_bytes == 0 || self.reserve_is_there.load(Ordering::Relaxed) {
+        let inner = &self.inner;
+        let free = free_bytes(&inner.dir).unwrap_or(u64::MAX);
+        if inner.reserve_bytes == 0 || inner.reserve_is_there.load(Ordering::Relaxed) {
             return free;
         }
-        if free < self.free_min + self.reserve_bytes {
+        if free < inner.free_min + inner.reserve_bytes {
             return free;
         }
+        // Another thread makes it already.
+        let Ok(_making) = inner.making.try_lock() else { return free };
         match self.make_reserve() {
             Ok(()) => {
-                self.reserve_is_there.store(true, Ordering::Relaxed);
-                free_bytes(&self.dir).unwrap_or(free)
+                inner.reserve_is_there.store(true, Ordering::Relaxed);
+                free_bytes(&inner.dir).unwrap_or(free)
             }
             Err(error) => {
                 tracing::warn!("{}: the reserve could not be made: {error}", self.reserve().display());
@@ -77,14 +95,21 @@ impl Space {
 
     fn make_reserve(&self) -> std::io::Result<()> {
         let file = File::options().create(true).truncate(true).write(true).open(self.reserve())?;
-        let length = i64::try_from(self.reserve_bytes).unwrap_or(i64::MAX);
+        let length = i64::try_from(self.inner.reserve_bytes).unwrap_or(i64::MAX);
         nix::fcntl::posix_fallocate(&file, 0, length)?;
         file.sync_all()
     }
 
     /// Gives the reserve back to the disk; false: there was none.
     pub(super) fn give_up_reserve(&self) -> bool {
-        self.reserve_is_there.swap(false, Ordering::Relaxed) && std::fs::remove_file(self.reserve()).is_ok()
+        let is_given =
+            self.inner.reserve_is_there.swap(false, Ordering::Relaxed) && std::fs::remove_file(self.reserve()).is_ok();
+        if is_given {
+            tracing::warn!(
+                "the disk is full: the reserve is given up, new jobs are refused until there is space again"
+            );
+        }
+        is_given
     }
 }
 

@@ -49,30 +49,42 @@ pub(super) fn insert(
     async move {
         let mut kept = Vec::new();
         let pending = match queued {
-            Some(pending) => pending,
+            Some(pending) => Ok(pending),
             None => {
-                for (id, job) in &submission.jobs {
-                    if let Some(file) = files.keep_request(*id, &job.body).await? {
-                        kept.push((id.number, file));
-                    }
-                }
-                queue(&writer, &submission, kept.clone())
+                write_files(&files, &submission, &mut kept).await.map(|()| queue(&writer, &submission, kept.clone()))
             }
         };
-        let verdict = answer(pending).await;
-        if !matches!(verdict, Ok(Verdict::New)) && !kept.is_empty() {
+        let verdict = match pending {
+            Ok(pending) => answer(pending).await,
+            Err(error) => Err(error),
+        };
+        // A store that stopped in the middle may have it all the same.
+        let is_known = !matches!(verdict, Ok(Verdict::New) | Err(StoreError::Stopped));
+        if is_known && !kept.is_empty() {
             let unused: Vec<StoredFile> = kept.into_iter().map(|(_, file)| file).collect();
             // What cannot be deleted now is found by the collection of files without rows.
             let _ = files.delete(&unused).await;
         }
         match verdict? {
             Verdict::New => Ok(Inserted { jobs: committed(submission), replayed: false }),
-            Verdict::Replayed(first) => {
-                Ok(Inserted { jobs: reader.replayed(first, submission.jobs.len()).await?, replayed: true })
-            }
+            Verdict::Replayed(first) => Ok(Inserted { jobs: reader.replayed(first).await?, replayed: true }),
             Verdict::Reused => Err(StoreError::KeyReused),
         }
     }
+}
+
+/// Bodies that are too large for a row. `kept`: those that are written, also after an error.
+async fn write_files(
+    files: &Files,
+    submission: &Submission,
+    kept: &mut Vec<(i64, StoredFile)>,
+) -> Result<(), StoreError> {
+    for (id, job) in &submission.jobs {
+        if let Some(file) = files.keep_request(*id, &job.body).await? {
+            kept.push((id.number, file));
+        }
+    }
+    Ok(())
 }
 
 fn queue(writer: &Writer, submission: &Arc<Submission>, files: Vec<(i64, StoredFile)>) -> Pending<Verdict> {

@@ -347,6 +347,17 @@ impl Store {
         self.writer.delivered(id.number);
     }
 
+    /// Reading the queue into memory took so long; part of the time that a start needs.
+    pub fn took_in(&self, time: std::time::Duration) {
+        self.metrics.recovered_in(time);
+    }
+
+    /// The last word: the next start knows that this run ended in order.
+    pub async fn close(&self) -> Result<(), StoreError> {
+        let pending = self.writer.apply(Kind::Change, 0, |session| super::writer::mark_clean(&session.c));
+        answer(pending).await
+    }
+
     /// Answers when the writer does, for `/readyz`.
     pub async fn ping(&self) -> Result<(), StoreError> {
         answer(self.writer.apply(Kind::Change, 0, |_| Ok(()))).await
@@ -480,10 +491,15 @@ pub(super) fn end_one(
         End::Failed(error) | End::Expired(error) => Some(json!(error).to_string()),
         End::Cancelled => Some(json!(cancel_error(&session.c, row.number)?).to_string()),
     };
+    let result = match end {
+        End::Succeeded(answer) => Some(record_answer(&session.c, row.number, answer)?),
+        _ => None,
+    };
     let changed = session
         .c
         .prepare_cached(
-            "UPDATE job SET state = ?4, finished_at = ?5, error = ?6, version = version + 1, last_seq = last_seq + 1,
+            "UPDATE job SET state = ?4, finished_at = ?5, error = ?6, result = ?10,
+                    delivered_at = CASE WHEN ?10 IS NULL THEN ?5 END, version = version + 1, last_seq = last_seq + 1,
                     expires_at = ?5 + CASE WHEN face = 'sync' THEN ?7 WHEN batch IS NOT NULL THEN ?8 ELSE ?9 END
              WHERE number = ?1 AND attempt = ?2 AND state = ?3",
         )?
@@ -496,13 +512,11 @@ pub(super) fn end_one(
             error,
             ms(settings.sync_ttl),
             ms(settings.batch_ttl),
-            ms(settings.results_ttl)
+            ms(settings.results_ttl),
+            result
         ])?;
     let change = row.changed(changed, end.state())?;
     session.touched.push(row.number);
-    if let End::Succeeded(answer) = end {
-        record_answer(&session.c, row.number, answer)?;
-    }
     Ok(Some(change))
 }
 
@@ -547,19 +561,21 @@ pub(super) fn ms(duration: std::time::Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 4)
 }
 
-fn record_answer(c: &Connection, number: i64, answer: &StoredAnswer) -> Result<(), StoreError> {
+/// Stores an answer and its files; returns its row.
+fn record_answer(c: &Connection, number: i64, answer: &StoredAnswer) -> Result<i64, StoreError> {
     execute(
         c,
-        "INSERT INTO result (number, status, content_type, usage, body) VALUES (?1, ?2, ?3, ?4, ?5)",
+        "INSERT INTO result (status, content_type, usage, body) VALUES (?1, ?2, ?3, ?4)",
         params![
-            number,
             answer.status,
             answer.content_type,
             answer.usage.as_ref().map(Value::to_string),
             answer.body.as_deref(),
         ],
     )?;
-    answer.files.iter().try_for_each(|file| record_file(c, number, file))
+    let row = c.last_insert_rowid();
+    answer.files.iter().try_for_each(|file| record_file(c, number, file))?;
+    Ok(row)
 }
 
 /// The error of a cancelled job; `cancel_code` says who asked.

@@ -66,6 +66,13 @@ impl Session {
         self.touched.clear();
     }
 
+    /// What an operation had added that was rolled back alone; `keys`: the mark before it.
+    fn operation_rolled_back(&mut self, keys: usize) {
+        self.keys.back_to(keys);
+        self.models.clear();
+        self.tenants.clear();
+    }
+
     /// What the rolled back transaction had added is not known any more.
     fn rolled_back(&mut self) {
         self.keys.rolled_back();
@@ -185,7 +192,13 @@ impl Writer {
         let (operations, receiver) = mpsc::unbounded_channel();
         let waiting = Arc::new(Waiting::default());
         let thread = Thread { parts, waiting: waiting.clone(), is_dead: false };
-        std::thread::Builder::new().name("store-writer".into()).spawn(move || thread.run(receiver))?;
+        let on_fatal = thread.parts.on_fatal.clone();
+        let run = std::panic::AssertUnwindSafe(move || thread.run(receiver));
+        std::thread::Builder::new().name("store-writer".into()).spawn(move || {
+            if std::panic::catch_unwind(run).is_err() {
+                on_fatal("the store's writing thread panicked");
+            }
+        })?;
         Ok(Self { operations, waiting })
     }
 
@@ -308,11 +321,12 @@ impl Thread {
         if let Err(Stop::NotCommitted(StoreError::DiskFull(_))) = &outcome
             && self.parts.space.give_up_reserve()
         {
-            tracing::warn!(
-                "the disk is full: the reserve is given up, new jobs are refused until there is space again"
-            );
             let low = self.parts.space.check().unwrap_or_else(|| "the disk is full".to_owned());
             outcome = self.guarded(group, delivered, Some(&StoreError::DiskFull(low)));
+        }
+        if outcome.is_err() {
+            // However it ended: the next group begins its own transaction.
+            self.roll_back();
         }
         outcome.map_err(|stop| match stop {
             Stop::NotCommitted(error) => error,
@@ -349,6 +363,7 @@ impl Thread {
                 continue;
             }
             run(&self.parts.session.c, "SAVEPOINT operation")?;
+            let keys = self.parts.session.keys.mark();
             operation.run(&mut self.parts.session);
             // Some errors (a full disk, an I/O error) make SQLite roll the whole transaction back: then nothing more may be
             // written, or it would commit one by one.
@@ -364,6 +379,7 @@ impl Thread {
                     return Err(Stop::NotCommitted(error));
                 }
                 run(&self.parts.session.c, "ROLLBACK TO operation")?;
+                self.parts.session.operation_rolled_back(keys);
             }
             run(&self.parts.session.c, "RELEASE operation")?;
         }
@@ -423,11 +439,15 @@ impl From<StoreError> for Stop {
     }
 }
 
+/// Writes that the run ended in order.
+pub(super) fn mark_clean(c: &Connection) -> Result<(), StoreError> {
+    c.execute("INSERT INTO meta (key, value) VALUES ('clean', '1') ON CONFLICT (key) DO UPDATE SET value = '1'", [])?;
+    Ok(())
+}
+
 /// A clean end: everything is in the database's own file, and the next start knows it.
 fn close(c: &Connection) {
-    let closed = c
-        .execute("INSERT INTO meta (key, value) VALUES ('clean', '1') ON CONFLICT (key) DO UPDATE SET value = '1'", [])
-        .and_then(|_| c.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)"));
+    let closed = mark_clean(c).and_then(|()| Ok(c.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")?));
     if let Err(error) = closed {
         tracing::warn!("the database was not closed cleanly (nothing is lost): {error}");
     }

@@ -582,18 +582,18 @@ impl Supervisor {
         tracing::error!(model = self.spec.name, "the worker died: {reason}");
         self.wait_memory_free(running.memory_before).await;
         self.enter(ModelState::Absent);
-        self.report(Report::Died { reason: reason.clone() });
-        if lived >= self.tempo.early_death {
-            self.early_deaths = 0;
-            return Phase::Absent;
-        }
-        self.early_deaths += 1;
-        if self.early_deaths <= FREE_EARLY_DEATHS {
-            return Phase::Absent;
-        }
+        self.early_deaths = if lived < self.tempo.early_death { self.early_deaths + 1 } else { 0 };
         let times = self.early_deaths;
+        if times <= FREE_EARLY_DEATHS {
+            self.report(Report::Died { reason });
+            return Phase::Absent;
+        }
         let what = format!("its worker died {times} times in a row soon after it was ready: {reason}");
-        self.enter_backoff(what, &tail, times - FREE_EARLY_DEATHS, false)
+        // The back-off is told first: a load ordered between the two reports would be answered by the second one, and the
+        // order be followed when the back-off is over, whoever holds the device then.
+        let phase = self.enter_backoff(what, &tail, times - FREE_EARLY_DEATHS, false);
+        self.report(Report::Died { reason });
+        phase
     }
 
     async fn failed_load(&mut self, reason: String, tail: &Tail, memory: Option<u64>) -> Phase {

@@ -168,10 +168,7 @@ async fn a_backup_of_a_busy_server_restores_elsewhere_byte_by_byte_and_its_queue
     }
     assert!(had_to_run > 0);
     // Two servers with one id would end each other's workers.
-    let id = |data: PathBuf| {
-        let c = rusqlite::Connection::open(data.join("roundhouse.db")).unwrap();
-        c.query_row("SELECT value FROM meta WHERE key = 'data_dir_id'", [], |row| row.get::<_, String>(0)).unwrap()
-    };
+    let id = |data: PathBuf| roundhouse::store::data_dir_id_of(&data).unwrap();
     assert_ne!(id(site.data()), id(other.data()));
 }
 

@@ -5,7 +5,7 @@ use tokio::net::TcpStream;
 
 use serde_json::json;
 
-use super::common::{Site, check_history, echo};
+use super::common::{Api, Site, check_history, echo, within};
 use super::replay::{Random, seed};
 
 const PATHS: [&str; 3] = ["/v1/jobs", "/v1/jobs/bulk", "/v1/chat/completions"];
@@ -13,6 +13,27 @@ const PATHS: [&str; 3] = ["/v1/jobs", "/v1/jobs/bulk", "/v1/chat/completions"];
 /// Submissions that are left; `ROUNDHOUSE_SOAK` makes more of them.
 fn leavers() -> usize {
     if std::env::var_os("ROUNDHOUSE_SOAK").is_some() { 5_000 } else { 300 }
+}
+
+/// Submits a slow job and asks to cancel it, leaving at some moment of that.
+async fn leave_a_cancel(api: &Api, address: &str, random: &mut Random) {
+    let wishes = json!({"delay_ms": 60_000});
+    let body = json!({"model": "echo", "messages": [{"role": "user", "content": "slow"}], "echo": wishes});
+    let id = api.submit(&json!({"endpoint": "/v1/chat/completions", "body": body})).await;
+    let text = format!("POST /v1/jobs/{id}/cancel HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n");
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let some = std::time::Duration::from_micros(random.below(3_000) as u64);
+    let mut buffer = [0; 64];
+    let _ = tokio::time::timeout(some, stream.read(&mut buffer)).await;
+    drop(stream);
+    // It was asked, or it was not: then it is asked again. Nobody waits a minute for its end.
+    let job = api.job(&id).await;
+    if job["state"] == "queued" || job["state"] == "running" {
+        api.poke(&format!("/v1/jobs/{id}/cancel")).await.is(200);
+    }
+    let ended = within(std::time::Duration::from_secs(20), "a cancelled job ends", api.finished(&id)).await;
+    assert_eq!(ended["state"], "cancelled", "{ended}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -48,6 +69,9 @@ async fn clients_that_leave_at_any_moment_leave_no_half_of_a_submission() {
             let _ = stream.set_zero_linger();
         }
         drop(stream);
+        if n % 10 == 3 {
+            leave_a_cancel(&server.api, &address, &mut random).await;
+        }
     }
     let body = json!({"model": "echo", "messages": [{"role": "user", "content": "after"}]});
     let after = server.api.submit(&json!({"endpoint": "/v1/chat/completions", "body": body})).await;

@@ -44,9 +44,9 @@ async fn start(size_mib: usize) -> OnSmallDisk {
     let mount = dir.path().join("disk");
     std::fs::create_dir(&mount).unwrap();
     let config = dir.path().join("models.yaml");
-    let slow = with(echo("text", &["--delay-ms", "3000"]), json!({"limit": 4}));
+    let slow = |kind: &str| with(echo(kind, &["--delay-ms", "3000"]), json!({"limit": 4}));
     let file = json!({
-        "models": {"echo": slow},
+        "models": {"echo": slow("text"), "images": slow("image")},
         "storage": {"free_min": "4MiB", "reserve": "4MiB", "quota": "1GiB"},
         "server": {"worker_grace": "2s"},
     });
@@ -98,16 +98,20 @@ fn fill(file: &PathBuf) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn answers_land_on_a_full_disk_and_new_jobs_wait_for_room() {
+fn image() -> serde_json::Value {
+    json!({"endpoint": "/v1/images/generations", "body": {"model": "images", "prompt": "x", "n": 4, "size": "256x256"}})
+}
+
+/// Jobs of one model run while the disk fills up; afterwards there is room again.
+async fn answers_land(jobs: Vec<serde_json::Value>, is_right: impl Fn(&serde_json::Value) -> bool) {
     let server = start(32).await;
     let api = &server.api;
     // The first also loads the model.
-    let first = api.submit(&chat("first")).await;
+    let first = api.submit(&jobs[0]).await;
     api.succeeded(&first).await;
     let mut running = Vec::new();
-    for n in 0..4 {
-        running.push(api.submit(&chat(&format!("running {n} {}", "x".repeat(20_000)))).await);
+    for job in &jobs {
+        running.push(api.submit(job).await);
     }
     for id in &running {
         api.happened(id, "job.started").await;
@@ -118,19 +122,30 @@ async fn answers_land_on_a_full_disk_and_new_jobs_wait_for_room() {
     for id in &running {
         api.succeeded(id).await;
         let answer = api.get(&format!("/v1/jobs/{id}/response")).await.is(200).json();
-        assert_eq!(answer["choices"][0]["finish_reason"], "stop", "{answer}");
+        assert!(is_right(&answer), "{answer}");
     }
     api.post("/v1/jobs", &chat("refused")).await.refused(503, "storage_unavailable");
     let log = std::fs::read_to_string(&server.log).unwrap();
     assert!(log.contains("nearly full") && log.contains("make room"), "{log}");
     std::fs::remove_file(&filler).unwrap();
     let next = eventually(LIMIT, "jobs are accepted again", || async {
-        let reply = api.post("/v1/jobs", &chat("next")).await;
+        let reply = api.post("/v1/jobs", &jobs[0]).await;
         (reply.status == 202).then(|| reply.json()["id"].as_str().unwrap().to_owned())
     })
     .await;
     api.succeeded(&next).await;
     let all = api.get("/v1/jobs").await.json();
-    assert_eq!(all["data"].as_array().map(Vec::len), Some(6), "what was refused is not there: {all}");
+    assert_eq!(all["data"].as_array().map(Vec::len), Some(jobs.len() + 2), "what was refused is not there: {all}");
     assert!(server.disk.join("data/reserve").exists(), "the reserve is back");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_land_on_a_full_disk_and_new_jobs_wait_for_room() {
+    let jobs = (0..4).map(|n| chat(&format!("running {n} {}", "x".repeat(20_000)))).collect();
+    answers_land(jobs, |answer| answer["choices"][0]["finish_reason"] == "stop").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_land_on_a_full_disk_too() {
+    answers_land(vec![image()], |answer| answer["data"].as_array().is_some_and(|images| images.len() == 4)).await;
 }

@@ -1,5 +1,8 @@
 //! A job's files: `GET /v1/jobs/{id}/artifacts` and `/artifacts/{aid}`, with ranges.
 
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Mutex, PoisonError};
+
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Extension, State};
@@ -7,7 +10,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
-use crate::domain::{ErrorCode, Job};
+use crate::domain::{ErrorCode, Job, JobId};
 use crate::http::auth::Caller;
 use crate::http::body::Segments;
 use crate::http::error::ApiError;
@@ -15,6 +18,9 @@ use crate::http::jobs::job_id;
 use crate::http::{AppState, view};
 use crate::store::StoreError;
 use crate::store::read::Artifact;
+
+/// Jobs with some of their files fetched that are remembered.
+const FETCHED_MAX: usize = 10_000;
 
 /// The list, each with a signed URL.
 pub async fn list(
@@ -48,9 +54,9 @@ pub async fn get(
     let job = state.job(&caller, id).await?;
     not_expired(&job)?;
     let artifacts = state.reader.artifacts(id).await?;
-    let last = artifacts.last().map(|last| last.id.clone());
-    let found = artifacts.into_iter().find(|found| found.id == artifact);
-    let artifact = found.ok_or_else(|| ApiError::not_found("the artifact"))?;
+    let count = artifacts.len();
+    let found = artifacts.into_iter().enumerate().find(|(_, found)| found.id == artifact);
+    let (place, artifact) = found.ok_or_else(|| ApiError::not_found("the artifact"))?;
     let etag = format!("\"{}\"", artifact.sha256);
     if matches(&headers, header::IF_NONE_MATCH, &etag) {
         return Ok(with_headers(StatusCode::NOT_MODIFIED, Body::empty(), &artifact, &etag));
@@ -67,9 +73,9 @@ pub async fn get(
         StoreError::NotFound => ApiError::not_found("the artifact"),
         error => error.into(),
     })?;
-    // Who has the end of the last file has them all, as far as one can tell.
-    if last.as_ref() == Some(&artifact.id) && range.is_none_or(|(_, end)| end == artifact.bytes) {
-        state.handle.delivered(job.id);
+    let is_whole = range.is_none_or(|range| range == (0, artifact.bytes));
+    if is_whole && state.fetched.all(job.id, place, count) {
+        state.delivered(job.id);
     }
     let status = if range.is_some() { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
     let mut response = with_headers(status, Body::from(bytes), &artifact, &etag);
@@ -78,6 +84,33 @@ pub async fn get(
         view::set(response.headers_mut(), header::CONTENT_RANGE, &shown);
     }
     Ok(response)
+}
+
+/// Which files of jobs were fetched whole; a job's answer is delivered when all of them were.
+#[derive(Default)]
+pub struct Fetched {
+    places: Mutex<HashMap<JobId, BTreeSet<usize>>>,
+}
+
+impl Fetched {
+    /// Notes a file; says whether all of its job have been fetched.
+    fn all(&self, id: JobId, place: usize, count: usize) -> bool {
+        if count == 1 {
+            return true;
+        }
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if places.len() >= FETCHED_MAX {
+            // Forgotten jobs only count as not delivered.
+            places.clear();
+        }
+        let known = places.entry(id).or_default();
+        known.insert(place);
+        let is_all = known.len() == count;
+        if is_all {
+            places.remove(&id);
+        }
+        is_all
+    }
 }
 
 /// What an emptied job had is gone.

@@ -8,7 +8,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
-use crate::domain::{BatchId, NewJob};
+use crate::domain::{BatchId, Job, NewJob};
 use crate::http::auth::Caller;
 use crate::http::body::{self, JsonObject, shortened, unknown_field};
 use crate::http::error::ApiError;
@@ -28,7 +28,7 @@ pub async fn create(
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
     let partial = body::flag(&body::query(&uri)?, "partial")?;
-    let key = idempotency::key(&headers, &caller, "/v1/jobs/bulk", &object)?;
+    let key = idempotency::key(&headers, &caller, "/v1/jobs/bulk", if partial { "partial" } else { "" }, &object)?;
     let requests = requests(object)?;
     let batch = state.handle.new_batch();
     let source = Source::bulk(caller.tenant, state.clock.now(), batch);
@@ -39,8 +39,11 @@ pub async fn create(
     let (items, jobs): (Vec<Item>, Vec<NewJob>) = good.into_iter().unzip();
     let accepted = state.handle.submit(jobs, key).await?;
     let batch = accepted.jobs.first().and_then(|job| job.batch).unwrap_or(batch);
-    let ids = accepted.jobs.iter().map(|job| job.id.to_string());
-    let jobs: Vec<Value> = items.iter().zip(ids).map(|(item, id)| item.accepted(&id)).collect();
+    // Numbers follow the items; of a submission of days ago some may be gone.
+    let first = accepted.jobs.first().map_or(0, |job| job.id.number);
+    let item = |job: &Job| usize::try_from(job.id.number - first).ok().and_then(|place| items.get(place));
+    let jobs: Vec<Value> =
+        accepted.jobs.iter().filter_map(|job| item(job).map(|item| item.accepted(&job.id.to_string()))).collect();
     Ok(idempotency::mark(reply(batch, jobs, partial.then_some(faults)), accepted.replayed))
 }
 

@@ -44,7 +44,7 @@ pub async fn create(
     headers: HeaderMap,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
-    let key = idempotency::key(&headers, &caller, "/v1/jobs", &object)?;
+    let key = idempotency::key(&headers, &caller, "/v1/jobs", "", &object)?;
     let job = submission::read(&state.models, object, submission::Source::one(caller.tenant, state.clock.now()))?;
     let (submitted, _) = submit(&state, job, key).await?;
     accepted(&state, submitted, Prefer::read(&headers).wait_s).await

@@ -54,7 +54,10 @@ async fn of_answer(state: &AppState, job: &Job, answer: &Answer) -> Response {
         JobKind::Chat | JobKind::Completion => named(job, &answer.body),
         JobKind::Image | JobKind::Audio | JobKind::Custom => answer.body.clone(),
     };
-    state.handle.delivered(job.id);
+    // Links are no images: those count when they are fetched.
+    if !(job.kind == JobKind::Image && job.present.image_url) {
+        state.delivered(job.id);
+    }
     let mut response = Response::new(Body::from(body));
     *response.status_mut() = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::OK);
     let headers = response.headers_mut();

@@ -41,7 +41,8 @@ pub async fn call(
     let prefer = hops::Prefer::read(&headers);
     let (face, priority) =
         if prefer.respond_async { (Face::Async, PRIORITY_ASYNC) } else { (Face::Sync, PRIORITY_SYNC) };
-    let key = idempotency::key(&headers, &caller, uri.path(), &body)?;
+    // A job whose caller holds the line is another one than a job that is come back for.
+    let key = idempotency::key(&headers, &caller, uri.path(), face.as_str(), &body)?;
     let job = prepare::prepare(&state.models, uri.path(), body, Options::new(caller.tenant, face, priority))?;
     if prefer.respond_async {
         return respond_async(&state, job, key, prefer.wait_s).await;
