@@ -6,18 +6,12 @@ use std::time::Duration;
 use super::common::{LIMIT, Site, eventually};
 use serde_json::json;
 
-/// A Python shell that does `statements` on the database and holds on for `seconds`.
-fn shell(site: &Site, statements: &str, seconds: u64) -> Child {
-    let program = "import sqlite3, sys, time\n\
-        c = sqlite3.connect(sys.argv[1], isolation_level=None)\n\
-        for statement in sys.argv[2].split(';'): c.execute(statement).fetchone()\n\
-        print('holds', flush=True)\n\
-        time.sleep(float(sys.argv[3]))\n";
-    let file = site.data().join("roundhouse.db");
+/// A program that holds the database's write lock (`writes`) or a read (`reads`) for `seconds`.
+fn stranger(site: &Site, what: &str, seconds: u64) -> Child {
     let mut child = Command::new("python3")
-        .args(["-c", program])
-        .arg(file)
-        .args([statements, &seconds.to_string()])
+        .arg(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/stranger.py"))
+        .arg(site.data().join("roundhouse.db"))
+        .args([what, &seconds.to_string()])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
@@ -48,7 +42,7 @@ async fn a_shell_that_holds_the_write_lock_slows_and_loses_nothing() {
     std::fs::create_dir_all(site.path().join("no-gpus")).unwrap();
     let server = site.start().await;
     let mut accepted = vec![server.api.submit(&job(0)).await];
-    let mut holder = shell(&site, "BEGIN IMMEDIATE", seconds);
+    let mut holder = stranger(&site, "writes", seconds);
     let second = eventually(LIMIT, "jobs are accepted again", || async {
         let reply = server.api.post("/v1/jobs", &job(1)).await;
         if reply.status == 202 {
@@ -74,7 +68,7 @@ async fn a_reader_that_stays_makes_the_log_grow_and_is_reported() {
     let site = site();
     let server = site.start().await;
     server.api.submit(&job(0)).await;
-    let mut reader = shell(&site, "BEGIN;PRAGMA user_version", 600);
+    let mut reader = stranger(&site, "reads", 600);
     for round in 0..3 {
         let jobs = (0..400).map(|n| job(round * 1_000 + n)).collect();
         server.api.submit_together(jobs).await;
