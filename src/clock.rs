@@ -49,13 +49,16 @@ pub(crate) struct Held {
 impl Held {
     /// `wall`: what the system's clock says; `steady`: of a clock that nobody sets.
     pub(crate) fn read(&mut self, wall: Millis, steady: Millis) -> Millis {
-        if wall >= self.latest {
+        let at_half_pace = match self.behind {
+            Some((shown, since)) => shown.saturating_add((steady - since) / 2),
+            None => self.latest,
+        };
+        if wall >= at_half_pace {
             self.behind = None;
-            self.latest = wall;
         } else {
-            let (shown, since) = *self.behind.get_or_insert((self.latest, steady));
-            self.latest = self.latest.max(shown.saturating_add((steady - since) / 2));
+            self.behind.get_or_insert((self.latest, steady));
         }
+        self.latest = self.latest.max(wall).max(at_half_pace);
         self.latest
     }
 }

@@ -38,18 +38,57 @@ enum Ending {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Insert { count: u8, claimed: bool, key: Option<u8>, variant: u8, large: bool },
-    Claim { which: Vec<Which> },
-    Append { which: Which, ago: Ago },
-    Finish { which: Which, ago: Ago, ending: Ending },
-    Requeue { which: Which, ago: Ago, back: (u32, u32, Option<i64>, Option<i64>, bool) },
-    EndQueued { which: Which, late: bool },
-    Cancel { which: Which, code: bool, guessed: bool },
-    TellLoading { which: Vec<Which> },
-    AddLoadTime { which: Vec<Which> },
-    Learn { model: u8, load_ms: f64 },
-    Delivered { which: Which },
-    Advance { ms: i64 },
+    Insert {
+        count: u8,
+        claimed: bool,
+        key: Option<u8>,
+        variant: u8,
+        large: bool,
+    },
+    Claim {
+        which: Vec<Which>,
+    },
+    Append {
+        which: Which,
+        ago: Ago,
+    },
+    Finish {
+        which: Which,
+        ago: Ago,
+        ending: Ending,
+    },
+    Requeue {
+        which: Which,
+        ago: Ago,
+        back: (u32, u32, Option<i64>, Option<i64>, bool),
+    },
+    EndQueued {
+        which: Which,
+        late: bool,
+    },
+    Cancel {
+        which: Which,
+        code: bool,
+        guessed: bool,
+    },
+    TellLoading {
+        which: Vec<Which>,
+    },
+    AddLoadTime {
+        which: Vec<Which>,
+    },
+    Learn {
+        model: u8,
+        load_ms: f64,
+    },
+    Delivered {
+        which: Which,
+    },
+    Advance {
+        ms: i64,
+    },
+    /// At everything, so that copies in memory are made.
+    Look,
     Restart,
 }
 
@@ -90,6 +129,7 @@ fn ops() -> impl Strategy<Value = Vec<(Op, Patience)>> {
         1 => (0..3_u8, 1.0..1e6).prop_map(|(model, load_ms)| Op::Learn { model, load_ms }),
         1 => which().prop_map(|which| Op::Delivered { which }),
         2 => prop_oneof![0..5_000_i64, Just(idempotency::KEY_TTL_MS / 2)].prop_map(|ms| Op::Advance { ms }),
+        2 => Just(Op::Look),
         1 => Just(Op::Restart),
     ];
     let patience = prop_oneof![3 => Just(Patience::Now), 2 => Just(Patience::Later), 1 => Just(Patience::Never)];
@@ -164,6 +204,7 @@ impl Bench {
         }
         match op {
             Op::Advance { ms } => self.clock.advance(ms),
+            Op::Look => self.check().await,
             Op::Restart => self.restart().await,
             Op::Delivered { which } => self.store().delivered(self.id(which)),
             op => {
@@ -291,7 +332,7 @@ impl Bench {
                 };
                 (Box::pin(asked), Told::Changes(Vec::new()))
             }
-            Op::Delivered { .. } | Op::Advance { .. } | Op::Restart => unreachable!("done by the caller"),
+            Op::Delivered { .. } | Op::Advance { .. } | Op::Look | Op::Restart => unreachable!("done by the caller"),
         }
     }
 
