@@ -338,7 +338,8 @@ impl Bench {
 
     fn insert(&mut self, count: u8, claimed: bool, key: Option<u8>, variant: u8, large: bool) -> (Asked, Told) {
         let (store, now) = (self.store().clone(), self.now());
-        let batch = (count > 1 && variant == 1).then(|| store.new_batch());
+        // As in the program: several with a key are a batch, by which they are found again.
+        let batch = (count > 1 && (variant == 1 || key.is_some())).then(|| store.new_batch());
         let jobs: Vec<(JobId, NewJob)> = (0..count)
             .map(|index| {
                 let number = self.next_number + i64::from(index);
