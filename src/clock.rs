@@ -120,7 +120,7 @@ mod tests {
         assert_eq!([held.read(4_000, 0), held.read(4_001, 1), held.read(5_000, 1_000)], [10_000, 10_000, 10_500]);
         assert_eq!(held.read(16_000, 12_000), 16_000, "it has caught up");
         assert_eq!(held.read(17_000, 13_000), 17_000);
-        assert_eq!([held.read(16_000, 13_000), held.read(17_500, 14_500)], [17_000, 17_500]);
+        assert_eq!([held.read(16_000, 13_000), held.read(17_500, 14_500)], [17_000, 17_750]);
         assert_eq!(held.read(90_000_000, 14_600), 90_000_000, "a day forward");
     }
 }
