@@ -42,6 +42,7 @@ impl Server {
 
     fn start_by(command: &mut Command, program: &Path, dir: &Path, worker: bool) -> anyhow::Result<Self> {
         anyhow::ensure!(program.exists(), "{} is missing: build it with cargo build --release", program.display());
+        wait_for_lock(&dir.join("data").join("lock"));
         let config = dir.join("models.yaml");
         std::fs::write(&config, serde_json::to_string_pretty(&models(dir, worker)?)?)?;
         let log = std::fs::File::options().create(true).append(true).open(dir.join("server.log"))?;
@@ -116,6 +117,16 @@ impl Server {
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_secs(15) && matches!(self.child.try_wait(), Ok(None)) {
             std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// A store that was just dropped keeps its data dir until its last change is written.
+fn wait_for_lock(lock: &Path) {
+    for _ in 0..2_000 {
+        match std::fs::File::open(lock).map(|file| file.try_lock()) {
+            Ok(Err(std::fs::TryLockError::WouldBlock)) => std::thread::sleep(Duration::from_millis(5)),
+            _ => return,
         }
     }
 }
