@@ -14,6 +14,7 @@ use roundhouse::domain::worker::Answer;
 use roundhouse::domain::{Face, JobId, JobKind, NewJob, StorageSettings, Token};
 use roundhouse::store::{self, End, Store};
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 use crate::measure::{Counters, Run, us};
 
@@ -74,8 +75,17 @@ pub(crate) struct Ours {
 
 impl Ours {
     pub(crate) async fn open(dir: &Path, fsync: bool) -> anyhow::Result<Self> {
+        Self::open_with(dir, StorageSettings { fsync, ..StorageSettings::default() }).await
+    }
+
+    /// A store whose ended jobs are past their retention at once.
+    pub(crate) async fn open_forgetful(dir: &Path) -> anyhow::Result<Self> {
+        let results_ttl = Duration::from_millis(1);
+        Self::open_with(dir, StorageSettings { results_ttl, ..StorageSettings::default() }).await
+    }
+
+    async fn open_with(dir: &Path, settings: StorageSettings) -> anyhow::Result<Self> {
         let on_fatal = Arc::new(|reason: &str| eprintln!("the store: {reason}"));
-        let settings = StorageSettings { fsync, ..StorageSettings::default() };
         // The data dir is let go of a moment after the last handle.
         let mut tries = 0;
         let opened = loop {
@@ -149,6 +159,28 @@ impl Ours {
             all.extend(ids.into_iter().flatten());
         }
         Ok(all)
+    }
+
+    /// Claims and completes jobs.
+    pub(crate) async fn end(&self, ids: &[JobId]) -> anyhow::Result<()> {
+        let answer = answer();
+        for some in ids.chunks(1_000) {
+            let tokens = self.claim(some).await?;
+            self.complete(&tokens, &answer).await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes what is past its retention, as the server does, until the token is cancelled.
+    pub(crate) fn keep_house(&self) -> CancellationToken {
+        let stop = CancellationToken::new();
+        tokio::spawn(self.store.clone().keep_house(stop.clone()));
+        stop
+    }
+
+    /// Jobs whose content was deleted so far.
+    pub(crate) async fn emptied(&self) -> u64 {
+        self.store.metrics().await.emptied
     }
 
     async fn claim(&self, ids: &[JobId]) -> anyhow::Result<Vec<Token>> {

@@ -116,6 +116,7 @@ impl Suite {
         if self.options.wants(Section::Store) && levels.contains(&0) {
             self.level(0).await?;
             self.settings_and_load().await?;
+            self.purge().await?;
         }
         if self.options.wants(Section::Http) {
             self.http().await?;
@@ -340,6 +341,31 @@ impl Suite {
         self.figures.put("busy.enqueue-256", busy.rate());
         self.figures.settle(false);
         println!("  enqueue, 256 submitters              {:>9} and {} jobs/s", count(quiet.rate()), count(busy.rate()));
+        Ok(())
+    }
+
+    /// What submissions feel of the deletion of old jobs.
+    async fn purge(&mut self) -> anyhow::Result<()> {
+        let others = self.head("our store, alone and then beside the deletion of old jobs, FULL");
+        let dir = self.dir.join("purge");
+        let store = Arc::new(Ours::open_forgetful(&dir.join("data")).await?);
+        let ids = store.fill(if self.options.quick { 10_000 } else { 40_000 }).await?;
+        store.end(&ids).await?;
+        let limit = self.options.limit();
+        let alone = enqueue(&store, 64, 1, limit).await?;
+        let keeping = store.keep_house();
+        let beside = enqueue(&store, 64, 1, limit).await?;
+        let emptied = store.emptied().await as f64 / limit.as_secs_f64();
+        keeping.cancel();
+        for (what, run) in [("alone", &alone), ("beside", &beside)] {
+            println!("  enqueue,  64 submitters, {what:<6}      {:>9} jobs/s   {}", count(run.rate()), run.times());
+        }
+        println!("  jobs emptied meanwhile              {:>9}/s", count(emptied));
+        self.figures.put("purge.alone.p99", alone.ms(0.99));
+        self.figures.put("purge.beside.p99", beside.ms(0.99));
+        self.tail(&others);
+        drop(store);
+        let _ = std::fs::remove_dir_all(&dir);
         Ok(())
     }
 

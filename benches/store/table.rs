@@ -83,6 +83,7 @@ fn rows(f: &Figures) -> Vec<Row> {
         limit(f, "bytes written per enqueued job, 64", 4.5 * record, "enqueue-64.bytes", "enqueue-64", "B", 1.0),
         limit(f, "bytes written per whole life", 5.0 * whole, "life.bytes", "life", "B", 1.0),
         ratio(f, "enqueue, 256: busy processors to quiet", 0.3, "busy.enqueue-256", "quiet.enqueue-256", "enqueue-256"),
+        at_most(f, "ack p99, 64: beside deletion to alone", 2.0, "purge.beside.p99", "purge.alone.p99", "enqueue-64"),
         ratio(f, "HTTP one job, 64 connections, to in-process", 0.35, "http-single", "enqueue-64", "http-single"),
         ratio(f, "HTTP 100 jobs, 16 connections, to in-process", 0.8, "http-bulk", "bulk", "http-bulk"),
         limit(f, "restart with 1M waiting: listening", 1_000.0, "restart.listening@1M", "restart", "ms", 1.0),
