@@ -28,6 +28,9 @@ pub struct Attempt {
     pub deadline_passed: bool,
     /// To be finished before.
     pub deadline: Option<Millis>,
+    /// Random, from 0 to below 1: which part of its pause it waits, so that jobs that failed together do not all come back
+    /// together.
+    pub jitter: f64,
 }
 
 /// What to do with the job.
@@ -71,10 +74,13 @@ pub struct Requeue {
     pub error: Option<JobError>,
 }
 
-/// First pause after a failure, in ms; doubles up to [`BACKOFF_MAX_MS`].
+/// Longest first pause after a failure, in ms; doubles up to [`BACKOFF_MAX_MS`]. How much of it is waited is random ("full
+/// jitter"), but at least [`BACKOFF_MIN_MS`].
 pub const BACKOFF_FIRST_MS: i64 = 1_000;
 /// Longest pause, in ms.
 pub const BACKOFF_MAX_MS: i64 = 60_000;
+/// Shortest pause, in ms.
+pub const BACKOFF_MIN_MS: i64 = 100;
 
 /// Judges the end of an attempt.
 pub fn judge(outcome: Outcome, attempt: &Attempt, now: Millis) -> Verdict {
@@ -126,7 +132,9 @@ fn judge_failure(error: JobError, attempt: &Attempt, now: Millis) -> Verdict {
     if failures >= attempt.max_attempts || attempt.relayed {
         return Verdict::Fail(error);
     }
-    let pause = (BACKOFF_FIRST_MS << (failures - 1).min(16)).min(BACKOFF_MAX_MS);
+    let longest = (BACKOFF_FIRST_MS << (failures - 1).min(16)).min(BACKOFF_MAX_MS);
+    #[expect(clippy::cast_possible_truncation, reason = "at most a minute of ms")]
+    let pause = ((longest as f64 * attempt.jitter) as i64).max(BACKOFF_MIN_MS);
     if attempt.deadline.is_some_and(|deadline| now + pause >= deadline) {
         return Verdict::Fail(error);
     }
@@ -154,6 +162,7 @@ mod tests {
             relayed: false,
             deadline_passed: false,
             deadline: None,
+            jitter: 0.999,
         }
     }
 
@@ -177,7 +186,9 @@ mod tests {
                 other => panic!("{other:?}"),
             })
             .collect();
-        assert_eq!(pauses, [Some(1_000), Some(2_000), None]);
+        assert_eq!(pauses, [Some(999), Some(1_998), None]);
+        let lucky = Attempt { failures: 1, jitter: 0.0, ..attempt() };
+        assert!(matches!(judge(oom(), &lucky, 0), Verdict::Requeue(r) if r.not_before == Some(BACKOFF_MIN_MS)));
     }
 
     #[test]

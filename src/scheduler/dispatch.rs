@@ -149,6 +149,8 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
         relayed: relayed.chunks && job.face == Face::Sync,
         deadline_passed,
         deadline: job.deadline,
+        // 32 random bits as a share; without them the whole pause.
+        jitter: getrandom::u32().map_or(0.999, |bits| f64::from(bits) / (f64::from(u32::MAX) + 1.0)),
     }
 }
 

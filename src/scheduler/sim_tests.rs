@@ -1305,6 +1305,8 @@ impl Sim {
             }
         }
         let is_timeout = matches!(&outcome, Outcome::Failed { error, .. } if error.code == ErrorCode::ExecutionTimeout);
+        #[expect(clippy::cast_precision_loss, reason = "less than a thousand")]
+        let jitter = self.rng.range(0, 999) as f64 / 1_000.0;
         let attempt = Attempt {
             failures: one.job.failures,
             crashes: one.job.crashes,
@@ -1315,6 +1317,7 @@ impl Sim {
             relayed: one.relayed,
             deadline_passed: one.by_deadline && is_timeout,
             deadline: one.job.deadline,
+            jitter,
         };
         let suspect = matches!(outcome, Outcome::WorkerLost { .. });
         let answered = matches!(outcome, Outcome::Answered(_));
