@@ -13,7 +13,7 @@ pub trait Clock: Send + Sync + 'static {
 }
 
 /// The system's clock, held so that it never steps back within one run of the program, and never stands still: see
-/// [`Held`].
+/// `Held`.
 #[derive(Debug)]
 pub struct SystemClock {
     begun: Instant,

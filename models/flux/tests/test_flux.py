@@ -21,6 +21,8 @@ SERVER = ROOT / "models/flux/server.py"
 PYTHON = ROOT / "models/flux/.venv/bin/python"
 PATH = "/v1/images/generations"
 LOAD_PATIENCE_S = 150.0
+PATIENT = ("--batch-wait-ms", "10000")
+"""A run waits for its missing requests, however busy the machine is."""
 BATCH_TOLERANCE = 2
 """An image in a batch may differ from the same seed alone by this much of 255."""
 
@@ -29,7 +31,7 @@ BATCH_TOLERANCE = 2
 def worker(request: pytest.FixtureRequest, checkpoints: Path) -> Iterator[Worker]:
     model = checkpoints / f"flux-{request.param}"
     environment = {"OMP_NUM_THREADS": "1"}
-    with Worker(SERVER, "--model", str(model), python=PYTHON, environment=environment) as worker:
+    with Worker(SERVER, "--model", str(model), *PATIENT, python=PYTHON, environment=environment) as worker:
         yield worker.ready(LOAD_PATIENCE_S)
         worker.signal()
         assert worker.wait_exit() == 0

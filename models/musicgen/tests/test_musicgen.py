@@ -21,13 +21,15 @@ PYTHON = ROOT / "models/musicgen/.venv/bin/python"
 SPEECH = "/v1/audio/speech"
 PATH = "/v1/audio/generations"
 LOAD_PATIENCE_S = 150.0
+PATIENT = ("--batch-wait-ms", "10000")
+"""A run waits for its missing requests, however busy the machine is."""
 
 
 @pytest.fixture(scope="module")
 def worker(checkpoints: Path) -> Iterator[Worker]:
     environment = {"OMP_NUM_THREADS": "1"}
     model = str(checkpoints / "musicgen")
-    with Worker(SERVER, "--model", model, python=PYTHON, environment=environment) as worker:
+    with Worker(SERVER, "--model", model, *PATIENT, python=PYTHON, environment=environment) as worker:
         yield worker.ready(LOAD_PATIENCE_S)
         worker.signal()
         assert worker.wait_exit() == 0
