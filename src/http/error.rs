@@ -342,6 +342,11 @@ impl From<StoreError> for ApiError {
                  same Idempotency-Key",
             )
             .after(5),
+            error if error.is_lost_file() => {
+                tracing::error!("a file of a job is lost: {error}");
+                let message = "a file of this job is lost or damaged on the server; it has to be restored from a backup";
+                Self::new(ErrorCode::InternalError, message)
+            }
             error => {
                 tracing::error!("the store failed a request: {error}");
                 Self::new(ErrorCode::StorageUnavailable, "the database cannot be used now; the server's log says why")

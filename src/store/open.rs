@@ -81,6 +81,14 @@ pub async fn open(
         let _ = File::open(parent).and_then(|parent| parent.sync_all());
     }
     let lock = Arc::new(lock(dir)?);
+    let unfinished = dir.join("roundhouse.db.restoring");
+    if unfinished.exists() {
+        return Err(StoreError::Unusable(format!(
+            "a restore into {} did not end ({} is there): run roundhouse restore again, or empty the folder",
+            dir.display(),
+            unfinished.display()
+        )));
+    }
     if rusqlite::version_number() < SQLITE_MIN {
         return Err(StoreError::Unusable(format!(
             "SQLite {} is linked; 3.51.3 or newer is needed",

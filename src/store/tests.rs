@@ -556,3 +556,12 @@ async fn a_stop_is_told_from_a_crash_and_runs_are_counted() {
     let bench = bench.restart().await;
     assert_eq!((bench.opened.epoch, bench.opened.was_clean), (2, true));
 }
+
+#[tokio::test]
+async fn a_restore_that_did_not_end_is_no_empty_data_dir() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("roundhouse.db.restoring"), "half").unwrap();
+    let clock = Arc::new(ManualClock::at(1_000));
+    let error = open(dir.path(), clock, settings(), Arc::new(|_| ())).await.err().expect("refused").to_string();
+    assert!(error.contains("did not end") && error.contains("roundhouse restore"), "{error}");
+}
