@@ -8,11 +8,11 @@ use bytes::Bytes;
 
 use super::backup::{Destination, Done};
 use super::snapshots::{Durability, Snapshots, restore_if_needed};
+use super::tests::new_job;
 use super::*;
 use crate::clock::ManualClock;
-use crate::domain::job::Present;
 use crate::domain::worker::Answer;
-use crate::domain::{Face, JobId, JobKind, JobState, NewJob, StorageSettings};
+use crate::domain::{JobId, JobKind, JobState, NewJob, StorageSettings};
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -43,25 +43,7 @@ impl Bench {
 
     async fn add(&self, number: i64) -> JobId {
         let id = JobId::new(1_000, number, 77);
-        let job = NewJob {
-            endpoint: "/v1/images/generations".into(),
-            model: "m".into(),
-            tenant: "default".into(),
-            batch: None,
-            custom_id: None,
-            face: Face::Async,
-            priority: 5,
-            body: Bytes::from_static(b"{}"),
-            batch_key: 1,
-            stream: false,
-            present: Present::default(),
-            start_deadline: None,
-            deadline: None,
-            timeout_ms: 1_000,
-            max_attempts: 3,
-            metadata: std::collections::BTreeMap::new(),
-            retry_of: None,
-        };
+        let job = NewJob { endpoint: "/v1/images/generations".into(), model: "m".into(), ..new_job() };
         self.opened.store.insert(vec![(id, job)], false, None).await.unwrap();
         id
     }

@@ -81,7 +81,7 @@ pub async fn open(
         let _ = File::open(parent).and_then(|parent| parent.sync_all());
     }
     let lock = Arc::new(lock(dir)?);
-    let unfinished = dir.join("roundhouse.db.restoring");
+    let unfinished = dir.join(super::restore::DATABASE_NEXT);
     if unfinished.exists() {
         return Err(StoreError::Unusable(format!(
             "a restore into {} did not end ({} is there): run roundhouse restore again, or empty the folder",

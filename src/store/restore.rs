@@ -14,7 +14,8 @@ use super::backup::{
 };
 use super::open::{DATABASE, schema_version};
 
-const DATABASE_NEXT: &str = "roundhouse.db.restoring";
+/// The database of a restore that has not ended.
+pub(super) const DATABASE_NEXT: &str = "roundhouse.db.restoring";
 
 /// A backup that was verified.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,9 +9,9 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use tokio_util::sync::CancellationToken;
 
+use super::tests::new_job;
 use super::*;
 use crate::clock::{Clock, ManualClock};
-use crate::domain::job::Present;
 use crate::domain::worker::Answer;
 use crate::domain::{BatchId, ErrorCode, Face, JobError, JobId, JobKind, JobState, NewJob, StorageSettings, Token};
 
@@ -120,28 +120,6 @@ fn walk(dir: &Path) -> Vec<PathBuf> {
 
 fn settings() -> StorageSettings {
     StorageSettings { free_min_bytes: 0, reserve_bytes: 0, fsync: false, ..StorageSettings::default() }
-}
-
-fn new_job() -> NewJob {
-    NewJob {
-        endpoint: "/v1/chat/completions".into(),
-        model: "echo".into(),
-        tenant: "default".into(),
-        batch: None,
-        custom_id: None,
-        face: Face::Async,
-        priority: 5,
-        body: Bytes::from_static(b"{}"),
-        batch_key: 1,
-        stream: false,
-        present: Present::default(),
-        start_deadline: None,
-        deadline: None,
-        timeout_ms: 1_000,
-        max_attempts: 3,
-        metadata: BTreeMap::new(),
-        retry_of: None,
-    }
 }
 
 fn answer(bytes: usize) -> Answer {
