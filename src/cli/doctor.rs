@@ -287,7 +287,10 @@ impl Doctor<'_> {
             Err(error) => self.wrong.push(error.to_string()),
         }
         match examine::look(data_dir) {
-            Ok(None) => line(out, "jobs", "no database yet; the first start makes it")?,
+            Ok(None) => match examine::why_absent(data_dir)? {
+                Some(reason) => self.wrong.push(reason),
+                None => line(out, "jobs", "no database yet; the first start makes it")?,
+            },
             Ok(Some(inside)) => {
                 line(out, "jobs", &jobs(&inside.jobs))?;
                 line(out, "files", &format!("{} named by the database", counted(inside.files)))?;

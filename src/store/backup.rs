@@ -130,6 +130,8 @@ pub(super) fn in_file(path: &Path) -> impl Fn(std::io::Error) -> StoreError {
 pub struct Destination {
     data_dir: PathBuf,
     folder: PathBuf,
+    /// Opened once: should the database's file be removed or replaced, this is still the one of before.
+    live: Connection,
     _lock: File,
 }
 
@@ -139,10 +141,13 @@ impl Destination {
     pub fn open(data_dir: &Path, folder: &Path) -> Result<Self, StoreError> {
         let data_dir = data_dir.canonicalize().map_err(in_file(data_dir))?;
         if !data_dir.join(DATABASE).exists() {
-            return Err(StoreError::Unusable(format!(
-                "{} holds no database ({DATABASE}): name the data dir of a server with --data-dir",
-                data_dir.display()
-            )));
+            let reason = super::examine::why_absent(&data_dir)?.unwrap_or_else(|| {
+                format!(
+                    "{} holds no database ({DATABASE}): name the data dir of a server with --data-dir",
+                    data_dir.display()
+                )
+            });
+            return Err(StoreError::Unusable(reason));
         }
         let folder = std::path::absolute(folder).map_err(in_file(folder))?;
         let above = super::placement::existing(&folder);
@@ -164,9 +169,16 @@ impl Destination {
             )));
         }
         let lock = lock(&folder.join(MARK))?;
-        let destination = Self { data_dir, folder, _lock: lock };
+        let live = open_live(&data_dir)?;
+        let destination = Self { data_dir, folder, live, _lock: lock };
+        // The first read opens the log, too.
         destination.is_ours().map_err(|error| explained(&destination.data_dir, error))?;
         Ok(destination)
+    }
+
+    /// The database that is copied.
+    pub(super) fn live(&self) -> &Connection {
+        &self.live
     }
 
     /// The folder.
@@ -176,11 +188,10 @@ impl Destination {
 
     /// A backup of another data dir is not overwritten, unless this one was restored from it.
     fn is_ours(&self) -> Result<(), StoreError> {
+        let ours = [meta(&self.live, ID)?, meta(&self.live, RESTORED_FROM)?];
         let Some(manifest) = read_manifest(&self.folder.join(MANIFEST))? else {
             return Ok(());
         };
-        let live = open_live(&self.data_dir)?;
-        let ours = [meta(&live, ID)?, meta(&live, RESTORED_FROM)?];
         if manifest.data_dir_id.is_empty() || ours.contains(&Some(manifest.data_dir_id)) {
             return Ok(());
         }
@@ -194,10 +205,9 @@ impl Destination {
     /// Brings the backup up to date. With `tolerant`, files that are lost or damaged in the data dir are left out and listed
     /// in the manifest; without, they are an error. Blocks.
     pub fn back_up(&self, clock: &dyn Clock, tolerant: bool, watch: Watch<'_>) -> Result<Done, StoreError> {
-        let live = open_live(&self.data_dir)?;
-        check_schema(&live, &self.data_dir).map_err(|error| explained(&self.data_dir, error))?;
+        check_schema(&self.live, &self.data_dir).map_err(|error| explained(&self.data_dir, error))?;
         for pass in 1.. {
-            match self.pass(&live, clock, tolerant, watch)? {
+            match self.pass(clock, tolerant, watch)? {
                 Pass::Done(done) => return Ok(*done),
                 Pass::Vanished(path) if pass == PASSES_MAX => {
                     return Err(StoreError::Unusable(format!(
@@ -212,7 +222,7 @@ impl Destination {
         Err(StoreError::Stopped)
     }
 
-    fn pass(&self, live: &Connection, clock: &dyn Clock, tolerant: bool, watch: Watch<'_>) -> Result<Pass, StoreError> {
+    fn pass(&self, clock: &dyn Clock, tolerant: bool, watch: Watch<'_>) -> Result<Pass, StoreError> {
         let mut manifest = Manifest {
             format: FORMAT,
             created_at: rfc3339(clock.now()),
@@ -222,13 +232,14 @@ impl Destination {
         watch(Progress { step: "database", done: Count::default(), total: Count::default() });
         let next = self.folder.join(DATABASE_NEXT);
         remove_if_there(&next)?;
-        live.execute("VACUUM INTO ?1", [path_text(&next)?])
+        self.live
+            .execute("VACUUM INTO ?1", [path_text(&next)?])
             .map_err(|error| in_database(&self.data_dir.join(DATABASE), error))?;
         let snapshot = open_still(&next)?;
         manifest.jobs = jobs_by_state(&snapshot)?;
         manifest.data_dir_id = meta(&snapshot, ID)?.unwrap_or_default();
         let mut copying = Copying {
-            live,
+            live: &self.live,
             destination: self,
             tolerant,
             watch,

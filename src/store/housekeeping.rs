@@ -1,5 +1,5 @@
-//! The store's own task: measures, deletes what is past its time, makes room, gives free pages back, collects files without
-//! rows, and knows what is wrong.
+//! The store's own task: sees whether its files are still there, measures, deletes what is past its time, makes room, gives
+//! free pages back, collects files without rows, and knows what is wrong.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -8,9 +8,11 @@ use serde::Serialize;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::presence::Gone;
 use super::read::Sizes;
 use super::retention::Purged;
 use super::verbs::Store;
+use super::writer::{Kind, answer};
 use super::{FilesReport, StoreError};
 use crate::domain::storage::shown_bytes;
 
@@ -118,6 +120,9 @@ impl Store {
 
     /// One look, and one step if there is something to do; returns how long to rest.
     async fn look_after(&self, seen: &mut Seen) -> Result<Duration, StoreError> {
+        if let Some(gone) = self.presence.gone() {
+            self.give_up(gone).await?;
+        }
         let sizes = self.measure().await?;
         self.watch_wal(&sizes, seen);
         if self.writer.has_delivered() {
@@ -155,6 +160,11 @@ impl Store {
             return Ok((begun.elapsed() * REST_PURGING).max(REST_MIN));
         }
         Ok(LOOK_EVERY)
+    }
+
+    /// Through the writer: what it has promised before is saved, and it promises nothing afterwards.
+    async fn give_up(&self, gone: Gone) -> Result<(), StoreError> {
+        answer(self.writer.apply(Kind::Change, 0, move |_| Err(StoreError::Gone(gone.clone())))).await
     }
 
     async fn measure(&self) -> Result<Sizes, StoreError> {

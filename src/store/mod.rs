@@ -6,6 +6,7 @@
 //!
 //! - `verbs`: what can be done to jobs; `submit`: accepting them; `recovery`: what a start finds.
 //! - `files`: bodies, answers and artifacts that are files.
+//! - `presence`: whether the open files are still in their place.
 //! - `placement`: where a database may lie; `backup`, `restore`, `snapshots`: copies of it; `examine`: a look from outside.
 //! - `retention`: what is deleted when its time has come or room is needed; `quota`: how much may be kept; `collect`: files
 //!   without rows, rows without files; `housekeeping`: the task that calls them.
@@ -23,6 +24,7 @@ pub mod metrics;
 pub(crate) mod model;
 mod open;
 pub mod placement;
+mod presence;
 mod quota;
 pub mod read;
 mod recovery;
@@ -40,6 +42,7 @@ pub use housekeeping::Trouble;
 pub use idempotency::IdempotencyKey;
 pub use metrics::StoreMetrics;
 pub use open::{Opened, data_dir_id_of, open};
+pub use presence::Gone;
 pub use recovery::QueuedJob;
 pub use retention::Purged;
 pub use submit::Inserted;
@@ -93,6 +96,9 @@ pub enum StoreError {
         "the database is damaged: {0}; stop the server and restore a backup (roundhouse restore), or look at it with roundhouse doctor --deep"
     )]
     Corrupt(String),
+    /// A file of the store is not in its place any more.
+    #[error("{0}")]
+    Gone(Gone),
     /// A job's file does not have the checksum it was stored with.
     #[error("{path}: does not have the checksum it was stored with; restore it from a backup")]
     Damaged {
@@ -115,7 +121,7 @@ pub enum StoreError {
 impl StoreError {
     /// After a failed write or fsync the page cache may claim to be clean: only a restart through recovery knows.
     fn is_untrustworthy(&self) -> bool {
-        matches!(self, Self::Io(_) | Self::Corrupt(_))
+        matches!(self, Self::Io(_) | Self::Corrupt(_) | Self::Gone(_))
     }
 
     /// A file that will not come back by waiting.
@@ -134,6 +140,7 @@ impl StoreError {
             Self::OverQuota { used, quota } => Self::OverQuota { used: *used, quota: *quota },
             Self::Io(text) => Self::Io(text.clone()),
             Self::Corrupt(text) => Self::Corrupt(text.clone()),
+            Self::Gone(gone) => Self::Gone(gone.clone()),
             Self::Database(text) => Self::Database(text.clone()),
             other => Self::Database(other.to_string()),
         }

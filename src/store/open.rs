@@ -19,6 +19,7 @@ use super::files::{Files, hex};
 use super::idempotency::Keys;
 use super::live::Live;
 use super::metrics::Metrics;
+use super::presence::{self, Presence};
 use super::quota::{self, Quota};
 use super::read::Reader;
 use super::recovery;
@@ -34,6 +35,8 @@ const SQLITE_MIN: i32 = 3_051_003;
 const CACHE_KIB: i64 = 32 * 1024;
 /// The database's file in the data dir.
 pub(super) const DATABASE: &str = "roundhouse.db";
+/// The file whose lock keeps other servers out.
+pub(super) const LOCK: &str = "lock";
 
 /// What the schema went through.
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("./migrations");
@@ -96,6 +99,11 @@ pub async fn open(
         )));
     }
     let database = dir.join(DATABASE);
+    if !database.exists()
+        && let Some(reason) = presence::why_absent(dir)
+    {
+        return Err(StoreError::Unusable(reason));
+    }
     let in_database = |error: StoreError| match error {
         StoreError::Corrupt(text) => StoreError::Corrupt(format!("{}: {text}", database.display())),
         other => other,
@@ -121,12 +129,15 @@ pub async fn open(
     // Files of the first release cannot give pages back.
     let gives_back = session.c.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0))? == 2;
     let live = Live::default();
+    // Recovery has written, so all of them are there.
+    let presence = Presence::of(&database, &lock)?;
     let parts = Parts {
         session,
         space,
         quota: quota.clone(),
         live: live.clone(),
         metrics: metrics.clone(),
+        presence: presence.clone(),
         on_fatal,
         _lock: Some(lock.clone()),
     };
@@ -147,6 +158,7 @@ pub async fn open(
         metrics,
         quota,
         gives_back,
+        presence,
         settings: Arc::new(settings),
         next_batch: Arc::new(AtomicI64::new(next_batch)),
         _lock: lock,
@@ -171,7 +183,7 @@ pub fn data_dir_id_of(dir: &Path) -> Result<String, StoreError> {
 
 /// One server per data dir: an advisory lock that ends with the process.
 pub(super) fn lock(dir: &Path) -> Result<File, StoreError> {
-    let path = dir.join("lock");
+    let path = dir.join(LOCK);
     let in_file = |source| StoreError::File { path: path.display().to_string(), source };
     let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(in_file)?;
     match file.try_lock() {

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rusqlite::Connection;
 use serde::Serialize;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -35,9 +34,7 @@ struct Shared {
 /// One at a time.
 struct Taking {
     destination: Destination,
-    /// Tells whether the database changed.
-    watcher: Connection,
-    /// What it told before the last snapshot.
+    /// What the database's version was before the last snapshot.
     version: Option<i64>,
 }
 
@@ -64,7 +61,7 @@ impl Snapshots {
     /// Snapshots of `data_dir`, which has a database, into `folder`.
     pub fn open(data_dir: &Path, folder: &Path, every: Duration, clock: Arc<dyn Clock>) -> Result<Self, StoreError> {
         let destination = Destination::open(data_dir, folder)?;
-        let taking = Taking { destination, watcher: backup::open_live(data_dir)?, version: None };
+        let taking = Taking { destination, version: None };
         let shared = Shared { every, clock, taking: Mutex::new(taking), last: Mutex::default() };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -139,7 +136,7 @@ impl Shared {
 
 impl Taking {
     fn take(&mut self, clock: &dyn Clock) -> Result<Option<backup::Done>, StoreError> {
-        let version: i64 = self.watcher.pragma_query_value(None, "data_version", |row| row.get(0))?;
+        let version: i64 = self.destination.live().pragma_query_value(None, "data_version", |row| row.get(0))?;
         if self.version == Some(version) {
             return Ok(None);
         }
