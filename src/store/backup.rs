@@ -21,6 +21,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -30,6 +31,7 @@ use super::StoreError;
 use super::files::hex;
 use super::open::DATABASE;
 use crate::clock::{Clock, rfc3339};
+use crate::domain::JobId;
 
 /// Folder of files, in a data dir and in a backup.
 pub(super) const ARTIFACTS: &str = "artifacts";
@@ -42,6 +44,8 @@ const DATABASE_NEXT: &str = "roundhouse.db.next";
 const TEMPORARY: &str = ".roundhouse-tmp";
 /// Shape of a backup; a larger number is refused.
 const FORMAT: u32 = 1;
+/// Lines of one kind that are shown at most.
+const LISTED_MAX: usize = 20;
 const CHUNK_BYTES: usize = 1 << 20;
 /// Snapshots taken at most until all files of one were caught before retention deleted them.
 const PASSES_MAX: u32 = 8;
@@ -75,6 +79,48 @@ pub struct Manifest {
     /// Files that were lost or damaged before the backup, and are not in it.
     #[serde(default)]
     pub damaged: Vec<String>,
+}
+
+/// A file of a job that is not there as its row says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostFile {
+    /// Under `artifacts/`.
+    pub path: String,
+    /// Whose; `None`: that cannot be told.
+    pub job: Option<JobId>,
+    /// Not there at all; else it is not what was stored, or cannot be read.
+    pub is_gone: bool,
+}
+
+impl std::fmt::Display for LostFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let what = if self.is_gone { "gone" } else { "damaged" };
+        match self.job {
+            Some(job) => write!(f, "{ARTIFACTS}/{} of {job}: {what}", self.path),
+            None => write!(f, "{ARTIFACTS}/{}: {what}", self.path),
+        }
+    }
+}
+
+/// The first of many lines, and how many more there are.
+pub fn listed(lines: impl ExactSizeIterator<Item = String>) -> Vec<String> {
+    let more = lines.len().saturating_sub(LISTED_MAX);
+    let mut shown: Vec<String> = lines.take(LISTED_MAX).collect();
+    if more > 0 {
+        shown.push(format!("... and {more} more"));
+    }
+    shown
+}
+
+/// Names them, up to a limit, and says what to do; `command`: what can go on without them.
+pub(super) fn lost_files(lost: &[LostFile], advice: &str, command: &str) -> StoreError {
+    let lines = listed(lost.iter().map(LostFile::to_string));
+    StoreError::Unusable(format!(
+        "files of jobs are lost or damaged, {} of them:\n  {}\n{advice}; roundhouse {command} --without-lost-files goes on \
+         without them: the jobs are kept, and whoever asks for such a file is told that it is lost",
+        lost.len(),
+        lines.join("\n  ")
+    ))
 }
 
 /// Files, counted.
@@ -118,11 +164,30 @@ pub struct Done {
     pub kept: Count,
     /// Files that are not needed any more, and were removed.
     pub removed: Count,
+    /// Files that are not in it, since they were lost or damaged.
+    pub lost: Vec<LostFile>,
 }
 
 pub(super) fn in_file(path: &Path) -> impl Fn(std::io::Error) -> StoreError {
     let path = path.display().to_string();
     move |source| StoreError::File { path: path.clone(), source }
+}
+
+/// A folder with a backup that nobody else writes to for as long as this lives.
+#[derive(Debug)]
+pub struct Held {
+    _lock: File,
+}
+
+impl Held {
+    /// `None`: the folder holds no backup, nor one in the making.
+    pub fn of(folder: &Path) -> Result<Option<Self>, StoreError> {
+        let mark = folder.join(MARK);
+        if !mark.exists() && !is_backup(folder) {
+            return Ok(None);
+        }
+        lock(&mark).map(|lock| Some(Self { _lock: lock }))
+    }
 }
 
 /// A folder that backups of one data dir are written to, locked for as long as this lives.
@@ -132,13 +197,13 @@ pub struct Destination {
     folder: PathBuf,
     /// Opened once: should the database's file be removed or replaced, this is still the one of before.
     live: Connection,
-    _lock: File,
+    _held: Held,
 }
 
 impl Destination {
     /// Makes the folder if it is not there. Refuses one that is not empty and no backup, one in the data dir, one that holds
-    /// the backup of another data dir, and one that somebody else writes to.
-    pub fn open(data_dir: &Path, folder: &Path) -> Result<Self, StoreError> {
+    /// the backup of another data dir, and one that somebody else writes to. `held`: the folder, if it is ours already.
+    pub fn open(data_dir: &Path, folder: &Path, held: Option<Held>) -> Result<Self, StoreError> {
         let data_dir = data_dir.canonicalize().map_err(in_file(data_dir))?;
         if !data_dir.join(DATABASE).exists() {
             let reason = super::examine::why_absent(&data_dir)?.unwrap_or_else(|| {
@@ -168,9 +233,9 @@ impl Destination {
                 folder.display()
             )));
         }
-        let lock = lock(&folder.join(MARK))?;
+        let held = held.map_or_else(|| lock(&folder.join(MARK)).map(|lock| Held { _lock: lock }), Ok)?;
         let live = open_live(&data_dir)?;
-        let destination = Self { data_dir, folder, live, _lock: lock };
+        let destination = Self { data_dir, folder, live, _held: held };
         // The first read opens the log, too.
         destination.is_ours().map_err(|error| explained(&destination.data_dir, error))?;
         Ok(destination)
@@ -202,12 +267,12 @@ impl Destination {
         )))
     }
 
-    /// Brings the backup up to date. With `tolerant`, files that are lost or damaged in the data dir are left out and listed
-    /// in the manifest; without, they are an error. Blocks.
-    pub fn back_up(&self, clock: &dyn Clock, tolerant: bool, watch: Watch<'_>) -> Result<Done, StoreError> {
+    /// Brings the backup up to date. With `without_lost`, files that are lost or damaged in the data dir are left out and
+    /// listed in the manifest; else they are an error, which names them. Blocks.
+    pub fn back_up(&self, clock: &dyn Clock, without_lost: bool, watch: Watch<'_>) -> Result<Done, StoreError> {
         check_schema(&self.live, &self.data_dir).map_err(|error| explained(&self.data_dir, error))?;
         for pass in 1.. {
-            match self.pass(clock, tolerant, watch)? {
+            match self.pass(clock, without_lost, watch)? {
                 Pass::Done(done) => return Ok(*done),
                 Pass::Vanished(path) if pass == PASSES_MAX => {
                     return Err(StoreError::Unusable(format!(
@@ -222,7 +287,7 @@ impl Destination {
         Err(StoreError::Stopped)
     }
 
-    fn pass(&self, clock: &dyn Clock, tolerant: bool, watch: Watch<'_>) -> Result<Pass, StoreError> {
+    fn pass(&self, clock: &dyn Clock, without_lost: bool, watch: Watch<'_>) -> Result<Pass, StoreError> {
         let mut manifest = Manifest {
             format: FORMAT,
             created_at: rfc3339(clock.now()),
@@ -241,17 +306,21 @@ impl Destination {
         let mut copying = Copying {
             live: &self.live,
             destination: self,
-            tolerant,
             watch,
             done: None,
             folders: BTreeSet::new(),
-            damaged: Vec::new(),
+            missed: Vec::new(),
         };
         let files = match copying.run(&snapshot)? {
             Ok(files) => files,
             Err(vanished) => return Ok(Pass::Vanished(vanished)),
         };
-        manifest.damaged = copying.damaged;
+        let missed = copying.missed.into_iter();
+        let lost: Vec<LostFile> = missed.map(|(file, is_gone)| file.lost(&snapshot, is_gone)).collect();
+        if !without_lost && !lost.is_empty() {
+            return Err(lost_files(&lost, "put them back, for example from an earlier backup", "backup"));
+        }
+        manifest.damaged = lost.iter().map(|file| file.path.clone()).collect();
         manifest.files = files.copied.files + files.kept.files;
         manifest.file_bytes = files.copied.bytes + files.kept.bytes;
         drop(snapshot);
@@ -266,7 +335,7 @@ impl Destination {
         std::fs::rename(self.folder.join(MANIFEST_NEXT), &described).map_err(in_file(&described))?;
         sync_folder(&self.folder)?;
         let removed = remove_others(&self.folder.join(ARTIFACTS), &files.named)?;
-        Ok(Pass::Done(Box::new(Done { manifest, copied: files.copied, kept: files.kept, removed })))
+        Ok(Pass::Done(Box::new(Done { manifest, copied: files.copied, kept: files.kept, removed, lost })))
     }
 
     /// A former pass may have ended between its two renames: then the next manifest is the one of the database, and has to
@@ -314,13 +383,13 @@ struct Files {
 struct Copying<'a, 'w> {
     live: &'a Connection,
     destination: &'a Destination,
-    tolerant: bool,
     watch: Watch<'w>,
     /// The former backup's database; its files were verified when they were copied.
     done: Option<Connection>,
     /// Folders with new names in them, to be fsynced.
     folders: BTreeSet<PathBuf>,
-    damaged: Vec<String>,
+    /// Files that the source has not as their rows say, and whether they are gone.
+    missed: Vec<(FileRow, bool)>,
 }
 
 impl Copying<'_, '_> {
@@ -345,8 +414,8 @@ impl Copying<'_, '_> {
             } else {
                 match copy_verified(&from, &to, &file) {
                     Ok(()) => files.copied.add(file.bytes),
-                    Err(_) if self.is_gone(&file)? => return Ok(Err(file.path)),
-                    Err(error) if self.tolerant && is_damage(&error, &from) => self.damaged.push(file.path.clone()),
+                    Err(error) if is_damage(&error, &from) => self.missed.push((file, !from.exists())),
+                    Err(_) if !file.is_in(self.live)? => return Ok(Err(file.path)),
                     Err(error) => return Err(error),
                 }
                 self.folders.extend(to.parent().map(Path::to_owned));
@@ -354,6 +423,9 @@ impl Copying<'_, '_> {
             let done =
                 Count { files: files.copied.files + files.kept.files, bytes: files.copied.bytes + files.kept.bytes };
             (self.watch)(Progress { step: "files", done, total });
+        }
+        if let Some(vanished) = self.settle()? {
+            return Ok(Err(vanished));
         }
         for folder in &self.folders {
             sync_folder(folder)?;
@@ -374,25 +446,37 @@ impl Copying<'_, '_> {
         Ok(was_verified || digest(to)?.0 == file.sha256)
     }
 
-    /// Whether the live database does not name the file any more.
-    fn is_gone(&self, file: &FileRow) -> Result<bool, StoreError> {
+    /// Whether a file that could not be copied was deleted by retention: then the live database does not name it any more,
+    /// or will not shortly. Its path. Those that the former backup had not either are not waited for.
+    fn settle(&self) -> Result<Option<String>, StoreError> {
+        let former = read_manifest(&self.destination.folder.join(MANIFEST))?.unwrap_or_default();
+        let known: HashSet<&str> = former.damaged.iter().map(String::as_str).collect();
+        let is_news = |(file, is_gone): &(FileRow, bool)| *is_gone && !known.contains(file.path.as_str());
         let begun = Instant::now();
         loop {
-            if !file.is_in(self.live)? {
-                return Ok(true);
+            for (file, _) in &self.missed {
+                if !file.is_in(self.live)? {
+                    return Ok(Some(file.path.clone()));
+                }
             }
-            if self.destination.data_dir.join(ARTIFACTS).join(&file.path).exists() || begun.elapsed() > ROW_GOES_WITHIN
-            {
-                return Ok(false);
+            if !self.missed.iter().any(is_news) || begun.elapsed() > ROW_GOES_WITHIN {
+                return Ok(None);
             }
             std::thread::sleep(Duration::from_millis(50));
         }
     }
 }
 
-/// Whether the fault is the source's.
-fn is_damage(error: &StoreError, source: &Path) -> bool {
-    matches!(error, StoreError::Damaged { .. }) || error.is_lost_file() && !source.exists()
+/// Whether the fault is the source's alone: nothing else is wrong.
+pub(super) fn is_damage(error: &StoreError, source: &Path) -> bool {
+    match error {
+        StoreError::Damaged { .. } => true,
+        // A sector that cannot be read.
+        StoreError::File { path, source: cause } if cause.raw_os_error() == Some(Errno::EIO as i32) => {
+            *path == source.display().to_string()
+        }
+        error => error.is_lost_file() && !source.exists(),
+    }
 }
 
 // ---- what backups and restores share ---------------------------------------------
@@ -432,6 +516,14 @@ impl FileRow {
         Err(StoreError::Corrupt(format!("a row names the file `{}`, which lies outside of {ARTIFACTS}/", self.path)))
     }
 
+    /// The file as one that is lost; `c` has its row.
+    pub(super) fn lost(self, c: &Connection, is_gone: bool) -> LostFile {
+        let job = c.query_row("SELECT created_at, tag FROM job WHERE number = ?1", [self.number], |row| {
+            Ok(JobId::new(row.get(0)?, self.number, row.get::<_, i64>(1)?.cast_unsigned()))
+        });
+        LostFile { path: self.path, job: job.ok(), is_gone }
+    }
+
     /// Whether another database names the same file.
     pub(super) fn is_in(&self, c: &Connection) -> Result<bool, StoreError> {
         let found: Option<i64> = c
@@ -456,10 +548,14 @@ pub(super) fn copy_verified(from: &Path, to: &Path, file: &FileRow) -> Result<()
     let mut name = to.file_name().unwrap_or_default().to_owned();
     name.push(TEMPORARY);
     let temporary = folder.join(name);
-    let copied = copy_hashed(&mut source, from, &temporary)?;
-    if (copied.0.as_str(), copied.1) != (file.sha256.as_str(), file.bytes) {
+    let copied = match copy_hashed(&mut source, from, &temporary) {
+        Ok((sha256, bytes)) if sha256 == file.sha256 && bytes == file.bytes => Ok(()),
+        Ok(_) => Err(StoreError::Damaged { path: from.display().to_string() }),
+        Err(error) => Err(error),
+    };
+    if copied.is_err() {
         remove_if_there(&temporary)?;
-        return Err(StoreError::Damaged { path: from.display().to_string() });
+        return copied;
     }
     std::fs::rename(&temporary, to).map_err(in_file(to))
 }

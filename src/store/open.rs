@@ -58,6 +58,8 @@ pub struct Opened {
     pub recovered: usize,
     /// Whether the last run ended in order.
     pub was_clean: bool,
+    /// Whether this is the first run on a restored backup.
+    pub is_restored: bool,
     /// Number of this run of the server on this data dir.
     pub epoch: i64,
     /// Identifies this data dir in instance marks.
@@ -115,7 +117,7 @@ pub async fn open(
     let keys = Keys::load(&connection, now).map_err(in_database)?;
     let mut session = Session::new(connection, keys);
     let recovered = recovery::recover(&mut session, now, &settings).map_err(in_database)?;
-    let data_dir_id = data_dir_id(&session.c)?;
+    let (data_dir_id, is_new) = data_dir_id(&session.c)?;
     let learned = recovery::load_learned(&session.c).map_err(in_database)?;
     let next_number = recovery::next_number(&session.c).map_err(in_database)?;
     let next_batch = recovery::next_batch(&session.c).map_err(in_database)?;
@@ -169,6 +171,7 @@ pub async fn open(
         next_number,
         recovered: recovered.jobs,
         was_clean: recovered.was_clean,
+        is_restored: is_new && recovered.epoch > 1,
         epoch: recovered.epoch,
         data_dir_id,
     })
@@ -258,10 +261,12 @@ fn writing_connection(database: &Path, settings: &StorageSettings) -> Result<Con
     Ok(c)
 }
 
-fn data_dir_id(connection: &Connection) -> Result<String, StoreError> {
+/// The id, and whether it had none: a new one, or a copy, which does not keep the original's.
+fn data_dir_id(connection: &Connection) -> Result<(String, bool), StoreError> {
     let mut random = [0_u8; 8];
     getrandom::fill(&mut random).map_err(|error| StoreError::Unusable(format!("no random numbers: {error}")))?;
-    connection
+    let made = connection
         .execute("INSERT INTO meta (key, value) VALUES ('data_dir_id', ?1) ON CONFLICT DO NOTHING", [hex(&random)])?;
-    Ok(connection.query_row("SELECT value FROM meta WHERE key = 'data_dir_id'", [], |row| row.get(0))?)
+    let id = connection.query_row("SELECT value FROM meta WHERE key = 'data_dir_id'", [], |row| row.get(0))?;
+    Ok((id, made == 1))
 }
