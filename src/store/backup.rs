@@ -21,7 +21,6 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -29,6 +28,7 @@ use tokio::time::Instant;
 
 use super::StoreError;
 use super::files::hex;
+use super::lost::{LostFile, is_damage, lost_files};
 use super::open::DATABASE;
 use crate::clock::{Clock, rfc3339};
 use crate::domain::JobId;
@@ -44,8 +44,6 @@ const DATABASE_NEXT: &str = "roundhouse.db.next";
 const TEMPORARY: &str = ".roundhouse-tmp";
 /// Shape of a backup; a larger number is refused.
 const FORMAT: u32 = 1;
-/// Lines of one kind that are shown at most.
-const LISTED_MAX: usize = 20;
 const CHUNK_BYTES: usize = 1 << 20;
 /// Snapshots taken at most until all files of one were caught before retention deleted them.
 const PASSES_MAX: u32 = 8;
@@ -79,48 +77,6 @@ pub struct Manifest {
     /// Files that were lost or damaged before the backup, and are not in it.
     #[serde(default)]
     pub damaged: Vec<String>,
-}
-
-/// A file of a job that is not there as its row says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LostFile {
-    /// Under `artifacts/`.
-    pub path: String,
-    /// Whose; `None`: that cannot be told.
-    pub job: Option<JobId>,
-    /// Not there at all; else it is not what was stored, or cannot be read.
-    pub is_gone: bool,
-}
-
-impl std::fmt::Display for LostFile {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let what = if self.is_gone { "gone" } else { "damaged" };
-        match self.job {
-            Some(job) => write!(f, "{ARTIFACTS}/{} of {job}: {what}", self.path),
-            None => write!(f, "{ARTIFACTS}/{}: {what}", self.path),
-        }
-    }
-}
-
-/// The first of many lines, and how many more there are.
-pub fn listed(lines: impl ExactSizeIterator<Item = String>) -> Vec<String> {
-    let more = lines.len().saturating_sub(LISTED_MAX);
-    let mut shown: Vec<String> = lines.take(LISTED_MAX).collect();
-    if more > 0 {
-        shown.push(format!("... and {more} more"));
-    }
-    shown
-}
-
-/// Names them, up to a limit, and says what to do; `command`: what can go on without them.
-pub(super) fn lost_files(lost: &[LostFile], advice: &str, command: &str) -> StoreError {
-    let lines = listed(lost.iter().map(LostFile::to_string));
-    StoreError::Unusable(format!(
-        "files of jobs are lost or damaged, {} of them:\n  {}\n{advice}; roundhouse {command} --without-lost-files goes on \
-         without them: the jobs are kept, and whoever asks for such a file is told that it is lost",
-        lost.len(),
-        lines.join("\n  ")
-    ))
 }
 
 /// Files, counted.
@@ -467,18 +423,6 @@ impl Copying<'_, '_> {
     }
 }
 
-/// Whether the fault is the source's alone: nothing else is wrong.
-pub(super) fn is_damage(error: &StoreError, source: &Path) -> bool {
-    match error {
-        StoreError::Damaged { .. } => true,
-        // A sector that cannot be read.
-        StoreError::File { path, source: cause } if cause.raw_os_error() == Some(Errno::EIO as i32) => {
-            *path == source.display().to_string()
-        }
-        error => error.is_lost_file() && !source.exists(),
-    }
-}
-
 // ---- what backups and restores share ---------------------------------------------
 
 pub(super) const ALL_FILES: &str = "SELECT number, role, position, bytes, sha256, path FROM file";
@@ -749,10 +693,9 @@ pub(super) fn explained(data_dir: &Path, error: StoreError) -> StoreError {
 }
 
 fn named(database: &Path, error: StoreError) -> StoreError {
+    let error = error.in_database(database);
     let database = database.display();
     match error {
-        StoreError::Corrupt(text) => StoreError::Corrupt(format!("{database}: {text}")),
-        StoreError::Io(text) => StoreError::Io(format!("{database}: {text}")),
         StoreError::Database(text) if text.contains("locked") => StoreError::Unusable(format!(
             "{database}: {text}: a server with --allow-network-fs shares its database with nobody; stop it first"
         )),

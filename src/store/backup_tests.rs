@@ -201,8 +201,8 @@ async fn all_lost_files_are_named_with_their_jobs_and_all_else_is_saved_and_rest
 
 #[test]
 fn a_long_list_is_cut() {
-    let lost: Vec<_> = (0..25).map(|n| backup::LostFile { path: format!("f{n}"), job: None, is_gone: true }).collect();
-    let text = backup::lost_files(&lost, "advice", "backup").to_string();
+    let lost: Vec<_> = (0..25).map(|n| lost::LostFile { path: format!("f{n}"), job: None, is_gone: true }).collect();
+    let text = lost::lost_files(&lost, "advice", "backup").to_string();
     assert!(text.contains("25 of them") && text.contains("artifacts/f19") && text.contains("... and 5 more"), "{text}");
     assert!(!text.contains("f20"), "{text}");
 }

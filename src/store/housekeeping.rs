@@ -74,9 +74,11 @@ impl Store {
             let error = StoreError::OverQuota { used: self.quota.used(), quota: self.quota.bytes() };
             troubles.push(Trouble { state: "quota_used_up", reason: format!("new jobs are refused: {error}") });
         }
-        let missing = self.metrics.missing();
+        let missing = self.files.lost.count();
         if missing > 0 {
-            let reason = format!("{missing} files of jobs are missing, the log names them; restore them from a backup");
+            let reason = format!(
+                "{missing} files of jobs are lost or damaged, the log names them; put them back from the artifacts/ of a backup"
+            );
             troubles.push(Trouble { state: "files_missing", reason });
         }
         troubles
@@ -212,7 +214,7 @@ impl Store {
     }
 
     /// All folders, slowly. `named`: missing files that the log names already.
-    async fn pass(&self, named: &mut BTreeSet<String>) -> Result<(), StoreError> {
+    pub(super) async fn pass(&self, named: &mut BTreeSet<String>) -> Result<(), StoreError> {
         let mut missing = BTreeSet::new();
         let (mut deleted, mut bytes) = (0, 0);
         let mut next = self.folder_from(0).await?;
@@ -231,7 +233,13 @@ impl Store {
         for names in new.chunks(NAMES_MAX) {
             tracing::error!("files of jobs are missing under artifacts/: {}", names.join(", "));
         }
-        self.metrics.set_missing(missing.len() as u64);
+        let mut found = Vec::new();
+        for path in self.files.lost.all_met() {
+            if !self.is_lost(&path).await? {
+                found.push(path);
+            }
+        }
+        self.files.lost.looked(missing.clone(), &found);
         *named = missing;
         Ok(())
     }

@@ -10,6 +10,7 @@
 //! - `placement`: where a database may lie; `backup`, `restore`, `snapshots`: copies of it; `examine`: a look from outside.
 //! - `retention`: what is deleted when its time has come or room is needed; `quota`: how much may be kept; `collect`: files
 //!   without rows, rows without files; `housekeeping`: the task that calls them.
+//! - `lost`: files of jobs that are lost or damaged.
 //! - `live`, `idempotency`: what is kept in memory beside the database; `space`, `metrics`: the disk, and figures.
 
 pub mod backup;
@@ -19,6 +20,7 @@ pub mod files;
 mod housekeeping;
 pub mod idempotency;
 mod live;
+pub mod lost;
 pub mod metrics;
 #[cfg(test)]
 pub(crate) mod model;
@@ -93,7 +95,8 @@ pub enum StoreError {
     Io(String),
     /// The database's file is damaged.
     #[error(
-        "the database is damaged: {0}; stop the server and restore a backup (roundhouse restore), or look at it with roundhouse doctor --deep"
+        "the database is damaged: {0}; look at it with roundhouse doctor --deep, and restore a backup into a new data dir \
+         (roundhouse restore BACKUP --data-dir DIR)"
     )]
     Corrupt(String),
     /// A file of the store is not in its place any more.
@@ -130,6 +133,15 @@ impl StoreError {
             Self::Damaged { .. } => true,
             Self::File { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
             _ => false,
+        }
+    }
+
+    /// The same failure with the name of the database's file, where that is to blame.
+    fn in_database(self, database: &std::path::Path) -> Self {
+        match self {
+            Self::Corrupt(text) => Self::Corrupt(format!("{}: {text}", database.display())),
+            Self::Io(text) => Self::Io(format!("{}: {text}", database.display())),
+            other => other,
         }
     }
 

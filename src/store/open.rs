@@ -33,6 +33,10 @@ use crate::domain::StorageSettings;
 const SQLITE_MIN: i32 = 3_051_003;
 /// Pages the writer keeps in memory: 32 MiB.
 const CACHE_KIB: i64 = 32 * 1024;
+/// Larger databases are not looked at whole by a start, so that it takes no longer than a third of a second; after a run that
+/// did not end in order, which is when damage comes, than 3 s.
+const CHECKED_BYTES_MAX: i64 = 64 << 20;
+const CHECKED_UNCLEAN_BYTES_MAX: i64 = 512 << 20;
 /// The database's file in the data dir.
 pub(super) const DATABASE: &str = "roundhouse.db";
 /// The file whose lock keeps other servers out.
@@ -106,14 +110,12 @@ pub async fn open(
     {
         return Err(StoreError::Unusable(reason));
     }
-    let in_database = |error: StoreError| match error {
-        StoreError::Corrupt(text) => StoreError::Corrupt(format!("{}: {text}", database.display())),
-        other => other,
-    };
+    let in_database = |error: StoreError| error.in_database(&database);
     migrate(&database, &settings).await?;
     let metrics = Metrics::new(clock.clone());
     let now = clock.now();
     let connection = writing_connection(&database, &settings).map_err(in_database)?;
+    verify(&connection).map_err(in_database)?;
     let keys = Keys::load(&connection, now).map_err(in_database)?;
     let mut session = Session::new(connection, keys);
     let recovered = recovery::recover(&mut session, now, &settings).map_err(in_database)?;
@@ -220,6 +222,19 @@ async fn migrate(database: &Path, settings: &StorageSettings) -> Result<(), Stor
     let migrated = MIGRATIONS.run(&pool).await;
     pool.close().await;
     migrated.map_err(|error| damaged(error.to_string()))
+}
+
+/// Looks at the database's structure: damage is better found now than by somebody's job. It takes 4 to 5 ms for each MiB.
+fn verify(c: &Connection) -> Result<(), StoreError> {
+    let pragma = |name| c.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+    let bytes = pragma("page_count")? * pragma("page_size")?;
+    let was_clean: bool =
+        c.query_row("SELECT EXISTS (SELECT 1 FROM meta WHERE key = 'clean')", [], |row| row.get(0))?;
+    if bytes > if was_clean { CHECKED_BYTES_MAX } else { CHECKED_UNCLEAN_BYTES_MAX } {
+        return Ok(());
+    }
+    let found: String = c.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+    if found == "ok" { Ok(()) } else { Err(StoreError::Corrupt(found)) }
 }
 
 fn writing_connection(database: &Path, settings: &StorageSettings) -> Result<Connection, StoreError> {

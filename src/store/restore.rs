@@ -8,10 +8,11 @@ use rusqlite::{Connection, OpenFlags};
 
 use super::StoreError;
 use super::backup::{
-    ALL_FILES, ARTIFACTS, Count, FileRow, LostFile, Manifest, Progress, Watch, copy_hashed, copy_verified, digest,
-    files_in, forget_id, in_database, in_file, is_backup, is_damage, lost_files, make_folders, manifests, open_still,
-    remove_if_there, schema, sync_folder,
+    ALL_FILES, ARTIFACTS, Count, FileRow, Manifest, Progress, Watch, copy_hashed, copy_verified, digest, files_in,
+    forget_id, in_database, in_file, is_backup, make_folders, manifests, open_still, remove_if_there, schema,
+    sync_folder,
 };
+use super::lost::{LostFile, is_damage, lost_files};
 use super::open::{DATABASE, schema_version};
 
 /// The database of a restore that has not ended.
@@ -31,6 +32,10 @@ pub struct Verified {
 /// Reads a backup whole and compares checksums; writes nothing. Files that are lost or damaged in it are an error, which names
 /// them; with `without_lost` they are only listed. Blocks.
 pub fn check(source: &Path, without_lost: bool, watch: Watch<'_>) -> Result<Verified, StoreError> {
+    checked(source, without_lost, watch).map_err(of_backup)
+}
+
+fn checked(source: &Path, without_lost: bool, watch: Watch<'_>) -> Result<Verified, StoreError> {
     let database = source.join(DATABASE);
     let manifests = described(source)?;
     watch(Progress { step: "database", done: Count::default(), total: Count::default() });
@@ -52,6 +57,10 @@ pub fn check(source: &Path, without_lost: bool, watch: Watch<'_>) -> Result<Veri
 /// interrupted restore is no data dir, and may be run again. Files that are lost or damaged in the backup are an error, which
 /// names them; with `without_lost` the jobs come without them. Blocks.
 pub fn restore(source: &Path, data_dir: &Path, without_lost: bool, watch: Watch<'_>) -> Result<Verified, StoreError> {
+    restored(source, data_dir, without_lost, watch).map_err(of_backup)
+}
+
+fn restored(source: &Path, data_dir: &Path, without_lost: bool, watch: Watch<'_>) -> Result<Verified, StoreError> {
     let manifests = described(source)?;
     refuse_used(data_dir)?;
     make_folders(data_dir)?;
@@ -86,6 +95,14 @@ pub fn restore(source: &Path, data_dir: &Path, without_lost: bool, watch: Watch<
     std::fs::rename(&next, &database).map_err(in_file(&database))?;
     sync_folder(data_dir)?;
     Ok(Verified { manifest, files, lost })
+}
+
+/// A damaged database is the backup's here: the advice for one that is in use would be to do what is being done.
+fn of_backup(error: StoreError) -> StoreError {
+    match error {
+        StoreError::Corrupt(text) => StoreError::Unusable(format!("{text}: the backup is damaged, use another one")),
+        other => other,
+    }
 }
 
 fn refuse_lost(without_lost: bool, lost: &[LostFile]) -> Result<(), StoreError> {

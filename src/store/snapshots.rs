@@ -156,7 +156,7 @@ impl Taking {
     /// Once for the same files: snapshots go on without them.
     fn tell_lost(&mut self, done: &backup::Done) {
         if self.told != done.manifest.damaged && !done.lost.is_empty() {
-            let names = backup::listed(done.lost.iter().map(ToString::to_string));
+            let names = super::lost::listed(done.lost.iter().map(ToString::to_string));
             tracing::error!(
                 files = done.lost.len(),
                 "files of jobs are lost or damaged, so they are not in the snapshots: {}",

@@ -375,6 +375,7 @@ impl Store {
             purge_lag_s: sizes.purge_lag_ms as f64 / 1e3,
             stored_bytes: sizes.used_bytes + file_bytes,
             quota_bytes: self.quota.bytes(),
+            missing_files: self.files.lost.count(),
             ..self.metrics.look()
         }
     }

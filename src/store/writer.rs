@@ -319,7 +319,14 @@ impl Thread {
                 let saved = self.parts.presence.rescue(&self.parts.session.c, gone, self.parts.metrics.now());
                 format!("{gone}: {saved}")
             }
-            error => format!("the database could not be made durable: {error}"),
+            error => {
+                let database = self.parts.session.c.path().unwrap_or_default();
+                let error = error.for_everybody().in_database(std::path::Path::new(database));
+                match error {
+                    StoreError::Corrupt(_) => error.to_string(),
+                    error => format!("the database could not be made durable: {error}"),
+                }
+            }
         }
     }
 
@@ -529,6 +536,22 @@ mod tests {
         }
         assert_eq!(results, [true, false, true]);
         assert_eq!(answer(count(&writer)).await.unwrap(), 4);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_database_is_named_with_the_way_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let connection = Connection::open(dir.path().join("t.db")).unwrap();
+        let (told, reason) = std::sync::mpsc::channel();
+        let told = Mutex::new(told);
+        let on_fatal: OnFatal = Arc::new(move |reason| lock(&told).send(reason.to_owned()).unwrap());
+        let writer = Writer::start(Parts { on_fatal, ..parts(connection) }).unwrap();
+        let broken: Pending<()> = apply(&writer, |_| Err(StoreError::Corrupt("malformed".to_owned())));
+        assert!(matches!(answer(broken).await, Err(StoreError::Stopped)), "nobody is answered");
+        let reason = reason.recv().unwrap();
+        for word in ["t.db: malformed", "roundhouse doctor --deep", "roundhouse restore"] {
+            assert!(reason.contains(word), "{word}: {reason}");
+        }
     }
 
     #[tokio::test]
