@@ -20,9 +20,10 @@ use crate::lifecycle::Tasks;
 use crate::scheduler::handle::Handle;
 use crate::scheduler::run::{self, Parts};
 use crate::store;
+use crate::store::backup::Held;
 use crate::store::placement::{self, FileSystem, FileSystems};
 use crate::store::restore::Verified;
-use crate::store::snapshots::{Durability, Snapshots, restore_if_needed};
+use crate::store::snapshots::{self, Durability, Prepared, Snapshots};
 use crate::worker::client::WorkerClient;
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
@@ -61,9 +62,9 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         Arc::new(move |reason: &str| tasks.fail(reason))
     };
     let file_system = place_data_dir(&data_dir, &mut config.storage, allow_network_fs)?;
-    restore_from_snapshots(&data_dir, &config.storage).await?;
+    let held = prepare_snapshots(&data_dir, &config.storage).await?;
     let opened = store::open(&data_dir, clock.clone(), config.storage.clone(), on_fatal).await?;
-    let snapshots = open_snapshots(&data_dir, &config.storage, &clock)?;
+    let snapshots = open_snapshots(&data_dir, &config.storage, held, &clock)?;
     let setting = std::env::var("ROUNDHOUSE_GPU_PROBE").ok();
     let gpus =
         gpu::from_setting(setting.as_deref()).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_GPU_PROBE: {error}"))?;
@@ -73,14 +74,17 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         // Memory is free when the driver says so.
         gpu::settled(gpus.clone(), MEMORY_SETTLES_WITHIN).await;
     }
-    if opened.epoch > 1 && !opened.was_clean {
+    if opened.is_restored {
+        tracing::warn!("restored from a backup: what was accepted or finished after it was taken is not in it");
+    } else if opened.epoch > 1 && !opened.was_clean {
         tracing::warn!("the last run did not end in order; nothing that was accepted is lost");
     }
     if opened.recovered > 0 {
         tracing::warn!(
             jobs = opened.recovered,
-            "{} jobs ran when the last run ended; they wait again",
-            opened.recovered
+            "{} jobs ran when {}; they wait again",
+            opened.recovered,
+            if opened.is_restored { "the backup was taken" } else { "the last run ended" }
         );
     }
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
@@ -159,43 +163,41 @@ fn place_data_dir(
     Ok(placement.file_system)
 }
 
-/// Where the data dir has no database and the snapshot folder has a backup, that is where we go on.
-async fn restore_from_snapshots(data_dir: &Path, storage: &StorageSettings) -> anyhow::Result<()> {
+/// Where the data dir has no database and the snapshot folder has a backup, that is where we go on. Keeps the folder.
+async fn prepare_snapshots(data_dir: &Path, storage: &StorageSettings) -> anyhow::Result<Option<Held>> {
     let Some(folder) = storage.snapshot_dir.clone() else {
-        return Ok(());
+        return Ok(None);
     };
     let data = data_dir.to_owned();
     let shown = folder.display().to_string();
-    let restored = tokio::task::spawn_blocking(move || restore_if_needed(&data, &folder)).await?;
-    let restored = restored.with_context(|| {
-        format!(
-            "{} has no database, and the snapshot in {shown} (--snapshot-dir) cannot be restored",
-            data_dir.display()
-        )
+    let prepared = tokio::task::spawn_blocking(move || snapshots::prepare(&data, &folder)).await?;
+    let Prepared { held, restored } = prepared.with_context(|| {
+        format!("{} cannot go on with the snapshots in {shown} (--snapshot-dir)", data_dir.display())
     })?;
-    if let Some(Verified { manifest, files }) = restored {
+    if let Some(Verified { manifest, files, .. }) = restored {
         let jobs: u64 = manifest.jobs.values().sum();
         tracing::warn!(
             jobs,
             files = files.files,
-            "{} had no database: restored the snapshot of {} from {shown}; what was accepted or finished after it is not in it",
+            "{} had no database: restored the snapshot of {} from {shown}",
             data_dir.display(),
             manifest.created_at
         );
     }
-    Ok(())
+    Ok(held)
 }
 
 fn open_snapshots(
     data_dir: &Path,
     storage: &StorageSettings,
+    held: Option<Held>,
     clock: &Arc<dyn Clock>,
 ) -> anyhow::Result<Option<Snapshots>> {
     let Some(folder) = &storage.snapshot_dir else {
         return Ok(None);
     };
     let every = storage.snapshot_every;
-    let snapshots = Snapshots::open(data_dir, folder, every, clock.clone())
+    let snapshots = Snapshots::open(data_dir, folder, held, every, clock.clone())
         .with_context(|| format!("no snapshots can be kept in {} (--snapshot-dir)", folder.display()))?;
     tracing::info!(
         "snapshots go to {} every {} s and at the end: if the data dir's disk is lost, so are the jobs and results of up to {} s",

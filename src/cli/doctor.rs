@@ -287,7 +287,10 @@ impl Doctor<'_> {
             Err(error) => self.wrong.push(error.to_string()),
         }
         match examine::look(data_dir) {
-            Ok(None) => line(out, "jobs", "no database yet; the first start makes it")?,
+            Ok(None) => match examine::why_absent(data_dir)? {
+                Some(reason) => self.wrong.push(reason),
+                None => line(out, "jobs", "no database yet; the first start makes it")?,
+            },
             Ok(Some(inside)) => {
                 line(out, "jobs", &jobs(&inside.jobs))?;
                 line(out, "files", &format!("{} named by the database", counted(inside.files)))?;
@@ -304,7 +307,7 @@ impl Doctor<'_> {
                 }
             }
             Err(error @ StoreError::Unusable(_)) => line(out, "jobs", &format!("not to be seen now: {error}"))?,
-            Err(error) => self.wrong.push(error.to_string()),
+            Err(error) => self.wrong.push(told(error)),
         }
         Ok(())
     }
@@ -332,7 +335,7 @@ impl Doctor<'_> {
                 line(out, "whole files", &counted(faults.whole))?;
                 self.judge_faults(data_dir, faults);
             }
-            Err(error) => self.wrong.push(error.to_string()),
+            Err(error) => self.wrong.push(told(error)),
         }
         Ok(())
     }
@@ -359,6 +362,16 @@ impl Doctor<'_> {
             ));
             self.advice.extend(listed(unnamed).into_iter().map(|path| format!("artifacts/{path}: no row names it")));
         }
+    }
+}
+
+/// Without the advice to ask the doctor.
+fn told(error: StoreError) -> String {
+    match error {
+        StoreError::Corrupt(text) => {
+            format!("{text}: damaged: stop the server and restore a backup (roundhouse restore)")
+        }
+        error => error.to_string(),
     }
 }
 
@@ -554,5 +567,16 @@ mod tests {
         std::fs::write(&path, "modles: {}\n").unwrap();
         let (_, wrong) = site.says(&[], "hub");
         assert!(wrong.len() == 1 && wrong[0].contains("did you mean"), "{wrong:?}");
+    }
+
+    #[test]
+    fn a_damaged_database_is_told_without_sending_the_reader_in_a_circle() {
+        let mut site = Site::new();
+        site.args.deep = true;
+        std::fs::create_dir(&site.args.data_dir).unwrap();
+        std::fs::write(site.args.data_dir.join("roundhouse.db"), vec![0xa5; 8_192]).unwrap();
+        let (text, wrong) = site.says(&[], "hub");
+        assert!(wrong.len() == 1 && wrong[0].contains("data/roundhouse.db"), "{wrong:?}");
+        assert!(wrong[0].contains("roundhouse restore") && !text.contains("doctor"), "{text}");
     }
 }

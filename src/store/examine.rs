@@ -9,7 +9,7 @@ use super::backup::{
     ALL_FILES, ARTIFACTS, Count, FileRow, Progress, Watch, digest, each_file, explained, files_in, in_database,
     in_file, jobs_by_state, open_live, schema,
 };
-use super::open::{DATABASE, schema_version};
+use super::open::{DATABASE, LOCK, schema_version};
 use super::restore::integrity;
 
 /// What a data dir holds.
@@ -49,7 +49,7 @@ pub fn sqlite_version() -> &'static str {
 
 /// Whether a server uses the data dir now.
 pub fn has_server(data_dir: &Path) -> Result<bool, StoreError> {
-    let path = data_dir.join("lock");
+    let path = data_dir.join(LOCK);
     let file = match File::open(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         file => file.map_err(in_file(&path))?,
@@ -60,6 +60,20 @@ pub fn has_server(data_dir: &Path) -> Result<bool, StoreError> {
         Err(std::fs::TryLockError::WouldBlock) => Ok(true),
         Err(std::fs::TryLockError::Error(error)) => Err(in_file(&path)(error)),
     }
+}
+
+/// Why a data dir that has no database should have one; `None`: it may be a new one.
+pub fn why_absent(data_dir: &Path) -> Result<Option<String>, StoreError> {
+    if let Some(reason) = super::presence::why_absent(data_dir) {
+        return Ok(Some(reason));
+    }
+    Ok(has_server(data_dir)?.then(|| {
+        format!(
+            "a server runs on {}, and its database ({DATABASE}) is not there: it was removed, or is only about to be made; if it was \
+             removed, the server saves what it can, stops, and its log says what to do",
+            data_dir.display()
+        )
+    }))
 }
 
 /// What is in a data dir; `None`: no database. [`StoreError::Unusable`]: a server keeps others out.

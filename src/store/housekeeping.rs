@@ -1,5 +1,5 @@
-//! The store's own task: measures, deletes what is past its time, makes room, gives free pages back, collects files without
-//! rows, and knows what is wrong.
+//! The store's own task: sees whether its files are still there, measures, deletes what is past its time, makes room, gives
+//! free pages back, collects files without rows, and knows what is wrong.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -8,9 +8,11 @@ use serde::Serialize;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::presence::Gone;
 use super::read::Sizes;
 use super::retention::Purged;
 use super::verbs::Store;
+use super::writer::{Kind, answer};
 use super::{FilesReport, StoreError};
 use crate::domain::storage::shown_bytes;
 
@@ -72,9 +74,11 @@ impl Store {
             let error = StoreError::OverQuota { used: self.quota.used(), quota: self.quota.bytes() };
             troubles.push(Trouble { state: "quota_used_up", reason: format!("new jobs are refused: {error}") });
         }
-        let missing = self.metrics.missing();
+        let missing = self.files.lost.count();
         if missing > 0 {
-            let reason = format!("{missing} files of jobs are missing, the log names them; restore them from a backup");
+            let reason = format!(
+                "{missing} files of jobs are lost or damaged, the log names them; put them back from the artifacts/ of a backup"
+            );
             troubles.push(Trouble { state: "files_missing", reason });
         }
         troubles
@@ -118,6 +122,9 @@ impl Store {
 
     /// One look, and one step if there is something to do; returns how long to rest.
     async fn look_after(&self, seen: &mut Seen) -> Result<Duration, StoreError> {
+        if let Some(gone) = self.presence.gone() {
+            self.give_up(gone).await?;
+        }
         let sizes = self.measure().await?;
         self.watch_wal(&sizes, seen);
         if self.writer.has_delivered() {
@@ -155,6 +162,11 @@ impl Store {
             return Ok((begun.elapsed() * REST_PURGING).max(REST_MIN));
         }
         Ok(LOOK_EVERY)
+    }
+
+    /// Through the writer: what it has promised before is saved, and it promises nothing afterwards.
+    async fn give_up(&self, gone: Gone) -> Result<(), StoreError> {
+        answer(self.writer.apply(Kind::Change, 0, move |_| Err(StoreError::Gone(gone.clone())))).await
     }
 
     async fn measure(&self) -> Result<Sizes, StoreError> {
@@ -202,7 +214,7 @@ impl Store {
     }
 
     /// All folders, slowly. `named`: missing files that the log names already.
-    async fn pass(&self, named: &mut BTreeSet<String>) -> Result<(), StoreError> {
+    pub(super) async fn pass(&self, named: &mut BTreeSet<String>) -> Result<(), StoreError> {
         let mut missing = BTreeSet::new();
         let (mut deleted, mut bytes) = (0, 0);
         let mut next = self.folder_from(0).await?;
@@ -221,7 +233,13 @@ impl Store {
         for names in new.chunks(NAMES_MAX) {
             tracing::error!("files of jobs are missing under artifacts/: {}", names.join(", "));
         }
-        self.metrics.set_missing(missing.len() as u64);
+        let mut found = Vec::new();
+        for path in self.files.lost.all_met() {
+            if !self.is_lost(&path).await? {
+                found.push(path);
+            }
+        }
+        self.files.lost.looked(missing.clone(), &found);
         *named = missing;
         Ok(())
     }

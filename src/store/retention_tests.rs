@@ -421,6 +421,40 @@ async fn files_without_rows_are_collected_and_rows_without_files_reported() {
 }
 
 #[tokio::test]
+async fn a_lost_file_counts_as_soon_as_somebody_meets_it_and_until_it_is_back() {
+    let mut house = House::new(settings()).await;
+    let (gone, damaged) = (house.answered(new_job(), 50_000).await, house.answered(new_job(), 50_000).await);
+    let files = house.files();
+    let path_of =
+        |id: JobId| house.artifacts().join(files.iter().find(|path| path.contains(&id.uuid().to_string())).unwrap());
+    let (gone_at, damaged_at) = (path_of(gone), path_of(damaged));
+    let (gone_was, damaged_was) = (std::fs::read(&gone_at).unwrap(), std::fs::read(&damaged_at).unwrap());
+    std::fs::remove_file(&gone_at).unwrap();
+    std::fs::write(&damaged_at, "other").unwrap();
+    let count = async |house: &House| house.store.metrics().await.missing_files;
+    assert_eq!(count(&house).await, 0, "nobody has looked");
+    let reader = house.store.reader();
+    assert!(reader.answer(gone).await.is_err());
+    assert_eq!(count(&house).await, 1);
+    assert!(reader.kept_body(damaged).await.is_err() && reader.kept_body(damaged).await.is_err());
+    assert_eq!(count(&house).await, 2, "each once");
+    let trouble = house.store.troubles().remove(0);
+    assert!(trouble.state == "files_missing" && trouble.reason.starts_with("2 files"), "{trouble:?}");
+    // A look at all files knows of one of them only, and does not forget the other.
+    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    assert_eq!(count(&house).await, 2);
+    std::fs::write(&gone_at, gone_was).unwrap();
+    std::fs::write(&damaged_at, damaged_was).unwrap();
+    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    assert_eq!(count(&house).await, 0);
+    assert_eq!(house.store.troubles(), []);
+    // The whole folder.
+    std::fs::remove_dir_all(house.artifacts()).unwrap();
+    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    assert_eq!(count(&house).await, 2);
+}
+
+#[tokio::test]
 async fn a_reader_that_holds_the_log_open_is_told_about() {
     let small = StorageSettings { wal_pages: 10, wal_bytes_kept: 40_000, ..settings() };
     let mut house = House::new(small).await;

@@ -18,6 +18,7 @@ use super::StoreError;
 use super::files::{Body, Files, Role, StoredAnswer, StoredFile};
 use super::idempotency::IdempotencyKey;
 use super::metrics::{Metrics, StoreMetrics};
+use super::presence::Presence;
 use super::quota::Quota;
 use super::read::Reader;
 use super::submit::{self, Inserted, Submission};
@@ -39,6 +40,7 @@ pub struct Store {
     pub(super) quota: Quota,
     /// Whether free pages can be given back to the disk.
     pub(super) gives_back: bool,
+    pub(super) presence: Presence,
     pub(super) settings: Arc<StorageSettings>,
     pub(super) next_batch: Arc<AtomicI64>,
     /// Keeps the data dir for this process.
@@ -373,6 +375,7 @@ impl Store {
             purge_lag_s: sizes.purge_lag_ms as f64 / 1e3,
             stored_bytes: sizes.used_bytes + file_bytes,
             quota_bytes: self.quota.bytes(),
+            missing_files: self.files.lost.count(),
             ..self.metrics.look()
         }
     }

@@ -184,8 +184,26 @@ async fn a_damaged_backup_is_refused_by_the_name_of_what_is_damaged() {
     let file = files_in(&dest.join("artifacts")).remove(0);
     flip_a_byte(&file);
     let name = file.file_name().unwrap().to_string_lossy().into_owned();
-    assert!(refuses(&restore(&dest, &target).await).contains(&name));
-    assert!(refuses(&roundhouse(&["restore", "--check"], &[("", &dest)]).await).contains(&name));
+    for refusal in [restore(&dest, &target).await, roundhouse(&["restore", "--check"], &[("", &dest)]).await] {
+        let refusal = refuses(&refusal);
+        assert!(refusal.contains(&name) && refusal.contains(&format!("{id}: damaged")), "{refusal}");
+        assert!(refusal.contains("roundhouse restore --without-lost-files"), "{refusal}");
+    }
+    let without = |words: &'static [&'static str], target: &Path| {
+        let (dest, target) = (dest.clone(), target.to_owned());
+        async move { succeeds(&roundhouse(words, &[("", &dest), ("--data-dir", &target)]).await) }
+    };
+    let said = without(&["restore", "--check", "--without-lost-files"], &target).await;
+    assert!(said.contains("can be restored, without 1 files") && said.contains(&name), "{said}");
+    let other = self::site();
+    let said = without(&["restore", "--without-lost-files"], &other.data()).await;
+    assert!(said.contains("restored") && said.contains(&format!("{id}: damaged")), "{said}");
+    let restored = other.start().await;
+    let reply = restored.api.get(&format!("/v1/jobs/{id}/artifacts/art_0")).await;
+    assert!(reply.status == 500 && reply.text().contains("is lost or damaged"), "{}: {}", reply.status, reply.text());
+    assert!(restored.log().contains("restored from a backup: what was accepted"), "{}", restored.log());
+    assert!(!restored.log().contains("nothing that was accepted is lost"), "{}", restored.log());
+    drop(restored);
     flip_a_byte(&file);
     flip_a_byte(&dest.join("roundhouse.db"));
     let refusal = refuses(&restore(&dest, &target).await);
@@ -226,6 +244,13 @@ async fn a_lost_data_dir_is_restored_from_its_snapshots_and_the_loss_is_told_bef
     assert_eq!((&storage["file_system"], &storage["persistent"]), (&json!("overlay"), &json!(false)), "{health}");
     assert!(storage["snapshot"]["last_at"].is_string() && storage["snapshot"]["failed"].is_null(), "{health}");
     assert!(server.log().contains("so are the jobs and results of up to 0.5 s"), "{}", server.log());
+    // A second server takes no copy of what another one's jobs are.
+    let second = self::site();
+    second.start().await;
+    std::fs::remove_dir_all(second.data()).unwrap();
+    let refusal = refuses(&serve(&second, &[("ROUNDHOUSE_SNAPSHOT_DIR", &snapshots.display().to_string())]).await);
+    assert!(refusal.contains("somebody else writes") && refusal.contains("--snapshot-dir"), "{refusal}");
+    assert!(!second.data().join("roundhouse.db").exists() && !second.data().join("artifacts").exists());
     // The pod is gone, and its disk.
     server.kill();
     server.all_gone(Duration::from_secs(20)).await;
