@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::Args;
 use tokio::time::Instant;
 
@@ -47,11 +47,14 @@ pub struct RestoreArgs {
 
 /// Brings a backup up to date.
 pub(super) fn backup(args: &BackupArgs, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
-    let destination = Destination::open(&args.data_dir, &args.dest)?;
+    let (data_dir, dest) = (args.data_dir.display(), args.dest.display());
+    let failed = || format!("cannot back up {data_dir} (--data-dir) to {dest}");
+    let destination = Destination::open(&args.data_dir, &args.dest).with_context(failed)?;
     let mut shown = Shown::new();
-    let done = destination.back_up(&SystemClock::default(), false, &mut |progress| shown.show(progress))?;
+    let done = destination.back_up(&SystemClock::default(), false, &mut |progress| shown.show(progress));
     shown.end();
-    writeln!(out, "backed up {} to {}", args.data_dir.display(), args.dest.display())?;
+    let done = done.with_context(failed)?;
+    writeln!(out, "backed up {data_dir} to {dest}")?;
     tell(&done.manifest, out)?;
     writeln!(out, "  files copied   {}", counted(done.copied))?;
     writeln!(out, "  already there  {}", counted(done.kept))?;
@@ -64,11 +67,14 @@ pub(super) fn restore(args: &RestoreArgs, out: &mut dyn Write) -> anyhow::Result
     let mut shown = Shown::new();
     let source = args.source.display();
     let verified = match &args.data_dir {
-        _ if args.check => restore::check(&args.source, &mut |progress| shown.show(progress))?,
-        Some(data_dir) => restore::restore(&args.source, data_dir, &mut |progress| shown.show(progress))?,
+        _ if args.check => restore::check(&args.source, &mut |progress| shown.show(progress))
+            .with_context(|| format!("{source} is not a whole backup")),
+        Some(data_dir) => restore::restore(&args.source, data_dir, &mut |progress| shown.show(progress))
+            .with_context(|| format!("cannot restore {source} into {} (--data-dir)", data_dir.display())),
         None => bail!("name the data dir to be made with --data-dir"),
     };
     shown.end();
+    let verified = verified?;
     let manifest = &verified.manifest;
     match &args.data_dir {
         Some(data_dir) if !args.check => writeln!(out, "restored {} from {source}", data_dir.display())?,

@@ -91,7 +91,7 @@ async fn what_an_ended_job_held_goes_and_its_end_is_still_told() {
 async fn in_the_end_the_job_is_gone_and_those_that_wait_are_not() {
     let site = Site::new()
         .storage("results_ttl", "4s")
-        .storage("tombstone_ttl", "1s")
+        .storage("tombstone_ttl", "4s")
         .model("a", echo("custom", &[] as &[&str]))
         .model("never", echo("custom", &["--load-s", "600"]));
     let mut server = site.start().await;
