@@ -123,7 +123,7 @@ pub async fn open(
     let live = Live::default();
     let parts = Parts {
         session,
-        space,
+        space: space.clone(),
         quota: quota.clone(),
         live: live.clone(),
         metrics: metrics.clone(),
@@ -146,6 +146,7 @@ pub async fn open(
         clock,
         metrics,
         quota,
+        space,
         gives_back,
         settings: Arc::new(settings),
         next_batch: Arc::new(AtomicI64::new(next_batch)),
