@@ -55,15 +55,17 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     let Serve { mut config, data_dir, listen, allow_network_fs } = serve;
     let tasks = Tasks::new();
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
-    let listener = listen_on(&listen).await.with_context(|| format!("cannot listen on {listen}"))?;
-    let address = listener.local_addr()?;
+    let listener = listen_on(&listen).await.map_err(|error| anyhow::anyhow!(not_listening(&listen, &error)))?;
+    let address = listener.local_addr().context("the address that is listened on cannot be told")?;
     let on_fatal = {
         let tasks = tasks.clone();
         Arc::new(move |reason: &str| tasks.fail(reason))
     };
     let file_system = place_data_dir(&data_dir, &mut config.storage, allow_network_fs)?;
     let held = prepare_snapshots(&data_dir, &config.storage).await?;
-    let opened = store::open(&data_dir, clock.clone(), config.storage.clone(), on_fatal).await?;
+    let opened = store::open(&data_dir, clock.clone(), config.storage.clone(), on_fatal)
+        .await
+        .with_context(|| no_data_dir(&data_dir))?;
     let snapshots = open_snapshots(&data_dir, &config.storage, held, &clock)?;
     let setting = std::env::var("ROUNDHOUSE_GPU_PROBE").ok();
     let gpus =
@@ -155,7 +157,8 @@ fn place_data_dir(
     let setting = std::env::var("ROUNDHOUSE_STATFS").ok();
     let file_systems =
         FileSystems::from_setting(setting.as_deref()).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_STATFS: {error}"))?;
-    let placement = placement::place(data_dir, storage.snapshot_dir.as_deref(), allow_network_fs, &file_systems)?;
+    let placement = placement::place(data_dir, storage.snapshot_dir.as_deref(), allow_network_fs, &file_systems)
+        .with_context(|| no_data_dir(data_dir))?;
     if let Some(warning) = placement.warning {
         tracing::warn!("{warning}");
     }
@@ -245,12 +248,35 @@ async fn listen_on(listen: &str) -> std::io::Result<TcpListener> {
     Err(failed)
 }
 
+/// Why nobody can listen there, and what to do.
+fn not_listening(listen: &str, error: &std::io::Error) -> String {
+    use std::io::ErrorKind::{AddrInUse, AddrNotAvailable, PermissionDenied};
+    let what_to_do = match error.kind() {
+        AddrInUse => {
+            "another program, perhaps another roundhouse, listens there: stop it (`ss -ltnp` shows which it is), or choose \
+             another port with --listen HOST:PORT"
+        }
+        AddrNotAvailable => "this machine does not have that address; 0.0.0.0:PORT listens on all that it has",
+        PermissionDenied => "ports below 1024 are not for everybody; choose another with --listen HOST:PORT",
+        _ => "write HOST:PORT, as 127.0.0.1:9000",
+    };
+    format!("cannot listen on {listen} (--listen, ROUNDHOUSE_LISTEN or server.listen): {error}; {what_to_do}")
+}
+
+/// What comes before the reason.
+fn no_data_dir(data_dir: &Path) -> String {
+    format!("{} cannot be the data dir (--data-dir)", data_dir.display())
+}
+
 fn api_keys(data_dir: &Path, loopback: bool) -> anyhow::Result<ApiKeys> {
     let from_env = std::env::var("ROUNDHOUSE_API_KEYS").ok().filter(|text| !text.trim().is_empty());
     match from_env {
         Some(text) => ApiKeys::parse(&text).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_API_KEYS: {error}")),
         None if loopback => Ok(ApiKeys::none()),
-        None => Ok(ApiKeys::generated(&data_dir.join("api_key"))?),
+        None => {
+            let path = data_dir.join("api_key");
+            ApiKeys::generated(&path).with_context(|| format!("no API key can be kept in {}", path.display()))
+        }
     }
 }
 
@@ -328,7 +354,7 @@ fn secret(data_dir: &Path) -> anyhow::Result<[u8; 32]> {
                 .mode(0o600)
                 .open(&path)
                 .with_context(|| format!("cannot write {}", path.display()))?;
-            file.write_all(&secret)?;
+            file.write_all(&secret).with_context(|| format!("cannot write {}", path.display()))?;
         }
     }
     Ok(secret)

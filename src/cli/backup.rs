@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::Args;
 use tokio::time::Instant;
 
@@ -54,12 +54,14 @@ pub struct RestoreArgs {
 
 /// Brings a backup up to date.
 pub(super) fn backup(args: &BackupArgs, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
-    let destination = Destination::open(&args.data_dir, &args.dest, None)?;
-    let mut shown = Shown::new();
-    let without_lost = args.without_lost_files;
-    let done = destination.back_up(&SystemClock::default(), without_lost, &mut |progress| shown.show(progress))?;
+    let (data_dir, dest) = (args.data_dir.display(), args.dest.display());
+    let failed = || format!("cannot back up {data_dir} (--data-dir) to {dest}");
+    let destination = Destination::open(&args.data_dir, &args.dest, None).with_context(failed)?;
+    let (mut shown, without_lost) = (Shown::new(), args.without_lost_files);
+    let done = destination.back_up(&SystemClock::default(), without_lost, &mut |progress| shown.show(progress));
     shown.end();
-    writeln!(out, "backed up {} to {}", args.data_dir.display(), args.dest.display())?;
+    let done = done.with_context(failed)?;
+    writeln!(out, "backed up {data_dir} to {dest}")?;
     tell(&done.manifest, out)?;
     writeln!(out, "  files copied   {}", counted(done.copied))?;
     writeln!(out, "  already there  {}", counted(done.kept))?;
@@ -75,11 +77,14 @@ pub(super) fn restore(args: &RestoreArgs, out: &mut dyn Write) -> anyhow::Result
     let (mut shown, without_lost) = (Shown::new(), args.without_lost_files);
     let source = args.source.display();
     let verified = match &args.data_dir {
-        _ if args.check => restore::check(&args.source, without_lost, &mut |progress| shown.show(progress))?,
-        Some(data_dir) => restore::restore(&args.source, data_dir, without_lost, &mut |progress| shown.show(progress))?,
+        _ if args.check => restore::check(&args.source, without_lost, &mut |progress| shown.show(progress))
+            .with_context(|| format!("{source} is not a whole backup")),
+        Some(data_dir) => restore::restore(&args.source, data_dir, without_lost, &mut |progress| shown.show(progress))
+            .with_context(|| format!("cannot restore {source} into {} (--data-dir)", data_dir.display())),
         None => bail!("name the data dir to be made with --data-dir"),
     };
     shown.end();
+    let verified = verified?;
     let manifest = &verified.manifest;
     match &args.data_dir {
         Some(data_dir) if !args.check => writeln!(out, "restored {} from {source}", data_dir.display())?,

@@ -810,19 +810,19 @@ impl State {
     }
 
     /// Where a waiting job stands: (jobs the plan starts first, jobs of its own model before it, swaps before its start,
-    /// expected start). `None`: not waiting, or too far back to count.
+    /// expected start, if its model can be loaded). `None`: not waiting, or too far back to count.
     pub fn standing(
         &self,
         model: &str,
         priority: u8,
         number: i64,
         now: Millis,
-    ) -> Option<(usize, usize, usize, Millis)> {
+    ) -> Option<(usize, usize, usize, Option<Millis>)> {
         let index = self.index_of(model)?;
         let rank = self.models[index].queue.rank(priority, number, RANK_MAX)?;
         let own = rank as f64 * self.models[index].each_ms();
         if matches!(self.device, Device::Serving { model, .. } if model == index) {
-            return Some((rank, rank, 0, now + round(own)));
+            return Some((rank, rank, 0, Some(now + round(own))));
         }
         let due = |m: &Model| m.view().due(&self.knobs).unwrap_or(i64::MAX);
         let mine = (due(&self.models[index]), index);
@@ -844,6 +844,8 @@ impl State {
             .sum();
         let swaps = ahead.iter().filter(|(_, i)| Some(*i) != holder).count() + usize::from(!loading_mine);
         let start = now + round(wait + self.models[index].load_ms() + own);
+        // Of a model that cannot be loaded nobody knows.
+        let start = self.models[index].trouble.is_none().then_some(start);
         Some((before + rank, rank, swaps, start))
     }
 }

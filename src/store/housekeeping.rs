@@ -41,7 +41,7 @@ const NAMES_MAX: usize = 20;
 /// Something about the store that its keeper should know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Trouble {
-    /// `wal_long`, `quota_used_up` or `files_missing`.
+    /// `wal_long`, `disk_low`, `quota_used_up`, `files_missing` or `snapshots_fail`.
     pub state: &'static str,
     /// In words, without paths.
     pub reason: String,
@@ -55,6 +55,8 @@ struct Seen {
     purged_at: Option<Instant>,
     warned_at: Option<Instant>,
     failed_at: Option<Instant>,
+    /// When it was last seen what jobs that have not ended take.
+    weighed_at: Option<Instant>,
 }
 
 impl Store {
@@ -70,8 +72,11 @@ impl Store {
         if wal > 0 {
             troubles.push(Trouble { state: "wal_long", reason: self.long_wal(wal) });
         }
+        if let Some(reason) = self.space.trouble() {
+            troubles.push(Trouble { state: "disk_low", reason });
+        }
         if self.quota.is_used_up() {
-            let error = StoreError::OverQuota { used: self.quota.used(), quota: self.quota.bytes() };
+            let error = self.quota.refusal();
             troubles.push(Trouble { state: "quota_used_up", reason: format!("new jobs are refused: {error}") });
         }
         let missing = self.files.lost.count();
@@ -127,6 +132,7 @@ impl Store {
         }
         let sizes = self.measure().await?;
         self.watch_wal(&sizes, seen);
+        self.space.look();
         if self.writer.has_delivered() {
             self.ping().await?;
         }
@@ -147,6 +153,9 @@ impl Store {
             self.measure().await?;
             let is_stuck = purged.emptied + purged.deleted == 0;
             seen.is_making_room &= !is_stuck;
+            if is_stuck && is_due(&mut seen.weighed_at) {
+                self.quota.weighed(self.reader.live_bytes().await?);
+            }
             self.say_used_up(is_stuck && self.quota.is_over());
             return Ok(if is_stuck { LOOK_EVERY } else { rest(&purged, begun, REST_MAKING_ROOM) });
         }
@@ -181,7 +190,7 @@ impl Store {
         }
         let (used, quota) = (self.quota.used(), self.quota.bytes());
         if is_used_up {
-            tracing::warn!(used, quota, "new jobs are refused: {}", StoreError::OverQuota { used, quota });
+            tracing::warn!(used, quota, "new jobs are refused: {}", self.quota.refusal());
         } else {
             tracing::info!(used, quota, "there is room again: {} of {}", shown_bytes(used), shown_bytes(quota));
         }

@@ -72,17 +72,14 @@ pub enum StoreError {
     #[error("{0}")]
     DiskFull(String),
     /// What is kept takes all the room it may. The text is for clients, too.
-    #[error(
-        "the storage quota is used up: {} of {}; fetch results that are waiting (fetched ones make room), or raise \
-         storage.quota in models.yaml",
-        shown_bytes(*.used),
-        shown_bytes(*.quota)
-    )]
+    #[error("{}", over_quota(*.used, *.quota, *.live))]
     OverQuota {
         /// Bytes that are kept.
         used: u64,
         /// The limit.
         quota: u64,
+        /// Of the bytes that are kept, what jobs that have not ended take.
+        live: u64,
     },
     /// The writer has stopped; the process is going down.
     #[error("the store has stopped")]
@@ -149,13 +146,29 @@ impl StoreError {
     fn for_everybody(&self) -> Self {
         match self {
             Self::DiskFull(text) => Self::DiskFull(text.clone()),
-            Self::OverQuota { used, quota } => Self::OverQuota { used: *used, quota: *quota },
+            Self::OverQuota { used, quota, live } => Self::OverQuota { used: *used, quota: *quota, live: *live },
             Self::Io(text) => Self::Io(text.clone()),
             Self::Corrupt(text) => Self::Corrupt(text.clone()),
             Self::Gone(gone) => Self::Gone(gone.clone()),
             Self::Database(text) => Self::Database(text.clone()),
             other => Self::Database(other.to_string()),
         }
+    }
+}
+
+/// What takes the room decides what helps.
+fn over_quota(used: u64, quota: u64, live: u64) -> String {
+    let how_much = format!("the storage quota is used up: {} of {}", shown_bytes(used), shown_bytes(quota));
+    if live >= used / 2 {
+        format!(
+            "{how_much}, {} of it by jobs that wait or run; room comes when they have ended and their answers were fetched: \
+             come again later, cancel some, or raise storage.quota in models.yaml",
+            shown_bytes(live)
+        )
+    } else {
+        format!(
+            "{how_much}; fetch results that are waiting (fetched ones make room), or raise storage.quota in models.yaml"
+        )
     }
 }
 

@@ -137,7 +137,7 @@ pub async fn open(
     let presence = Presence::of(&database, &lock)?;
     let parts = Parts {
         session,
-        space,
+        space: space.clone(),
         quota: quota.clone(),
         live: live.clone(),
         metrics: metrics.clone(),
@@ -161,6 +161,7 @@ pub async fn open(
         clock,
         metrics,
         quota,
+        space,
         gives_back,
         presence,
         settings: Arc::new(settings),

@@ -485,6 +485,13 @@ impl Reader {
     }
 }
 
+impl Reader {
+    /// Bytes of the bodies and files of jobs that have not ended. Takes time by their number.
+    pub async fn live_bytes(&self) -> Result<u64, StoreError> {
+        self.read(|c| quota::live_bytes(c).map_err(StoreError::from)).await
+    }
+}
+
 /// A row of `result`.
 struct Kept {
     status: u16,

@@ -319,7 +319,7 @@ async fn the_quota_takes_expired_then_delivered_and_never_what_nobody_has_fetche
                 Err(error) => break error,
             }
         };
-        assert!(matches!(&refused, StoreError::OverQuota { quota, used } if *quota == 4 * MIB && used > quota));
+        assert!(matches!(&refused, StoreError::OverQuota { quota, used, .. } if *quota == 4 * MIB && used > quota));
         for word in ["quota", "4.0 MiB", "fetch", "storage.quota"] {
             assert!(refused.to_string().contains(word), "{refused}");
         }

@@ -10,13 +10,16 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::StoreError;
 use super::backup::{self, Destination, Held};
 use super::open::DATABASE;
 use super::placement::FileSystem;
 use super::restore::{self, Verified};
+use super::{StoreError, Trouble};
 use crate::clock::{Clock, rfc3339};
 use crate::domain::Millis;
+
+/// How often it is said that snapshots still fail.
+const SAY_EVERY: Duration = Duration::from_secs(300);
 
 /// Takes snapshots of one data dir. Cheap to clone.
 #[derive(Clone)]
@@ -92,10 +95,15 @@ impl Snapshots {
 
     /// Takes one now and then every so often, until `stop`. One that is being taken then goes on by itself.
     pub async fn run(self, stop: CancellationToken) {
+        let mut said = Said::default();
         loop {
             let round = async {
-                if let Err(reason) = self.take().await {
-                    tracing::error!("no snapshot could be taken, the last good one stays: {reason}");
+                match self.take().await {
+                    Ok(()) if said.works() => tracing::info!("snapshots are taken again"),
+                    Err(reason) if said.fails() => {
+                        tracing::error!("no snapshot could be taken, the last good one stays: {reason}");
+                    }
+                    Ok(()) | Err(_) => {}
                 }
                 tokio::time::sleep(self.shared.every).await;
             };
@@ -127,6 +135,28 @@ impl Snapshots {
     }
 }
 
+/// What the log says of failures: that they begin, now and then that they go on, and that they end.
+#[derive(Debug, Default)]
+struct Said {
+    at: Option<Instant>,
+}
+
+impl Said {
+    /// It failed; whether that is to be said.
+    fn fails(&mut self) -> bool {
+        let is_due = self.at.is_none_or(|at| at.elapsed() >= SAY_EVERY);
+        if is_due {
+            self.at = Some(Instant::now());
+        }
+        is_due
+    }
+
+    /// It did not fail; whether that is to be said.
+    fn works(&mut self) -> bool {
+        self.at.take().is_some()
+    }
+}
+
 impl Shared {
     fn take(&self) -> Result<(), String> {
         let mut taking = lock(&self.taking);
@@ -143,7 +173,7 @@ impl Shared {
                         copied = done.copied.files,
                         "snapshot taken"
                     );
-                    taking.tell_lost(&done);
+                    taking.tell_lost(done);
                 }
             }
             Err(reason) => last.failed = Some(reason.clone()),
@@ -219,6 +249,19 @@ pub struct SnapshotView {
 }
 
 impl Durability {
+    /// What is wrong with the copies at `now`. In words without paths.
+    pub fn trouble(&self, now: Millis) -> Option<Trouble> {
+        let snapshot = self.snapshots.as_ref()?.view(now);
+        snapshot.failed?;
+        let last = snapshot.last_age_s.map_or_else(
+            || "there has been none since the server started".to_owned(),
+            |age| format!("the last good one is {age} s old"),
+        );
+        let reason =
+            format!("snapshots fail, {last}: what came since is lost with the data dir's disk; the log says why");
+        Some(Trouble { state: "snapshots_fail", reason })
+    }
+
     /// As it is now.
     pub fn view(&self, now: Millis) -> DurabilityView {
         let snapshot = self.snapshots.as_ref().map(|snapshots| snapshots.view(now));
@@ -239,5 +282,25 @@ impl Durability {
             persistent: self.file_system.as_ref().map(FileSystem::is_persistent),
             snapshot,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_are_said_when_they_begin_now_and_then_and_when_they_end() {
+        let mut said = Said::default();
+        assert!(!said.works(), "no news");
+        assert!(said.fails());
+        for _ in 0..4 {
+            tokio::time::advance(SAY_EVERY / 5).await;
+            assert!(!said.fails(), "it is known");
+        }
+        tokio::time::advance(SAY_EVERY / 5).await;
+        assert!(said.fails(), "still");
+        assert!(said.works() && !said.works());
+        assert!(said.fails(), "again");
     }
 }

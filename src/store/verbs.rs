@@ -21,6 +21,7 @@ use super::metrics::{Metrics, StoreMetrics};
 use super::presence::Presence;
 use super::quota::Quota;
 use super::read::Reader;
+use super::space::Space;
 use super::submit::{self, Inserted, Submission};
 use super::writer::{Kind, Session, Writer, answer};
 use crate::clock::Clock;
@@ -38,6 +39,7 @@ pub struct Store {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) metrics: Metrics,
     pub(super) quota: Quota,
+    pub(super) space: Space,
     /// Whether free pages can be given back to the disk.
     pub(super) gives_back: bool,
     pub(super) presence: Presence,

@@ -53,6 +53,40 @@ async fn roundhouse(words: &[&str], paths: &[(&str, &Path)]) -> Output {
     command.output().await.unwrap()
 }
 
+#[tokio::test]
+async fn snapshots_that_fail_are_said_by_readyz_and_the_log_until_they_work_again() {
+    let site = site();
+    let folder = site.path().join("snapshots");
+    let site = site.storage("snapshot_dir", folder.display().to_string()).storage("snapshot_every", "100ms");
+    let server = site.start().await;
+    let api = &server.api;
+    let is_there =
+        || async { (api.get("/health").await.json()["storage"]["snapshot"]["last_at"].is_string()).then_some(()) };
+    eventually(LIMIT, "there is one", is_there).await;
+    // Its volume goes away, and a file is where it was.
+    let away = site.path().join("away");
+    std::fs::rename(&folder, &away).unwrap();
+    std::fs::write(&folder, "").unwrap();
+    let id = api.submit_echo("echo", json!({})).await;
+    api.succeeded(&id).await;
+    let ready = eventually(LIMIT, "it is said", || async {
+        let ready = api.get("/readyz").await.is(200).json();
+        (ready["degraded"][0]["store"] == "snapshots_fail").then_some(ready)
+    })
+    .await;
+    let text = ready["degraded"][0]["reason"].as_str().unwrap();
+    assert!(text.contains("the last good one is") && !text.contains(&*site.path().to_string_lossy()), "{text}");
+    std::fs::remove_file(&folder).unwrap();
+    std::fs::rename(&away, &folder).unwrap();
+    eventually(LIMIT, "they are taken again", || async {
+        server.log().contains("snapshots are taken again").then_some(())
+    })
+    .await;
+    assert_eq!(api.get("/readyz").await.is(200).json()["degraded"], json!([]));
+    let log = server.log();
+    assert_eq!(log.matches("no snapshot could be taken").count(), 1, "{log}");
+}
+
 #[track_caller]
 fn succeeds(output: &Output) -> String {
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
