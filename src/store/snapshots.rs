@@ -143,7 +143,7 @@ impl Shared {
                         copied = done.copied.files,
                         "snapshot taken"
                     );
-                    taking.tell_lost(&done);
+                    taking.tell_lost(done);
                 }
             }
             Err(reason) => last.failed = Some(reason.clone()),
