@@ -12,8 +12,7 @@ use tokio::time::Instant;
 
 use crate::clock::SystemClock;
 use crate::domain::storage::shown_bytes;
-use crate::store::backup::{Count, Destination, Manifest, Progress};
-use crate::store::lost::listed;
+use crate::store::backup::{Count, Destination, Manifest, Progress, listed};
 use crate::store::restore;
 
 /// How often progress is written where it cannot be written in place.

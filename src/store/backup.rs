@@ -28,7 +28,8 @@ use tokio::time::Instant;
 
 use super::StoreError;
 use super::files::hex;
-use super::lost::{LostFile, is_damage, lost_files};
+pub use super::lost::{LostFile, listed};
+use super::lost::{is_damage, lost_files};
 use super::open::DATABASE;
 use crate::clock::{Clock, rfc3339};
 use crate::domain::JobId;

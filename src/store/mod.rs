@@ -20,7 +20,7 @@ pub mod files;
 mod housekeeping;
 pub mod idempotency;
 mod live;
-pub mod lost;
+mod lost;
 pub mod metrics;
 #[cfg(test)]
 pub(crate) mod model;
