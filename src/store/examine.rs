@@ -70,9 +70,10 @@ pub fn sqlite_version() -> &'static str {
 
 /// Whether a server uses the data dir now.
 pub fn has_server(data_dir: &Path) -> Result<bool, StoreError> {
+    use std::io::ErrorKind;
     let path = data_dir.join(LOCK);
     let file = match File::open(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(false),
         file => file.map_err(in_file(&path))?,
     };
     // Given back at once, when the file is closed.

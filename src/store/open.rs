@@ -33,10 +33,8 @@ use crate::domain::StorageSettings;
 const SQLITE_MIN: i32 = 3_051_003;
 /// Pages the writer keeps in memory: 32 MiB.
 const CACHE_KIB: i64 = 32 * 1024;
-/// Larger databases are not looked at whole by a start, so that it takes no longer than a third of a second; after a run that
-/// did not end in order, which is when damage comes, than 3 s.
+/// Larger databases are not looked at whole by a start, so that it takes no longer than a third of a second.
 const CHECKED_BYTES_MAX: i64 = 64 << 20;
-const CHECKED_UNCLEAN_BYTES_MAX: i64 = 512 << 20;
 /// The database's file in the data dir.
 pub(super) const DATABASE: &str = "roundhouse.db";
 /// The file whose lock keeps other servers out.
@@ -229,9 +227,7 @@ async fn migrate(database: &Path, settings: &StorageSettings) -> Result<(), Stor
 fn verify(c: &Connection) -> Result<(), StoreError> {
     let pragma = |name| c.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
     let bytes = pragma("page_count")? * pragma("page_size")?;
-    let was_clean: bool =
-        c.query_row("SELECT EXISTS (SELECT 1 FROM meta WHERE key = 'clean')", [], |row| row.get(0))?;
-    if bytes > if was_clean { CHECKED_BYTES_MAX } else { CHECKED_UNCLEAN_BYTES_MAX } {
+    if bytes > CHECKED_BYTES_MAX {
         return Ok(());
     }
     let found: String = c.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;

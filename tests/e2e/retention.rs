@@ -178,8 +178,8 @@ async fn jobs_that_wait_are_told_of_when_they_take_the_room() {
     let api = &server.api;
     let large = json!({"endpoint": "/echo", "body": {"model": "never", "text": "x".repeat(400_000)}});
     let (refused, ready) = eventually(LIMIT, "new jobs are refused, and it is said", || async {
-        let reply = api.post("/v1/jobs", &large).await;
         let ready = api.get("/readyz").await.is(200).json();
+        let reply = api.post("/v1/jobs", &large).await;
         (reply.status == 503 && ready["degraded"][0]["store"] == "quota_used_up").then(|| (reply.text(), ready))
     })
     .await;
