@@ -109,6 +109,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     })
     .await?;
     tasks.spawn("housekeeping", store.clone().keep_house(tasks.soft().clone()));
+    tasks.spawn("files", store.clone().watch_files(tasks.hard().clone()));
     let waiting = handle.queue().queued;
     stop_when_drained(&tasks, &handle);
     let state = AppState::new(http::Parts {

@@ -337,11 +337,12 @@ impl Doctor<'_> {
             Ok(false) => line(out, "server", "none runs on this data dir")?,
             Err(error) => self.wrong.push(error.to_string()),
         }
+        let unusable = examine::why_unusable(data_dir)?;
+        let is_new = unusable.is_none();
+        self.wrong.extend(unusable);
         match examine::look(data_dir) {
-            Ok(None) => match examine::why_absent(data_dir)? {
-                Some(reason) => self.wrong.push(reason),
-                None => line(out, "jobs", "no database yet; the first start makes it")?,
-            },
+            Ok(None) if is_new => line(out, "jobs", "no database yet; the first start makes it")?,
+            Ok(None) => line(out, "jobs", "no database")?,
             Ok(Some(inside)) => {
                 line(out, "jobs", &jobs(&inside.jobs))?;
                 line(out, "files", &format!("{} named by the database", counted(inside.files)))?;

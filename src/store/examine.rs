@@ -84,12 +84,13 @@ pub fn has_server(data_dir: &Path) -> Result<bool, StoreError> {
     }
 }
 
-/// Why a data dir that has no database should have one; `None`: it may be a new one.
-pub fn why_absent(data_dir: &Path) -> Result<Option<String>, StoreError> {
-    if let Some(reason) = super::presence::why_absent(data_dir) {
+/// Why a data dir is not to be used as it is, or should have a database; `None`: it is in order, or a new one.
+pub fn why_unusable(data_dir: &Path) -> Result<Option<String>, StoreError> {
+    if let Some(reason) = super::presence::why_unusable(data_dir) {
         return Ok(Some(reason));
     }
-    Ok(has_server(data_dir)?.then(|| {
+    let is_absent = !data_dir.join(DATABASE).exists();
+    Ok((is_absent && has_server(data_dir)?).then(|| {
         format!(
             "a server runs on {}, and its database ({DATABASE}) is not there: it was removed, or is only about to be made; if it was \
              removed, the server saves what it can, stops, and its log says what to do",

@@ -8,11 +8,9 @@ use serde::Serialize;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::presence::Gone;
 use super::read::Sizes;
 use super::retention::Purged;
 use super::verbs::Store;
-use super::writer::{Kind, answer};
 use super::{FilesReport, StoreError};
 use crate::domain::storage::shown_bytes;
 
@@ -127,9 +125,6 @@ impl Store {
 
     /// One look, and one step if there is something to do; returns how long to rest.
     async fn look_after(&self, seen: &mut Seen) -> Result<Duration, StoreError> {
-        if let Some(gone) = self.presence.gone() {
-            self.give_up(gone).await?;
-        }
         let sizes = self.measure().await?;
         self.watch_wal(&sizes, seen);
         self.space.look();
@@ -171,11 +166,6 @@ impl Store {
             return Ok((begun.elapsed() * REST_PURGING).max(REST_MIN));
         }
         Ok(LOOK_EVERY)
-    }
-
-    /// Through the writer: what it has promised before is saved, and it promises nothing afterwards.
-    async fn give_up(&self, gone: Gone) -> Result<(), StoreError> {
-        answer(self.writer.apply(Kind::Change, 0, move |_| Err(StoreError::Gone(gone.clone())))).await
     }
 
     async fn measure(&self) -> Result<Sizes, StoreError> {

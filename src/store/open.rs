@@ -103,9 +103,7 @@ pub async fn open(
         )));
     }
     let database = dir.join(DATABASE);
-    if !database.exists()
-        && let Some(reason) = presence::why_absent(dir)
-    {
+    if let Some(reason) = presence::why_unusable(dir) {
         return Err(StoreError::Unusable(reason));
     }
     let in_database = |error: StoreError| error.in_database(&database);

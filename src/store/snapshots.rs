@@ -70,8 +70,8 @@ pub fn prepare(data_dir: &Path, folder: &Path) -> Result<Prepared, StoreError> {
     if data_dir.join(DATABASE).exists() || !backup::is_backup(folder) {
         return Ok(Prepared { held, restored: None });
     }
-    // It has more than the last snapshot.
-    if let Some(reason) = super::presence::why_absent(data_dir) {
+    // What lies there may have more than the last snapshot.
+    if let Some(reason) = super::presence::why_unusable(data_dir) {
         return Err(StoreError::Unusable(reason));
     }
     let restored = restore::restore(folder, data_dir, false, &mut |_| {})?;

@@ -356,9 +356,13 @@ impl Store {
         self.metrics.recovered_in(time);
     }
 
-    /// The last word: the next start knows that this run ended in order.
+    /// The last word: the next start knows that this run ended in order. If files were removed meanwhile, they are saved.
     pub async fn close(&self) -> Result<(), StoreError> {
-        let pending = self.writer.apply(Kind::Change, 0, |session| super::writer::mark_clean(&session.c));
+        let presence = self.presence.clone();
+        let pending = self.writer.apply(Kind::Change, 0, move |session| match presence.gone() {
+            Some(gone) => Err(StoreError::Gone(gone)),
+            None => super::writer::mark_clean(&session.c),
+        });
         answer(pending).await
     }
 

@@ -21,7 +21,7 @@ use super::StoreError;
 use super::idempotency::Keys;
 use super::live::Live;
 use super::metrics::Metrics;
-use super::presence::Presence;
+use super::presence::{self, Presence};
 use super::quota::Quota;
 use super::space::Space;
 
@@ -316,7 +316,9 @@ impl Thread {
     fn last_words(&self, error: &StoreError) -> String {
         match error {
             StoreError::Gone(gone) => {
-                let saved = self.parts.presence.rescue(&self.parts.session.c, gone, self.parts.metrics.now());
+                let mut again = presence::wait_for_room(|| self.parts.space.give_up_reserve());
+                let now = self.parts.metrics.now();
+                let saved = self.parts.presence.rescue(&self.parts.session.c, gone, now, &mut again);
                 format!("{gone}: {saved}")
             }
             error => {

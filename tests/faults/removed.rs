@@ -96,8 +96,8 @@ async fn a_database_that_is_replaced_is_saved_and_the_new_one_left_alone() {
 }
 
 #[tokio::test]
-async fn a_removed_log_or_lock_ends_the_server_and_costs_nothing() {
-    for name in ["roundhouse.db-wal", "lock"] {
+async fn a_removed_log_ends_the_server_and_costs_nothing() {
+    for name in ["roundhouse.db-wal", "roundhouse.db-shm"] {
         let site = site();
         let (clients, reason) = end_by(&site, |data| std::fs::remove_file(data.join(name)).unwrap()).await;
         for word in [name, "nothing that was accepted is lost", "start the server again"] {
@@ -109,11 +109,42 @@ async fn a_removed_log_or_lock_ends_the_server_and_costs_nothing() {
 }
 
 #[tokio::test]
+async fn a_removed_lock_is_made_again_and_keeps_others_out() {
+    let site = site();
+    let server = site.start().await;
+    std::fs::remove_file(site.data().join("lock")).unwrap();
+    eventually(LIMIT, "it is seen", || async { server.log().contains("locked again").then_some(()) }).await;
+    let models = site.path().join("models.yaml").display().to_string();
+    let said = refusal(&["serve", "--listen", "127.0.0.1:0", "--config", &models], &site).await;
+    assert!(said.contains("another roundhouse server uses"), "{said}");
+    server.api.get("/readyz").await.is(200);
+}
+
+#[tokio::test]
+async fn a_database_that_is_removed_while_the_server_stops_is_saved_too() {
+    let site = Site::new().model("slow", echo("custom", &[] as &[&str]));
+    let mut server = site.start().await;
+    let id = server.api.submit_echo("slow", json!({"delay_ms": 3_000})).await;
+    server.api.happened(&id, "job.started").await;
+    server.signal(nix::sys::signal::Signal::SIGTERM);
+    eventually(LIMIT, "it stops", || async { (server.api.get("/readyz").await.status == 503).then_some(()) }).await;
+    std::fs::remove_file(site.data().join("roundhouse.db")).unwrap();
+    let status = server.ended().await;
+    let log = server.log();
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert!(log.contains("everything that was accepted is in"), "{log}");
+    let copy = rescued(&site.data()).unwrap_or_else(|| panic!("{log}"));
+    std::fs::rename(copy, site.data().join("roundhouse.db")).unwrap();
+    let server = site.start().await;
+    server.api.succeeded(&id).await;
+}
+
+#[tokio::test]
 async fn a_data_dir_that_is_removed_is_said_to_be_lost_and_a_moved_one_is_whole() {
     let site = site();
     let aside = site.path().join("aside");
     let (clients, reason) = end_by(&site, |data| std::fs::rename(data, &aside).unwrap()).await;
-    for word in ["roundhouse.db was removed or moved", "could not be saved", "move it back"] {
+    for word in ["data was removed or moved", "could not be saved", "move it back"] {
         assert!(reason.contains(word), "{word}: {reason}");
     }
     // What the last seconds made there anew.
