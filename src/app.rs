@@ -78,6 +78,11 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     }
     if opened.is_restored {
         tracing::warn!("restored from a backup: what was accepted or finished after it was taken is not in it");
+    } else if opened.lacks_log {
+        tracing::error!(
+            "the last run did not end in order, and its log (roundhouse.db-wal) is gone: what was accepted last may be lost; if \
+             you have that file, stop this server and put it back before anything else is written"
+        );
     } else if opened.epoch > 1 && !opened.was_clean {
         tracing::warn!("the last run did not end in order; nothing that was accepted is lost");
     }

@@ -57,7 +57,10 @@ rotate 9>&- &
 rotator=$!
 
 delay_ms=$first_ms
-while [ "$stopping" = 0 ]; do
+# A data folder that was removed, or that another keeper has taken over, is nothing to start a server on.
+is_mine() { [ "$(pid_in "$data/keeper.pid")" = $$ ]; }
+
+while [ "$stopping" = 0 ] && is_mine; do
     began_at=$SECONDS
     "$@" </dev/null >>"$log" 2>&1 9>&- &
     child=$!
@@ -71,8 +74,8 @@ while [ "$stopping" = 0 ]; do
         kill -0 "$child" 2>/dev/null || break
     done
     child=''
-    rm -f "$data/serve.pid"
-    [ "$stopping" = 0 ] || break
+    ! is_mine || rm -f "$data/serve.pid"
+    [ "$stopping" = 0 ] && is_mine || break
     [ $((SECONDS - began_at)) -lt "$reset_s" ] || delay_ms=$first_ms
     seconds=$(printf '%d.%03d' $((delay_ms / 1000)) $((delay_ms % 1000)))
     echo "keeper: serve ended with status $status after $((SECONDS - began_at)) s; next start in $seconds s" >>"$log"
@@ -86,4 +89,4 @@ done
 kill "$rotator" 2>/dev/null
 # The rotator's own `sleep` would outlive it by some seconds.
 for line in $(descendants $$ | cut -d ' ' -f 1); do kill "$line" 2>/dev/null; done
-rm -f "$data/keeper.pid"
+! is_mine || rm -f "$data/keeper.pid"

@@ -319,7 +319,10 @@ impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::NotFound => Self::not_found("the job"),
-            StoreError::Expired => Self::new(ErrorCode::ResultExpired, "the job's content is past its retention"),
+            StoreError::Expired => Self::new(
+                ErrorCode::ResultExpired,
+                "what the job held was deleted: it was past its retention, or had been fetched and room was needed (storage.quota)",
+            ),
             StoreError::KeyReused => Self::new(
                 ErrorCode::IdempotencyKeyReused,
                 "this Idempotency-Key came with another body before: use a new key for a new request",
@@ -339,8 +342,8 @@ impl From<StoreError> for ApiError {
             // The store was lost in the middle: what it was asked for may be in the file all the same.
             StoreError::Stopped => Self::new(
                 ErrorCode::StorageUnavailable,
-                "the server is stopping since its disk failed; whether this was stored is not known: ask again under the \
-                 same Idempotency-Key",
+                "the server is stopping since its database cannot be trusted any more; whether this was stored is not known: ask \
+                 again under the same Idempotency-Key",
             )
             .after(5),
             error if error.is_lost_file() => {

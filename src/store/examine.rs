@@ -86,8 +86,9 @@ pub fn has_server(data_dir: &Path) -> Result<bool, StoreError> {
 
 /// Why a data dir is not to be used as it is, or should have a database; `None`: it is in order, or a new one.
 pub fn why_unusable(data_dir: &Path) -> Result<Option<String>, StoreError> {
-    if let Some(reason) = super::presence::why_unusable(data_dir) {
-        return Ok(Some(reason));
+    let reason = super::presence::why_unusable(data_dir).or_else(|| super::restore::unfinished(data_dir));
+    if reason.is_some() {
+        return Ok(reason);
     }
     let is_absent = !data_dir.join(DATABASE).exists();
     Ok((is_absent && has_server(data_dir)?).then(|| {

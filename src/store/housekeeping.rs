@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::read::Sizes;
 use super::retention::Purged;
 use super::verbs::Store;
+use super::writer::{Kind, answer};
 use super::{FilesReport, StoreError};
 use crate::domain::storage::shown_bytes;
 
@@ -102,6 +103,8 @@ impl Store {
             let rest = match self.look_after(&mut seen).await {
                 Ok(rest) => rest,
                 Err(StoreError::Stopped) => return,
+                // Nothing is to be promised on top of it.
+                Err(error @ StoreError::Corrupt(_)) => return self.end(error).await,
                 Err(error) => {
                     if is_due(&mut seen.failed_at) {
                         tracing::warn!("old jobs could not be deleted, it is tried again: {error}");
@@ -121,6 +124,11 @@ impl Store {
                 () = stop.cancelled() => return,
             }
         }
+    }
+
+    /// The end of the store, for a reason that the writer has not seen itself.
+    async fn end(&self, error: StoreError) {
+        let _ = answer(self.writer.apply(Kind::Change, 0, move |_| Err::<(), _>(error.for_everybody()))).await;
     }
 
     /// One look, and one step if there is something to do; returns how long to rest.

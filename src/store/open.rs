@@ -60,6 +60,8 @@ pub struct Opened {
     pub recovered: usize,
     /// Whether the last run ended in order.
     pub was_clean: bool,
+    /// Whether the write-ahead log of the last run was gone, and with it what was accepted last.
+    pub lacks_log: bool,
     /// Whether this is the first run on a restored backup.
     pub is_restored: bool,
     /// Number of this run of the server on this data dir.
@@ -88,13 +90,8 @@ pub async fn open(
         let _ = File::open(parent).and_then(|parent| parent.sync_all());
     }
     let lock = Arc::new(lock(dir)?);
-    let unfinished = dir.join(super::restore::DATABASE_NEXT);
-    if unfinished.exists() {
-        return Err(StoreError::Unusable(format!(
-            "a restore into {} did not end ({} is there): run roundhouse restore again, or empty the folder",
-            dir.display(),
-            unfinished.display()
-        )));
+    if let Some(reason) = super::restore::unfinished(dir) {
+        return Err(StoreError::Unusable(reason));
     }
     if rusqlite::version_number() < SQLITE_MIN {
         return Err(StoreError::Unusable(format!(
@@ -107,6 +104,9 @@ pub async fn open(
         return Err(StoreError::Unusable(reason));
     }
     let in_database = |error: StoreError| error.in_database(&database);
+    // A run that did not end in order leaves both; one that did, neither.
+    let beside = |end: &str| dir.join(format!("{DATABASE}{end}")).exists();
+    let lacks_log = beside("-shm") && !beside("-wal");
     migrate(&database, &settings).await?;
     let metrics = Metrics::new(clock.clone());
     let now = clock.now();
@@ -170,6 +170,7 @@ pub async fn open(
         next_number,
         recovered: recovered.jobs,
         was_clean: recovered.was_clean,
+        lacks_log: lacks_log && !recovered.was_clean,
         is_restored: is_new && recovered.epoch > 1,
         epoch: recovered.epoch,
         data_dir_id,

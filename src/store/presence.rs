@@ -13,8 +13,9 @@ use std::time::Duration;
 use rusqlite::Connection;
 use tokio_util::sync::CancellationToken;
 
-use super::backup::{explained, in_file, remove_if_there, sync_folder};
+use super::backup::{ARTIFACTS, explained, in_file, remove_if_there, sync_folder};
 use super::open::{DATABASE, LOCK};
+use super::restore::DATABASE_NEXT;
 use super::verbs::Store;
 use super::writer::{Kind, answer};
 use super::{StoreError, open};
@@ -56,14 +57,19 @@ impl Watched {
 
     /// `None`: it is where it was, as far as can be seen.
     fn gone(&self) -> Option<Gone> {
-        let is_replaced = match std::fs::metadata(&self.path) {
-            Ok(found) if (found.dev(), found.ino()) == (self.device, self.inode) => return None,
-            Ok(_) => true,
-            Err(error) if is_absent(&error) => false,
+        let how = match std::fs::metadata(&self.path) {
+            Ok(found) if (found.dev(), found.ino()) == (self.device, self.inode) => {
+                if self.purpose != Use::Database || found.len() > 0 {
+                    return None;
+                }
+                How::Emptied
+            }
+            Ok(_) => How::Replaced,
+            Err(error) if is_absent(&error) => How::Removed,
             // A disk that cannot be asked says nothing about what is on it.
             Err(_) => return None,
         };
-        Some(Gone { purpose: self.purpose, path: self.path.clone(), is_replaced })
+        Some(Gone { purpose: self.purpose, path: self.path.clone(), how })
     }
 }
 
@@ -76,12 +82,23 @@ fn is_absent(error: &std::io::Error) -> bool {
 pub struct Gone {
     purpose: Use,
     path: PathBuf,
-    is_replaced: bool,
+    how: How,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    Removed,
+    Replaced,
+    Emptied,
 }
 
 impl std::fmt::Display for Gone {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let how = if self.is_replaced { "replaced by another file" } else { "removed or moved" };
+        let how = match self.how {
+            How::Removed => "removed or moved",
+            How::Replaced => "replaced by another file",
+            How::Emptied => "emptied",
+        };
         write!(f, "{} was {how} while the server ran", self.path.display())
     }
 }
@@ -182,9 +199,11 @@ impl Presence {
         }
         match attempt(again, || self.save(c, now)) {
             Ok(copy) => {
-                let before = match (gone.purpose, gone.is_replaced) {
+                let before = match (gone.purpose, gone.how) {
                     (Use::Folder, _) => "move the old folder back, with all its files; or, if it is gone, ".to_owned(),
-                    (Use::Database, true) => format!("move the new {DATABASE} and its log ({DATABASE}-wal) away, "),
+                    (Use::Database, How::Replaced | How::Emptied) => {
+                        format!("move the new {DATABASE} and its log ({DATABASE}-wal) away, ")
+                    }
                     _ => String::new(),
                 };
                 format!(
@@ -194,15 +213,15 @@ impl Presence {
                 )
             }
             Err(error) => format!(
-                "what it held could not be saved ({error}): what was accepted since the last backup is lost, unless it \
-                 was only moved: then move it back and start the server again; else restore a backup (roundhouse restore)"
+                "if it was moved, move it back and start the server again, and nothing is lost; if not, what was accepted since \
+                 the last backup is (it could not be saved: {error}): restore one (roundhouse restore)"
             ),
         }
     }
 
     /// SQLite would take a log that is not its own for its own, and delete it in the end.
     fn put_aside(&self, gone: &Gone, now: Millis) -> Result<Option<PathBuf>, StoreError> {
-        if gone.purpose != Use::Log || !gone.is_replaced {
+        if gone.purpose != Use::Log || gone.how != How::Replaced {
             return Ok(None);
         }
         let mut aside = gone.path.clone().into_os_string();
@@ -302,9 +321,9 @@ fn compact(now: Millis) -> String {
 }
 
 /// Why a data dir is not to be used as it is: a copy that was saved lies in it, or what is left of a database. `None`: it may
-/// be used.
+/// be used. An empty file is no database.
 pub(super) fn why_unusable(data_dir: &Path) -> Option<String> {
-    let has_database = data_dir.join(DATABASE).exists();
+    let has_database = std::fs::metadata(data_dir.join(DATABASE)).is_ok_and(|found| found.len() > 0);
     let shown = data_dir.display();
     let mut copies: Vec<PathBuf> = std::fs::read_dir(data_dir)
         .ok()?
@@ -333,11 +352,25 @@ pub(super) fn why_unusable(data_dir: &Path) -> Option<String> {
         ));
     }
     let log = data_dir.join(format!("{DATABASE}-wal"));
-    std::fs::metadata(&log).is_ok_and(|found| found.len() > 0).then(|| {
-        format!(
-            "{shown} has no {DATABASE}, but its log is there ({}): put {DATABASE} back, or move the data dir away to begin anew",
-            log.display()
-        )
+    let left = if std::fs::metadata(&log).is_ok_and(|found| found.len() > 0) {
+        format!("its log is there ({})", log.display())
+    } else if has_files(&data_dir.join(ARTIFACTS)) && !data_dir.join(DATABASE_NEXT).exists() {
+        format!("files of jobs are there (in {})", data_dir.join(ARTIFACTS).display())
+    } else {
+        return None;
+    };
+    Some(format!(
+        "{shown} has no {DATABASE}, but {left}: put {DATABASE} back, restore a backup into another data dir (roundhouse \
+         restore), or move this one away to begin anew"
+    ))
+}
+
+/// Whether any file lies in `folder` or below.
+fn has_files(folder: &Path) -> bool {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| match entry.file_type() {
+        Ok(kind) if kind.is_dir() => has_files(&entry.path()),
+        _ => true,
     })
 }
 
@@ -376,7 +409,7 @@ mod tests {
         let copy = copy.into_iter().find(|path| path.to_string_lossy().contains("rescued")).unwrap();
         assert!(told.contains(&copy.display().to_string()), "{told}");
         // Neither beside another database: the jobs in the copy would be forgotten.
-        std::fs::write(&database, "").unwrap();
+        std::fs::write(&database, "another").unwrap();
         assert!(why_unusable(dir.path()).unwrap().contains("rename this copy"));
         std::fs::rename(copy, &database).unwrap();
         assert_eq!(why_unusable(dir.path()), None);
@@ -406,7 +439,30 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("roundhouse.db.rescued-1.part"), "half").unwrap();
         assert!(why_unusable(dir.path()).unwrap().contains("interrupted"));
+        std::fs::write(dir.path().join(DATABASE), "a database").unwrap();
+        assert_eq!(why_unusable(dir.path()), None);
+    }
+
+    #[test]
+    fn what_is_left_of_a_database_is_not_taken_for_a_new_data_dir() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join(ARTIFACTS).join("00");
+        std::fs::create_dir_all(&folder).unwrap();
+        assert_eq!(why_unusable(dir.path()), None, "folders alone are nothing");
+        std::fs::write(folder.join("file"), "of a job").unwrap();
+        assert!(why_unusable(dir.path()).unwrap().contains("files of jobs are there"));
+        // A restore that was interrupted may go on.
+        let unfinished = dir.path().join(DATABASE_NEXT);
+        std::fs::write(&unfinished, "half").unwrap();
+        assert_eq!(why_unusable(dir.path()), None);
+        std::fs::remove_file(&unfinished).unwrap();
+        let log = dir.path().join("roundhouse.db-wal");
+        std::fs::write(&log, "").unwrap();
         std::fs::write(dir.path().join(DATABASE), "").unwrap();
+        assert!(why_unusable(dir.path()).unwrap().contains("files of jobs"), "an empty file is no database");
+        std::fs::write(&log, "frames").unwrap();
+        assert!(why_unusable(dir.path()).unwrap().contains("its log is there"));
+        std::fs::write(dir.path().join(DATABASE), "a database").unwrap();
         assert_eq!(why_unusable(dir.path()), None);
     }
 
@@ -482,7 +538,7 @@ mod tests {
         assert!(presence.lock_again(&presence.gone().unwrap()));
         std::fs::rename(&data, dir.path().join("moved")).unwrap();
         let said = presence.rescue(&c, &presence.gone().unwrap(), 0, &mut |_, _| false);
-        assert!(said.contains("could not be saved") && said.contains("move it back"), "{said}");
+        assert!(said.contains("move it back") && said.contains("could not be saved"), "{said}");
         assert_eq!(count(&dir.path().join("moved").join(DATABASE)), 1, "a moved one is whole without its log");
     }
 }

@@ -53,6 +53,18 @@ fn checked(source: &Path, without_lost: bool, watch: Watch<'_>) -> Result<Verifi
     Ok(Verified { manifest, files, lost })
 }
 
+/// Why a data dir cannot be used yet: a restore into it did not end.
+pub(super) fn unfinished(data_dir: &Path) -> Option<String> {
+    let unfinished = data_dir.join(DATABASE_NEXT);
+    unfinished.exists().then(|| {
+        format!(
+            "a restore into {} did not end ({} is there): run roundhouse restore again, or empty the folder",
+            data_dir.display(),
+            unfinished.display()
+        )
+    })
+}
+
 /// Makes the data dir `data_dir` of a backup. It must hold no database and have no server. The database comes last, so an
 /// interrupted restore is no data dir, and may be run again. Files that are lost or damaged in the backup are an error, which
 /// names them; with `without_lost` the jobs come without them. Blocks.

@@ -41,7 +41,8 @@ async fn of_stored(state: &AppState, job: &Job) -> Response {
     match state.reader.answer(job.id).await {
         Ok(Some(answer)) => of_answer(state, job, &answer).await,
         Ok(None) => {
-            let message = "the answer is past its retention and was deleted; submit the request anew";
+            let message = "the answer was deleted: it was past its retention, or had been fetched and room was needed (storage.quota); submit \
+                           the request anew";
             ApiError::new(ErrorCode::ResultExpired, message).about(job.id).into_response()
         }
         Err(error) => ApiError::from(error).about(job.id).into_response(),
