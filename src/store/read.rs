@@ -469,11 +469,12 @@ impl Reader {
 
     /// Sizes of the database.
     pub async fn sizes(&self, now: Millis) -> Result<Sizes, StoreError> {
-        let length = |path: PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
         let mut wal = self.database.as_os_str().to_owned();
         wal.push("-wal");
-        let (database_bytes, wal_bytes) = (length(self.database.to_path_buf()), length(PathBuf::from(wal)));
+        let (database, wal) = (self.database.clone(), PathBuf::from(wal));
         self.read(move |c| {
+            let length = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
+            let (database_bytes, wal_bytes) = (length(&database), length(&wal));
             let (used_bytes, free_bytes) = quota::pages(c)?;
             let first: Option<Millis> = c
                 .prepare_cached("SELECT min(expires_at) FROM job INDEXED BY job_expiry WHERE expires_at IS NOT NULL")?

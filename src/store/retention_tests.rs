@@ -441,16 +441,28 @@ async fn a_lost_file_counts_as_soon_as_somebody_meets_it_and_until_it_is_back() 
     let trouble = house.store.troubles().remove(0);
     assert!(trouble.state == "files_missing" && trouble.reason.starts_with("2 files"), "{trouble:?}");
     // A look at all files knows of one of them only, and does not forget the other.
-    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    house.store.pass().await.unwrap();
     assert_eq!(count(&house).await, 2);
-    std::fs::write(&gone_at, gone_was).unwrap();
+    std::fs::write(&gone_at, &gone_was).unwrap();
     std::fs::write(&damaged_at, damaged_was).unwrap();
-    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    house.store.pass().await.unwrap();
     assert_eq!(count(&house).await, 0);
     assert_eq!(house.store.troubles(), []);
+    // Neither gone nor damaged, but it cannot be opened: it counts as lost, and keeps no other from being found.
+    std::fs::write(&damaged_at, "other").unwrap();
+    std::fs::remove_file(&gone_at).unwrap();
+    assert!(reader.kept_body(damaged).await.is_err() && reader.answer(gone).await.is_err());
+    std::fs::remove_file(&damaged_at).unwrap();
+    std::os::unix::fs::symlink(&damaged_at, &damaged_at).unwrap();
+    std::fs::write(&gone_at, &gone_was).unwrap();
+    let relative = damaged_at.strip_prefix(house.artifacts()).unwrap().to_str().unwrap();
+    assert!(house.store.is_lost(relative).await.is_err(), "that it is lost cannot be told");
+    house.store.pass().await.unwrap();
+    assert_eq!(count(&house).await, 1);
+    std::fs::remove_file(&damaged_at).unwrap();
     // The whole folder.
     std::fs::remove_dir_all(house.artifacts()).unwrap();
-    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    house.store.pass().await.unwrap();
     assert_eq!(count(&house).await, 2);
 }
 
