@@ -163,7 +163,7 @@ impl Destination {
     pub fn open(data_dir: &Path, folder: &Path, held: Option<Held>) -> Result<Self, StoreError> {
         let data_dir = data_dir.canonicalize().map_err(in_file(data_dir))?;
         if !data_dir.join(DATABASE).exists() {
-            let reason = super::examine::why_absent(&data_dir)?.unwrap_or_else(|| {
+            let reason = super::examine::why_no_database(&data_dir)?.unwrap_or_else(|| {
                 format!(
                     "{} holds no database ({DATABASE}): name the data dir of a server with --data-dir",
                     data_dir.display()

@@ -487,9 +487,17 @@ impl Reader {
 }
 
 impl Reader {
-    /// Bytes of the bodies and files of jobs that have not ended. Takes time by their number.
-    pub async fn live_bytes(&self) -> Result<u64, StoreError> {
-        self.read(|c| quota::live_bytes(c).map_err(StoreError::from)).await
+    /// Bytes of the bodies and files of jobs that have not ended, read some at a time; `None`: they are too many.
+    pub(super) async fn live_bytes(&self) -> Result<Option<u64>, StoreError> {
+        if self.read(|c| Ok(quota::are_more_live(c, quota::WEIGHED_MAX)?)).await? {
+            return Ok(None);
+        }
+        let (mut bytes, mut after) = (0, Some(0));
+        while let Some(number) = after {
+            let weighed = self.read(move |c| Ok(quota::weigh(c, number)?)).await?;
+            (bytes, after) = (bytes + weighed.bytes, weighed.next);
+        }
+        Ok(Some(bytes))
     }
 }
 

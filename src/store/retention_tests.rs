@@ -349,6 +349,30 @@ async fn the_quota_takes_expired_then_delivered_and_never_what_nobody_has_fetche
 }
 
 #[tokio::test]
+async fn what_jobs_take_that_have_not_ended_is_added_up_some_at_a_time() {
+    let mut house = House::new(settings()).await;
+    house.answered(new_job(), 50_000).await;
+    let body = |bytes: usize| Bytes::from(vec![b' '; bytes]);
+    // One in a file.
+    house.add(NewJob { body: body(100_000), ..new_job() }).await;
+    let jobs = (0..2_500)
+        .map(|number| (JobId::new(1_000, house.next_number + number, 77), NewJob { body: body(2), ..new_job() }));
+    house.store.insert(jobs.collect(), false, None).await.unwrap();
+    let reader = house.store.reader();
+    assert_eq!(reader.live_bytes().await.unwrap(), Some(105_000));
+    let (outside, first, more) = reader
+        .read(|c| {
+            let more = |most| quota::are_more_live(c, most);
+            Ok((quota::live_bytes(c)?, quota::weigh(c, 0)?, (more(2_500)?, more(2_501)?)))
+        })
+        .await
+        .unwrap();
+    assert_eq!(outside, Some(105_000));
+    assert!(first.next.is_some() && first.bytes < 105_000, "not all at once: {first:?}");
+    assert_eq!(more, (true, false));
+}
+
+#[tokio::test]
 async fn the_quota_is_decided_once() {
     let mut house = House::new(settings()).await;
     let quota = house.store.metrics().await.quota_bytes;
