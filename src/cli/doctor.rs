@@ -14,7 +14,7 @@ use crate::config::{self, Config, is_hub_id};
 use crate::domain::storage::shown_bytes;
 use crate::domain::{Launch, ModelSpec, StorageSettings};
 use crate::store::StoreError;
-use crate::store::examine::{self, Faults, Room};
+use crate::store::examine::{self, DATABASE, Faults, RESERVE, Room};
 use crate::store::placement::{Class, FileSystem, FileSystems, free_bytes, place};
 
 /// Lines of one kind that are shown at most.
@@ -136,12 +136,12 @@ impl Doctor<'_> {
     }
 
     fn places(&self, data_dir: &Path, snapshot_dir: Option<&Path>, config: Option<&Config>) -> Vec<Place> {
-        let database = ["roundhouse.db", "roundhouse.db-wal", "roundhouse.db-shm"].map(|name| data_dir.join(name));
+        let database = ["", "-wal", "-shm"].map(|end| data_dir.join(format!("{DATABASE}{end}")));
         let bytes = database.iter().filter_map(|path| used(path)).reduce(|sum, bytes| sum + bytes);
         let mut places = vec![
             Place { bytes, ..self.at(Kind::Database, "database and its log".into(), database[0].clone()) },
             self.at(Kind::Files, "files of jobs".into(), data_dir.join("artifacts")),
-            self.at(Kind::Files, "reserve for a full disk".into(), data_dir.join("reserve")),
+            self.at(Kind::Files, "reserve for a full disk".into(), data_dir.join(RESERVE)),
             self.at(Kind::Logs, "logs of workers".into(), data_dir.join("log")),
         ];
         if let Some(dir) = snapshot_dir {
@@ -292,17 +292,11 @@ impl Doctor<'_> {
             ));
         }
         // The server makes it at its start, so a data dir that was only restored has none yet.
-        let has_database = data_dir.join("roundhouse.db").exists();
-        let lacks_reserve = storage.reserve_bytes > 0 && free_min > 0 && !data_dir.join("reserve").exists();
-        let has_server = examine::has_server(data_dir).unwrap_or(false);
-        if has_database && lacks_reserve && (has_server || free < free_min.saturating_add(storage.reserve_bytes)) {
-            self.wrong.push(format!(
-                "{shown}: the reserve for a full disk ({}, storage.reserve) is not there, and {} free is not enough to make it: \
-                 new jobs are refused; make room there, {} more at least",
-                shown_bytes(storage.reserve_bytes),
-                shown_bytes(free),
-                shown_bytes(free_min.saturating_add(storage.reserve_bytes).saturating_sub(free))
-            ));
+        let has_database = data_dir.join(DATABASE).exists();
+        let lacks_reserve = storage.reserve_bytes > 0 && free_min > 0 && !data_dir.join(RESERVE).exists();
+        if has_database && lacks_reserve {
+            let has_server = examine::has_server(data_dir).unwrap_or(false);
+            self.wrong.extend(no_reserve(data_dir, free, storage, has_server));
         }
     }
 
@@ -313,11 +307,10 @@ impl Doctor<'_> {
         };
         let percent = u128::from(room.used) * 100 / u128::from(quota.max(1));
         let (used, of) = (shown_bytes(room.used), shown_bytes(quota));
-        line(
-            out,
-            "room",
-            &format!("{used} of {of} used ({percent} %), {} by jobs that wait or run", shown_bytes(room.live)),
-        )?;
+        let live = room
+            .live
+            .map_or_else(|| "too many jobs to be added up".to_owned(), |live| format!("{} by jobs", shown_bytes(live)));
+        line(out, "room", &format!("{used} of {of} used ({percent} %), {live} that wait or run"))?;
         let first = match (room.fetched, room.unfetched) {
             (0, 0) => "nothing: no job that has ended holds anything".to_owned(),
             (0, stay) => format!("nothing: no answer was fetched; those of {stay} jobs stay until their time is up"),
@@ -398,7 +391,7 @@ impl Doctor<'_> {
     fn judge_faults(&mut self, data_dir: &Path, faults: Faults) {
         let Faults { database, missing, damaged, unnamed, unnamed_bytes, whole: _ } = faults;
         if !database.is_empty() {
-            let shown = data_dir.join("roundhouse.db");
+            let shown = data_dir.join(DATABASE);
             self.wrong.push(format!("{}: damaged: stop the server and restore a backup", shown.display()));
         }
         self.wrong.extend(listed(database));
@@ -406,8 +399,11 @@ impl Doctor<'_> {
             listed(missing).into_iter().map(|path| format!("artifacts/{path}: a row names it, and it is gone")),
         );
         let damaged = listed(damaged).into_iter();
-        self.wrong
-            .extend(damaged.map(|path| format!("artifacts/{path}: does not have the checksum it was stored with")));
+        self.wrong.extend(
+            damaged.map(|path| {
+                format!("artifacts/{path}: does not have the checksum it was stored with, or cannot be read")
+            }),
+        );
         if !unnamed.is_empty() {
             self.advice.push(format!(
                 "{} files ({}) under artifacts/ that no row names, as an interrupted write leaves them; the server collects \
@@ -418,6 +414,26 @@ impl Doctor<'_> {
             self.advice.extend(listed(unnamed).into_iter().map(|path| format!("artifacts/{path}: no row names it")));
         }
     }
+}
+
+/// What is wrong if there is no reserve; `None`: the next start makes it.
+fn no_reserve(data_dir: &Path, free: u64, storage: &StorageSettings, has_server: bool) -> Option<String> {
+    let reserve =
+        format!("the reserve for a full disk ({}, storage.reserve) is not there", shown_bytes(storage.reserve_bytes));
+    let (shown, needed) = (data_dir.display(), storage.free_min_bytes.saturating_add(storage.reserve_bytes));
+    if free < needed {
+        return Some(format!(
+            "{shown}: {reserve}, and {} free is not enough to make it: new jobs are refused; make room there, {} more at least",
+            shown_bytes(free),
+            shown_bytes(needed - free)
+        ));
+    }
+    has_server.then(|| {
+        format!(
+            "{shown}: {reserve}, though there is room for it: new jobs are refused until the server has made it again, which \
+             it tries every second; if this stays, its log says why"
+        )
+    })
 }
 
 /// Without the advice to ask the doctor.
@@ -633,6 +649,19 @@ mod tests {
     }
 
     #[test]
+    fn a_reserve_that_is_not_there_is_wrong_if_there_is_no_room_or_a_server_should_have_made_it() {
+        let storage = StorageSettings { free_min_bytes: 2 << 20, reserve_bytes: 1 << 20, ..StorageSettings::default() };
+        let says = |free: u64, has_server| no_reserve(Path::new("data"), free, &storage, has_server);
+        for has_server in [false, true] {
+            let said = says(1 << 20, has_server).unwrap();
+            assert!(said.contains("1.0 MiB free is not enough") && said.contains("2.0 MiB more at least"), "{said}");
+        }
+        assert_eq!(says(3 << 20, false), None, "the next start makes it");
+        let said = says(3 << 20, true).unwrap();
+        assert!(said.contains("though there is room") && !said.contains("more at least"), "{said}");
+    }
+
+    #[test]
     fn a_quota_that_is_used_up_is_wrong_unless_something_may_go() {
         let site = Site::new();
         let (used, quota) = (3 << 20, Some(2 << 20));
@@ -645,13 +674,16 @@ mod tests {
             (String::from_utf8(out).unwrap(), doctor.wrong)
         };
         let usual = StorageSettings::default();
-        let room = Room { used, quota, live: 1 << 20, fetched: 0, unfetched: 4 };
+        let room = Room { used, quota, live: Some(1 << 20), fetched: 0, unfetched: 4 };
         let (text, wrong) = says(room, &usual);
         assert!(row(&text, "room").contains("3.0 MiB of 2.0 MiB used (150 %), 1.0 MiB by jobs"), "{text}");
         assert!(row(&text, "goes first").contains("those of 4 jobs stay"), "{text}");
         assert!(wrong.len() == 1 && wrong[0].contains("quota is used up"), "{wrong:?}");
         let (text, wrong) = says(Room { fetched: 7, ..room }, &usual);
         assert!(row(&text, "goes first").contains("7 jobs") && wrong.is_empty(), "{text} {wrong:?}");
+        let (text, wrong) = says(Room { live: None, ..room }, &usual);
+        assert!(row(&text, "room").contains("(150 %), too many jobs"), "{text}");
+        assert!(wrong[0].contains("more than 50000 jobs wait") && wrong[0].contains("cancel some"), "{wrong:?}");
         let (_, wrong) = says(room, &StorageSettings { quota_bytes: Some(4 << 20), ..usual });
         assert!(wrong.is_empty(), "what is set counts: {wrong:?}");
     }

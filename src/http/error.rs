@@ -423,7 +423,7 @@ client_disconnected 409 invalid_request_error never
         };
         assert_eq!(header(StoreError::Full), (429, Some("1".to_owned())));
         assert_eq!(header(StoreError::DiskFull("/disk is full".into())), (503, Some("1".to_owned())));
-        assert_eq!(header(StoreError::OverQuota { used: 2, quota: 1, live: 0 }), (503, Some("10".to_owned())));
+        assert_eq!(header(StoreError::OverQuota { used: 2, quota: 1, live: Some(0) }), (503, Some("10".to_owned())));
     }
 
     #[test]

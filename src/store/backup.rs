@@ -370,12 +370,14 @@ impl Copying<'_, '_> {
                 files.kept.add(file.bytes);
             } else {
                 match copy_verified(&from, &to, &file) {
-                    Ok(()) => files.copied.add(file.bytes),
+                    Ok(()) => {
+                        files.copied.add(file.bytes);
+                        self.folders.extend(to.parent().map(Path::to_owned));
+                    }
                     Err(error) if is_damage(&error, &from) => self.missed.push((file, !from.exists())),
                     Err(_) if !file.is_in(self.live)? => return Ok(Err(file.path)),
                     Err(error) => return Err(error),
                 }
-                self.folders.extend(to.parent().map(Path::to_owned));
             }
             let done =
                 Count { files: files.copied.files + files.kept.files, bytes: files.copied.bytes + files.kept.bytes };

@@ -376,16 +376,22 @@ async fn snapshots_are_taken_when_something_changed_and_say_how_old_they_are() {
     assert_eq!(Durability::default().view(0).durability, "fsync");
 }
 
-/// The task that took the last snapshot lets go of the folder a moment after it has answered.
-async fn prepared(data: &Path, folder: &Path) -> Result<Prepared, StoreError> {
-    loop {
-        match prepare(data, folder) {
+/// The task that took the last snapshot lets go of the folder a moment after it has answered: what is said then, or what is
+/// still said after a while.
+async fn once_free<T>(ask: impl Fn() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    for _ in 0..2_000 {
+        match ask() {
             Err(error) if error.to_string().contains("somebody else writes") => {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             other => return other,
         }
     }
+    ask()
+}
+
+async fn prepared(data: &Path, folder: &Path) -> Result<Prepared, StoreError> {
+    once_free(|| prepare(data, folder)).await
 }
 
 #[tokio::test]
@@ -414,18 +420,29 @@ async fn a_lost_data_dir_comes_back_from_its_snapshots_and_an_existing_one_is_le
     assert!(refusal(Destination::open(&new, &bench.backup(), None)).contains("somebody else writes"), "held all along");
     Snapshots::open(&new, &bench.backup(), held, every, bench.clock.clone()).unwrap().take().await.unwrap();
     // Then they are the new one's.
-    let refused = loop {
-        // The task that took the snapshot lets go of the folder a moment after it has answered.
-        let refused = refusal(Destination::open(&bench.data(), &bench.backup(), None));
-        if !refused.contains("somebody else writes") {
-            break refused;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    };
+    let refused = refusal(once_free(|| Destination::open(&bench.data(), &bench.backup(), None)).await);
     assert!(refused.contains("another data dir"), "{refused}");
     // A backup that cannot be read is no reason to begin empty.
     std::fs::write(bench.backup().join("roundhouse.db"), "nonsense").unwrap();
     assert!(refusal(prepared(&bench.dir.path().join("next"), &bench.backup()).await).contains("damaged"));
+}
+
+#[tokio::test]
+async fn a_snapshot_takes_a_lost_file_along_when_it_is_put_back_though_no_row_has_changed() {
+    let bench = Bench::new().await;
+    let id = bench.finished(1, 1_000).await;
+    let snapshots =
+        Snapshots::open(&bench.data(), &bench.backup(), None, Duration::from_secs(60), bench.clock.clone()).unwrap();
+    let file = bench.file_of(id).await;
+    let held = std::fs::read(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    // Nothing of its folder is there to be copied.
+    snapshots.take().await.unwrap();
+    let copy = bench.backup().join(file.strip_prefix(bench.data()).unwrap());
+    assert!(!copy.exists());
+    std::fs::write(&file, &held).unwrap();
+    snapshots.take().await.unwrap();
+    assert_eq!(std::fs::read(copy).unwrap(), held);
 }
 
 #[tokio::test]
@@ -439,9 +456,13 @@ async fn a_thorough_look_finds_files_without_rows_and_rows_without_files() {
     std::fs::remove_file(bench.file_of(lost).await).unwrap();
     std::fs::write(bench.file_of(damaged).await, vec![9; 2_000]).unwrap();
     std::fs::write(bench.data().join("artifacts/00000/left-over"), "1234").unwrap();
+    // As a sector that cannot be read.
+    let unreadable = bench.file_of(bench.finished(4, 4_000).await).await;
+    std::fs::remove_file(&unreadable).unwrap();
+    std::os::unix::fs::symlink("/proc/self/mem", &unreadable).unwrap();
     let faults = examine::thoroughly(&bench.data(), &mut |_| {}).unwrap();
     assert!(faults.database.is_empty());
-    assert_eq!((faults.missing.len(), faults.damaged.len(), faults.whole.files), (1, 1, 1));
+    assert_eq!((faults.missing.len(), faults.damaged.len(), faults.whole.files), (1, 2, 1));
     assert_eq!((faults.unnamed, faults.unnamed_bytes), (vec!["00000/left-over".to_owned()], 4));
     assert_eq!(examine::look(bench.dir.path()).unwrap(), None);
     assert!(!examine::has_server(bench.dir.path()).unwrap());

@@ -11,10 +11,17 @@ use super::backup::{
     ALL_FILES, ARTIFACTS, Count, FileRow, Progress, Watch, digest, each_file, explained, files_in, in_database,
     in_file, jobs_by_state, open_live, schema,
 };
-use super::open::{DATABASE, LOCK, schema_version};
+use super::lost::is_damage;
+use super::open::{LOCK, schema_version};
 use super::placement::existing;
 use super::quota;
 use super::restore::integrity;
+use super::space;
+
+/// Name of the database in a data dir.
+pub const DATABASE: &str = super::open::DATABASE;
+/// Name of the reserve for a full disk in it.
+pub const RESERVE: &str = space::RESERVE;
 
 /// What a data dir holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,8 +45,8 @@ pub struct Room {
     pub used: u64,
     /// Bytes that may be used, as decided at the first start; `None`: not yet.
     pub quota: Option<u64>,
-    /// Of the bytes in use, those of jobs that have not ended.
-    pub live: u64,
+    /// Of the bytes in use, those of jobs that have not ended; `None`: they are too many to be weighed.
+    pub live: Option<u64>,
     /// Jobs whose answers were fetched: they go first.
     pub fetched: u64,
     /// Jobs that hold an answer which nobody has fetched: they stay.
@@ -53,7 +60,7 @@ pub struct Faults {
     pub database: Vec<String>,
     /// Files that rows name and that are not there.
     pub missing: Vec<String>,
-    /// Files that do not have the checksum they were stored with.
+    /// Files that do not have the checksum they were stored with, or that the disk cannot read.
     pub damaged: Vec<String>,
     /// Files that no row names; of a running server's, some may be on their way.
     pub unnamed: Vec<String>,
@@ -166,13 +173,14 @@ pub fn thoroughly(data_dir: &Path, watch: Watch<'_>) -> Result<Faults, StoreErro
     let total = Count { files: rows.len() as u64, bytes: rows.iter().map(|file| file.bytes).sum() };
     let mut done = Count::default();
     for file in &rows {
-        match digest(&root.join(file.relative()?)) {
+        let path = root.join(file.relative()?);
+        match digest(&path) {
             Ok(read) if read == (file.sha256.clone(), file.bytes) => faults.whole.add(file.bytes),
             // Retention may have come first.
             _ if !file.is_in(&c)? => {}
             Err(error) if error.is_lost_file() => faults.missing.push(file.path.clone()),
-            Err(error) => return Err(error),
-            Ok(_) => faults.damaged.push(file.path.clone()),
+            Err(error) if !is_damage(&error, &path) => return Err(error),
+            Ok(_) | Err(_) => faults.damaged.push(file.path.clone()),
         }
         done.add(file.bytes);
         watch(Progress { step: "files", done, total });

@@ -8,6 +8,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::lost::Missing;
 use super::read::Sizes;
 use super::retention::Purged;
 use super::verbs::Store;
@@ -34,6 +35,8 @@ const PAGES_PER_STEP: u32 = 256;
 const COLLECT_AFTER: Duration = Duration::from_secs(60);
 const COLLECT_PAUSE: Duration = Duration::from_millis(200);
 const COLLECT_EVERY: Duration = Duration::from_secs(3_600);
+/// Between two files that are read again.
+const REREAD_PAUSE: Duration = Duration::from_millis(20);
 /// Names in one line of the log.
 const NAMES_MAX: usize = 20;
 
@@ -133,9 +136,9 @@ impl Store {
 
     /// One look, and one step if there is something to do; returns how long to rest.
     async fn look_after(&self, seen: &mut Seen) -> Result<Duration, StoreError> {
+        self.look_at_disk().await?;
         let sizes = self.measure().await?;
         self.watch_wal(&sizes, seen);
-        self.space.look();
         if self.writer.has_delivered() {
             self.ping().await?;
         }
@@ -176,6 +179,13 @@ impl Store {
         Ok(LOOK_EVERY)
     }
 
+    /// How much room there is. Not on a thread of the runtime: a disk may take its time.
+    async fn look_at_disk(&self) -> Result<(), StoreError> {
+        let space = self.space.clone();
+        let looked = tokio::task::spawn_blocking(move || space.look()).await;
+        looked.map_err(|error| StoreError::Database(format!("the look at the disk: {error}")))
+    }
+
     async fn measure(&self) -> Result<Sizes, StoreError> {
         let sizes = self.reader.sizes(self.clock.now()).await?;
         self.quota.measured(sizes.used_bytes);
@@ -203,7 +213,6 @@ impl Store {
     }
 
     async fn collect_files(&self, stop: &CancellationToken) {
-        let mut named = BTreeSet::new();
         let mut wait = COLLECT_AFTER;
         loop {
             tokio::select! {
@@ -212,7 +221,7 @@ impl Store {
             }
             wait = COLLECT_EVERY;
             tokio::select! {
-                passed = self.pass(&mut named) => if let Err(error) = passed {
+                passed = self.pass() => if let Err(error) = passed {
                     tracing::warn!("files without rows could not be collected, it is tried again in an hour: {error}");
                 },
                 () = stop.cancelled() => return,
@@ -220,14 +229,14 @@ impl Store {
         }
     }
 
-    /// All folders, slowly. `named`: missing files that the log names already.
-    pub(super) async fn pass(&self, named: &mut BTreeSet<String>) -> Result<(), StoreError> {
-        let mut missing = BTreeSet::new();
+    /// All folders, slowly, and the files that readers met.
+    pub(super) async fn pass(&self) -> Result<(), StoreError> {
+        let mut missing = Missing::default();
         let (mut deleted, mut bytes) = (0, 0);
         let mut next = self.folder_from(0).await?;
         while let Some(folder) = next {
             let report: FilesReport = self.check_folder(folder, true).await?;
-            missing.extend(report.missing);
+            report.missing.into_iter().for_each(|path| missing.add(path));
             deleted += report.deleted;
             bytes += report.orphan_bytes;
             tokio::time::sleep(COLLECT_PAUSE).await;
@@ -236,18 +245,30 @@ impl Store {
         if deleted > 0 {
             tracing::info!(deleted, bytes, "deleted {deleted} files that no job has, {}", shown_bytes(bytes));
         }
-        let new: Vec<&str> = missing.difference(named).map(String::as_str).collect();
-        for names in new.chunks(NAMES_MAX) {
+        let news = self.files.lost.looked(missing);
+        for names in news.names.chunks(NAMES_MAX) {
             tracing::error!("files of jobs are missing under artifacts/: {}", names.join(", "));
         }
-        let mut found = Vec::new();
-        for path in self.files.lost.all_met() {
-            if !self.is_lost(&path).await? {
-                found.push(path);
-            }
+        if news.unnamed > 0 {
+            tracing::error!("{} more files of jobs are missing under artifacts/", news.unnamed);
         }
-        self.files.lost.looked(missing.clone(), &found);
-        *named = missing;
+        self.read_again().await
+    }
+
+    /// The files that readers met as lost: some may be back.
+    async fn read_again(&self) -> Result<(), StoreError> {
+        let mut found = BTreeSet::new();
+        for path in self.files.lost.all_met() {
+            match self.is_lost(&path).await {
+                Ok(false) => drop(found.insert(path)),
+                Ok(true) => {}
+                Err(StoreError::Stopped) => return Err(StoreError::Stopped),
+                // What cannot be read now is not back.
+                Err(error) => tracing::debug!(path, "a file that was lost cannot be read: {error}"),
+            }
+            tokio::time::sleep(REREAD_PAUSE).await;
+        }
+        self.files.lost.found(&found);
         Ok(())
     }
 }

@@ -12,8 +12,8 @@ use crate::domain::JobId;
 
 /// Lines of one kind that are shown at most.
 const LISTED_MAX: usize = 20;
-/// Files that are remembered between two looks at all files.
-const MET_MAX: usize = 10_000;
+/// Names that are remembered, of each kind.
+const NAMES_MAX: usize = 10_000;
 
 /// A file of a job that is not there as its row says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,9 +78,40 @@ pub(super) struct LostFiles {
 #[derive(Debug, Default)]
 struct Known {
     /// Not found by the last look at all files.
-    missing: BTreeSet<String>,
+    missing: Missing,
     /// Lost or damaged when somebody wanted to read them.
     met: BTreeSet<String>,
+}
+
+/// What a look at all files does not find.
+#[derive(Debug, Default)]
+pub(super) struct Missing {
+    /// The first of them.
+    names: BTreeSet<String>,
+    /// All of them.
+    count: u64,
+}
+
+impl Missing {
+    /// Each path once.
+    pub(super) fn add(&mut self, path: String) {
+        self.count += 1;
+        if self.names.len() < NAMES_MAX {
+            self.names.insert(path);
+        }
+    }
+
+    fn unnamed(&self) -> u64 {
+        self.count - self.names.len() as u64
+    }
+}
+
+/// Missing files that the look before did not miss.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct News {
+    pub(super) names: Vec<String>,
+    /// How many are missing beyond those that are remembered by name; 0: as many as before.
+    pub(super) unnamed: u64,
 }
 
 impl LostFiles {
@@ -93,7 +124,7 @@ impl LostFiles {
         let (StoreError::Damaged { path } | StoreError::File { path, .. }) = error else { return };
         let Some(path) = path.strip_prefix(ARTIFACTS).and_then(|path| path.strip_prefix('/')) else { return };
         let mut known = self.known();
-        if known.met.len() < MET_MAX {
+        if known.met.len() < NAMES_MAX {
             known.met.insert(path.to_owned());
         }
     }
@@ -103,16 +134,53 @@ impl LostFiles {
         self.known().met.iter().cloned().collect()
     }
 
-    /// After a look at all files: what it did not find, and what was met and is not lost any more.
-    pub(super) fn looked(&self, missing: BTreeSet<String>, found: &[String]) {
+    /// After a look at all files: what it did not find. Returns what of it is news.
+    pub(super) fn looked(&self, missing: Missing) -> News {
         let mut known = self.known();
-        known.missing = missing;
-        known.met.retain(|path| !found.contains(path));
+        let before = std::mem::replace(&mut known.missing, missing);
+        let (now, unnamed) = (&known.missing, known.missing.unnamed());
+        News {
+            names: now.names.difference(&before.names).cloned().collect(),
+            unnamed: if unnamed == before.unnamed() { 0 } else { unnamed },
+        }
     }
 
-    /// How many there are.
+    /// What was met and is not lost any more.
+    pub(super) fn found(&self, found: &BTreeSet<String>) {
+        self.known().met.retain(|path| !found.contains(path));
+    }
+
+    /// How many there are. A file that was met counts twice if it is missing beyond those that are remembered by name.
     pub(super) fn count(&self) -> u64 {
         let known = self.known();
-        known.missing.union(&known.met).count() as u64
+        known.missing.count + known.met.difference(&known.missing.names).count() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn missing(numbers: std::ops::Range<usize>) -> Missing {
+        let mut missing = Missing::default();
+        numbers.for_each(|number| missing.add(format!("{number:06}")));
+        missing
+    }
+
+    #[test]
+    fn what_is_missing_is_news_once_and_remembered_by_name_up_to_a_limit() {
+        let lost = LostFiles::default();
+        let news = |names: &[&str], unnamed| News { names: names.iter().map(|&name| name.into()).collect(), unnamed };
+        assert_eq!(lost.looked(missing(0..2)), news(&["000000", "000001"], 0));
+        assert_eq!((lost.looked(missing(0..2)), lost.count()), (news(&[], 0), 2));
+        assert_eq!((lost.looked(missing(1..3)), lost.count()), (news(&["000002"], 0), 2));
+        // All of a large store.
+        let all = NAMES_MAX + 5;
+        let told = lost.looked(missing(0..all));
+        assert_eq!((told.names.len(), told.unnamed, lost.count()), (NAMES_MAX - 2, 5, all as u64));
+        assert_eq!(lost.looked(missing(0..all)), news(&[], 0));
+        assert_eq!(lost.known().missing.names.len(), NAMES_MAX);
+        lost.looked(Missing::default());
+        assert_eq!(lost.count(), 0);
     }
 }

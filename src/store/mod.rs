@@ -78,8 +78,8 @@ pub enum StoreError {
         used: u64,
         /// The limit.
         quota: u64,
-        /// Of the bytes that are kept, what jobs that have not ended take.
-        live: u64,
+        /// Of the bytes that are kept, what jobs that have not ended take; `None`: they are too many to be weighed.
+        live: Option<u64>,
     },
     /// The writer has stopped; the process is going down.
     #[error("the store has stopped")]
@@ -157,19 +157,21 @@ impl StoreError {
 }
 
 /// What takes the room decides what helps.
-fn over_quota(used: u64, quota: u64, live: u64) -> String {
+fn over_quota(used: u64, quota: u64, live: Option<u64>) -> String {
     let how_much = format!("the storage quota is used up: {} of {}", shown_bytes(used), shown_bytes(quota));
-    if live >= used / 2 {
-        format!(
-            "{how_much}, {} of it by jobs that wait or run; room comes when they have ended and their answers were fetched: \
-             come again later, cancel some, or raise storage.quota in models.yaml",
-            shown_bytes(live)
-        )
-    } else {
-        format!(
-            "{how_much}; fetch results that are waiting (fetched ones make room), or raise storage.quota in models.yaml"
-        )
-    }
+    let whose = match live {
+        Some(live) if live < used / 2 => {
+            return format!(
+                "{how_much}; fetch results that are waiting (fetched ones make room), or raise storage.quota in models.yaml"
+            );
+        }
+        Some(live) => format!("{how_much}, {} of it by jobs that wait or run", shown_bytes(live)),
+        None => format!("{how_much}, and more than {} jobs wait or run", quota::WEIGHED_MAX),
+    };
+    format!(
+        "{whose}; room comes when they have ended and their answers were fetched: come again later, cancel some, or raise \
+         storage.quota in models.yaml"
+    )
 }
 
 impl From<rusqlite::Error> for StoreError {

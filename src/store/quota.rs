@@ -17,6 +17,13 @@ use crate::domain::storage::shown_bytes;
 /// When room is made, so much of the quota is free afterwards: one part of so many.
 const MADE_FREE: u64 = 10;
 
+/// Jobs that have not ended: with more of them nobody adds up what they take, since all of their rows would be read.
+pub(super) const WEIGHED_MAX: u32 = 50_000;
+/// Of these, so many at once: whoever reads is free again soon.
+const WEIGHED_AT_ONCE: u32 = 1_000;
+/// Too many to be weighed.
+const UNKNOWN: u64 = u64::MAX;
+
 /// Shared by the writer, the sweeper and the metrics. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Quota {
@@ -31,7 +38,7 @@ struct Inner {
     database: AtomicU64,
     /// What was written into the database since.
     since: AtomicU64,
-    /// Of it, what jobs that have not ended take, as measured last.
+    /// Of it, what jobs that have not ended take, as measured last, or [`UNKNOWN`].
     live: AtomicU64,
     /// Nothing is left that may go: new jobs are refused.
     is_used_up: AtomicBool,
@@ -79,14 +86,15 @@ impl Quota {
         self.inner.database.store(database, Ordering::Relaxed);
     }
 
-    /// Bytes of jobs that have not ended, measured.
-    pub(super) fn weighed(&self, live: u64) {
-        self.inner.live.store(live, Ordering::Relaxed);
+    /// Bytes of jobs that have not ended, measured; `None`: they are too many.
+    pub(super) fn weighed(&self, live: Option<u64>) {
+        self.inner.live.store(live.unwrap_or(UNKNOWN), Ordering::Relaxed);
     }
 
     /// What a new job is told.
     pub(super) fn refusal(&self) -> StoreError {
         let live = self.inner.live.load(Ordering::Relaxed);
+        let live = (live != UNKNOWN).then_some(live);
         StoreError::OverQuota { used: self.used(), quota: self.inner.bytes, live }
     }
 
@@ -144,15 +152,51 @@ pub(super) fn decide(c: &Connection, dir: &Path, settings: &StorageSettings, use
     Ok(bytes)
 }
 
-/// Bytes of the bodies and files of jobs that have not ended.
-pub(super) fn live_bytes(c: &Connection) -> rusqlite::Result<u64> {
-    let sum = |what: &str, table: &str| {
-        let sql = format!(
-            "SELECT coalesce(sum({what}), 0) FROM job INDEXED BY job_live JOIN {table} USING (number) WHERE finished_at IS NULL"
-        );
-        c.query_row(&sql, [], |row| row.get::<_, i64>(0)).map(i64::unsigned_abs)
-    };
-    Ok(sum("length(request.body)", "request")? + sum("file.bytes", "file")?)
+/// Whether more than `most` jobs have not ended. Reads one index.
+pub(super) fn are_more_live(c: &Connection, most: u32) -> rusqlite::Result<bool> {
+    c.query_row(
+        "SELECT count(*) > ?1 FROM (SELECT 1 FROM job INDEXED BY job_live WHERE finished_at IS NULL LIMIT ?1 + 1)",
+        [most],
+        |row| row.get(0),
+    )
+}
+
+/// Some of the jobs that have not ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Weighed {
+    /// Bytes of their bodies and files.
+    pub(super) bytes: u64,
+    /// The last one's number; `None`: there are no more.
+    pub(super) next: Option<i64>,
+}
+
+/// The next ones after the number `after`.
+pub(super) fn weigh(c: &Connection, after: i64) -> rusqlite::Result<Weighed> {
+    let mut statement = c.prepare_cached(
+        "SELECT number, coalesce((SELECT length(body) FROM request WHERE request.number = job.number), 0)
+                      + coalesce((SELECT sum(bytes) FROM file WHERE file.number = job.number), 0)
+         FROM job INDEXED BY job_live WHERE finished_at IS NULL AND number > ?1 ORDER BY number LIMIT ?2",
+    )?;
+    let mut rows = statement.query([after, i64::from(WEIGHED_AT_ONCE)])?;
+    let (mut bytes, mut count, mut last) = (0, 0, None);
+    while let Some(row) = rows.next()? {
+        bytes += row.get::<_, i64>(1)?.unsigned_abs();
+        (count, last) = (count + 1, Some(row.get(0)?));
+    }
+    Ok(Weighed { bytes, next: last.filter(|_| count == WEIGHED_AT_ONCE) })
+}
+
+/// Bytes of the bodies and files of jobs that have not ended; `None`: they are too many to be weighed.
+pub(super) fn live_bytes(c: &Connection) -> rusqlite::Result<Option<u64>> {
+    if are_more_live(c, WEIGHED_MAX)? {
+        return Ok(None);
+    }
+    let (mut bytes, mut after) = (0, Some(0));
+    while let Some(number) = after {
+        let weighed = weigh(c, number)?;
+        (bytes, after) = (bytes + weighed.bytes, weighed.next);
+    }
+    Ok(Some(bytes))
 }
 
 /// What was decided at the first start; `None`: nothing yet, or it was set.
@@ -182,7 +226,9 @@ mod tests {
         assert_eq!((quota.used(), quota.is_over(), quota.too_much()), (1_050, true, 150));
         assert!(quota.check().is_none(), "room is being made");
         quota.wrote(60);
-        assert!(matches!(quota.check(), Some(StoreError::OverQuota { used: 1_110, quota: 1_000, live: 0 })));
+        assert!(matches!(quota.check(), Some(StoreError::OverQuota { used: 1_110, quota: 1_000, live: Some(0) })));
+        quota.weighed(None);
+        assert!(matches!(quota.check(), Some(StoreError::OverQuota { live: None, .. })));
         quota.measured(850);
         assert!(quota.check().is_none());
         assert!(quota.set_used_up(true) && !quota.set_used_up(true));

@@ -469,11 +469,12 @@ impl Reader {
 
     /// Sizes of the database.
     pub async fn sizes(&self, now: Millis) -> Result<Sizes, StoreError> {
-        let length = |path: PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
         let mut wal = self.database.as_os_str().to_owned();
         wal.push("-wal");
-        let (database_bytes, wal_bytes) = (length(self.database.to_path_buf()), length(PathBuf::from(wal)));
+        let (database, wal) = (self.database.clone(), PathBuf::from(wal));
         self.read(move |c| {
+            let length = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
+            let (database_bytes, wal_bytes) = (length(&database), length(&wal));
             let (used_bytes, free_bytes) = quota::pages(c)?;
             let first: Option<Millis> = c
                 .prepare_cached("SELECT min(expires_at) FROM job INDEXED BY job_expiry WHERE expires_at IS NOT NULL")?
@@ -486,9 +487,17 @@ impl Reader {
 }
 
 impl Reader {
-    /// Bytes of the bodies and files of jobs that have not ended. Takes time by their number.
-    pub async fn live_bytes(&self) -> Result<u64, StoreError> {
-        self.read(|c| quota::live_bytes(c).map_err(StoreError::from)).await
+    /// Bytes of the bodies and files of jobs that have not ended, read some at a time; `None`: they are too many.
+    pub(super) async fn live_bytes(&self) -> Result<Option<u64>, StoreError> {
+        if self.read(|c| Ok(quota::are_more_live(c, quota::WEIGHED_MAX)?)).await? {
+            return Ok(None);
+        }
+        let (mut bytes, mut after) = (0, Some(0));
+        while let Some(number) = after {
+            let weighed = self.read(move |c| Ok(quota::weigh(c, number)?)).await?;
+            (bytes, after) = (bytes + weighed.bytes, weighed.next);
+        }
+        Ok(Some(bytes))
     }
 }
 

@@ -349,6 +349,30 @@ async fn the_quota_takes_expired_then_delivered_and_never_what_nobody_has_fetche
 }
 
 #[tokio::test]
+async fn what_jobs_take_that_have_not_ended_is_added_up_some_at_a_time() {
+    let mut house = House::new(settings()).await;
+    house.answered(new_job(), 50_000).await;
+    let body = |bytes: usize| Bytes::from(vec![b' '; bytes]);
+    // One in a file.
+    house.add(NewJob { body: body(100_000), ..new_job() }).await;
+    let jobs = (0..2_500)
+        .map(|number| (JobId::new(1_000, house.next_number + number, 77), NewJob { body: body(2), ..new_job() }));
+    house.store.insert(jobs.collect(), false, None).await.unwrap();
+    let reader = house.store.reader();
+    assert_eq!(reader.live_bytes().await.unwrap(), Some(105_000));
+    let (outside, first, more) = reader
+        .read(|c| {
+            let more = |most| quota::are_more_live(c, most);
+            Ok((quota::live_bytes(c)?, quota::weigh(c, 0)?, (more(2_500)?, more(2_501)?)))
+        })
+        .await
+        .unwrap();
+    assert_eq!(outside, Some(105_000));
+    assert!(first.next.is_some() && first.bytes < 105_000, "not all at once: {first:?}");
+    assert_eq!(more, (true, false));
+}
+
+#[tokio::test]
 async fn the_quota_is_decided_once() {
     let mut house = House::new(settings()).await;
     let quota = house.store.metrics().await.quota_bytes;
@@ -441,16 +465,28 @@ async fn a_lost_file_counts_as_soon_as_somebody_meets_it_and_until_it_is_back() 
     let trouble = house.store.troubles().remove(0);
     assert!(trouble.state == "files_missing" && trouble.reason.starts_with("2 files"), "{trouble:?}");
     // A look at all files knows of one of them only, and does not forget the other.
-    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    house.store.pass().await.unwrap();
     assert_eq!(count(&house).await, 2);
-    std::fs::write(&gone_at, gone_was).unwrap();
+    std::fs::write(&gone_at, &gone_was).unwrap();
     std::fs::write(&damaged_at, damaged_was).unwrap();
-    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    house.store.pass().await.unwrap();
     assert_eq!(count(&house).await, 0);
     assert_eq!(house.store.troubles(), []);
+    // Neither gone nor damaged, but it cannot be opened: it counts as lost, and keeps no other from being found.
+    std::fs::write(&damaged_at, "other").unwrap();
+    std::fs::remove_file(&gone_at).unwrap();
+    assert!(reader.kept_body(damaged).await.is_err() && reader.answer(gone).await.is_err());
+    std::fs::remove_file(&damaged_at).unwrap();
+    std::os::unix::fs::symlink(&damaged_at, &damaged_at).unwrap();
+    std::fs::write(&gone_at, &gone_was).unwrap();
+    let relative = damaged_at.strip_prefix(house.artifacts()).unwrap().to_str().unwrap();
+    assert!(house.store.is_lost(relative).await.is_err(), "that it is lost cannot be told");
+    house.store.pass().await.unwrap();
+    assert_eq!(count(&house).await, 1);
+    std::fs::remove_file(&damaged_at).unwrap();
     // The whole folder.
     std::fs::remove_dir_all(house.artifacts()).unwrap();
-    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    house.store.pass().await.unwrap();
     assert_eq!(count(&house).await, 2);
 }
 

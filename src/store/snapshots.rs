@@ -37,7 +37,7 @@ struct Shared {
 /// One at a time.
 struct Taking {
     destination: Destination,
-    /// What the database's version was before the last snapshot.
+    /// What the database's version was before the last snapshot; `None`: it lacks files, which may be put back.
     version: Option<i64>,
     /// Files that it lacks, and that the log has named.
     told: Vec<String>,
@@ -203,7 +203,8 @@ impl Taking {
         }
         // A file that was lost earlier must not keep all others from being saved.
         let done = self.destination.back_up(clock, true, &mut |_| {})?;
-        self.version = Some(version);
+        // A file that is put back changes no row.
+        self.version = done.lost.is_empty().then_some(version);
         Ok(Some(done))
     }
 }

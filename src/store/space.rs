@@ -2,13 +2,18 @@
 //! full all the same, so that answers of running jobs still land.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::domain::storage::shown_bytes;
 
+/// Name of the reserve file in a data dir.
+pub(super) const RESERVE: &str = "reserve";
+
 /// Too little room. Bytes.
+#[derive(Clone, Copy, Debug)]
 struct Lack {
     free: u64,
     needed: u64,
@@ -35,8 +40,8 @@ struct Inner {
     reserve_is_there: AtomicBool,
     /// Making the reserve failed, and that was said.
     said_unmade: AtomicBool,
-    /// New jobs are refused, and that was said.
-    is_low: AtomicBool,
+    /// New jobs are refused, and that was said: why.
+    low: Mutex<Option<Lack>>,
     /// Held while the reserve is made.
     making: Mutex<()>,
 }
@@ -59,7 +64,7 @@ impl Space {
             reserve_bytes,
             reserve_is_there: no(),
             said_unmade: no(),
-            is_low: no(),
+            low: Mutex::default(),
             making: Mutex::new(()),
         };
         Self { inner: Arc::new(inner) }
@@ -71,7 +76,7 @@ impl Space {
     }
 
     fn reserve(&self) -> PathBuf {
-        self.inner.dir.join("reserve")
+        self.inner.dir.join(RESERVE)
     }
 
     /// Why new jobs are refused now, in words; `None`: there is room. Puts the reserve back when there is room for it. Says
@@ -80,24 +85,49 @@ impl Space {
         let lack = self.lack()?;
         let reason =
             format!("{}; make room there, running jobs go on", lack.words(&self.inner.dir.display().to_string()));
-        if !self.inner.is_low.swap(true, Ordering::Relaxed) {
+        if self.low().replace(lack).is_none() {
             tracing::warn!(free = lack.free, needed = lack.needed, "new jobs are refused: {reason}");
         }
         Some(reason)
     }
 
-    /// As [`Self::check`], now and then: says when it ends, too, at most as often as it is called.
+    fn low(&self) -> MutexGuard<'_, Option<Lack>> {
+        self.inner.low.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Self::check`], now and then: says when it ends, too, at most as often as it is called, and notices a reserve that
+    /// was removed. Blocks.
     pub(super) fn look(&self) {
-        if self.check().is_none() && self.inner.is_low.swap(false, Ordering::Relaxed) {
+        self.look_for_reserve();
+        if self.check().is_none() && self.low().take().is_some() {
             let free = free_bytes(&self.inner.dir).unwrap_or_default();
             let dir = self.inner.dir.display();
             tracing::info!(free, "there is room again on the disk of {dir}: {} free", shown_bytes(free));
         }
     }
 
-    /// What a keeper should know now, in words without paths.
+    /// Somebody may have removed or cut it.
+    fn look_for_reserve(&self) {
+        let inner = &self.inner;
+        if !inner.reserve_is_there.load(Ordering::Relaxed) {
+            return;
+        }
+        let is_there = match std::fs::metadata(self.reserve()) {
+            Ok(file) => file.len() == inner.reserve_bytes,
+            // A disk that cannot be asked says nothing about what is on it.
+            Err(error) => error.kind() != ErrorKind::NotFound,
+        };
+        // The writer may have given it up meanwhile.
+        if !is_there && inner.reserve_is_there.swap(false, Ordering::Relaxed) {
+            let path = self.reserve();
+            tracing::warn!("{}: the reserve was removed or cut; it is made again if there is room", path.display());
+            self.refill();
+        }
+    }
+
+    /// What a keeper should know, in words without paths: as the last look or submission found it.
     pub(super) fn trouble(&self) -> Option<String> {
-        let lack = self.inner.is_low.load(Ordering::Relaxed).then(|| self.lack())??;
+        let lack = (*self.low())?;
         Some(format!("new jobs are refused: {}; make room there, running jobs go on", lack.words("the data dir")))
     }
 
@@ -185,6 +215,36 @@ mod tests {
         assert_eq!(size(), 0);
         assert_eq!(space.check(), None, "there is room");
         assert_eq!(size(), 100_000);
+    }
+
+    #[test]
+    fn a_removed_reserve_is_noticed_and_made_again_by_a_look() {
+        let dir = tempfile::tempdir().unwrap();
+        let reserve = dir.path().join(RESERVE);
+        for free_min in [0, 1] {
+            let space = Space::new(dir.path(), free_min, 100_000);
+            std::fs::remove_file(&reserve).unwrap();
+            space.look();
+            assert_eq!(std::fs::metadata(&reserve).unwrap().len(), 100_000);
+            // Cut, it is of no use.
+            File::options().write(true).open(&reserve).unwrap().set_len(10).unwrap();
+            space.look();
+            assert_eq!(std::fs::metadata(&reserve).unwrap().len(), 100_000);
+            assert!(space.give_up_reserve(), "it is there to be given up");
+        }
+    }
+
+    #[test]
+    fn a_keeper_who_asks_makes_the_disk_do_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        let space = Space::new(&data, 1, 100_000);
+        assert!(space.check().is_some(), "no reserve can be made there");
+        std::fs::create_dir(&data).unwrap();
+        assert!(space.trouble().is_some(), "as it was found");
+        assert!(!data.join(RESERVE).exists());
+        space.look();
+        assert!(space.trouble().is_none() && data.join(RESERVE).exists());
     }
 
     #[test]

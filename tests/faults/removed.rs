@@ -21,13 +21,11 @@ async fn end_by(site: &Site, harm: impl FnOnce(&Path)) -> (Clients, String) {
     let hands = clients.submit_until_broken(&server.api, 4, 1, &plain());
     eventually(LIMIT, "some jobs are accepted", || async { (clients.accepted() > 20).then_some(()) }).await;
     harm(&site.data());
-    let accepted = clients.accepted();
     let status = server.ended().await;
     assert_eq!(status.code(), Some(1), "{}", server.log());
     for hand in hands {
         hand.await.unwrap();
     }
-    assert!(clients.accepted() > accepted, "some were accepted before it was seen");
     let log = server.log();
     let reason =
         log.lines().rfind(|line| line.contains("cannot go on: ")).unwrap_or_else(|| panic!("{log}")).to_owned();
