@@ -383,6 +383,8 @@ struct Sim {
     deaths: BTreeMap<i64, usize>,
     /// Suspects of each death that came back from a run without having been on the worker.
     kept: BTreeMap<i64, usize>,
+    /// By death: jobs of it that died again while the others waited, which are innocent since.
+    acquitted: BTreeMap<i64, usize>,
     /// Of a suspect: its first death, how often it was charged since, and whether others came back unharmed meanwhile.
     suspects: BTreeMap<i64, (i64, u32, bool)>,
     /// Tokens of attempts that are over, for late results.
@@ -482,6 +484,7 @@ impl Sim {
             next_task: 0,
             deaths: BTreeMap::new(),
             kept: BTreeMap::new(),
+            acquitted: BTreeMap::new(),
             suspects: BTreeMap::new(),
             old: Vec::new(),
             terminal: BTreeMap::new(),
@@ -727,7 +730,10 @@ impl Sim {
         self.note(|| "CRASH".to_owned());
         self.seen.crashes += 1;
         self.generation += 1;
-        self.old.extend(server.tasks.values().map(|task| task.job.token));
+        // What was inserted as running and not committed is no attempt; its number is given again.
+        let tokens = server.tasks.values().map(|task| task.job.token);
+        let known = |token: &Token| self.disk.jobs.get(&token.id.number).is_some_and(|row| row.id == token.id);
+        self.old.extend(tokens.filter(known));
         for index in 0..self.workers.len() {
             if self.workers[index].phase != Phase::Blocked {
                 self.enter(index, Phase::Absent);
@@ -1074,7 +1080,7 @@ impl Sim {
     /// As `dispatch::try_commit`.
     fn write_end(&mut self, task: u64, now: Millis) -> Reply {
         let one = &self.server.as_ref().unwrap().tasks[&task];
-        let (token, load) = (one.job.token, one.place.load);
+        let (token, load, before) = (one.job.token, one.place.load, one.job.crash);
         let end = match one.verdict.as_ref().unwrap() {
             Verdict::Succeed(_) => End::Succeeded(StoredAnswer {
                 status: 200,
@@ -1092,7 +1098,7 @@ impl Sim {
                 let Some(change) = self.disk.requeue(token, &back, now) else {
                     return Reply::NotRequeued { task };
                 };
-                self.note_suspicion(token.id.number, load, suspicion, back.crash);
+                self.note_suspicion(token.id.number, load, suspicion, before);
                 let waits = Back { not_before: back.not_before, crash: back.crash };
                 return Reply::Ended { task, committed: Some((Some(change), Some(waits))) };
             }
@@ -1102,10 +1108,15 @@ impl Sim {
         Reply::Ended { task, committed: Some((change, None)) }
     }
 
+    /// `crash`: the death that the job was a suspect of when it ran.
     fn note_suspicion(&mut self, number: i64, load: i64, suspicion: Suspicion, crash: Option<i64>) {
         match suspicion {
             Suspicion::Raised => {
                 *self.deaths.entry(load).or_default() += 1;
+                // It was among those that ran of an earlier death: the killer of that one is found among these.
+                if let Some(crash) = crash.filter(|crash| *crash != load) {
+                    *self.acquitted.entry(crash).or_default() += 1;
+                }
                 self.suspects.entry(number).or_insert((load, 0, false)).1 += 1;
             }
             Suspicion::Dropped => drop(self.suspects.remove(&number)),
@@ -1745,7 +1756,8 @@ impl Sim {
 
     // ---- invariants -------------------------------------------------------------------------------------------------
 
-    /// A run that is about to be claimed: isolated ones share one death, and are at most half of those who died then.
+    /// A run that is about to be claimed: isolated ones share one death, and are at most half of those who died
+    /// then, or all whom the death of the others acquitted.
     fn check_run(&mut self, run: &Run) {
         if !run.alone {
             assert!(run.jobs.iter().all(|job| job.crash.is_none()), "a suspect runs among others: {run:?}");
@@ -1758,7 +1770,8 @@ impl Sim {
         let died = self.deaths.get(&crash).copied().unwrap_or_default();
         let kept = self.kept.get(&crash).copied().unwrap_or_default();
         let count = run.jobs.len();
-        assert!(count <= died.div_ceil(2) + kept, "{count} of {died} that died in {crash} run together");
+        let most = self.acquitted.get(&crash).map_or(died.div_ceil(2), |found| died - found);
+        assert!(count <= most + kept, "{count} of {died} that died in {crash} run together");
         for job in run.jobs.iter().filter(|_| kept > 0) {
             if let Some(suspect) = self.suspects.get_mut(&job.number) {
                 suspect.2 = true;
