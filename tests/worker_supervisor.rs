@@ -5,7 +5,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread::ThreadId;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -14,7 +15,7 @@ use roundhouse::clock::SystemClock;
 use roundhouse::domain::worker::Report;
 use roundhouse::domain::{ErrorCode, Launch, ModelKind, ModelSpec, ModelState};
 use roundhouse::lifecycle::Tasks;
-use roundhouse::worker::gpu::{self, GpuProbe};
+use roundhouse::worker::gpu::{self, Gpu, GpuProbe};
 use roundhouse::worker::supervisor::{Order, Surroundings, Tempo, WorkerHandle, end_orphans};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -585,6 +586,32 @@ async fn a_gpu_model_waits_for_a_gpu() {
     assert_eq!(worker.handle.view().state, ModelState::Absent);
     worker.load().await;
     worker.stop().await;
+}
+
+/// A driver without cards that remembers on which threads it was asked.
+#[derive(Default)]
+struct Asked(Mutex<Vec<ThreadId>>);
+
+impl GpuProbe for Asked {
+    fn gpus(&self) -> Vec<Gpu> {
+        self.0.lock().unwrap().push(std::thread::current().id());
+        Vec::new()
+    }
+}
+
+#[tokio::test]
+async fn the_driver_is_asked_beside_the_runtime_and_its_first_answer_can_be_waited_for() {
+    let mut bench = Bench::new();
+    let driver = Arc::new(Asked::default());
+    bench.around.gpus = driver.clone();
+    let mut spec = bench.spec(&[]);
+    spec.gpus = 1;
+    let worker = bench.supervise(spec);
+    worker.handle.has_looked().await;
+    assert_eq!(worker.handle.view().state, ModelState::Blocked);
+    let threads = driver.0.lock().unwrap();
+    // The whole runtime of this test is on this thread.
+    assert!(!threads.is_empty() && !threads.contains(&std::thread::current().id()));
 }
 
 #[tokio::test]

@@ -99,6 +99,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
     take_in(&store, &mut state, clock.now()).await?;
     // Known before the first plan; the supervisors' own reports come later.
     for (model, worker) in &workers {
+        worker.has_looked().await;
         if worker.view().state == ModelState::Blocked {
             state.on_event(Event::Report { model: model.clone(), report: Report::NoGpu }, clock.now());
         }

@@ -65,6 +65,7 @@ pub struct Surroundings {
 pub struct WorkerHandle {
     orders: mpsc::Sender<Order>,
     view: watch::Receiver<WorkerView>,
+    has_looked: watch::Receiver<bool>,
 }
 
 /// What a supervisor can be asked.
@@ -134,7 +135,7 @@ impl WorkerHandle {
         Self::start_with(spec, around, Tempo::default(), reports)
     }
 
-    /// As [`Self::start`], at another tempo. Asks the driver once, if the model needs a GPU.
+    /// As [`Self::start`], at another tempo.
     pub fn start_with(
         spec: ModelSpec,
         around: Surroundings,
@@ -143,11 +144,10 @@ impl WorkerHandle {
     ) -> Self {
         let (orders, inbox) = mpsc::channel(ORDERS_LIMIT);
         let log_path = logs::path(&around.log_dir, &spec.name);
-        // A pod may come back without its GPU: better known before the first plan than by a swap in vain.
-        let is_blocked = spec.gpus > 0 && around.gpus.gpus().is_empty();
+        let (looked, has_looked) = watch::channel(false);
         let (view_writer, view) = watch::channel(WorkerView {
             model: spec.name.clone(),
-            state: if is_blocked { ModelState::Blocked } else { ModelState::Absent },
+            state: ModelState::Absent,
             phase: None,
             percent: None,
             pid: None,
@@ -168,11 +168,19 @@ impl WorkerHandle {
             orders: inbox,
             reports,
             view: view_writer,
+            looked,
             failed_loads: 0,
             early_deaths: 0,
         };
-        tasks.spawn("supervisor", supervisor.run(is_blocked));
-        Self { orders, view }
+        tasks.spawn("supervisor", supervisor.run());
+        Self { orders, view, has_looked }
+    }
+
+    /// Comes back when the driver has been asked for the first time, if the model needs a GPU: from then on the view says
+    /// whether it is blocked.
+    pub async fn has_looked(&self) {
+        // An error: the supervisor has ended.
+        let _ = self.has_looked.clone().wait_for(|has_looked| *has_looked).await;
     }
 
     /// Gives an order. Orders are followed in turn; one that is given in the middle of a transition is followed after it,
@@ -263,13 +271,19 @@ struct Supervisor {
     orders: mpsc::Receiver<Order>,
     reports: mpsc::UnboundedSender<(String, Report)>,
     view: watch::Sender<WorkerView>,
+    /// Whether the driver was asked for the first time.
+    looked: watch::Sender<bool>,
     failed_loads: u32,
     early_deaths: u32,
 }
 
 impl Supervisor {
-    async fn run(mut self, is_blocked: bool) {
+    async fn run(mut self) {
+        // A pod may come back without its GPU: better known before the first plan than by a swap in vain.
+        let is_blocked = self.spec.gpus > 0 && !self.sees_gpu().await;
         let mut phase = if is_blocked { Phase::Blocked } else { Phase::Absent };
+        self.enter(if is_blocked { ModelState::Blocked } else { ModelState::Absent });
+        self.looked.send_replace(true);
         loop {
             phase = match phase {
                 Phase::Absent => self.absent().await,
