@@ -100,6 +100,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         epoch: opened.epoch,
         learned: opened.learned,
         served: opened.served,
+        weights: config.weights.clone(),
         next_number: opened.next_number,
     })
     .await?;

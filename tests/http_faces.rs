@@ -106,6 +106,7 @@ impl Bench {
             epoch: opened.epoch,
             learned: opened.learned,
             served: opened.served,
+            weights: BTreeMap::new(),
             next_number: opened.next_number,
         })
         .await

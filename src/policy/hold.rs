@@ -147,9 +147,6 @@ pub fn yields_at(
         return Some(at.max(now + 1));
     }
     let late_at = (due.at - m.load()).max(now);
-    if worker.guest_until.is_some_and(|until| until <= now) {
-        return Some(late_at);
-    }
     let at = if !view.has_work(worker) {
         let weighed = weigh(view, worker, m, knobs, now);
         let early = late_at.max(worker.since + round(weighed.hold_ms));

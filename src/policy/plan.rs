@@ -79,14 +79,16 @@ pub fn plan(view: &View, knobs: &Knobs, now: Millis) -> Plan {
         now,
         plan: Plan { steps: Vec::new(), stays: Vec::new(), reservations: Vec::new(), wake_at: None },
     };
-    let waiting = round.waiting();
-    for (model, due) in &waiting {
-        round.place(*model, *due);
+    let mut waiting = round.waiting();
+    let somebody_waits = !waiting.is_empty();
+    // From the first one again after each step: who leaves for one may make room for another that is due before.
+    while let Some(placed) = round.place_first(&waiting) {
+        waiting.remove(placed);
     }
-    if waiting.is_empty() {
+    if !somebody_waits {
         round.when_nobody_waits();
     }
-    round.unload_idle(!waiting.is_empty());
+    round.unload_idle(somebody_waits);
     round.say_something();
     round.plan
 }
@@ -134,8 +136,16 @@ impl Round<'_> {
         waiting
     }
 
-    /// Rules 2 and 3 for one model.
-    fn place(&mut self, model: usize, due: Due) {
+    /// Places the first model in order for which there is a set now; says why for those before it, or for all.
+    fn place_first(&mut self, waiting: &[(usize, Due)]) -> Option<usize> {
+        self.plan.stays.clear();
+        self.plan.reservations.clear();
+        self.plan.wake_at = None;
+        waiting.iter().position(|(model, due)| self.place(*model, *due))
+    }
+
+    /// Rules 2 and 3 for one model; false: it waits.
+    fn place(&mut self, model: usize, due: Due) -> bool {
         let m = &self.view.models[model];
         let late = m.is_late(due, self.now);
         let times: Vec<Option<Millis>> = self
@@ -146,13 +156,15 @@ impl Round<'_> {
             .collect();
         if let Some(found) = self.find(model, &times) {
             let decision = self.reason(model, due, &found);
-            return self.take(model, found, decision);
+            self.take(model, found, decision);
+            return true;
         }
         if !late {
             self.wake(due.at - m.load());
         }
         let first = self.first_to_yield(model, &times);
-        if let Some((reservation, last)) = first {
+        if let Some((reservation, out)) = first {
+            let last = out.iter().copied().max_by_key(|worker| times[*worker]).unwrap_or(out[0]);
             let worker = &self.view.workers[last];
             let (m, w) = (&self.view.models[model], self.weigh(last, model));
             let decision = if worker.phase == Phase::Serving {
@@ -164,14 +176,8 @@ impl Round<'_> {
             if late {
                 self.note_reservation(model, due, reservation);
             }
-            // Who is not ready, or about to finish, tells when that has changed.
-            let worker = &self.view.workers[last];
-            if worker.phase == Phase::Serving {
-                let finishes = self.view.has_work(worker) && w.rest_ms <= w.price.ms();
-                let given = worker.since + hold_round(w.hold_ms + w.price.ms());
-                self.wake(if finishes { reservation.at.max(given) } else { reservation.at });
-            }
             self.plan.stays.push(decision);
+            self.wake_for(model, &out, &times);
         } else {
             let m = &self.view.models[model];
             let kept =
@@ -181,6 +187,23 @@ impl Round<'_> {
                 None => self.words().blocked(m),
             };
             self.plan.stays.push(decision);
+        }
+        false
+    }
+
+    /// Plans again when the last of these may yield. Who is not ready, or about to finish, tells when that has changed.
+    fn wake_for(&mut self, model: usize, out: &[usize], times: &[Option<Millis>]) {
+        let at = |worker: &usize| {
+            let v = &self.view.workers[*worker];
+            let w = self.weigh(*worker, model);
+            let finishes = self.view.has_work(v) && w.rest_ms <= w.price.ms();
+            let given = v.since + hold_round(w.hold_ms + w.price.ms());
+            let at = times[*worker].filter(|_| v.phase == Phase::Serving)?;
+            let guest = v.guest_until.filter(|until| *until > self.now).unwrap_or(Millis::MAX);
+            Some(if finishes { at.max(given).min(guest) } else { at })
+        };
+        if let Some(at) = out.iter().filter_map(at).max() {
+            self.wake(at);
         }
     }
 
@@ -258,28 +281,21 @@ impl Round<'_> {
         }
     }
 
-    /// The set that yields first, and the last worker on it to do so.
-    fn first_to_yield(&self, model: usize, times: &[Option<Millis>]) -> Option<(Reservation, usize)> {
+    /// The set that yields first, and the workers on it that must.
+    fn first_to_yield(&self, model: usize, times: &[Option<Millis>]) -> Option<(Reservation, Vec<usize>)> {
         let costs: Vec<Option<f64>> = times.iter().map(|at| at.map(|at| at as f64)).collect();
-        let mut best: Option<(Reservation, usize)> = None;
-        for set in sets::aligned(&self.view, model).filter(|set| self.reserved(*set).is_none()) {
-            let Some(out) = sets::victims(&self.view, model, set, &costs) else { continue };
-            let last = out.into_iter().max_by_key(|worker| times[*worker]);
-            let Some((last, at)) = last.and_then(|worker| Some((worker, times[worker]?))) else { continue };
-            if best.is_none_or(|(other, _)| at < other.at) {
-                best = Some((Reservation { model, set, at }, last));
-            }
-        }
+        let when = |set: GpuSet| {
+            let out = sets::victims(&self.view, model, set, &costs)?;
+            let at = out.iter().filter_map(|worker| times[*worker]).max()?;
+            Some((Reservation { model, set, at }, out))
+        };
+        let free = sets::aligned(&self.view, model).filter(|set| self.reserved(*set).is_none());
+        let best = free.filter_map(when).min_by_key(|(reservation, _)| reservation.at)?;
         // What was reserved stays so, unless another set is free much sooner.
-        let (first, last) = best?;
-        let before = self.view.reservations.iter().find(|r| r.model == model && r.set != first.set);
-        let kept = before.filter(|r| self.reserved(r.set).is_none()).and_then(|r| {
-            let out = sets::victims(&self.view, model, r.set, &costs)?;
-            let last = out.into_iter().max_by_key(|worker| times[*worker])?;
-            let at = times[last]?;
-            (at <= first.at + self.view.models[model].load()).then_some((Reservation { at, ..*r }, last))
-        });
-        Some(kept.unwrap_or((first, last)))
+        let before = self.view.reservations.iter().find(|r| r.model == model && r.set != best.0.set);
+        let kept = before.filter(|r| self.reserved(r.set).is_none()).and_then(|r| when(r.set));
+        let is_close = |kept: &Reservation| kept.at <= best.0.at + self.view.models[model].load();
+        Some(kept.filter(|(kept, _)| is_close(kept)).unwrap_or(best))
     }
 
     fn reason(&self, model: usize, due: Due, found: &Found) -> Decision {

@@ -166,11 +166,11 @@ impl View {
     }
 }
 
-pub(super) fn millis(d: std::time::Duration) -> i64 {
+pub(crate) fn millis(d: std::time::Duration) -> i64 {
     i64::try_from(d.as_millis()).unwrap_or(i64::MAX / 4)
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "saturates, and durations are far below 2^53 ms")]
-pub(super) fn round(ms: f64) -> i64 {
+pub(crate) fn round(ms: f64) -> i64 {
     (ms.round() as i64).clamp(i64::MIN / 4, i64::MAX / 4)
 }

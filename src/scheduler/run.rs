@@ -85,19 +85,34 @@ pub struct Parts {
     pub learned: BTreeMap<String, Learned>,
     /// How much tenants were served in earlier runs, in weighted GPU ms.
     pub served: BTreeMap<String, f64>,
+    /// Weights of tenants by name; one that is not named weighs 1.
+    pub weights: BTreeMap<String, f64>,
     /// Number of the next job.
     pub next_number: i64,
 }
 
 /// Takes in the jobs that wait in the store, starts the loop and returns how to ask it.
 pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
-    let Parts { store, clock, tasks, client, models, knobs, workers, reports, epoch, learned, served, next_number } =
-        parts;
+    let Parts {
+        store,
+        clock,
+        tasks,
+        client,
+        models,
+        knobs,
+        workers,
+        reports,
+        epoch,
+        learned,
+        served,
+        weights,
+        next_number,
+    } = parts;
     let (messages, inbox) = mpsc::unbounded_channel();
     let (view, viewed) = watch::channel(Arc::new(QueueView::default()));
     let hub = Hub::default();
     let handle = Handle::new(messages.clone(), hub.clone(), store.clone(), workers.clone(), viewed, tasks.clone());
-    let mut state = State::new(&models, knobs, &learned, epoch).with_tenants(&served, &BTreeMap::new());
+    let mut state = State::new(&models, knobs, &learned, epoch).with_tenants(&served, &weights);
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
     store.took_in(begun.elapsed());

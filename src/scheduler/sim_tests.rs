@@ -37,7 +37,7 @@ const EVENTS_MAX: usize = 100_000;
 const IDLE_WAKES_MAX: usize = 500;
 
 /// SplitMix64.
-struct Rng(u64);
+pub(super) struct Rng(pub(super) u64);
 
 impl Rng {
     fn next(&mut self) -> u64 {
@@ -49,20 +49,20 @@ impl Rng {
     }
 
     /// From `low` to `high`, both included.
-    fn range(&mut self, low: i64, high: i64) -> i64 {
+    pub(super) fn range(&mut self, low: i64, high: i64) -> i64 {
         let span = u64::try_from(high - low + 1).unwrap();
         low + i64::try_from(self.next() % span).unwrap()
     }
 
-    fn index(&mut self, len: usize) -> usize {
+    pub(super) fn index(&mut self, len: usize) -> usize {
         usize::try_from(self.next() % len as u64).unwrap()
     }
 
-    fn chance(&mut self, permille: i64) -> bool {
+    pub(super) fn chance(&mut self, permille: i64) -> bool {
         self.range(0, 999) < permille
     }
 
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+    pub(super) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.index(from.len())]
     }
 }

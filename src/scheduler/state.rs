@@ -686,5 +686,9 @@ fn first_line(text: &str) -> &str {
 mod tests;
 
 #[cfg(test)]
+#[path = "box_tests.rs"]
+mod boxes;
+
+#[cfg(test)]
 #[path = "sim_tests.rs"]
 mod sim;

@@ -3,7 +3,7 @@ use crate::domain::{Face, Launch, ModelKind};
 use crate::scheduler::queue::tests::job as base_job;
 use std::time::Duration;
 
-fn spec(name: &str, limit: u32) -> ModelSpec {
+pub(super) fn spec(name: &str, limit: u32) -> ModelSpec {
     ModelSpec {
         name: name.to_owned(),
         kind: ModelKind::Text,
