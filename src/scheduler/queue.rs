@@ -754,6 +754,42 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn the_tenant_that_was_served_least_is_next() {
+        let of = |tenant: &str, numbers: std::ops::RangeInclusive<i64>| {
+            let tenant: Arc<str> = Arc::from(tenant);
+            numbers.map(move |n| QueuedJob { tenant: tenant.clone(), ..job(n, 5) }).collect::<Vec<_>>()
+        };
+        let mut q = queue(of("flood", 1..=9).into_iter().chain(of("sparse", 10..=12)));
+        let mut served = nobody();
+        assert_eq!(numbers(&q.admit(to(TEXT), &mut served, 0)), [[1], [10], [2], [11]], "in turn, by arrival first");
+        // The flood's jobs took 100 ms of the worker each and the others nothing: what they had counts, not the advance.
+        for n in [10, 11] {
+            q.end(n, 1.0, &mut served, 0);
+        }
+        for n in [1, 2] {
+            q.end(n, 1.0, &mut served, 200);
+        }
+        assert_eq!((served.of("flood"), served.of("sparse")), (200.0, 0.0));
+        let one = To { slots: Slots { limit: 1, max_batch: 1 }, ..to(TEXT) };
+        assert_eq!(numbers(&q.admit(one, &mut served, 200)), [[12]]);
+        // Runs of several jobs are filled in the same order.
+        let mut q = queue(of("flood", 1..=9).into_iter().chain(of("sparse", 10..=12)));
+        let runs = q.admit(to(Slots { limit: 4, max_batch: 4 }), &mut nobody(), 0);
+        assert_eq!(numbers(&runs), [[1, 10, 2, 11]]);
+    }
+
+    #[test]
+    fn a_worker_is_filled_whatever_the_others_of_its_model_run() {
+        let mut q = queue((1..=6).map(|n| job(n, 5)));
+        assert_eq!(q.admit(to(TEXT), &mut nobody(), 0).len(), 4);
+        let second = To { worker: 1, ..to(TEXT) };
+        assert_eq!(numbers(&q.admit(second, &mut nobody(), 0)), [[5], [6]]);
+        assert_eq!((q.running_on(0), q.running_on(1)), (4, 2));
+        q.end(1, 1.0, &mut nobody(), 0);
+        assert_eq!((q.running_on(0), q.running_on(1)), (3, 2));
+    }
+
+    #[test]
     fn the_fast_path_passes_nobody() {
         let mut q = queue([]);
         assert!(q.has_free_slot(TEXT, 7, 0));
