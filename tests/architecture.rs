@@ -20,6 +20,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("telemetry", &["clock"]),
     ("worker", &["domain", "clock", "lifecycle"]),
     ("scheduler", &["domain", "policy", "store", "worker", "clock", "lifecycle"]),
+    // What the state machine's events and effects carry, and nothing of the store or of workers themselves.
+    (
+        "sim",
+        &["domain", "policy", "scheduler::state", "store::Learned", "store::QueuedJob", "worker::supervisor::Order"],
+    ),
     (
         "http",
         &[
@@ -44,6 +49,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "store::restore",
             "store::examine",
             "store::placement",
+            "sim",
             "clock",
         ],
     ),
