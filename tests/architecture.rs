@@ -43,6 +43,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         "cli",
         &[
             "domain",
+            "policy::Knobs",
             "config",
             "store::StoreError",
             "store::backup",

@@ -156,13 +156,14 @@ impl Trace {
         reader.finish(name).map_err(|what| TraceError::Whole { file: file.to_owned(), what })
     }
 
-    /// No schedule ends before this: the largest of t + (all work that arrives from t on, at full batch, on all GPUs).
+    /// No schedule ends before this: the largest of t + (all work that arrives from t on, at full batch, on all GPUs), and
+    /// no sooner than a job that starts when it arrives and runs alone.
     pub fn lower_bound_s(&self) -> f64 {
         let mut rest = 0.0;
         let mut bound: f64 = 0.0;
         for job in self.jobs.iter().rev() {
             rest += job.work_s * self.models[job.model].full_batch() / self.gpus as f64;
-            bound = bound.max(job.arrival_s + rest);
+            bound = bound.max(job.arrival_s + rest.max(job.work_s));
         }
         bound
     }
