@@ -4,7 +4,10 @@ use super::Trace;
 use super::world::{Breach, Happening, Record, World};
 
 /// A policy that acts this often without time moving on will never end.
-const ACTS_AT_ONCE_MAX: usize = 100_000;
+const ACTS_AT_ONCE_MAX: usize = 10_000;
+/// One that loads this often, and this often more for each job, neither.
+const LOADS_MAX: usize = 1_000;
+const LOADS_PER_JOB_MAX: usize = 20;
 
 /// Decides what the machine does.
 pub trait Policy {
@@ -32,6 +35,16 @@ pub enum SimError {
         /// When.
         at_s: f64,
     },
+    /// It loads and loads.
+    #[error("at {at_s:.3} s: {loads} loads, and {jobs} jobs are left")]
+    Thrashing {
+        /// When.
+        at_s: f64,
+        /// How many.
+        loads: usize,
+        /// How many.
+        jobs: usize,
+    },
 }
 
 /// Plays the whole trace.
@@ -50,6 +63,9 @@ pub fn run(trace: &Trace, policy: &mut dyn Policy) -> Result<Record, SimError> {
         acts_at_once = if at > world.now() { 0 } else { acts_at_once + 1 };
         if acts_at_once > ACTS_AT_ONCE_MAX {
             return Err(SimError::Restless { at_s: at });
+        }
+        if world.loads() > LOADS_MAX + LOADS_PER_JOB_MAX * trace.jobs.len() {
+            return Err(SimError::Thrashing { at_s: at, loads: world.loads(), jobs: world.open_jobs() });
         }
         happened.clear();
         world.advance(at, &mut happened);

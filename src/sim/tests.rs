@@ -15,7 +15,7 @@ fn public(name: &str) -> Trace {
 
 fn play(trace: &Trace, policy: &str) -> (Record, Measures) {
     let name = PolicyName::parse(policy).unwrap();
-    let record = simulate(trace, name, &Knobs::default()).unwrap();
+    let record = simulate(trace, name, &Knobs::default()).unwrap_or_else(|e| panic!("{} {policy}: {e}", trace.name));
     let measures = Measures::of(trace, policy, &record);
     (record, measures)
 }
@@ -156,6 +156,19 @@ fn a_policy_that_forgets_jobs_is_found_out() {
     }
     let error = engine::run(&trace, &mut Restless).unwrap_err().to_string();
     assert_eq!(error, "at 5.000 s: the policy acts for ever without time moving on");
+    struct Thrashing;
+    impl engine::Policy for Thrashing {
+        fn act(&mut self, world: &mut World<'_>, _: &[Happening]) -> Result<Option<f64>, world::Breach> {
+            match world.present() {
+                [] => drop(world.load(0, 0)?),
+                [id] if world.worker(*id).stage == world::Stage::Ready => world.leave(*id, false)?,
+                _ => {}
+            }
+            Ok(Some(world.now() + 1.0))
+        }
+    }
+    let error = engine::run(&trace, &mut Thrashing).unwrap_err().to_string();
+    assert!(error.ends_with(" s: 1061 loads, and 3 jobs are left"), "{error}");
 }
 
 /// How close our baselines come to the reference simulator's. Its luck with loads is its own, and on several GPUs so is its
@@ -280,6 +293,9 @@ fn any_trace() -> impl Strategy<Value = Trace> {
 }
 
 proptest! {
+    // Pictures take their time in a debug build.
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
     /// Whatever the trace, every policy ends it, within what a machine can do.
     #[test]
     fn every_policy_ends_any_trace(trace in any_trace()) {

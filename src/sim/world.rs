@@ -416,6 +416,11 @@ impl<'t> World<'t> {
         self.open_jobs
     }
 
+    /// Loads so far.
+    pub(super) fn loads(&self) -> usize {
+        self.workers.len()
+    }
+
     /// When something will happen by itself.
     pub(super) fn next_due(&mut self) -> Option<f64> {
         while let Some(Reverse((at, _, due))) = self.due.peek() {
