@@ -99,6 +99,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         reports,
         epoch: opened.epoch,
         learned: opened.learned,
+        served: opened.served,
         next_number: opened.next_number,
     })
     .await?;
