@@ -165,7 +165,7 @@ impl Baseline {
     fn load_planned(&mut self, world: &mut World<'_>) -> Result<(), Breach> {
         for (model, first) in std::mem::take(&mut self.planned) {
             if world.fits(model, first) {
-                world.load(model, first)?;
+                world.load(model, first, world.is_parked(model))?;
             } else {
                 self.planned.push((model, first));
             }

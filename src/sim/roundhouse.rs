@@ -11,12 +11,12 @@ use std::time::Duration;
 use super::Trace;
 use super::engine::Policy;
 use super::trace::TraceModel;
-use super::world::{Breach, Happening, Stage, WorkerId, World};
+use super::world::{Breach, Happening, WorkerId, World};
 use crate::domain::worker::Report;
-use crate::domain::{Class, Face, Launch, Millis, ModelKind, ModelSpec};
+use crate::domain::{Class, Face, GpuSet, Launch, Millis, ModelKind, ModelSpec};
 use crate::policy::Knobs;
 use crate::policy::plan::Decision;
-use crate::scheduler::state::{Effect, Event, State};
+use crate::scheduler::state::{Effect, Event, Inventory, State};
 use crate::store::{Learned, QueuedJob};
 use crate::worker::supervisor::Order;
 
@@ -33,6 +33,9 @@ pub struct Roundhouse {
     models: Vec<Arc<str>>,
     tenants: Vec<Arc<str>>,
     index: HashMap<Arc<str>, usize>,
+    /// Workers on GPUs by model and the number that the state machine gives them, and the other way round.
+    workers: HashMap<(usize, u32), WorkerId>,
+    numbers: HashMap<WorkerId, u32>,
     /// Why a model is loaded next.
     reasons: HashMap<String, String>,
 }
@@ -40,7 +43,13 @@ pub struct Roundhouse {
 impl Roundhouse {
     /// As a server that starts with these models and an empty queue.
     pub fn new(trace: &Trace, knobs: Knobs) -> Self {
-        let specs: Vec<ModelSpec> = trace.models.iter().map(spec).collect();
+        let specs: Vec<ModelSpec> = trace.models.iter().map(|model| spec(trace, model)).collect();
+        let inventory = Inventory {
+            gpus: vec![bytes(trace.gpu_gb); trace.gpus],
+            cpu: None,
+            host: bytes(trace.host_gb),
+            one_at_a_time: false,
+        };
         let models: Vec<Arc<str>> = trace.models.iter().map(|model| Arc::from(model.name.as_str())).collect();
         // What a models file would declare of its jobs.
         let learned: BTreeMap<String, Learned> = trace
@@ -52,10 +61,12 @@ impl Roundhouse {
             })
             .collect();
         Self {
-            state: State::new(&specs, knobs, &learned, 1),
+            state: State::new(&specs, knobs, &learned, 1).on(inventory),
             index: models.iter().cloned().enumerate().map(|(index, name)| (name, index)).collect(),
             models,
             tenants: trace.tenants.iter().map(|name| Arc::from(name.as_str())).collect(),
+            workers: HashMap::new(),
+            numbers: HashMap::new(),
             reasons: HashMap::new(),
         }
     }
@@ -71,11 +82,11 @@ impl Roundhouse {
             first += alike;
             queued.iter().for_each(|job| self.state.count_arrival(&job.model, now));
             let place = match &queued[..] {
-                [only] => self.state.reserve(only, now).map(|_| only),
+                [only] => self.state.reserve(only, now).map(|place| (only, place)),
                 _ => None,
             };
             match place {
-                Some(only) => self.start(world, &only.model, only.number)?,
+                Some((only, place)) => self.start(world, &only.model, place.replica, only.number)?,
                 None => self.tell(world, Event::Queued(queued))?,
             }
         }
@@ -117,16 +128,21 @@ impl Roundhouse {
         }
         for effect in effects {
             match effect {
-                Effect::Claim { model, run, .. } => {
+                Effect::Claim { model, place, run } => {
                     for job in run.jobs {
-                        self.start(world, &model, job.number)?;
+                        self.start(world, &model, place.replica, job.number)?;
                     }
                 }
-                Effect::Order { model, order: Order::Load } => self.load(world, &model)?,
-                Effect::Order { model, order: Order::Stop } => {
-                    let worker = self.worker_of(world, &model)?;
-                    world.leave(worker, false)?;
+                Effect::Order { model, replica, set, order: Order::Load } => {
+                    self.load(world, &model, replica, set, false)?;
                 }
+                Effect::Order { model, replica, set, order: Order::Wake } => {
+                    self.load(world, &model, replica, set, true)?;
+                }
+                Effect::Order { model, replica, order: Order::Park, .. } => {
+                    world.leave(self.worker(world, &model, replica)?, true)?;
+                }
+                Effect::Order { model, replica, order: Order::Stop, .. } => self.stop(world, &model, replica)?,
                 // Simulated workers neither hang nor fail.
                 Effect::Order { order: Order::Retry | Order::Suspect, .. } => {}
                 Effect::EndQueued { numbers, .. } => {
@@ -137,7 +153,8 @@ impl Roundhouse {
                 Effect::Announce(_)
                 | Effect::TellLoading { .. }
                 | Effect::AddLoadTime { .. }
-                | Effect::Learn { .. } => {}
+                | Effect::Learn { .. }
+                | Effect::Served(_) => {}
             }
         }
         Ok(())
@@ -149,36 +166,57 @@ impl Roundhouse {
         }
     }
 
-    fn load(&mut self, world: &mut World<'_>, model: &str) -> Result<(), Breach> {
-        let Some(index) = self.index.get(model) else {
-            return Err(world.breach(format!("`{model}` is to be loaded, which the trace does not have")));
-        };
-        // The state machine knows one device: the first GPUs.
-        let worker = world.load(*index, 0)?;
+    fn load(
+        &mut self,
+        world: &mut World<'_>,
+        model: &str,
+        replica: u32,
+        set: GpuSet,
+        wake: bool,
+    ) -> Result<(), Breach> {
+        let index = self.model(world, model)?;
+        let worker = world.load(index, set.first as usize, wake)?;
+        self.workers.insert((index, replica), worker);
+        self.numbers.insert(worker, replica);
         if let Some(reason) = self.reasons.remove(model) {
             world.explain(worker, reason);
         }
         Ok(())
     }
 
-    fn start(&mut self, world: &mut World<'_>, model: &str, number: i64) -> Result<(), Breach> {
-        let worker = self.worker_of(world, model)?;
+    /// Ends a worker on GPUs, or a parked one, which is gone at once.
+    fn stop(&mut self, world: &mut World<'_>, model: &str, replica: u32) -> Result<(), Breach> {
+        let index = self.model(world, model)?;
+        if let Some(worker) = self.workers.get(&(index, replica)) {
+            return world.leave(*worker, false);
+        }
+        if !world.is_parked(index) {
+            return Err(world.breach(format!("worker {replica} of {model} is to stop, and is nowhere")));
+        }
+        world.unpark(index);
+        let report = Report::Stopped { stop_ms: 0 };
+        self.tell(world, Event::Report { model: model.to_owned(), replica, report })
+    }
+
+    fn start(&mut self, world: &mut World<'_>, model: &str, replica: u32, number: i64) -> Result<(), Breach> {
+        let worker = self.worker(world, model, replica)?;
         world.start(job_of(number), worker)
     }
 
-    fn worker_of(&self, world: &World<'_>, model: &str) -> Result<WorkerId, Breach> {
-        let index = self.index.get(model).copied();
-        let ready = |id: &WorkerId| {
-            let worker = world.worker(*id);
-            Some(worker.model) == index && worker.stage == Stage::Ready
-        };
-        let found = world.present().iter().copied().find(ready);
-        found.ok_or_else(|| world.breach(format!("{model} has no ready worker, and is given an order for one")))
+    fn model(&self, world: &World<'_>, model: &str) -> Result<usize, Breach> {
+        let known = self.index.get(model).copied();
+        known.ok_or_else(|| world.breach(format!("an order is for `{model}`, which the trace does not have")))
+    }
+
+    fn worker(&self, world: &World<'_>, model: &str, replica: u32) -> Result<WorkerId, Breach> {
+        let known = self.workers.get(&(self.model(world, model)?, replica)).copied();
+        known.ok_or_else(|| world.breach(format!("an order is for worker {replica} of {model}, which is on no GPU")))
     }
 
     fn report(&mut self, world: &mut World<'_>, worker: WorkerId, report: Report) -> Result<(), Breach> {
         let model = world.model_of(worker).name.clone();
-        self.tell(world, Event::Report { model, report })
+        let replica = self.numbers.get(&worker).copied().unwrap_or(0);
+        self.tell(world, Event::Report { model, replica, report })
     }
 }
 
@@ -194,8 +232,15 @@ impl Policy for Roundhouse {
                 }
                 Happening::Gone(worker) => {
                     let left = world.visit(*worker).leave_at.unwrap_or(world.now());
-                    let stop_ms = millis(world.now()) - millis(left);
-                    self.report(world, *worker, Report::Stopped { stop_ms })?;
+                    let took_ms = millis(world.now()) - millis(left);
+                    let replica = self.numbers.get(worker).copied().unwrap_or(0);
+                    self.workers.remove(&(world.worker(*worker).model, replica));
+                    let report = if world.visit(*worker).parks {
+                        Report::Parked { park_ms: took_ms }
+                    } else {
+                        Report::Stopped { stop_ms: took_ms }
+                    };
+                    self.report(world, *worker, report)?;
                 }
                 Happening::Ended { job, worker } => {
                     let model = self.models[world.worker(*worker).model].clone();
@@ -215,10 +260,8 @@ impl Policy for Roundhouse {
 }
 
 /// A model of a trace as the models file would describe it.
-fn spec(model: &TraceModel) -> ModelSpec {
+fn spec(trace: &Trace, model: &TraceModel) -> ModelSpec {
     let limit = u32::try_from(model.limit).unwrap_or(u32::MAX);
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most 10^9 GB, never negative")]
-    let memory = (model.gb_per_gpu * 1e9) as u64;
     ModelSpec {
         name: model.name.clone(),
         kind: ModelKind::Custom,
@@ -238,10 +281,19 @@ fn spec(model: &TraceModel) -> ModelSpec {
         idle_ttl: None,
         preload: false,
         gpus: u32::try_from(model.gpus).unwrap_or(u32::MAX),
-        memory: Some(memory),
+        memory: Some(bytes(model.gb_per_gpu)),
+        max_replicas: u32::try_from(trace.gpus / model.gpus).unwrap_or(u32::MAX),
+        pin: false,
+        exclusive: false,
+        park: trace.host_gb > 0.0,
         upstream_model: model.name.clone(),
         dir: PathBuf::new(),
     }
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most 10^9 GB, never negative")]
+fn bytes(gb: f64) -> u64 {
+    (gb * 1e9).round() as u64
 }
 
 fn number(job: usize) -> i64 {

@@ -114,9 +114,9 @@ fn the_machine_refuses_what_no_machine_can_do() {
     let trace = tiny(10.0, "", "0,a,batch,,t0,4,3\n0,b,batch,,t0,4,3\n");
     let mut world = World::new(&trace);
     let error = |result: Result<(), world::Breach>| result.unwrap_err().to_string();
-    let a = world.load(0, 0).unwrap();
-    assert!(error(world.load(1, 0).map(drop)).contains("b needs 60 GB a GPU, from 0 there are [10.0] free"));
-    assert!(error(world.load(0, 1).map(drop)).contains("a cannot be loaded on 1 GPUs from 1"));
+    let a = world.load(0, 0, false).unwrap();
+    assert!(error(world.load(1, 0, false).map(drop)).contains("b needs 60 GB a GPU, from 0 there are [10.0] free"));
+    assert!(error(world.load(0, 1, false).map(drop)).contains("a cannot be loaded on 1 GPUs from 1"));
     assert!(error(world.start(0, a)).contains("(Loading, 0 of 2 jobs)"));
     let mut happened = Vec::new();
     world.advance(20.0, &mut happened);
@@ -132,9 +132,10 @@ fn the_machine_refuses_what_no_machine_can_do() {
     assert!(error(world.leave(a, true)).contains("parking a needs 42 GB, 10 are free"));
     world.leave(a, false).unwrap();
     assert!(error(world.start(2, a)).contains("Leaving"));
-    assert!(error(world.load(1, 0).map(drop)).contains("10.0"), "memory is free when it is gone");
+    assert!(error(world.load(1, 0, false).map(drop)).contains("10.0"), "memory is free when it is gone");
     world.advance(31.0, &mut happened);
-    world.load(1, 0).unwrap();
+    assert!(error(world.load(1, 0, true).map(drop)).contains("b is to wake, and is not parked"));
+    world.load(1, 0, false).unwrap();
 }
 
 #[test]
@@ -160,7 +161,7 @@ fn a_policy_that_forgets_jobs_is_found_out() {
     impl engine::Policy for Thrashing {
         fn act(&mut self, world: &mut World<'_>, _: &[Happening]) -> Result<Option<f64>, world::Breach> {
             match world.present() {
-                [] => drop(world.load(0, 0)?),
+                [] => drop(world.load(0, 0, false)?),
                 [id] if world.worker(*id).stage == world::Stage::Ready => world.leave(*id, false)?,
                 _ => {}
             }

@@ -278,8 +278,8 @@ impl<'t> World<'t> {
         if worker.stage == Stage::Ready && may_join { model.limit.saturating_sub(worker.running.len()) } else { 0 }
     }
 
-    /// Loads a model on the set of GPUs that begins with `first`: from host memory if it is parked there.
-    pub fn load(&mut self, model: usize, first: usize) -> Result<WorkerId, Breach> {
+    /// Loads a model on the set of GPUs that begins with `first`; `wake`: the one that is parked in host memory.
+    pub fn load(&mut self, model: usize, first: usize, wake: bool) -> Result<WorkerId, Breach> {
         let needs = &self.trace.models[model];
         if !self.trace.sets(needs.gpus).any(|set| set == first) {
             return Err(self.breach(format!("{} cannot be loaded on {} GPUs from {first}", needs.name, needs.gpus)));
@@ -290,8 +290,10 @@ impl<'t> World<'t> {
                 format!("{} needs {} GB a GPU, from {first} there are {free:?} free", needs.name, needs.gb_per_gpu);
             return Err(self.breach(what));
         }
-        let wake = self.is_parked(model);
         if wake {
+            if !self.is_parked(model) {
+                return Err(self.breach(format!("{} is to wake, and is not parked", needs.name)));
+            }
             self.unpark(model);
         }
         let id = self.workers.len();
