@@ -79,7 +79,8 @@ pub fn weigh(view: &View, worker: &WorkerView, m: &ModelView, knobs: &Knobs, now
     let v = view.model_of(worker);
     let price = price(view, worker, m);
     let far = v.must_start().is_none_or(|at| at > now + round(2.0 * price.ms()));
-    let rushed = m.pending_interactive > 0 && v.pending_interactive == 0 && far;
+    let batch_alone = v.pending_interactive == 0 && worker.callers == 0;
+    let rushed = m.pending_interactive > 0 && batch_alone && far;
     let hold_ms = if rushed {
         knobs.rush() * price.ms()
     } else {

@@ -309,6 +309,7 @@ impl Round<'_> {
             phase: Phase::Waiting,
             since: self.now,
             running: 0,
+            callers: 0,
             idle_since: None,
             guest_until,
         });

@@ -53,6 +53,7 @@ fn serving(model: usize, since: Millis) -> WorkerView {
         phase: Phase::Serving,
         since,
         running: 0,
+        callers: 0,
         idle_since: None,
         guest_until: None,
     }
@@ -160,6 +161,8 @@ fn a_due_model_waits_for_the_hold_of_the_resident() {
 fn a_caller_displaces_batch_work_after_one_price() {
     let models = || vec![batch(model("flux"), 100, NOW), callers(model("llama"), 1, NOW - 52_000)];
     assert_eq!(decide(vec![serving(0, NOW - 50_000)], models(), NOW).code, "hold");
+    let with_a_caller = WorkerView { running: 3, callers: 1, ..serving(0, NOW - 57_000) };
+    assert_eq!(decide(vec![with_a_caller], models(), NOW).code, "hold", "it serves callers, too");
     let got = decide(vec![serving(0, NOW - 57_000)], models(), NOW);
     assert_eq!(got.code, "due_interactive");
     assert_eq!(

@@ -48,6 +48,8 @@ pub struct WorkerView {
     pub since: Millis,
     /// Jobs on it.
     pub running: usize,
+    /// Of these, interactive ones.
+    pub callers: usize,
     /// Since when it has nothing to do; `None` while it has.
     pub idle_since: Option<Millis>,
     /// It was loaded on a reserved set, and makes room at this time whatever its hold.

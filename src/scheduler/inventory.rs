@@ -72,7 +72,7 @@ impl Worker {
     }
 
     /// As the policy sees it; `None`: it holds no device. `load_ms`: how long its load should take.
-    pub(super) fn view(&self, running: usize, load_ms: f64) -> Option<WorkerView> {
+    pub(super) fn view(&self, (running, callers): (usize, usize), load_ms: f64) -> Option<WorkerView> {
         let (phase, since, idle_since) = match &self.phase {
             Phase::Waiting { .. } => (view::Phase::Waiting, 0, None),
             Phase::Loading { since, .. } => (view::Phase::Loading { until: since + round(load_ms) }, *since, None),
@@ -81,7 +81,7 @@ impl Worker {
             Phase::Parked | Phase::Dropping => return None,
         };
         let guest_until = self.guest_until;
-        Some(WorkerView { model: self.model, set: self.set, phase, since, running, idle_since, guest_until })
+        Some(WorkerView { model: self.model, set: self.set, phase, since, running, callers, idle_since, guest_until })
     }
 }
 

@@ -33,8 +33,9 @@ pub(super) struct Trouble {
 struct Group {
     /// Since when jobs waited and none had ended.
     from: Millis,
-    /// When the first of them ended.
+    /// When the first and the last of them ended.
     first: Millis,
+    last: Millis,
     count: u32,
 }
 
@@ -142,7 +143,7 @@ impl Model {
     /// Device time per completed job while jobs wait.
     pub(super) fn each_ms(&self) -> f64 {
         let share = f64::from(self.slots.limit.clamp(1, 8));
-        let seen = || self.group.map(|group| (group.first - group.from) as f64 / f64::from(group.count));
+        let seen = || self.group.map(|group| (group.last - group.from) as f64 / f64::from(group.count));
         self.learned.each_ms.or_else(seen).unwrap_or(self.service_ms() / share)
     }
 
@@ -201,10 +202,12 @@ impl Model {
             blend(&mut self.learned.service_ms, service as f64, SERVICE_WEIGHT);
             // Device time per completion is only seen while jobs wait: otherwise the pauses are the callers'.
             match &mut self.group {
-                Some(group) if now - group.first <= TOGETHER_MS => group.count += 1,
+                Some(group) if now - group.first <= TOGETHER_MS => {
+                    (group.last, group.count) = (now, group.count + 1);
+                }
                 _ => {
                     self.flush();
-                    self.group = self.backlogged_since.map(|from| Group { from, first: now, count: 1 });
+                    self.group = self.backlogged_since.map(|from| Group { from, first: now, last: now, count: 1 });
                 }
             }
         }
@@ -214,8 +217,8 @@ impl Model {
 
     /// Takes the completions since the last sample into the average.
     fn flush(&mut self) {
-        if let Some(Group { from, first, count }) = self.group.take() {
-            let sample = (first - from).max(0) as f64 / f64::from(count);
+        if let Some(Group { from, last, count, .. }) = self.group.take() {
+            let sample = (last - from).max(0) as f64 / f64::from(count);
             let keeps = (1.0 - SERVICE_WEIGHT).powi(i32::try_from(count).unwrap_or(i32::MAX));
             blend(&mut self.learned.each_ms, sample, 1.0 - keeps);
         }

@@ -404,6 +404,12 @@ impl Queue {
         self.load(worker).jobs
     }
 
+    /// The same, and how many of those are interactive.
+    pub(super) fn running_by_class(&self, worker: u32) -> (usize, usize) {
+        let load = self.load(worker);
+        (load.jobs, load.jobs - load.batch.min(load.jobs))
+    }
+
     fn load(&self, worker: u32) -> Load {
         self.loads.get(&worker).copied().unwrap_or_default()
     }

@@ -72,7 +72,7 @@ impl State {
         let seen = self.workers.iter().enumerate().filter_map(|(place, worker)| {
             let model = &self.models[worker.model];
             let was_parked = matches!(worker.phase, Phase::Loading { was_parked: true, .. });
-            Some((worker.view(model.queue.running_on(worker.replica), model.load_ms(was_parked))?, place))
+            Some((worker.view(model.queue.running_by_class(worker.replica), model.load_ms(was_parked))?, place))
         });
         let (workers, places) = seen.unzip();
         let gpus = u32::try_from(self.inventory.gpus.len()).unwrap_or(u32::MAX);
