@@ -5,7 +5,8 @@ use std::collections::VecDeque;
 
 use super::Trace;
 use super::engine::Policy;
-use super::world::{Breach, Happening, Stage, WorkerId, World};
+use super::record::WorkerId;
+use super::world::{Breach, Happening, Stage, World};
 
 /// When a model gives way, and who comes next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

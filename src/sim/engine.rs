@@ -1,7 +1,8 @@
 //! Plays a trace: moves the world's time from one event to the next and lets the policy act on each.
 
 use super::Trace;
-use super::world::{Breach, Happening, Record, World};
+use super::record::Record;
+use super::world::{Breach, Happening, World};
 
 /// A policy that acts this often without time moving on will never end.
 const ACTS_AT_ONCE_MAX: usize = 10_000;

@@ -1,7 +1,7 @@
 //! The measures of a simulation, as `tests/traces/README.md` defines them.
 
 use super::Trace;
-use super::world::Record;
+use super::record::Record;
 use crate::domain::Class;
 
 /// How long after the last arrival the tenants' shares are compared.

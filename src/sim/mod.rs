@@ -1,13 +1,15 @@
 //! Replays traces: the scheduler's own state machine on simulated workers, and simpler policies beside it.
 //!
 //! `trace` reads a file; `world` is the machine and what becomes of the jobs; `engine` moves time on and lets a policy act;
-//! `roundhouse` and `baseline` are policies; `measure` says how well one did, `picture` shows it.
+//! `roundhouse` and `baseline` are policies; `record` is what is left behind, `measure` says how good that is, `picture`
+//! shows it.
 
 pub mod baseline;
 pub mod engine;
 pub mod measure;
 mod noise;
 pub mod picture;
+pub mod record;
 pub mod roundhouse;
 pub mod trace;
 pub mod world;
@@ -15,9 +17,9 @@ pub mod world;
 use baseline::{Baseline, Rule};
 pub use engine::SimError;
 pub use measure::Measures;
+use record::Record;
 use roundhouse::Roundhouse;
 pub use trace::Trace;
-use world::Record;
 
 use crate::policy::Knobs;
 

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::Trace;
 use super::measure::Measures;
-use super::world::{Record, Visit};
+use super::record::{Record, Visit};
 
 const LEFT: f64 = 130.0;
 const WIDTH: f64 = 1120.0;

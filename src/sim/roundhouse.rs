@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use super::Trace;
 use super::engine::Policy;
+use super::record::WorkerId;
 use super::trace::TraceModel;
-use super::world::{Breach, Happening, WorkerId, World};
+use super::world::{Breach, Happening, World};
 use crate::domain::worker::Report;
 use crate::domain::{Class, Face, GpuSet, Launch, Millis, ModelKind, ModelSpec};
 use crate::policy::Knobs;

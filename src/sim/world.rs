@@ -11,15 +11,13 @@ use std::ops::Range;
 
 use super::Trace;
 use super::noise::load_noise;
+use super::record::{JobLife, Record, Visit, WorkerId};
 use super::trace::TraceModel;
 
 /// Slack of sums of memory, in GB.
 const GB_SLACK: f64 = 1e-6;
 /// Jobs whose ends differ by less virtual time end together.
 const SAME_S: f64 = 1e-9;
-
-/// A worker of this run; never given twice.
-pub type WorkerId = usize;
 
 /// An order that no machine could carry out: a mistake of the policy.
 #[derive(Debug, thiserror::Error)]
@@ -80,53 +78,6 @@ pub enum Stage {
     Leaving,
     /// Not there any more.
     Gone,
-}
-
-/// A worker's life, for measures and pictures. Times in seconds; `None`: has not come yet.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Visit {
-    /// Index into the trace's models.
-    pub model: usize,
-    /// Its GPUs.
-    pub gpus: Range<usize>,
-    /// Loaded from host memory.
-    pub wake: bool,
-    /// Goes to host memory in the end.
-    pub parks: bool,
-    /// When its load was ordered.
-    pub load_at: f64,
-    /// When it became ready.
-    pub ready_at: Option<f64>,
-    /// When it was told to leave.
-    pub leave_at: Option<f64>,
-    /// When its GPU memory was free.
-    pub gone_at: Option<f64>,
-    /// Jobs that ran on it.
-    pub jobs: usize,
-    /// Why it was loaded, in the policy's words.
-    pub why: Option<String>,
-}
-
-/// What became of a job. Times in seconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct JobLife {
-    /// When its service started.
-    pub start_s: Option<f64>,
-    /// When it ended, served or not.
-    pub end_s: Option<f64>,
-    /// Where it was served.
-    pub worker: Option<WorkerId>,
-}
-
-/// What a simulation leaves behind.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Record {
-    /// By the trace's jobs.
-    pub jobs: Vec<JobLife>,
-    /// All workers, in order of their loads.
-    pub visits: Vec<Visit>,
-    /// Seconds with at least one job running, all GPUs together.
-    pub gpu_busy_s: f64,
 }
 
 /// A worker as policies see it.
