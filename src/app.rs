@@ -20,9 +20,10 @@ use crate::lifecycle::Tasks;
 use crate::scheduler::handle::Handle;
 use crate::scheduler::run::{self, Parts};
 use crate::store;
+use crate::store::backup::Held;
 use crate::store::placement::{self, FileSystem, FileSystems};
 use crate::store::restore::Verified;
-use crate::store::snapshots::{Durability, Snapshots, restore_if_needed};
+use crate::store::snapshots::{self, Durability, Prepared, Snapshots};
 use crate::worker::client::WorkerClient;
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
@@ -54,16 +55,18 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     let Serve { mut config, data_dir, listen, allow_network_fs } = serve;
     let tasks = Tasks::new();
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
-    let listener = listen_on(&listen).await.with_context(|| format!("cannot listen on {listen}"))?;
-    let address = listener.local_addr()?;
+    let listener = listen_on(&listen).await.map_err(|error| anyhow::anyhow!(not_listening(&listen, &error)))?;
+    let address = listener.local_addr().context("the address that is listened on cannot be told")?;
     let on_fatal = {
         let tasks = tasks.clone();
         Arc::new(move |reason: &str| tasks.fail(reason))
     };
     let file_system = place_data_dir(&data_dir, &mut config.storage, allow_network_fs)?;
-    restore_from_snapshots(&data_dir, &config.storage).await?;
-    let opened = store::open(&data_dir, clock.clone(), config.storage.clone(), on_fatal).await?;
-    let snapshots = open_snapshots(&data_dir, &config.storage, &clock)?;
+    let held = prepare_snapshots(&data_dir, &config.storage).await?;
+    let opened = store::open(&data_dir, clock.clone(), config.storage.clone(), on_fatal)
+        .await
+        .with_context(|| no_data_dir(&data_dir))?;
+    let snapshots = open_snapshots(&data_dir, &config.storage, held, &clock)?;
     let setting = std::env::var("ROUNDHOUSE_GPU_PROBE").ok();
     let gpus =
         gpu::from_setting(setting.as_deref()).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_GPU_PROBE: {error}"))?;
@@ -73,14 +76,17 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         // Memory is free when the driver says so.
         gpu::settled(gpus.clone(), MEMORY_SETTLES_WITHIN).await;
     }
-    if opened.epoch > 1 && !opened.was_clean {
+    if opened.is_restored {
+        tracing::warn!("restored from a backup: what was accepted or finished after it was taken is not in it");
+    } else if opened.epoch > 1 && !opened.was_clean {
         tracing::warn!("the last run did not end in order; nothing that was accepted is lost");
     }
     if opened.recovered > 0 {
         tracing::warn!(
             jobs = opened.recovered,
-            "{} jobs ran when the last run ended; they wait again",
-            opened.recovered
+            "{} jobs ran when {}; they wait again",
+            opened.recovered,
+            if opened.is_restored { "the backup was taken" } else { "the last run ended" }
         );
     }
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
@@ -105,6 +111,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     })
     .await?;
     tasks.spawn("housekeeping", store.clone().keep_house(tasks.soft().clone()));
+    tasks.spawn("files", store.clone().watch_files(tasks.hard().clone()));
     let waiting = handle.queue().queued;
     stop_when_drained(&tasks, &handle);
     let state = AppState::new(http::Parts {
@@ -153,7 +160,8 @@ fn place_data_dir(
     let setting = std::env::var("ROUNDHOUSE_STATFS").ok();
     let file_systems =
         FileSystems::from_setting(setting.as_deref()).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_STATFS: {error}"))?;
-    let placement = placement::place(data_dir, storage.snapshot_dir.as_deref(), allow_network_fs, &file_systems)?;
+    let placement = placement::place(data_dir, storage.snapshot_dir.as_deref(), allow_network_fs, &file_systems)
+        .with_context(|| no_data_dir(data_dir))?;
     if let Some(warning) = placement.warning {
         tracing::warn!("{warning}");
     }
@@ -161,43 +169,41 @@ fn place_data_dir(
     Ok(placement.file_system)
 }
 
-/// Where the data dir has no database and the snapshot folder has a backup, that is where we go on.
-async fn restore_from_snapshots(data_dir: &Path, storage: &StorageSettings) -> anyhow::Result<()> {
+/// Where the data dir has no database and the snapshot folder has a backup, that is where we go on. Keeps the folder.
+async fn prepare_snapshots(data_dir: &Path, storage: &StorageSettings) -> anyhow::Result<Option<Held>> {
     let Some(folder) = storage.snapshot_dir.clone() else {
-        return Ok(());
+        return Ok(None);
     };
     let data = data_dir.to_owned();
     let shown = folder.display().to_string();
-    let restored = tokio::task::spawn_blocking(move || restore_if_needed(&data, &folder)).await?;
-    let restored = restored.with_context(|| {
-        format!(
-            "{} has no database, and the snapshot in {shown} (--snapshot-dir) cannot be restored",
-            data_dir.display()
-        )
+    let prepared = tokio::task::spawn_blocking(move || snapshots::prepare(&data, &folder)).await?;
+    let Prepared { held, restored } = prepared.with_context(|| {
+        format!("{} cannot go on with the snapshots in {shown} (--snapshot-dir)", data_dir.display())
     })?;
-    if let Some(Verified { manifest, files }) = restored {
+    if let Some(Verified { manifest, files, .. }) = restored {
         let jobs: u64 = manifest.jobs.values().sum();
         tracing::warn!(
             jobs,
             files = files.files,
-            "{} had no database: restored the snapshot of {} from {shown}; what was accepted or finished after it is not in it",
+            "{} had no database: restored the snapshot of {} from {shown}",
             data_dir.display(),
             manifest.created_at
         );
     }
-    Ok(())
+    Ok(held)
 }
 
 fn open_snapshots(
     data_dir: &Path,
     storage: &StorageSettings,
+    held: Option<Held>,
     clock: &Arc<dyn Clock>,
 ) -> anyhow::Result<Option<Snapshots>> {
     let Some(folder) = &storage.snapshot_dir else {
         return Ok(None);
     };
     let every = storage.snapshot_every;
-    let snapshots = Snapshots::open(data_dir, folder, every, clock.clone())
+    let snapshots = Snapshots::open(data_dir, folder, held, every, clock.clone())
         .with_context(|| format!("no snapshots can be kept in {} (--snapshot-dir)", folder.display()))?;
     tracing::info!(
         "snapshots go to {} every {} s and at the end: if the data dir's disk is lost, so are the jobs and results of up to {} s",
@@ -245,12 +251,35 @@ async fn listen_on(listen: &str) -> std::io::Result<TcpListener> {
     Err(failed)
 }
 
+/// Why nobody can listen there, and what to do.
+fn not_listening(listen: &str, error: &std::io::Error) -> String {
+    use std::io::ErrorKind::{AddrInUse, AddrNotAvailable, PermissionDenied};
+    let what_to_do = match error.kind() {
+        AddrInUse => {
+            "another program, perhaps another roundhouse, listens there: stop it (`ss -ltnp` shows which it is), or choose \
+             another port with --listen HOST:PORT"
+        }
+        AddrNotAvailable => "this machine does not have that address; 0.0.0.0:PORT listens on all that it has",
+        PermissionDenied => "ports below 1024 are not for everybody; choose another with --listen HOST:PORT",
+        _ => "write HOST:PORT, as 127.0.0.1:9000",
+    };
+    format!("cannot listen on {listen} (--listen, ROUNDHOUSE_LISTEN or server.listen): {error}; {what_to_do}")
+}
+
+/// What comes before the reason.
+fn no_data_dir(data_dir: &Path) -> String {
+    format!("{} cannot be the data dir (--data-dir)", data_dir.display())
+}
+
 fn api_keys(data_dir: &Path, loopback: bool) -> anyhow::Result<ApiKeys> {
     let from_env = std::env::var("ROUNDHOUSE_API_KEYS").ok().filter(|text| !text.trim().is_empty());
     match from_env {
         Some(text) => ApiKeys::parse(&text).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_API_KEYS: {error}")),
         None if loopback => Ok(ApiKeys::none()),
-        None => Ok(ApiKeys::generated(&data_dir.join("api_key"))?),
+        None => {
+            let path = data_dir.join("api_key");
+            ApiKeys::generated(&path).with_context(|| format!("no API key can be kept in {}", path.display()))
+        }
     }
 }
 
@@ -328,7 +357,7 @@ fn secret(data_dir: &Path) -> anyhow::Result<[u8; 32]> {
                 .mode(0o600)
                 .open(&path)
                 .with_context(|| format!("cannot write {}", path.display()))?;
-            file.write_all(&secret)?;
+            file.write_all(&secret).with_context(|| format!("cannot write {}", path.display()))?;
         }
     }
     Ok(secret)

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::Parser as _;
 use roundhouse::app::{self, Serve};
 use roundhouse::cli::{self, Cli, Command, LogFormat, ServeArgs};
@@ -25,15 +26,15 @@ fn main() -> ExitCode {
         }
     };
     outcome.unwrap_or_else(|error| {
-        // `{:#}` keeps the chain of causes on one line.
-        eprint_line(&format!("roundhouse: {error:#}"));
+        eprint_line(&format!("roundhouse: {}", cli::in_words(&error)));
         ExitCode::FAILURE
     })
 }
 
 fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let (config, listen) = args.load(&|name| std::env::var(name).ok())?;
-    let data_dir = std::path::absolute(&args.data_dir)?;
+    let data_dir = std::path::absolute(&args.data_dir)
+        .with_context(|| format!("--data-dir: `{}` is no folder", args.data_dir.display()))?;
     let serve = Serve { config, data_dir, listen, allow_network_fs: args.allow_network_fs };
     let ended_well = block_on(app::serve(serve))?;
     Ok(if ended_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })

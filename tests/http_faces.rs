@@ -582,5 +582,15 @@ async fn stopping_ends_open_streams_and_all_connections() {
     assert!(String::from_utf8_lossy(&text).contains(": the server stops; come back"));
     let read = tokio::time::timeout(SOON, idle.read_to_end(&mut Vec::new())).await.expect("idle connections close");
     assert_eq!(read.expect("read"), 0);
+    // Who comes now has one request; the hard stage ends the rest, also those who never say anything.
+    let (mut late, mut silent) = (connect().await, connect().await);
+    late.write_all(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+    let mut text = Vec::new();
+    let read = tokio::time::timeout(SOON, late.read_to_end(&mut text)).await.expect("one answer, then the end");
+    read.expect("read");
+    assert!(String::from_utf8_lossy(&text).starts_with("HTTP/1.1 503 "), "{}", String::from_utf8_lossy(&text));
+    bench.tasks.hard().cancel();
+    let read = tokio::time::timeout(SOON, silent.read_to_end(&mut Vec::new())).await.expect("silent connections close");
+    assert_eq!(read.expect("read"), 0);
     assert!(bench.tasks.wait(SOON).await, "no task is left");
 }

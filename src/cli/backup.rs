@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::Args;
 use tokio::time::Instant;
 
 use crate::clock::SystemClock;
 use crate::domain::storage::shown_bytes;
-use crate::store::backup::{Count, Destination, Manifest, Progress};
+use crate::store::backup::{Count, Destination, Manifest, Progress, listed};
 use crate::store::restore;
 
 /// How often progress is written where it cannot be written in place.
@@ -29,6 +29,9 @@ pub struct BackupArgs {
     /// The server's data dir; the server may run
     #[arg(long, value_name = "DIR", default_value = "./data", env = "ROUNDHOUSE_DATA_DIR")]
     pub data_dir: PathBuf,
+    /// Leave out files of jobs that are lost or damaged, instead of failing; their jobs are kept, and say so
+    #[arg(long)]
+    pub without_lost_files: bool,
 }
 
 /// `roundhouse restore ...`
@@ -43,42 +46,60 @@ pub struct RestoreArgs {
     /// Verify the backup and write nothing
     #[arg(long)]
     pub check: bool,
+    /// Go on without files of jobs that are lost or damaged in the backup; their jobs are restored, and say so
+    #[arg(long)]
+    pub without_lost_files: bool,
 }
 
 /// Brings a backup up to date.
 pub(super) fn backup(args: &BackupArgs, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
-    let destination = Destination::open(&args.data_dir, &args.dest)?;
-    let mut shown = Shown::new();
-    let done = destination.back_up(&SystemClock::default(), false, &mut |progress| shown.show(progress))?;
+    let (data_dir, dest) = (args.data_dir.display(), args.dest.display());
+    let failed = || format!("cannot back up {data_dir} (--data-dir) to {dest}");
+    let destination = Destination::open(&args.data_dir, &args.dest, None).with_context(failed)?;
+    let (mut shown, without_lost) = (Shown::new(), args.without_lost_files);
+    let done = destination.back_up(&SystemClock::default(), without_lost, &mut |progress| shown.show(progress));
     shown.end();
-    writeln!(out, "backed up {} to {}", args.data_dir.display(), args.dest.display())?;
+    let done = done.with_context(failed)?;
+    writeln!(out, "backed up {data_dir} to {dest}")?;
     tell(&done.manifest, out)?;
     writeln!(out, "  files copied   {}", counted(done.copied))?;
     writeln!(out, "  already there  {}", counted(done.kept))?;
     writeln!(out, "  removed        {}", counted(done.removed))?;
+    for lost in listed(done.lost.iter().map(ToString::to_string)) {
+        writeln!(out, "  left out       {lost}")?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Makes a data dir of a backup, or only verifies it.
 pub(super) fn restore(args: &RestoreArgs, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
-    let mut shown = Shown::new();
+    let (mut shown, without_lost) = (Shown::new(), args.without_lost_files);
     let source = args.source.display();
     let verified = match &args.data_dir {
-        _ if args.check => restore::check(&args.source, &mut |progress| shown.show(progress))?,
-        Some(data_dir) => restore::restore(&args.source, data_dir, &mut |progress| shown.show(progress))?,
+        _ if args.check => restore::check(&args.source, without_lost, &mut |progress| shown.show(progress))
+            .with_context(|| format!("{source} is not a whole backup")),
+        Some(data_dir) => restore::restore(&args.source, data_dir, without_lost, &mut |progress| shown.show(progress))
+            .with_context(|| format!("cannot restore {source} into {} (--data-dir)", data_dir.display())),
         None => bail!("name the data dir to be made with --data-dir"),
     };
     shown.end();
+    let verified = verified?;
     let manifest = &verified.manifest;
     match &args.data_dir {
         Some(data_dir) if !args.check => writeln!(out, "restored {} from {source}", data_dir.display())?,
-        _ => writeln!(out, "{source} is whole")?,
+        _ if verified.lost.is_empty() => writeln!(out, "{source} is whole")?,
+        _ => writeln!(out, "{source} can be restored, without {} files", verified.lost.len())?,
     }
     writeln!(out, "  taken          {} by roundhouse {}", manifest.created_at, manifest.version)?;
     tell(manifest, out)?;
     writeln!(out, "  files          {}", counted(verified.files))?;
-    for path in &manifest.damaged {
-        writeln!(out, "  not in it      artifacts/{path} (lost or damaged before the backup)")?;
+    for path in
+        listed(manifest.damaged.iter().map(|path| format!("artifacts/{path} (lost or damaged before the backup)")))
+    {
+        writeln!(out, "  not in it      {path}")?;
+    }
+    for lost in listed(verified.lost.iter().map(ToString::to_string)) {
+        writeln!(out, "  left out       {lost}")?;
     }
     if !args.check {
         writeln!(

@@ -14,7 +14,7 @@ use crate::config::{self, Config, is_hub_id};
 use crate::domain::storage::shown_bytes;
 use crate::domain::{Launch, ModelSpec, StorageSettings};
 use crate::store::StoreError;
-use crate::store::examine::{self, Faults};
+use crate::store::examine::{self, Faults, Room};
 use crate::store::placement::{Class, FileSystem, FileSystems, free_bytes, place};
 
 /// Lines of one kind that are shown at most.
@@ -22,6 +22,7 @@ const LISTED_MAX: usize = 20;
 
 /// `roundhouse doctor ...`
 #[derive(Clone, Debug, Args)]
+#[command(after_help = "Exit codes: 0: nothing is wrong; 1: something is, the last lines say what; 2: the flags are.")]
 pub struct DoctorArgs {
     /// The server's data dir; it need not be there yet, and the server may run
     #[arg(long, value_name = "DIR", default_value = "./data", env = "ROUNDHOUSE_DATA_DIR")]
@@ -93,8 +94,9 @@ impl Doctor<'_> {
         self.judge_data_dir(&data_dir, snapshot_dir.as_deref());
         self.judge_places(&places);
         writeln!(out)?;
-        self.show_settings(&data_dir, &storage, snapshot_dir.as_deref(), out)?;
-        self.show_inside(&data_dir, out)?;
+        self.show_settings(&storage, snapshot_dir.as_deref(), out)?;
+        self.judge_room(&data_dir, &storage);
+        self.show_inside(&data_dir, &storage, out)?;
         if self.args.deep {
             self.look_deep(&data_dir, out)?;
         }
@@ -254,7 +256,6 @@ impl Doctor<'_> {
 
     fn show_settings(
         &mut self,
-        data_dir: &Path,
         storage: &StorageSettings,
         snapshot_dir: Option<&Path>,
         out: &mut dyn Write,
@@ -269,28 +270,85 @@ impl Doctor<'_> {
         };
         line(out, "snapshots", &snapshots)?;
         line(out, "SQLite", examine::sqlite_version())?;
-        if let Some(free) = free_bytes(data_dir).filter(|free| *free < storage.free_min_bytes) {
+        Ok(())
+    }
+
+    /// Whether jobs can be stored at all.
+    fn judge_room(&mut self, data_dir: &Path, storage: &StorageSettings) {
+        let shown = data_dir.display();
+        if let Err(error) = examine::is_writable(data_dir) {
             self.wrong.push(format!(
-                "{}: {} free, new jobs are refused below {} (storage.free_min); make room there",
-                data_dir.display(),
-                shown_bytes(free),
-                shown_bytes(storage.free_min_bytes)
+                "{shown} (--data-dir) cannot be written to: {error}; the server needs a folder of its own user, on a disk that \
+                 is not read-only"
             ));
+        }
+        let free = free_bytes(data_dir).unwrap_or(u64::MAX);
+        let free_min = storage.free_min_bytes;
+        if free < free_min {
+            self.wrong.push(format!(
+                "{shown}: {} free, new jobs are refused below {} (storage.free_min); make room there",
+                shown_bytes(free),
+                shown_bytes(free_min)
+            ));
+        }
+        // The server makes it at its start, so a data dir that was only restored has none yet.
+        let has_database = data_dir.join("roundhouse.db").exists();
+        let lacks_reserve = storage.reserve_bytes > 0 && free_min > 0 && !data_dir.join("reserve").exists();
+        let has_server = examine::has_server(data_dir).unwrap_or(false);
+        if has_database && lacks_reserve && (has_server || free < free_min.saturating_add(storage.reserve_bytes)) {
+            self.wrong.push(format!(
+                "{shown}: the reserve for a full disk ({}, storage.reserve) is not there, and {} free is not enough to make it: \
+                 new jobs are refused; make room there, {} more at least",
+                shown_bytes(storage.reserve_bytes),
+                shown_bytes(free),
+                shown_bytes(free_min.saturating_add(storage.reserve_bytes).saturating_sub(free))
+            ));
+        }
+    }
+
+    /// How much of the quota is used, and what goes first.
+    fn show_room(&mut self, room: Room, storage: &StorageSettings, out: &mut dyn Write) -> std::io::Result<()> {
+        let Some(quota) = storage.quota_bytes.or(room.quota) else {
+            return line(out, "room", &format!("{} used; the next start decides on a quota", shown_bytes(room.used)));
+        };
+        let percent = u128::from(room.used) * 100 / u128::from(quota.max(1));
+        let (used, of) = (shown_bytes(room.used), shown_bytes(quota));
+        line(
+            out,
+            "room",
+            &format!("{used} of {of} used ({percent} %), {} by jobs that wait or run", shown_bytes(room.live)),
+        )?;
+        let first = match (room.fetched, room.unfetched) {
+            (0, 0) => "nothing: no job that has ended holds anything".to_owned(),
+            (0, stay) => format!("nothing: no answer was fetched; those of {stay} jobs stay until their time is up"),
+            (go, stay) => format!("what {go} jobs hold whose answers were fetched; that of {stay} others stays"),
+        };
+        line(out, "goes first", &first)?;
+        if room.used > quota && room.fetched == 0 {
+            let error = StoreError::OverQuota { used: room.used, quota, live: room.live };
+            self.wrong.push(format!("new jobs are refused: {error}"));
         }
         Ok(())
     }
 
-    fn show_inside(&mut self, data_dir: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
+    fn show_inside(&mut self, data_dir: &Path, storage: &StorageSettings, out: &mut dyn Write) -> anyhow::Result<()> {
         match examine::has_server(data_dir) {
             Ok(true) => line(out, "server", "one runs on this data dir")?,
             Ok(false) => line(out, "server", "none runs on this data dir")?,
             Err(error) => self.wrong.push(error.to_string()),
         }
+        let unusable = examine::why_unusable(data_dir)?;
+        let is_new = unusable.is_none();
+        self.wrong.extend(unusable);
         match examine::look(data_dir) {
-            Ok(None) => line(out, "jobs", "no database yet; the first start makes it")?,
+            Ok(None) if is_new => line(out, "jobs", "no database yet; the first start makes it")?,
+            Ok(None) => line(out, "jobs", "no database")?,
             Ok(Some(inside)) => {
                 line(out, "jobs", &jobs(&inside.jobs))?;
                 line(out, "files", &format!("{} named by the database", counted(inside.files)))?;
+                if let Some(room) = inside.room {
+                    self.show_room(room, storage, out)?;
+                }
                 if inside.schema > inside.schema_known {
                     self.wrong.push(format!(
                         "{}: the database has schema {}, this version of roundhouse knows {}: use the newer program",
@@ -304,7 +362,7 @@ impl Doctor<'_> {
                 }
             }
             Err(error @ StoreError::Unusable(_)) => line(out, "jobs", &format!("not to be seen now: {error}"))?,
-            Err(error) => self.wrong.push(error.to_string()),
+            Err(error) => self.wrong.push(told(error)),
         }
         Ok(())
     }
@@ -332,7 +390,7 @@ impl Doctor<'_> {
                 line(out, "whole files", &counted(faults.whole))?;
                 self.judge_faults(data_dir, faults);
             }
-            Err(error) => self.wrong.push(error.to_string()),
+            Err(error) => self.wrong.push(told(error)),
         }
         Ok(())
     }
@@ -359,6 +417,16 @@ impl Doctor<'_> {
             ));
             self.advice.extend(listed(unnamed).into_iter().map(|path| format!("artifacts/{path}: no row names it")));
         }
+    }
+}
+
+/// Without the advice to ask the doctor.
+fn told(error: StoreError) -> String {
+    match error {
+        StoreError::Corrupt(text) => {
+            format!("{text}: damaged: stop the server and restore a backup (roundhouse restore)")
+        }
+        error => error.to_string(),
     }
 }
 
@@ -545,14 +613,69 @@ mod tests {
     }
 
     #[test]
+    fn what_keeps_jobs_from_being_stored_is_wrong() {
+        let site = Site::new();
+        let path = site.dir.path().join("models.yaml");
+        let data = &site.args.data_dir;
+        std::fs::write(&path, format!("{ENTRIES}storage: {{free_min: 1, reserve: 8000TiB}}\n")).unwrap();
+        let (_, wrong) = site.says(&[], "hub");
+        assert!(wrong.is_empty(), "nothing was there yet: {wrong:?}");
+        std::fs::create_dir(data).unwrap();
+        std::fs::write(data.join("roundhouse.db"), "").unwrap();
+        let (_, wrong) = site.says(&[], "hub");
+        assert!(wrong.iter().any(|line| line.contains("storage.reserve")), "{wrong:?}");
+        // A file where a folder belongs cannot be written into, whoever asks.
+        std::fs::remove_dir_all(data).unwrap();
+        std::fs::write(data, "").unwrap();
+        let (text, wrong) = site.says(&[], "hub");
+        assert!(wrong.iter().any(|line| line.contains("--data-dir") && line.contains("cannot be written")), "{text}");
+        assert!(!text.contains("Nothing is wrong"), "{text}");
+    }
+
+    #[test]
+    fn a_quota_that_is_used_up_is_wrong_unless_something_may_go() {
+        let site = Site::new();
+        let (used, quota) = (3 << 20, Some(2 << 20));
+        let says = |room: Room, storage: &StorageSettings| {
+            let env = |_: &str| None;
+            let (file_systems, wrong, advice) = (FileSystems::real(), Vec::new(), Vec::new());
+            let mut doctor = Doctor { args: &site.args, env: &env, file_systems, wrong, advice };
+            let mut out = Vec::new();
+            doctor.show_room(room, storage, &mut out).unwrap();
+            (String::from_utf8(out).unwrap(), doctor.wrong)
+        };
+        let usual = StorageSettings::default();
+        let room = Room { used, quota, live: 1 << 20, fetched: 0, unfetched: 4 };
+        let (text, wrong) = says(room, &usual);
+        assert!(row(&text, "room").contains("3.0 MiB of 2.0 MiB used (150 %), 1.0 MiB by jobs"), "{text}");
+        assert!(row(&text, "goes first").contains("those of 4 jobs stay"), "{text}");
+        assert!(wrong.len() == 1 && wrong[0].contains("quota is used up"), "{wrong:?}");
+        let (text, wrong) = says(Room { fetched: 7, ..room }, &usual);
+        assert!(row(&text, "goes first").contains("7 jobs") && wrong.is_empty(), "{text} {wrong:?}");
+        let (_, wrong) = says(room, &StorageSettings { quota_bytes: Some(4 << 20), ..usual });
+        assert!(wrong.is_empty(), "what is set counts: {wrong:?}");
+    }
+
+    #[test]
     fn a_refused_model_file_and_a_full_disk_are_wrong() {
         let site = Site::new();
         let path = site.dir.path().join("models.yaml");
-        std::fs::write(&path, format!("{ENTRIES}storage: {{free_min: 9000TiB}}\n")).unwrap();
+        std::fs::write(&path, format!("{ENTRIES}storage: {{free_min: 8000TiB}}\n")).unwrap();
         let (_, wrong) = site.says(&[], "hub");
         assert!(wrong.len() == 1 && wrong[0].contains("storage.free_min"), "{wrong:?}");
         std::fs::write(&path, "modles: {}\n").unwrap();
         let (_, wrong) = site.says(&[], "hub");
         assert!(wrong.len() == 1 && wrong[0].contains("did you mean"), "{wrong:?}");
+    }
+
+    #[test]
+    fn a_damaged_database_is_told_without_sending_the_reader_in_a_circle() {
+        let mut site = Site::new();
+        site.args.deep = true;
+        std::fs::create_dir(&site.args.data_dir).unwrap();
+        std::fs::write(site.args.data_dir.join("roundhouse.db"), vec![0xa5; 8_192]).unwrap();
+        let (text, wrong) = site.says(&[], "hub");
+        assert!(wrong.len() == 1 && wrong[0].contains("data/roundhouse.db"), "{wrong:?}");
+        assert!(wrong[0].contains("roundhouse restore") && !text.contains("doctor"), "{text}");
     }
 }

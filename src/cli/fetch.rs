@@ -12,7 +12,7 @@ use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
 use super::config::install_command;
-use super::environment;
+use super::{environment, in_words};
 use crate::config::{self, Config, is_hub_id};
 use crate::domain::{Launch, ModelSpec};
 
@@ -31,7 +31,7 @@ pub(super) async fn fetch(path: &Path, names: &[String]) -> anyhow::Result<ExitC
                 progress.say(&format!("{}: done, revision {}, in {}", target.name, done.revision, done.path))?
             }
             Err(error) => {
-                progress.say(&format!("{}: not fetched: {error:#}", target.name))?;
+                progress.say(&format!("{}: not fetched: {}", target.name, in_words(&error)))?;
                 failed.push(target.name.as_str());
             }
         }

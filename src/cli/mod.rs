@@ -162,6 +162,15 @@ pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
     }
 }
 
+/// An error with its causes on one line; a cause that was told already is not told again.
+pub fn in_words(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |words, cause| match cause.to_string() {
+        cause if words.is_empty() => cause,
+        cause if words.contains(&cause) => words,
+        cause => format!("{words}: {cause}"),
+    })
+}
+
 /// The process's own environment, as `config::load` wants it.
 fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
@@ -176,6 +185,17 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let gone = || std::io::Error::from_raw_os_error(2);
+        let inner = crate::store::StoreError::File { path: "/x/lock".into(), source: gone() };
+        let error = anyhow::Error::from(inner).context("cannot use /x (--data-dir)");
+        let words = "cannot use /x (--data-dir): /x/lock: No such file or directory (os error 2)";
+        assert_eq!(in_words(&error), words);
+        let error = anyhow::Error::from(gone()).context("outer");
+        assert_eq!(in_words(&error), "outer: No such file or directory (os error 2)", "what was not told is told");
     }
 
     #[test]

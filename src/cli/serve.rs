@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::config::{self, Config, ConfigError, DEFAULT_LISTEN};
+use crate::config::{self, Config, ConfigError, DEFAULT_LISTEN, Problem};
 
 /// Flags of `serve`; each may come from the environment instead.
 #[derive(Clone, Debug, Args)]
@@ -23,7 +23,7 @@ pub struct ServeArgs {
     /// empty [default: storage.snapshot_dir of the file, else none]
     #[arg(long, value_name = "DIR", env = "ROUNDHOUSE_SNAPSHOT_DIR")]
     pub snapshot_dir: Option<PathBuf>,
-    /// How often such a copy is made: seconds, or 90s, 15m [default: storage.snapshot_every of the file, else 60s]
+    /// How often such a copy is made: seconds, or 90s, 15m, 2h, 1d [default: storage.snapshot_every of the file, else 60s]
     #[arg(long, value_name = "TIME", env = "ROUNDHOUSE_SNAPSHOT_EVERY", value_parser = config::duration)]
     pub snapshot_every: Option<Duration>,
     /// Keep the database on a network file system all the same: one connection, slow, and only as safe as that is
@@ -45,6 +45,12 @@ impl ServeArgs {
             config.storage.snapshot_dir = Some(dir.clone());
         }
         if let Some(every) = self.snapshot_every {
+            if config.storage.snapshot_dir.is_none() {
+                let message = "--snapshot-every (ROUNDHOUSE_SNAPSHOT_EVERY) says how often, and nobody says where: name a \
+                               folder with --snapshot-dir (ROUNDHOUSE_SNAPSHOT_DIR or storage.snapshot_dir), or leave it out";
+                let problem = Problem { line: None, message: message.to_owned() };
+                return Err(ConfigError { path: self.config.display().to_string(), problems: vec![problem] });
+            }
             config.storage.snapshot_every = every;
         }
         let listen = config.server.listen.clone().unwrap_or_else(|| DEFAULT_LISTEN.to_owned());
@@ -73,6 +79,18 @@ mod tests {
         assert_eq!(load(&[]), (dir.path().join("kept"), Duration::from_secs(300)), "relative to the file");
         let flags = ["--snapshot-dir", "/v", "--snapshot-every", "90s"];
         assert_eq!(load(&flags), (PathBuf::from("/v"), Duration::from_secs(90)));
+    }
+
+    #[test]
+    fn how_often_without_where_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("models.yaml");
+        std::fs::write(&path, "models:\n  m: {type: text, command: x}\n").unwrap();
+        let words = ["roundhouse", "serve", "--config", path.to_str().unwrap(), "--snapshot-every", "90s"];
+        let cli = <crate::cli::Cli as clap::Parser>::try_parse_from(words).unwrap();
+        let crate::cli::Command::Serve(args) = cli.command else { panic!("serve") };
+        let error = args.load(&|_| None).unwrap_err().to_string();
+        assert!(error.contains("--snapshot-every") && error.contains("--snapshot-dir"), "{error}");
     }
 
     #[test]

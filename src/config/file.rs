@@ -207,7 +207,8 @@ pub(super) struct Server {
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub(super) struct Storage {
-    /// How long what a job held (body, answer, events, files) is kept after its end. Default 168h (7 days).
+    /// How long what a job held (body, answer, events, files) is kept after its end; at most `tombstone_ttl`. Default 168h
+    /// (7 days).
     pub(super) results_ttl: Option<At<Period>>,
     /// The same for synchronous calls. Default 24h.
     pub(super) sync_ttl: Option<At<Period>>,

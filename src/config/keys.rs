@@ -1,5 +1,6 @@
 //! Misspelt, doubled and not yet supported keys, found by walking the file beside its JSON Schema: one list of known keys.
 
+use std::cell::Cell;
 use std::fmt;
 
 use serde::Deserialize;
@@ -23,6 +24,7 @@ enum Shape {
     Map(Vec<(At<String>, Node)>),
     List(Vec<Node>),
     Scalar,
+    Nothing,
 }
 
 impl Node {
@@ -46,21 +48,24 @@ impl Node {
     }
 }
 
-/// Adds a problem for each key that `File` does not know or that stands twice.
-pub(super) fn check(tree: &Node, problems: &mut Problems) {
+/// Adds a problem for each key that `File` does not know, that stands twice, or that has a value where a map belongs. Says
+/// whether there is one of the last kind, since then the file cannot be read.
+pub(super) fn check(tree: &Node, problems: &mut Problems) -> bool {
     let schema = schemars::schema_for!(File).to_value();
-    let walk = Walk { root: &schema };
+    let walk = Walk { root: &schema, lacks_map: Cell::new(false) };
     walk.node(tree, &schema, &mut Vec::new(), problems);
+    walk.lacks_map.get()
 }
 
 struct Walk<'a> {
     root: &'a Value,
+    lacks_map: Cell<bool>,
 }
 
 impl<'a> Walk<'a> {
     fn node(&self, node: &Node, schema: &'a Value, path: &mut Vec<String>, problems: &mut Problems) {
         match &node.shape {
-            Shape::Scalar => {}
+            Shape::Scalar | Shape::Nothing => {}
             Shape::List(items) => items.iter().for_each(|item| self.node(item, schema, path, problems)),
             Shape::Map(entries) => {
                 doubled(entries, path, problems);
@@ -73,6 +78,12 @@ impl<'a> Walk<'a> {
                         continue;
                     };
                     path.push(key.value.clone());
+                    if matches!(child.shape, Shape::Scalar | Shape::List(_))
+                        && let Some(map) = self.object(inner)
+                    {
+                        self.lacks_map.set(true);
+                        problems.add(key.line, format!("{}: must be a map, {}", path.join("."), example_of(map)));
+                    }
                     self.node(child, inner, path, problems);
                     path.pop();
                 }
@@ -96,6 +107,17 @@ impl<'a> Walk<'a> {
 fn known<'a>(schema: &'a Value, key: &str) -> Option<&'a Value> {
     let property = schema.get("properties").and_then(|all| all.get(key));
     property.or_else(|| schema.get("additionalProperties").filter(|more| **more != Value::Bool(false)))
+}
+
+/// What stands in a map, for a person who wrote something else.
+fn example_of(map: &Value) -> String {
+    let keys = map.get("properties").and_then(Value::as_object);
+    let names: Vec<&str> = keys.into_iter().flat_map(|keys| keys.keys()).map(String::as_str).collect();
+    if names.is_empty() {
+        "as `name: value` on lines of their own below it".to_owned()
+    } else {
+        format!("its settings on lines of their own below it: {}", names.join(", "))
+    }
 }
 
 fn doubled(entries: &[(At<String>, Node)], path: &[String], problems: &mut Problems) {
@@ -191,10 +213,10 @@ impl<'de> Visitor<'de> for AnyShape {
     }
 
     fn visit_unit<E>(self) -> Result<Shape, E> {
-        Ok(Shape::Scalar)
+        Ok(Shape::Nothing)
     }
 
     fn visit_none<E>(self) -> Result<Shape, E> {
-        Ok(Shape::Scalar)
+        Ok(Shape::Nothing)
     }
 }

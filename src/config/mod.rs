@@ -170,9 +170,11 @@ fn parse(path: &Path, text: &str, env: &dyn Fn(&str) -> Option<String>) -> (Opti
             return (None, problems.0);
         }
     };
-    keys::check(&tree, &mut problems);
+    let lacks_map = keys::check(&tree, &mut problems);
     let file = match file::File::parse(text) {
         Ok(file) => file,
+        // Said already, and better.
+        Err(_) if lacks_map => return (None, problems.0),
         Err(error) => {
             let line = file::line_of(&error);
             let place = line.and_then(|line| tree.path_at(line));
@@ -193,7 +195,7 @@ fn parse(path: &Path, text: &str, env: &dyn Fn(&str) -> Option<String>) -> (Opti
     (Some(config), problems.0)
 }
 
-/// A duration as it is written in the file and in flags: seconds, or `500ms`, `90s`, `15m`, `2h`; more than 0.
+/// A duration as it is written in the file and in flags: seconds, or `500ms`, `90s`, `15m`, `2h`, `7d`; more than 0.
 pub fn duration(text: &str) -> Result<Duration, String> {
     match units::period(text)? {
         Duration::ZERO => Err("must be more than 0".to_owned()),

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::file::{At, File, MaxWait, Scheduler, Server, Storage, SwapBudget};
-use super::units::{Period, Share, Size};
+use super::units::{Period, Share, Size, shown_period};
 use super::{DEFAULT_LISTEN, Problems, ServerSettings};
 use crate::domain::StorageSettings;
 use crate::policy::Knobs;
@@ -101,11 +101,12 @@ pub(super) fn storage(file: &File, dir: &Path, problems: &mut Problems) -> Stora
     let mut period = |key: &str, at: &Option<At<Period>>, usual: Duration| {
         section.period(&format!("storage.{key}"), at.as_ref(), usual)
     };
+    let tombstone_ttl = period("tombstone_ttl", &given.tombstone_ttl, usual.tombstone_ttl);
     let settings = StorageSettings {
-        results_ttl: period("results_ttl", &given.results_ttl, usual.results_ttl),
-        sync_ttl: period("sync_ttl", &given.sync_ttl, usual.sync_ttl),
-        batch_ttl: period("batch_ttl", &given.batch_ttl, usual.batch_ttl),
-        tombstone_ttl: period("tombstone_ttl", &given.tombstone_ttl, usual.tombstone_ttl),
+        results_ttl: period("results_ttl", &given.results_ttl, usual.results_ttl.min(tombstone_ttl)),
+        sync_ttl: period("sync_ttl", &given.sync_ttl, usual.sync_ttl.min(tombstone_ttl)),
+        batch_ttl: period("batch_ttl", &given.batch_ttl, usual.batch_ttl.min(tombstone_ttl)),
+        tombstone_ttl,
         snapshot_dir: given.snapshot_dir.as_ref().map(|at| dir.join(&at.value)),
         snapshot_every: period("snapshot_every", &given.snapshot_every, usual.snapshot_every),
         quota_bytes: given.quota.as_ref().map(|at| at.value.0),
@@ -114,6 +115,22 @@ pub(super) fn storage(file: &File, dir: &Path, problems: &mut Problems) -> Stora
         wal_pages: given.wal_pages.as_ref().map_or(usual.wal_pages, |at| at.value),
         ..usual
     };
+    for (key, at) in
+        [("results_ttl", &given.results_ttl), ("sync_ttl", &given.sync_ttl), ("batch_ttl", &given.batch_ttl)]
+    {
+        let Some(At { line, value: Period(ttl) }) = at.as_ref().filter(|at| at.value.0 > tombstone_ttl) else {
+            continue;
+        };
+        let is_usual = if given.tombstone_ttl.is_some() { "" } else { ", its default" };
+        let (ttl, tombstone) = (shown_period(*ttl), shown_period(tombstone_ttl));
+        section.problems.add(
+            *line,
+            format!(
+                "storage.{key}: {ttl} is longer than storage.tombstone_ttl ({tombstone}{is_usual}), after which the job \
+                 itself is deleted; raise tombstone_ttl, or lower {key}"
+            ),
+        );
+    }
     if let Some(at) = given.quota.as_ref().filter(|at| at.value.0 < QUOTA_MIN) {
         section.problems.add(at.line, "storage.quota: must be at least 1MiB");
     }

@@ -188,6 +188,40 @@ fn unknown_keys_name_line_place_and_neighbour() {
 }
 
 #[test]
+fn nothing_is_kept_longer_than_the_job_itself() {
+    let storage = |settings: &str| {
+        let text = format!("models:\n  m: {{type: text, command: x}}\nstorage: {{{settings}}}\n");
+        read(&text).map(|config| config.storage)
+    };
+    let error = storage("results_ttl: 2d, tombstone_ttl: 90m").unwrap_err();
+    assert_eq!(
+        error,
+        "models.yaml:3: storage.results_ttl: 48h is longer than storage.tombstone_ttl (90m), after which the job itself is \
+         deleted; raise tombstone_ttl, or lower results_ttl"
+    );
+    let error = storage("batch_ttl: 60d").unwrap_err();
+    assert!(error.contains("storage.batch_ttl: 1440h") && error.contains("(720h, its default)"), "{error}");
+    // What is not said follows.
+    let short = storage("tombstone_ttl: 1h").unwrap();
+    assert_eq!([short.results_ttl, short.sync_ttl, short.batch_ttl], [Duration::from_secs(3_600); 3]);
+    assert!(storage("results_ttl: 1h, tombstone_ttl: 1h").is_ok());
+}
+
+#[test]
+fn a_section_that_is_no_map_is_refused_with_what_it_should_be() {
+    for section in ["storage", "server", "scheduler"] {
+        let error = read(&format!("models:\n  m: {{type: text, command: x}}\n{section}: 5\n")).unwrap_err();
+        assert!(error.contains(&format!("models.yaml:3: {section}: ")) && error.contains("must be a map"), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+}
+
+#[test]
+fn an_empty_section_is_one_without_settings() {
+    assert!(read("models:\n  m: {type: text, command: x}\nstorage:\nserver: ~\n").is_ok());
+}
+
+#[test]
 fn keys_of_later_are_refused() {
     let error = entry("    type: text\n    park: ram\n    max_replicas: 2\n").unwrap_err();
     assert_eq!(

@@ -6,11 +6,11 @@ use std::time::Duration;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
 
-/// A duration: a bare number is seconds, else `500ms`, `90s`, `15m`, `2h`.
+/// A duration: a bare number is seconds, else `500ms`, `90s`, `15m`, `2h`, `7d`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Period(pub(super) Duration);
 
-/// A size in bytes: a bare number, else `18GiB`, `18GB`, `512MiB` and so on.
+/// A size in bytes: a bare number, else `18GiB`, `18GB`, `512MiB`, `2TiB` and so on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Size(pub(super) u64);
 
@@ -30,7 +30,7 @@ pub(super) struct Command(pub(super) Vec<String>);
 const PERIOD_MAX_S: f64 = 366.0 * 24.0 * 3600.0;
 
 pub(super) fn period(text: &str) -> Result<Duration, String> {
-    let help = || format!("`{text}` is no duration; write seconds (90) or 500ms, 90s, 15m, 2h");
+    let help = || format!("`{text}` is no duration; write seconds (90) or 500ms, 90s, 15m, 2h, 7d; at most 366d");
     let (number, unit) = number_and_unit(text).ok_or_else(help)?;
     let factor = match unit {
         "" | "s" => 1.0,
@@ -43,12 +43,28 @@ pub(super) fn period(text: &str) -> Result<Duration, String> {
     seconds(number * factor).ok_or_else(help)
 }
 
+/// A duration as a person would write it: `168h`, `90m`, `5s`.
+pub(super) fn shown_period(period: Duration) -> String {
+    let (ms, s) = (period.as_millis(), period.as_secs());
+    match s {
+        0 => format!("{ms}ms"),
+        _ if ms % 1_000 != 0 => format!("{}s", period.as_secs_f64()),
+        _ if s % 3_600 == 0 => format!("{}h", s / 3_600),
+        _ if s % 60 == 0 => format!("{}m", s / 60),
+        _ => format!("{s}s"),
+    }
+}
+
 fn seconds(seconds: f64) -> Option<Duration> {
     (0.0..=PERIOD_MAX_S).contains(&seconds).then(|| Duration::from_millis((seconds * 1000.0).round() as u64))
 }
 
 fn size(text: &str) -> Result<u64, String> {
-    let help = || format!("`{text}` is no size; write bytes or 18GiB, 18GB, 512MiB, 512MB");
+    let help = || {
+        format!(
+            "`{text}` is no size; write bytes, or a number with KiB, MiB, GiB, TiB (powers of 1024) or KB, MB, GB, TB; less than 9000TB"
+        )
+    };
     let (number, unit) = number_and_unit(text).ok_or_else(help)?;
     let factor: u64 = match unit.to_ascii_lowercase().as_str() {
         "" | "b" => 1,
@@ -139,10 +155,10 @@ macro_rules! scalar {
     };
 }
 
-scalar!(Period, period, "a duration: seconds, or 500ms, 90s, 15m, 2h", {
+scalar!(Period, period, "a duration: seconds (90), or 500ms, 90s, 15m, 2h, 7d", {
     "type": ["number", "string"], "minimum": 0, "pattern": r"^[0-9.]+ *(ms|s|m|min|h|d)?$"
 });
-scalar!(Size, size, "a size: bytes, or 18GiB, 18GB", {
+scalar!(Size, size, "a size: bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB", {
     "type": ["integer", "string"], "minimum": 0, "pattern": r"^[0-9.]+ *([kKmMgGtT][iI]?)?[bB]?$"
 });
 scalar!(Share, share, "a share: 0.5 or 50%", {
@@ -228,8 +244,13 @@ mod tests {
         assert_eq!(period("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(period("15m"), Ok(Duration::from_secs(900)));
         assert_eq!(period("2 h"), Ok(Duration::from_secs(7200)));
+        assert_eq!(period("7d"), Ok(Duration::from_secs(604_800)));
         for bad in ["", "s", "-1", "15x", "1m30s", "9999999999h", "1..2"] {
-            assert!(period(bad).unwrap_err().contains("is no duration"), "{bad}");
+            let error = period(bad).unwrap_err();
+            assert!(error.contains("is no duration") && error.contains("7d"), "{bad}: {error}");
+        }
+        for (ms, shown) in [(500, "500ms"), (1_500, "1.5s"), (90_000, "90s"), (120_000, "2m"), (86_400_000, "24h")] {
+            assert_eq!(shown_period(Duration::from_millis(ms)), shown);
         }
     }
 
@@ -240,8 +261,10 @@ mod tests {
         assert_eq!(size("1.5 gib"), Ok(3 << 29));
         assert_eq!(size("1024"), Ok(1024));
         for bad in ["18G", "-1", "many", "99999TiB"] {
-            assert!(size(bad).unwrap_err().contains("is no size"), "{bad}");
+            let error = size(bad).unwrap_err();
+            assert!(error.contains("is no size") && error.contains("TiB"), "{bad}: {error}");
         }
+        assert_eq!(size("2TiB"), Ok(2 << 40));
     }
 
     #[test]

@@ -326,7 +326,8 @@ impl From<StoreError> for ApiError {
             )
             .at("Idempotency-Key"),
             StoreError::DiskFull(reason) => {
-                tracing::warn!("a request was refused: {reason}");
+                // That it begins and ends is logged by the store.
+                tracing::debug!("a request was refused: {reason}");
                 Self::new(ErrorCode::StorageUnavailable, "no room on the server's disk for new jobs; try again later")
             }
             error @ StoreError::OverQuota { .. } => {
@@ -419,7 +420,7 @@ client_disconnected 409 invalid_request_error never
         };
         assert_eq!(header(StoreError::Full), (429, Some("1".to_owned())));
         assert_eq!(header(StoreError::DiskFull("/disk is full".into())), (503, Some("1".to_owned())));
-        assert_eq!(header(StoreError::OverQuota { used: 2, quota: 1 }), (503, Some("10".to_owned())));
+        assert_eq!(header(StoreError::OverQuota { used: 2, quota: 1, live: 0 }), (503, Some("10".to_owned())));
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub const SERIES: [(&str, &str, &str); 26] = [
     ("roundhouse_store_emptied_total", "counter", "Ended jobs whose content was deleted."),
     ("roundhouse_store_deleted_total", "counter", "Ended jobs whose row was deleted."),
     ("roundhouse_store_purge_lag_seconds", "gauge", "How long the oldest job to be deleted has waited for it."),
-    ("roundhouse_store_missing_files", "gauge", "Files that jobs name and that are not there."),
+    ("roundhouse_store_missing_files", "gauge", "Files that jobs name and that are lost or damaged."),
     ("roundhouse_store_recovery_seconds", "gauge", "How long opening the store took at the start."),
     ("roundhouse_uptime_seconds", "gauge", "Time since the server started."),
 ];

@@ -116,7 +116,7 @@ pub async fn health(State(state): State<AppState>) -> Response {
 }
 
 /// `GET /readyz`: jobs can be accepted durably. Models in trouble are listed, and are no reason to be unready; neither is a
-/// quota that is used up, since fetching answers makes room.
+/// quota that is used up, since fetching answers makes room, nor a disk that is nearly full, since what runs goes on.
 pub async fn ready(State(state): State<AppState>) -> Result<Response, ApiError> {
     if state.tasks.soft().is_cancelled() {
         return Err(ApiError::new(ErrorCode::Draining, "the server is shutting down"));
@@ -124,6 +124,7 @@ pub async fn ready(State(state): State<AppState>) -> Result<Response, ApiError> 
     state.handle.is_ready().await.map_err(|reason| ApiError::new(ErrorCode::StorageUnavailable, reason))?;
     let mut degraded = degraded(&state.handle.queue());
     degraded.extend(state.handle.store_troubles().iter().map(store_trouble));
+    degraded.extend(state.durability.trouble(state.clock.now()).iter().map(store_trouble));
     Ok(Json(json!({"status": "ready", "degraded": degraded})).into_response())
 }
 

@@ -1,5 +1,5 @@
-//! The listener and its connections. In the soft stage nothing new is accepted and idle connections close; what runs may
-//! finish until the hard stage.
+//! The listener and its connections. In the soft stage idle connections close; what runs may finish, and new connections
+//! have one request each, until the hard stage: who polls for a result still gets it, and who submits is told why not.
 
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
@@ -23,13 +23,12 @@ const HEAD_WITHIN: Duration = Duration::from_secs(90);
 /// Pause after the listener failed, for example for lack of file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
-/// Serves until the soft stage, then until the last connection has ended or the hard stage is reached. Connections are
-/// tasks of `tasks`.
+/// Serves until the hard stage. Connections are tasks of `tasks`.
 pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = tasks.soft().cancelled() => return,
+            () = tasks.hard().cancelled() => return,
         };
         match accepted {
             Ok((stream, _)) => {
@@ -55,14 +54,18 @@ async fn connection(stream: TcpStream, router: Router, tasks: Tasks) {
 
 async fn exchange(stream: TcpStream, router: Router, tasks: Tasks) {
     let service = router.map_request(|request: Request<Incoming>| request.map(Body::new));
+    // One that came in the soft stage must not be shut down before its request has been read.
+    let is_late = tasks.soft().is_cancelled();
     let connection = http1::Builder::new()
+        .keep_alive(!is_late)
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_WITHIN)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     tokio::pin!(connection);
     tokio::select! {
         ended = connection.as_mut() => return ignore(ended),
-        () = tasks.soft().cancelled() => connection.as_mut().graceful_shutdown(),
+        () = tasks.soft().cancelled(), if !is_late => connection.as_mut().graceful_shutdown(),
+        () = tasks.hard().cancelled() => {}
     }
     tokio::select! {
         ended = connection.as_mut() => ignore(ended),

@@ -113,7 +113,7 @@ pub struct Position {
     pub swaps_ahead: usize,
     /// Estimate of its start, ms since the epoch.
     pub eta_start: Option<Millis>,
-    /// `low`, `medium` or `high`.
+    /// `low`, `medium` or `high`; empty without an estimate.
     pub eta_confidence: &'static str,
 }
 

@@ -115,6 +115,12 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
     let mut state = State::new(&models, knobs, &learned, epoch).with_tenants(&served, &weights);
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
+    // Known before the first plan; the supervisors' own reports come later.
+    for (model, worker) in &workers {
+        if worker.view().state == ModelState::Blocked {
+            state.on_event(Event::Report { model: model.clone(), replica: 0, report: Report::NoGpu }, clock.now());
+        }
+    }
     store.took_in(begun.elapsed());
     let context = Context { store, hub, client, clock, tasks: tasks.clone(), messages };
     let mut scheduler = Scheduler {
@@ -331,7 +337,9 @@ impl Scheduler {
     fn position(&self, model: &str, priority: u8, number: i64) -> Option<Position> {
         let now = self.context.clock.now();
         let (position, ahead, swaps_ahead, eta) = self.state.standing(model, priority, number, now)?;
-        let eta_confidence = if swaps_ahead == 0 {
+        let eta_confidence = if eta.is_none() {
+            ""
+        } else if swaps_ahead == 0 {
             "high"
         } else if swaps_ahead == 1 {
             "medium"
@@ -342,7 +350,7 @@ impl Scheduler {
             position: Some(position),
             ahead_same_model: Some(ahead),
             swaps_ahead,
-            eta_start: Some(eta),
+            eta_start: eta,
             eta_confidence,
         })
     }

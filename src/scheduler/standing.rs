@@ -55,19 +55,19 @@ impl State {
     }
 
     /// Where a waiting job stands: (jobs the plan starts first, jobs of its own model before it, swaps before its start,
-    /// expected start). `None`: not waiting, or too far back to count.
+    /// expected start, if its model can be loaded). `None`: not waiting, or too far back to count.
     pub fn standing(
         &self,
         model: &str,
         priority: u8,
         number: i64,
         now: Millis,
-    ) -> Option<(usize, usize, usize, Millis)> {
+    ) -> Option<(usize, usize, usize, Option<Millis>)> {
         let index = self.index_of(model)?;
         let rank = self.models[index].queue.rank(priority, number, RANK_MAX)?;
         let own = rank as f64 * self.models[index].each_ms();
         if self.serves(index) {
-            return Some((rank, rank, 0, now + round(own)));
+            return Some((rank, rank, 0, Some(now + round(own))));
         }
         let due = |index: usize| self.due(index).unwrap_or(i64::MAX);
         let mine = (due(index), index);
@@ -88,6 +88,8 @@ impl State {
             ahead.iter().map(|(_, i)| backlog(*i) + if Some(*i) == first { 0.0 } else { self.load_ms(*i) }).sum();
         let swaps = ahead.iter().filter(|(_, i)| Some(*i) != first).count() + usize::from(!loading_mine);
         let start = now + round(wait + self.load_ms(index) + own);
+        // Of a model that cannot be loaded nobody knows.
+        let start = self.models[index].trouble.is_none().then_some(start);
         Some((before + rank, rank, swaps, start))
     }
 }

@@ -386,3 +386,13 @@ fn a_clock_that_jumps_takes_no_job_from_its_worker_and_loses_no_pause() {
     assert_eq!(world.running.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [1, 2, 1], "one more claim");
     assert_eq!((world.state.queued(), world.orders.len(), world.ended.len()), (0, 0, 0));
 }
+
+#[test]
+fn nobody_knows_when_a_model_without_a_gpu_starts_its_jobs() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    world.queue(vec![job(1, "a"), job(2, "b")]);
+    assert!(world.state.standing("b", 5, 2, world.now).unwrap().3.is_some());
+    world.report("b", Report::NoGpu);
+    let standing = world.state.standing("b", 5, 2, world.now).unwrap();
+    assert_eq!((standing.1, standing.3), (0, None));
+}

@@ -28,8 +28,11 @@ use tokio::time::Instant;
 
 use super::StoreError;
 use super::files::hex;
+pub use super::lost::{LostFile, listed};
+use super::lost::{is_damage, lost_files};
 use super::open::DATABASE;
 use crate::clock::{Clock, rfc3339};
+use crate::domain::JobId;
 
 /// Folder of files, in a data dir and in a backup.
 pub(super) const ARTIFACTS: &str = "artifacts";
@@ -118,6 +121,8 @@ pub struct Done {
     pub kept: Count,
     /// Files that are not needed any more, and were removed.
     pub removed: Count,
+    /// Files that are not in it, since they were lost or damaged.
+    pub lost: Vec<LostFile>,
 }
 
 pub(super) fn in_file(path: &Path) -> impl Fn(std::io::Error) -> StoreError {
@@ -125,24 +130,46 @@ pub(super) fn in_file(path: &Path) -> impl Fn(std::io::Error) -> StoreError {
     move |source| StoreError::File { path: path.clone(), source }
 }
 
+/// A folder with a backup that nobody else writes to for as long as this lives.
+#[derive(Debug)]
+pub struct Held {
+    _lock: File,
+}
+
+impl Held {
+    /// `None`: the folder holds no backup, nor one in the making.
+    pub fn of(folder: &Path) -> Result<Option<Self>, StoreError> {
+        let mark = folder.join(MARK);
+        if !mark.exists() && !is_backup(folder) {
+            return Ok(None);
+        }
+        lock(&mark).map(|lock| Some(Self { _lock: lock }))
+    }
+}
+
 /// A folder that backups of one data dir are written to, locked for as long as this lives.
 #[derive(Debug)]
 pub struct Destination {
     data_dir: PathBuf,
     folder: PathBuf,
-    _lock: File,
+    /// Opened once: should the database's file be removed or replaced, this is still the one of before.
+    live: Connection,
+    _held: Held,
 }
 
 impl Destination {
     /// Makes the folder if it is not there. Refuses one that is not empty and no backup, one in the data dir, one that holds
-    /// the backup of another data dir, and one that somebody else writes to.
-    pub fn open(data_dir: &Path, folder: &Path) -> Result<Self, StoreError> {
+    /// the backup of another data dir, and one that somebody else writes to. `held`: the folder, if it is ours already.
+    pub fn open(data_dir: &Path, folder: &Path, held: Option<Held>) -> Result<Self, StoreError> {
         let data_dir = data_dir.canonicalize().map_err(in_file(data_dir))?;
         if !data_dir.join(DATABASE).exists() {
-            return Err(StoreError::Unusable(format!(
-                "{} holds no database ({DATABASE}): name the data dir of a server with --data-dir",
-                data_dir.display()
-            )));
+            let reason = super::examine::why_unusable(&data_dir)?.unwrap_or_else(|| {
+                format!(
+                    "{} holds no database ({DATABASE}): name the data dir of a server with --data-dir",
+                    data_dir.display()
+                )
+            });
+            return Err(StoreError::Unusable(reason));
         }
         let folder = std::path::absolute(folder).map_err(in_file(folder))?;
         let above = super::placement::existing(&folder);
@@ -163,10 +190,17 @@ impl Destination {
                 folder.display()
             )));
         }
-        let lock = lock(&folder.join(MARK))?;
-        let destination = Self { data_dir, folder, _lock: lock };
+        let held = held.map_or_else(|| lock(&folder.join(MARK)).map(|lock| Held { _lock: lock }), Ok)?;
+        let live = open_live(&data_dir)?;
+        let destination = Self { data_dir, folder, live, _held: held };
+        // The first read opens the log, too.
         destination.is_ours().map_err(|error| explained(&destination.data_dir, error))?;
         Ok(destination)
+    }
+
+    /// The database that is copied.
+    pub(super) fn live(&self) -> &Connection {
+        &self.live
     }
 
     /// The folder.
@@ -176,11 +210,10 @@ impl Destination {
 
     /// A backup of another data dir is not overwritten, unless this one was restored from it.
     fn is_ours(&self) -> Result<(), StoreError> {
+        let ours = [meta(&self.live, ID)?, meta(&self.live, RESTORED_FROM)?];
         let Some(manifest) = read_manifest(&self.folder.join(MANIFEST))? else {
             return Ok(());
         };
-        let live = open_live(&self.data_dir)?;
-        let ours = [meta(&live, ID)?, meta(&live, RESTORED_FROM)?];
         if manifest.data_dir_id.is_empty() || ours.contains(&Some(manifest.data_dir_id)) {
             return Ok(());
         }
@@ -191,13 +224,12 @@ impl Destination {
         )))
     }
 
-    /// Brings the backup up to date. With `tolerant`, files that are lost or damaged in the data dir are left out and listed
-    /// in the manifest; without, they are an error. Blocks.
-    pub fn back_up(&self, clock: &dyn Clock, tolerant: bool, watch: Watch<'_>) -> Result<Done, StoreError> {
-        let live = open_live(&self.data_dir)?;
-        check_schema(&live, &self.data_dir).map_err(|error| explained(&self.data_dir, error))?;
+    /// Brings the backup up to date. With `without_lost`, files that are lost or damaged in the data dir are left out and
+    /// listed in the manifest; else they are an error, which names them. Blocks.
+    pub fn back_up(&self, clock: &dyn Clock, without_lost: bool, watch: Watch<'_>) -> Result<Done, StoreError> {
+        check_schema(&self.live, &self.data_dir).map_err(|error| explained(&self.data_dir, error))?;
         for pass in 1.. {
-            match self.pass(&live, clock, tolerant, watch)? {
+            match self.pass(clock, without_lost, watch)? {
                 Pass::Done(done) => return Ok(*done),
                 Pass::Vanished(path) if pass == PASSES_MAX => {
                     return Err(StoreError::Unusable(format!(
@@ -212,7 +244,7 @@ impl Destination {
         Err(StoreError::Stopped)
     }
 
-    fn pass(&self, live: &Connection, clock: &dyn Clock, tolerant: bool, watch: Watch<'_>) -> Result<Pass, StoreError> {
+    fn pass(&self, clock: &dyn Clock, without_lost: bool, watch: Watch<'_>) -> Result<Pass, StoreError> {
         let mut manifest = Manifest {
             format: FORMAT,
             created_at: rfc3339(clock.now()),
@@ -222,25 +254,30 @@ impl Destination {
         watch(Progress { step: "database", done: Count::default(), total: Count::default() });
         let next = self.folder.join(DATABASE_NEXT);
         remove_if_there(&next)?;
-        live.execute("VACUUM INTO ?1", [path_text(&next)?])
+        self.live
+            .execute("VACUUM INTO ?1", [path_text(&next)?])
             .map_err(|error| in_database(&self.data_dir.join(DATABASE), error))?;
         let snapshot = open_still(&next)?;
         manifest.jobs = jobs_by_state(&snapshot)?;
         manifest.data_dir_id = meta(&snapshot, ID)?.unwrap_or_default();
         let mut copying = Copying {
-            live,
+            live: &self.live,
             destination: self,
-            tolerant,
             watch,
             done: None,
             folders: BTreeSet::new(),
-            damaged: Vec::new(),
+            missed: Vec::new(),
         };
         let files = match copying.run(&snapshot)? {
             Ok(files) => files,
             Err(vanished) => return Ok(Pass::Vanished(vanished)),
         };
-        manifest.damaged = copying.damaged;
+        let missed = copying.missed.into_iter();
+        let lost: Vec<LostFile> = missed.map(|(file, is_gone)| file.lost(&snapshot, is_gone)).collect();
+        if !without_lost && !lost.is_empty() {
+            return Err(lost_files(&lost, "put them back, for example from an earlier backup", "backup"));
+        }
+        manifest.damaged = lost.iter().map(|file| file.path.clone()).collect();
         manifest.files = files.copied.files + files.kept.files;
         manifest.file_bytes = files.copied.bytes + files.kept.bytes;
         drop(snapshot);
@@ -255,7 +292,7 @@ impl Destination {
         std::fs::rename(self.folder.join(MANIFEST_NEXT), &described).map_err(in_file(&described))?;
         sync_folder(&self.folder)?;
         let removed = remove_others(&self.folder.join(ARTIFACTS), &files.named)?;
-        Ok(Pass::Done(Box::new(Done { manifest, copied: files.copied, kept: files.kept, removed })))
+        Ok(Pass::Done(Box::new(Done { manifest, copied: files.copied, kept: files.kept, removed, lost })))
     }
 
     /// A former pass may have ended between its two renames: then the next manifest is the one of the database, and has to
@@ -303,13 +340,13 @@ struct Files {
 struct Copying<'a, 'w> {
     live: &'a Connection,
     destination: &'a Destination,
-    tolerant: bool,
     watch: Watch<'w>,
     /// The former backup's database; its files were verified when they were copied.
     done: Option<Connection>,
     /// Folders with new names in them, to be fsynced.
     folders: BTreeSet<PathBuf>,
-    damaged: Vec<String>,
+    /// Files that the source has not as their rows say, and whether they are gone.
+    missed: Vec<(FileRow, bool)>,
 }
 
 impl Copying<'_, '_> {
@@ -334,8 +371,8 @@ impl Copying<'_, '_> {
             } else {
                 match copy_verified(&from, &to, &file) {
                     Ok(()) => files.copied.add(file.bytes),
-                    Err(_) if self.is_gone(&file)? => return Ok(Err(file.path)),
-                    Err(error) if self.tolerant && is_damage(&error, &from) => self.damaged.push(file.path.clone()),
+                    Err(error) if is_damage(&error, &from) => self.missed.push((file, !from.exists())),
+                    Err(_) if !file.is_in(self.live)? => return Ok(Err(file.path)),
                     Err(error) => return Err(error),
                 }
                 self.folders.extend(to.parent().map(Path::to_owned));
@@ -343,6 +380,9 @@ impl Copying<'_, '_> {
             let done =
                 Count { files: files.copied.files + files.kept.files, bytes: files.copied.bytes + files.kept.bytes };
             (self.watch)(Progress { step: "files", done, total });
+        }
+        if let Some(vanished) = self.settle()? {
+            return Ok(Err(vanished));
         }
         for folder in &self.folders {
             sync_folder(folder)?;
@@ -363,25 +403,25 @@ impl Copying<'_, '_> {
         Ok(was_verified || digest(to)?.0 == file.sha256)
     }
 
-    /// Whether the live database does not name the file any more.
-    fn is_gone(&self, file: &FileRow) -> Result<bool, StoreError> {
+    /// Whether a file that could not be copied was deleted by retention: then the live database does not name it any more,
+    /// or will not shortly. Its path. Those that the former backup had not either are not waited for.
+    fn settle(&self) -> Result<Option<String>, StoreError> {
+        let former = read_manifest(&self.destination.folder.join(MANIFEST))?.unwrap_or_default();
+        let known: HashSet<&str> = former.damaged.iter().map(String::as_str).collect();
+        let is_news = |(file, is_gone): &(FileRow, bool)| *is_gone && !known.contains(file.path.as_str());
         let begun = Instant::now();
         loop {
-            if !file.is_in(self.live)? {
-                return Ok(true);
+            for (file, _) in &self.missed {
+                if !file.is_in(self.live)? {
+                    return Ok(Some(file.path.clone()));
+                }
             }
-            if self.destination.data_dir.join(ARTIFACTS).join(&file.path).exists() || begun.elapsed() > ROW_GOES_WITHIN
-            {
-                return Ok(false);
+            if !self.missed.iter().any(is_news) || begun.elapsed() > ROW_GOES_WITHIN {
+                return Ok(None);
             }
             std::thread::sleep(Duration::from_millis(50));
         }
     }
-}
-
-/// Whether the fault is the source's.
-fn is_damage(error: &StoreError, source: &Path) -> bool {
-    matches!(error, StoreError::Damaged { .. }) || error.is_lost_file() && !source.exists()
 }
 
 // ---- what backups and restores share ---------------------------------------------
@@ -421,6 +461,14 @@ impl FileRow {
         Err(StoreError::Corrupt(format!("a row names the file `{}`, which lies outside of {ARTIFACTS}/", self.path)))
     }
 
+    /// The file as one that is lost; `c` has its row.
+    pub(super) fn lost(self, c: &Connection, is_gone: bool) -> LostFile {
+        let job = c.query_row("SELECT created_at, tag FROM job WHERE number = ?1", [self.number], |row| {
+            Ok(JobId::new(row.get(0)?, self.number, row.get::<_, i64>(1)?.cast_unsigned()))
+        });
+        LostFile { path: self.path, job: job.ok(), is_gone }
+    }
+
     /// Whether another database names the same file.
     pub(super) fn is_in(&self, c: &Connection) -> Result<bool, StoreError> {
         let found: Option<i64> = c
@@ -445,10 +493,14 @@ pub(super) fn copy_verified(from: &Path, to: &Path, file: &FileRow) -> Result<()
     let mut name = to.file_name().unwrap_or_default().to_owned();
     name.push(TEMPORARY);
     let temporary = folder.join(name);
-    let copied = copy_hashed(&mut source, from, &temporary)?;
-    if (copied.0.as_str(), copied.1) != (file.sha256.as_str(), file.bytes) {
+    let copied = match copy_hashed(&mut source, from, &temporary) {
+        Ok((sha256, bytes)) if sha256 == file.sha256 && bytes == file.bytes => Ok(()),
+        Ok(_) => Err(StoreError::Damaged { path: from.display().to_string() }),
+        Err(error) => Err(error),
+    };
+    if copied.is_err() {
         remove_if_there(&temporary)?;
-        return Err(StoreError::Damaged { path: from.display().to_string() });
+        return copied;
     }
     std::fs::rename(&temporary, to).map_err(in_file(to))
 }
@@ -642,10 +694,9 @@ pub(super) fn explained(data_dir: &Path, error: StoreError) -> StoreError {
 }
 
 fn named(database: &Path, error: StoreError) -> StoreError {
+    let error = error.in_database(database);
     let database = database.display();
     match error {
-        StoreError::Corrupt(text) => StoreError::Corrupt(format!("{database}: {text}")),
-        StoreError::Io(text) => StoreError::Io(format!("{database}: {text}")),
         StoreError::Database(text) if text.contains("locked") => StoreError::Unusable(format!(
             "{database}: {text}: a server with --allow-network-fs shares its database with nobody; stop it first"
         )),

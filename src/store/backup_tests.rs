@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::backup::{Destination, Done};
-use super::snapshots::{Durability, Snapshots, restore_if_needed};
+use super::snapshots::{Durability, Prepared, Snapshots, prepare};
 use super::tests::new_job;
 use super::*;
 use crate::clock::ManualClock;
@@ -67,16 +67,16 @@ impl Bench {
     }
 
     fn back_up(&self) -> Result<Done, StoreError> {
-        Destination::open(&self.data(), &self.backup())?.back_up(self.clock.as_ref(), false, &mut |_| {})
+        Destination::open(&self.data(), &self.backup(), None)?.back_up(self.clock.as_ref(), false, &mut |_| {})
     }
 
     fn restore(&self, to: &str) -> Result<restore::Verified, StoreError> {
-        restore::restore(&self.backup(), &self.dir.path().join(to), &mut |_| {})
+        restore::restore(&self.backup(), &self.dir.path().join(to), false, &mut |_| {})
     }
 }
 
 fn check(folder: &Path) -> Result<restore::Verified, StoreError> {
-    restore::check(folder, &mut |_| {})
+    restore::check(folder, false, &mut |_| {})
 }
 
 fn refusal<T: std::fmt::Debug>(result: Result<T, StoreError>) -> String {
@@ -132,7 +132,7 @@ async fn a_file_that_is_lost_or_damaged_is_named_and_the_former_backup_stays() {
     assert_eq!(check(&bench.backup()).unwrap().manifest, before.manifest, "the former one stays");
 
     // Snapshots leave it out, and say so.
-    let destination = Destination::open(&bench.data(), &bench.backup()).unwrap();
+    let destination = Destination::open(&bench.data(), &bench.backup(), None).unwrap();
     let made = destination.back_up(bench.clock.as_ref(), true, &mut |_| {}).unwrap();
     assert!(made.manifest.damaged.len() == 1 && made.manifest.damaged[0].ends_with(&name));
     assert_eq!(check(&bench.backup()).unwrap().files.files, 1);
@@ -143,13 +143,78 @@ async fn a_file_that_is_lost_or_damaged_is_named_and_the_former_backup_stays() {
 }
 
 #[tokio::test]
+async fn all_lost_files_are_named_with_their_jobs_and_all_else_is_saved_and_restored_without_them() {
+    let bench = Bench::new().await;
+    let (lost, damaged) = (bench.finished(1, 1_000).await, bench.finished(2, 2_000).await);
+    let whole = bench.finished(3, 3_000).await;
+    let harm = async |root: &Path| {
+        std::fs::remove_file(bench.file_of(lost).await.strip_prefix(bench.data()).map(|path| root.join(path)).unwrap())
+            .unwrap();
+        let damaged = bench.file_of(damaged).await;
+        std::fs::write(root.join(damaged.strip_prefix(bench.data()).unwrap()), vec![0; 2_000]).unwrap();
+    };
+    bench.back_up().unwrap();
+    // In the data dir; the backup has them still, so they are no loss.
+    let copy = bench.dir.path().join("copy");
+    assert!(std::process::Command::new("cp").arg("-r").arg(bench.data()).arg(&copy).status().unwrap().success());
+    harm(&bench.data()).await;
+    assert_eq!(bench.back_up().unwrap().lost, []);
+    let second = bench.dir.path().join("second");
+    let destination = Destination::open(&bench.data(), &second, None).unwrap();
+    let text = refusal(destination.back_up(bench.clock.as_ref(), false, &mut |_| {}));
+    for word in ["2 of them", &format!("{lost}: gone"), &format!("{damaged}: damaged"), "backup --without-lost-files"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    let done = destination.back_up(bench.clock.as_ref(), true, &mut |_| {}).unwrap();
+    assert_eq!((done.lost.len(), done.manifest.damaged.len(), done.manifest.files), (2, 2, 1));
+    assert_eq!(check(&second).unwrap().files.files, 1, "it is whole without them");
+
+    // In the backup.
+    std::fs::remove_dir_all(bench.data().join("artifacts")).unwrap();
+    std::fs::rename(copy.join("artifacts"), bench.data().join("artifacts")).unwrap();
+    harm(&bench.backup()).await;
+    for text in [refusal(check(&bench.backup())), refusal(bench.restore("other"))] {
+        for word in [
+            &format!("{lost}: gone"),
+            &format!("{damaged}: damaged"),
+            "another one may",
+            "restore --without-lost-files",
+        ] {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+        assert!(!text.contains("from a backup"), "no advice to do what is being done: {text}");
+    }
+    let other = bench.dir.path().join("other");
+    assert!(!other.join("roundhouse.db").exists());
+    let checked = restore::check(&bench.backup(), true, &mut |_| {}).unwrap();
+    let restored = restore::restore(&bench.backup(), &other, true, &mut |_| {}).unwrap();
+    assert_eq!((checked.lost.len(), checked.files.files), (2, 1));
+    assert_eq!(restored, checked);
+    let opened = open_at(&other, &bench.clock).await;
+    let reader = opened.store.reader();
+    assert!(reader.answer(whole).await.unwrap().is_some());
+    for id in [lost, damaged] {
+        assert_eq!(reader.job(id).await.unwrap().state, JobState::Succeeded);
+        assert!(reader.answer(id).await.unwrap_err().is_lost_file());
+    }
+}
+
+#[test]
+fn a_long_list_is_cut() {
+    let lost: Vec<_> = (0..25).map(|n| lost::LostFile { path: format!("f{n}"), job: None, is_gone: true }).collect();
+    let text = lost::lost_files(&lost, "advice", "backup").to_string();
+    assert!(text.contains("25 of them") && text.contains("artifacts/f19") && text.contains("... and 5 more"), "{text}");
+    assert!(!text.contains("f20"), "{text}");
+}
+
+#[tokio::test]
 async fn a_file_that_retention_deletes_meanwhile_is_no_error() {
     let bench = Bench::new().await;
     let gone = bench.finished(1, 1_000).await;
     bench.finished(2, 2_000).await;
     let (file, data) = (bench.file_of(gone).await, bench.data());
     let mut is_first = true;
-    let destination = Destination::open(&data, &bench.backup()).unwrap();
+    let destination = Destination::open(&data, &bench.backup(), None).unwrap();
     let mut purge = |_: backup::Progress| {
         // Told before the snapshot is taken: what follows in this pass sees the file.
         if std::mem::take(&mut is_first) {
@@ -249,15 +314,15 @@ async fn folders_that_are_no_place_for_it_are_refused() {
     let bench = Bench::new().await;
     let data = bench.data();
     for inside in [data.clone(), data.join("backups/1"), bench.dir.path().to_owned()] {
-        let text = refusal(Destination::open(&data, &inside));
+        let text = refusal(Destination::open(&data, &inside, None));
         assert!(text.contains("within each other"), "{text}");
     }
     let full = bench.dir.path().join("full");
     std::fs::create_dir(&full).unwrap();
     std::fs::write(full.join("thesis.txt"), "x").unwrap();
-    assert!(refusal(Destination::open(&data, &full)).contains("is not empty"));
-    assert!(refusal(Destination::open(&full, &bench.backup())).contains("--data-dir"));
-    let held = Destination::open(&data, &bench.backup()).unwrap();
+    assert!(refusal(Destination::open(&data, &full, None)).contains("is not empty"));
+    assert!(refusal(Destination::open(&full, &bench.backup(), None)).contains("--data-dir"));
+    let held = Destination::open(&data, &bench.backup(), None).unwrap();
     assert!(refusal(bench.back_up()).contains("somebody else writes"));
     drop(held);
     bench.back_up().unwrap();
@@ -271,17 +336,17 @@ async fn folders_that_are_no_place_for_it_are_refused() {
     // Another data dir's backup is not overwritten; that of the one it was restored from is.
     let stranger = bench.dir.path().join("stranger");
     let other = open_at(&stranger, &bench.clock).await;
-    assert!(refusal(Destination::open(&stranger, &bench.backup())).contains("another data dir"));
+    assert!(refusal(Destination::open(&stranger, &bench.backup(), None)).contains("another data dir"));
     drop(other);
     bench.restore("other").unwrap();
-    Destination::open(&bench.dir.path().join("other"), &bench.backup()).unwrap();
+    Destination::open(&bench.dir.path().join("other"), &bench.backup(), None).unwrap();
 }
 
 #[tokio::test]
 async fn snapshots_are_taken_when_something_changed_and_say_how_old_they_are() {
     let bench = Bench::new().await;
     let every = Duration::from_secs(60);
-    let snapshots = Snapshots::open(&bench.data(), &bench.backup(), every, bench.clock.clone()).unwrap();
+    let snapshots = Snapshots::open(&bench.data(), &bench.backup(), None, every, bench.clock.clone()).unwrap();
     let durability = Durability { snapshots: Some(snapshots.clone()), ..Durability::default() };
     let view = |at: i64| durability.view(at);
     assert_eq!((view(1_000).durability, view(1_000).loss_window_s), ("snapshot", 60.0));
@@ -311,26 +376,47 @@ async fn snapshots_are_taken_when_something_changed_and_say_how_old_they_are() {
     assert_eq!(Durability::default().view(0).durability, "fsync");
 }
 
+/// The task that took the last snapshot lets go of the folder a moment after it has answered.
+async fn prepared(data: &Path, folder: &Path) -> Result<Prepared, StoreError> {
+    loop {
+        match prepare(data, folder) {
+            Err(error) if error.to_string().contains("somebody else writes") => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            other => return other,
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_lost_data_dir_comes_back_from_its_snapshots_and_an_existing_one_is_left_alone() {
     let bench = Bench::new().await;
     let id = bench.finished(1, 1_000).await;
     let every = Duration::from_secs(60);
-    assert_eq!(restore_if_needed(&bench.dir.path().join("new"), &bench.backup()).unwrap(), None, "no backup yet");
-    let snapshots = Snapshots::open(&bench.data(), &bench.backup(), every, bench.clock.clone()).unwrap();
-    snapshots.take().await.unwrap();
-    drop(snapshots);
-    assert_eq!(restore_if_needed(&bench.data(), &bench.backup()).unwrap(), None, "it has its own");
     let new = bench.dir.path().join("new");
-    assert_eq!(restore_if_needed(&new, &bench.backup()).unwrap().unwrap().files.files, 1);
+    let nothing = prepare(&new, &bench.backup()).unwrap();
+    assert!(nothing.held.is_none() && nothing.restored.is_none(), "no backup yet");
+    let snapshots = Snapshots::open(&bench.data(), &bench.backup(), None, every, bench.clock.clone()).unwrap();
+    snapshots.take().await.unwrap();
+    // Those of a server that runs are not for another one.
+    assert!(refusal(prepare(&new, &bench.backup())).contains("somebody else writes"));
+    assert!(!new.exists(), "nothing was restored");
+    drop(snapshots);
+    let Prepared { held, restored } = prepared(&bench.data(), &bench.backup()).await.unwrap();
+    assert!(held.is_some() && restored.is_none(), "it has its own");
+    drop(held);
+    let Prepared { held, restored } = prepared(&new, &bench.backup()).await.unwrap();
+    assert_eq!(restored.unwrap().files.files, 1);
     let opened = open_at(&new, &bench.clock).await;
+    assert!(opened.is_restored && !opened.was_clean && !bench.opened.is_restored);
     assert!(opened.store.reader().answer(id).await.unwrap().is_some());
     // It goes on with the same snapshots.
-    Snapshots::open(&new, &bench.backup(), every, bench.clock.clone()).unwrap().take().await.unwrap();
+    assert!(refusal(Destination::open(&new, &bench.backup(), None)).contains("somebody else writes"), "held all along");
+    Snapshots::open(&new, &bench.backup(), held, every, bench.clock.clone()).unwrap().take().await.unwrap();
     // Then they are the new one's.
     let refused = loop {
         // The task that took the snapshot lets go of the folder a moment after it has answered.
-        let refused = refusal(Destination::open(&bench.data(), &bench.backup()));
+        let refused = refusal(Destination::open(&bench.data(), &bench.backup(), None));
         if !refused.contains("somebody else writes") {
             break refused;
         }
@@ -339,7 +425,7 @@ async fn a_lost_data_dir_comes_back_from_its_snapshots_and_an_existing_one_is_le
     assert!(refused.contains("another data dir"), "{refused}");
     // A backup that cannot be read is no reason to begin empty.
     std::fs::write(bench.backup().join("roundhouse.db"), "nonsense").unwrap();
-    assert!(refusal(restore_if_needed(&bench.dir.path().join("next"), &bench.backup())).contains("damaged"));
+    assert!(refusal(prepared(&bench.dir.path().join("next"), &bench.backup()).await).contains("damaged"));
 }
 
 #[tokio::test]

@@ -93,7 +93,11 @@ impl Store {
         let named = named.map(|number| number / NUMBERS);
         let mut there = None;
         let root = self.files.folder.as_ref();
-        let mut entries = tokio::fs::read_dir(root).await.map_err(|source| in_file(root.display(), source))?;
+        let mut entries = match tokio::fs::read_dir(root).await {
+            // Then all files are missing.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(named),
+            entries => entries.map_err(|source| in_file(root.display(), source))?,
+        };
         while let Some(entry) = entries.next_entry().await.map_err(|source| in_file(root.display(), source))? {
             let number = entry.file_name().to_str().and_then(folder_number);
             if let Some(number) = number.filter(|number| *number >= folder) {
@@ -174,6 +178,22 @@ impl Store {
         }
         let rows = self.reader.read(move |c| super::read::files_of(c, number)).await?;
         Ok(rows.iter().any(|row| row.path == path))
+    }
+
+    /// Whether a row names the file and it cannot be read as it was stored.
+    pub(super) async fn is_lost(&self, path: &str) -> Result<bool, StoreError> {
+        let Some((id, _)) = path.rsplit('/').next().and_then(owner) else {
+            return Ok(false);
+        };
+        let rows = self.reader.read(move |c| super::read::files_of(c, id.number)).await?;
+        let Some(row) = rows.iter().find(|row| row.path == path) else {
+            return Ok(false);
+        };
+        match self.files.read(row).await {
+            Ok(_) => Ok(false),
+            Err(error) if error.is_lost_file() => Ok(true),
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -4,12 +4,16 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::path::Path;
 
+use rusqlite::Connection;
+
 use super::StoreError;
 use super::backup::{
     ALL_FILES, ARTIFACTS, Count, FileRow, Progress, Watch, digest, each_file, explained, files_in, in_database,
     in_file, jobs_by_state, open_live, schema,
 };
-use super::open::{DATABASE, schema_version};
+use super::open::{DATABASE, LOCK, schema_version};
+use super::placement::existing;
+use super::quota;
 use super::restore::integrity;
 
 /// What a data dir holds.
@@ -19,10 +23,27 @@ pub struct Inside {
     pub jobs: BTreeMap<String, u64>,
     /// Files that rows name.
     pub files: Count,
+    /// How much room is taken; `None`: the database is of another version.
+    pub room: Option<Room>,
     /// The last migration it has had.
     pub schema: i64,
     /// The last migration that this program knows.
     pub schema_known: i64,
+}
+
+/// How much room jobs take, and what would go first if more is needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes of the database's pages in use and of files.
+    pub used: u64,
+    /// Bytes that may be used, as decided at the first start; `None`: not yet.
+    pub quota: Option<u64>,
+    /// Of the bytes in use, those of jobs that have not ended.
+    pub live: u64,
+    /// Jobs whose answers were fetched: they go first.
+    pub fetched: u64,
+    /// Jobs that hold an answer which nobody has fetched: they stay.
+    pub unfetched: u64,
 }
 
 /// What a thorough look finds wrong.
@@ -49,9 +70,10 @@ pub fn sqlite_version() -> &'static str {
 
 /// Whether a server uses the data dir now.
 pub fn has_server(data_dir: &Path) -> Result<bool, StoreError> {
-    let path = data_dir.join("lock");
+    use std::io::ErrorKind;
+    let path = data_dir.join(LOCK);
     let file = match File::open(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(false),
         file => file.map_err(in_file(&path))?,
     };
     // Given back at once, when the file is closed.
@@ -62,6 +84,21 @@ pub fn has_server(data_dir: &Path) -> Result<bool, StoreError> {
     }
 }
 
+/// Why a data dir is not to be used as it is, or should have a database; `None`: it is in order, or a new one.
+pub fn why_unusable(data_dir: &Path) -> Result<Option<String>, StoreError> {
+    if let Some(reason) = super::presence::why_unusable(data_dir) {
+        return Ok(Some(reason));
+    }
+    let is_absent = !data_dir.join(DATABASE).exists();
+    Ok((is_absent && has_server(data_dir)?).then(|| {
+        format!(
+            "a server runs on {}, and its database ({DATABASE}) is not there: it was removed, or is only about to be made; if it was \
+             removed, the server saves what it can, stops, and its log says what to do",
+            data_dir.display()
+        )
+    }))
+}
+
 /// What is in a data dir; `None`: no database. [`StoreError::Unusable`]: a server keeps others out.
 pub fn look(data_dir: &Path) -> Result<Option<Inside>, StoreError> {
     if !data_dir.join(DATABASE).exists() {
@@ -70,10 +107,37 @@ pub fn look(data_dir: &Path) -> Result<Option<Inside>, StoreError> {
     let c = open_live(data_dir)?;
     let read = || -> Result<Inside, StoreError> {
         let (schema, schema_known) = (schema(&c)?, schema_version());
-        let files = if schema == schema_known { files_in(&c)? } else { Count::default() };
-        Ok(Inside { jobs: jobs_by_state(&c)?, files, schema, schema_known })
+        let is_known = schema == schema_known;
+        let files = if is_known { files_in(&c)? } else { Count::default() };
+        let room = if is_known { Some(room(&c, files.bytes)?) } else { None };
+        Ok(Inside { jobs: jobs_by_state(&c)?, files, room, schema, schema_known })
     };
     read().map(Some).map_err(|error| explained(data_dir, error))
+}
+
+fn room(c: &Connection, file_bytes: u64) -> Result<Room, StoreError> {
+    let count = |condition: &str| {
+        let sql = format!("SELECT count(*) FROM job WHERE emptied_at IS NULL AND {condition}");
+        c.query_row(&sql, [], |row| row.get::<_, i64>(0)).map(i64::unsigned_abs)
+    };
+    Ok(Room {
+        used: quota::pages(c)?.0 + file_bytes,
+        quota: quota::remembered(c)?,
+        live: quota::live_bytes(c)?,
+        fetched: count("finished_at IS NOT NULL AND delivered_at IS NOT NULL")?,
+        unfetched: count("finished_at IS NOT NULL AND delivered_at IS NULL")?,
+    })
+}
+
+/// Whether the data dir, or the folder that it would be made in, can be written to.
+pub fn is_writable(data_dir: &Path) -> std::io::Result<()> {
+    use nix::unistd::AccessFlags;
+    let folder = existing(data_dir);
+    if !folder.is_dir() {
+        return Err(std::io::ErrorKind::NotADirectory.into());
+    }
+    let asked = nix::unistd::access(&folder, AccessFlags::W_OK | AccessFlags::X_OK);
+    asked.map_err(std::io::Error::from)
 }
 
 /// Checks the database's pages and indexes, and every file against its row. Blocks, and reads everything.

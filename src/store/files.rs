@@ -15,6 +15,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::StoreError;
+use super::lost::LostFiles;
 use super::space::Space;
 use crate::domain::worker::Answer;
 use crate::domain::{JobId, JobKind, Token};
@@ -108,6 +109,8 @@ pub(super) struct Files {
     space: Space,
     /// Part of the names of files; begins anywhere, so that no two runs of the server give the same.
     serial: Arc<AtomicU64>,
+    /// Files that are known to be lost.
+    pub(super) lost: LostFiles,
 }
 
 impl Files {
@@ -127,6 +130,7 @@ impl Files {
             stored_bytes: Arc::new(AtomicU64::new(stored_bytes)),
             space,
             serial: Arc::new(AtomicU64::new(u64::from(getrandom::u32().unwrap_or_default()))),
+            lost: LostFiles::default(),
         })
     }
 

@@ -1,5 +1,5 @@
-//! The store's own task: measures, deletes what is past its time, makes room, gives free pages back, collects files without
-//! rows, and knows what is wrong.
+//! The store's own task: sees whether its files are still there, measures, deletes what is past its time, makes room, gives
+//! free pages back, collects files without rows, and knows what is wrong.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -39,7 +39,7 @@ const NAMES_MAX: usize = 20;
 /// Something about the store that its keeper should know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Trouble {
-    /// `wal_long`, `quota_used_up` or `files_missing`.
+    /// `wal_long`, `disk_low`, `quota_used_up`, `files_missing` or `snapshots_fail`.
     pub state: &'static str,
     /// In words, without paths.
     pub reason: String,
@@ -53,6 +53,8 @@ struct Seen {
     purged_at: Option<Instant>,
     warned_at: Option<Instant>,
     failed_at: Option<Instant>,
+    /// When it was last seen what jobs that have not ended take.
+    weighed_at: Option<Instant>,
 }
 
 impl Store {
@@ -68,13 +70,18 @@ impl Store {
         if wal > 0 {
             troubles.push(Trouble { state: "wal_long", reason: self.long_wal(wal) });
         }
+        if let Some(reason) = self.space.trouble() {
+            troubles.push(Trouble { state: "disk_low", reason });
+        }
         if self.quota.is_used_up() {
-            let error = StoreError::OverQuota { used: self.quota.used(), quota: self.quota.bytes() };
+            let error = self.quota.refusal();
             troubles.push(Trouble { state: "quota_used_up", reason: format!("new jobs are refused: {error}") });
         }
-        let missing = self.metrics.missing();
+        let missing = self.files.lost.count();
         if missing > 0 {
-            let reason = format!("{missing} files of jobs are missing, the log names them; restore them from a backup");
+            let reason = format!(
+                "{missing} files of jobs are lost or damaged, the log names them; put them back from the artifacts/ of a backup"
+            );
             troubles.push(Trouble { state: "files_missing", reason });
         }
         troubles
@@ -120,6 +127,7 @@ impl Store {
     async fn look_after(&self, seen: &mut Seen) -> Result<Duration, StoreError> {
         let sizes = self.measure().await?;
         self.watch_wal(&sizes, seen);
+        self.space.look();
         if self.writer.has_delivered() {
             self.ping().await?;
         }
@@ -140,6 +148,9 @@ impl Store {
             self.measure().await?;
             let is_stuck = purged.emptied + purged.deleted == 0;
             seen.is_making_room &= !is_stuck;
+            if is_stuck && is_due(&mut seen.weighed_at) {
+                self.quota.weighed(self.reader.live_bytes().await?);
+            }
             self.say_used_up(is_stuck && self.quota.is_over());
             return Ok(if is_stuck { LOOK_EVERY } else { rest(&purged, begun, REST_MAKING_ROOM) });
         }
@@ -169,7 +180,7 @@ impl Store {
         }
         let (used, quota) = (self.quota.used(), self.quota.bytes());
         if is_used_up {
-            tracing::warn!(used, quota, "new jobs are refused: {}", StoreError::OverQuota { used, quota });
+            tracing::warn!(used, quota, "new jobs are refused: {}", self.quota.refusal());
         } else {
             tracing::info!(used, quota, "there is room again: {} of {}", shown_bytes(used), shown_bytes(quota));
         }
@@ -202,7 +213,7 @@ impl Store {
     }
 
     /// All folders, slowly. `named`: missing files that the log names already.
-    async fn pass(&self, named: &mut BTreeSet<String>) -> Result<(), StoreError> {
+    pub(super) async fn pass(&self, named: &mut BTreeSet<String>) -> Result<(), StoreError> {
         let mut missing = BTreeSet::new();
         let (mut deleted, mut bytes) = (0, 0);
         let mut next = self.folder_from(0).await?;
@@ -221,7 +232,13 @@ impl Store {
         for names in new.chunks(NAMES_MAX) {
             tracing::error!("files of jobs are missing under artifacts/: {}", names.join(", "));
         }
-        self.metrics.set_missing(missing.len() as u64);
+        let mut found = Vec::new();
+        for path in self.files.lost.all_met() {
+            if !self.is_lost(&path).await? {
+                found.push(path);
+            }
+        }
+        self.files.lost.looked(missing.clone(), &found);
         *named = missing;
         Ok(())
     }

@@ -42,7 +42,8 @@ pub struct StoreMetrics {
     pub emptied: u64,
     /// See `emptied`.
     pub deleted: u64,
-    /// Files that rows name and that the latest look at all of them did not find.
+    /// Files that rows name and that the latest look at all of them did not find, or that were lost or damaged when somebody
+    /// wanted to read them.
     pub missing_files: u64,
     /// What jobs take (pages in use and files), and the limit.
     pub stored_bytes: u64,
@@ -66,7 +67,6 @@ struct Inner {
     recovery_us: AtomicU64,
     emptied: AtomicU64,
     deleted: AtomicU64,
-    missing: AtomicU64,
     /// Size of the write-ahead log's file while it is far beyond its limit, else 0.
     long_wal: AtomicU64,
     /// (µs, operations)
@@ -86,7 +86,6 @@ impl Metrics {
                 recovery_us: AtomicU64::new(0),
                 emptied: AtomicU64::new(0),
                 deleted: AtomicU64::new(0),
-                missing: AtomicU64::new(0),
                 long_wal: AtomicU64::new(0),
                 recent: Mutex::default(),
             }),
@@ -127,14 +126,6 @@ impl Metrics {
         self.inner.deleted.fetch_add(deleted, Ordering::Relaxed);
     }
 
-    pub(super) fn set_missing(&self, files: u64) {
-        self.inner.missing.store(files, Ordering::Relaxed);
-    }
-
-    pub(super) fn missing(&self) -> u64 {
-        self.inner.missing.load(Ordering::Relaxed)
-    }
-
     pub(super) fn set_long_wal(&self, bytes: u64) {
         self.inner.long_wal.store(bytes, Ordering::Relaxed);
     }
@@ -171,7 +162,6 @@ impl Metrics {
             recovery_seconds: seconds(read(&inner.recovery_us)),
             emptied: read(&inner.emptied),
             deleted: read(&inner.deleted),
-            missing_files: read(&inner.missing),
             ..StoreMetrics::default()
         }
     }

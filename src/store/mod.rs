@@ -6,9 +6,11 @@
 //!
 //! - `verbs`: what can be done to jobs; `submit`: accepting them; `recovery`: what a start finds.
 //! - `files`: bodies, answers and artifacts that are files.
+//! - `presence`: whether the open files are still in their place.
 //! - `placement`: where a database may lie; `backup`, `restore`, `snapshots`: copies of it; `examine`: a look from outside.
 //! - `retention`: what is deleted when its time has come or room is needed; `quota`: how much may be kept; `collect`: files
 //!   without rows, rows without files; `housekeeping`: the task that calls them.
+//! - `lost`: files of jobs that are lost or damaged.
 //! - `live`, `idempotency`: what is kept in memory beside the database; `space`, `metrics`: the disk, and figures.
 
 pub mod backup;
@@ -18,11 +20,13 @@ pub mod files;
 mod housekeeping;
 pub mod idempotency;
 mod live;
+mod lost;
 pub mod metrics;
 #[cfg(test)]
 pub(crate) mod model;
 mod open;
 pub mod placement;
+mod presence;
 mod quota;
 pub mod read;
 mod recovery;
@@ -40,6 +44,7 @@ pub use housekeeping::Trouble;
 pub use idempotency::IdempotencyKey;
 pub use metrics::StoreMetrics;
 pub use open::{Opened, data_dir_id_of, open};
+pub use presence::Gone;
 pub use recovery::QueuedJob;
 pub use retention::Purged;
 pub use submit::Inserted;
@@ -67,17 +72,14 @@ pub enum StoreError {
     #[error("{0}")]
     DiskFull(String),
     /// What is kept takes all the room it may. The text is for clients, too.
-    #[error(
-        "the storage quota is used up: {} of {}; fetch results that are waiting (fetched ones make room), or raise \
-         storage.quota in models.yaml",
-        shown_bytes(*.used),
-        shown_bytes(*.quota)
-    )]
+    #[error("{}", over_quota(*.used, *.quota, *.live))]
     OverQuota {
         /// Bytes that are kept.
         used: u64,
         /// The limit.
         quota: u64,
+        /// Of the bytes that are kept, what jobs that have not ended take.
+        live: u64,
     },
     /// The writer has stopped; the process is going down.
     #[error("the store has stopped")]
@@ -90,9 +92,13 @@ pub enum StoreError {
     Io(String),
     /// The database's file is damaged.
     #[error(
-        "the database is damaged: {0}; stop the server and restore a backup (roundhouse restore), or look at it with roundhouse doctor --deep"
+        "the database is damaged: {0}; look at it with roundhouse doctor --deep, and restore a backup into a new data dir \
+         (roundhouse restore BACKUP --data-dir DIR)"
     )]
     Corrupt(String),
+    /// A file of the store is not in its place any more.
+    #[error("{0}")]
+    Gone(Gone),
     /// A job's file does not have the checksum it was stored with.
     #[error("{path}: does not have the checksum it was stored with; restore it from a backup")]
     Damaged {
@@ -115,7 +121,7 @@ pub enum StoreError {
 impl StoreError {
     /// After a failed write or fsync the page cache may claim to be clean: only a restart through recovery knows.
     fn is_untrustworthy(&self) -> bool {
-        matches!(self, Self::Io(_) | Self::Corrupt(_))
+        matches!(self, Self::Io(_) | Self::Corrupt(_) | Self::Gone(_))
     }
 
     /// A file that will not come back by waiting.
@@ -127,16 +133,42 @@ impl StoreError {
         }
     }
 
+    /// The same failure with the name of the database's file, where that is to blame.
+    fn in_database(self, database: &std::path::Path) -> Self {
+        match self {
+            Self::Corrupt(text) => Self::Corrupt(format!("{}: {text}", database.display())),
+            Self::Io(text) => Self::Io(format!("{}: {text}", database.display())),
+            other => other,
+        }
+    }
+
     /// The same failure, told to one of many.
     fn for_everybody(&self) -> Self {
         match self {
             Self::DiskFull(text) => Self::DiskFull(text.clone()),
-            Self::OverQuota { used, quota } => Self::OverQuota { used: *used, quota: *quota },
+            Self::OverQuota { used, quota, live } => Self::OverQuota { used: *used, quota: *quota, live: *live },
             Self::Io(text) => Self::Io(text.clone()),
             Self::Corrupt(text) => Self::Corrupt(text.clone()),
+            Self::Gone(gone) => Self::Gone(gone.clone()),
             Self::Database(text) => Self::Database(text.clone()),
             other => Self::Database(other.to_string()),
         }
+    }
+}
+
+/// What takes the room decides what helps.
+fn over_quota(used: u64, quota: u64, live: u64) -> String {
+    let how_much = format!("the storage quota is used up: {} of {}", shown_bytes(used), shown_bytes(quota));
+    if live >= used / 2 {
+        format!(
+            "{how_much}, {} of it by jobs that wait or run; room comes when they have ended and their answers were fetched: \
+             come again later, cancel some, or raise storage.quota in models.yaml",
+            shown_bytes(live)
+        )
+    } else {
+        format!(
+            "{how_much}; fetch results that are waiting (fetched ones make room), or raise storage.quota in models.yaml"
+        )
     }
 }
 

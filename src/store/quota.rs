@@ -31,6 +31,8 @@ struct Inner {
     database: AtomicU64,
     /// What was written into the database since.
     since: AtomicU64,
+    /// Of it, what jobs that have not ended take, as measured last.
+    live: AtomicU64,
     /// Nothing is left that may go: new jobs are refused.
     is_used_up: AtomicBool,
     wake: Notify,
@@ -44,6 +46,7 @@ impl Quota {
             files,
             database: AtomicU64::new(database),
             since: AtomicU64::new(0),
+            live: AtomicU64::new(0),
             is_used_up: AtomicBool::new(false),
             wake: Notify::new(),
         };
@@ -76,6 +79,17 @@ impl Quota {
         self.inner.database.store(database, Ordering::Relaxed);
     }
 
+    /// Bytes of jobs that have not ended, measured.
+    pub(super) fn weighed(&self, live: u64) {
+        self.inner.live.store(live, Ordering::Relaxed);
+    }
+
+    /// What a new job is told.
+    pub(super) fn refusal(&self) -> StoreError {
+        let live = self.inner.live.load(Ordering::Relaxed);
+        StoreError::OverQuota { used: self.used(), quota: self.inner.bytes, live }
+    }
+
     /// A group was committed, with about so many bytes in it.
     pub(super) fn wrote(&self, bytes: u64) {
         self.inner.since.fetch_add(bytes, Ordering::Relaxed);
@@ -103,7 +117,7 @@ impl Quota {
         let (used, quota) = (self.used(), self.inner.bytes);
         // Being far beyond it means that jobs come faster than room can be made.
         let is_far_over = used > quota.saturating_add(quota / MADE_FREE);
-        (self.is_used_up() || is_far_over).then_some(StoreError::OverQuota { used, quota })
+        (self.is_used_up() || is_far_over).then(|| self.refusal())
     }
 }
 
@@ -114,11 +128,8 @@ pub(super) fn decide(c: &Connection, dir: &Path, settings: &StorageSettings, use
         tracing::info!(quota_bytes = bytes, "jobs may take {} (storage.quota)", shown_bytes(bytes));
         return Ok(bytes);
     }
-    let known = c
-        .query_row("SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'quota_bytes'", [], |row| row.get::<_, i64>(0))
-        .optional()?;
-    let bytes = match known {
-        Some(bytes) => bytes.unsigned_abs(),
+    let bytes = match remembered(c)? {
+        Some(bytes) => bytes,
         None => {
             let bytes = used.saturating_add(free_bytes(dir).unwrap_or(u64::MAX / 4) / 2);
             c.execute("INSERT INTO meta (key, value) VALUES ('quota_bytes', ?1)", [int(bytes).to_string()])?;
@@ -131,6 +142,24 @@ pub(super) fn decide(c: &Connection, dir: &Path, settings: &StorageSettings, use
         shown_bytes(bytes)
     );
     Ok(bytes)
+}
+
+/// Bytes of the bodies and files of jobs that have not ended.
+pub(super) fn live_bytes(c: &Connection) -> rusqlite::Result<u64> {
+    let sum = |what: &str, table: &str| {
+        let sql = format!(
+            "SELECT coalesce(sum({what}), 0) FROM job INDEXED BY job_live JOIN {table} USING (number) WHERE finished_at IS NULL"
+        );
+        c.query_row(&sql, [], |row| row.get::<_, i64>(0)).map(i64::unsigned_abs)
+    };
+    Ok(sum("length(request.body)", "request")? + sum("file.bytes", "file")?)
+}
+
+/// What was decided at the first start; `None`: nothing yet, or it was set.
+pub(super) fn remembered(c: &Connection) -> rusqlite::Result<Option<u64>> {
+    c.query_row("SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'quota_bytes'", [], |row| row.get::<_, i64>(0))
+        .optional()
+        .map(|known| known.map(i64::unsigned_abs))
 }
 
 /// Pages of the database in use, and free ones, in bytes.
@@ -153,7 +182,7 @@ mod tests {
         assert_eq!((quota.used(), quota.is_over(), quota.too_much()), (1_050, true, 150));
         assert!(quota.check().is_none(), "room is being made");
         quota.wrote(60);
-        assert!(matches!(quota.check(), Some(StoreError::OverQuota { used: 1_110, quota: 1_000 })));
+        assert!(matches!(quota.check(), Some(StoreError::OverQuota { used: 1_110, quota: 1_000, live: 0 })));
         quota.measured(850);
         assert!(quota.check().is_none());
         assert!(quota.set_used_up(true) && !quota.set_used_up(true));

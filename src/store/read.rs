@@ -232,7 +232,8 @@ impl Reader {
                 let (reply, answer) = oneshot::channel();
                 let query: Query = Box::new(move |c| drop(reply.send(query(c))));
                 sender.send(query).map_err(|_| StoreError::Stopped)?;
-                answer.await.unwrap_or(Err(StoreError::Stopped))
+                let read: Result<T, StoreError> = answer.await.unwrap_or(Err(StoreError::Stopped));
+                read.map_err(|error| error.in_database(&self.database))
             }
         }
     }
@@ -323,9 +324,19 @@ impl Reader {
     async fn file(&self, id: JobId, file: &StoredFile) -> Result<Bytes, StoreError> {
         let read = self.files.read(file).await;
         match read {
-            Err(error) if error.is_lost_file() => self.still_there(id).await.and(Err(error)),
+            Err(error) if error.is_lost_file() => Err(self.lost(id, error).await),
             other => other,
         }
+    }
+
+    /// What a read that met a lost file ends with: `Expired`, if the job was emptied meanwhile, else the error, and the file is
+    /// counted.
+    async fn lost(&self, id: JobId, error: StoreError) -> StoreError {
+        if let Err(expired) = self.still_there(id).await {
+            return expired;
+        }
+        self.files.lost.met(&error);
+        error
     }
 
     /// `Expired`, if the job was emptied.
@@ -338,7 +349,11 @@ impl Reader {
     pub async fn load(&self, body: &Body) -> Result<Bytes, StoreError> {
         match body {
             Body::Inline(bytes) => Ok(bytes.clone()),
-            Body::File(file) => self.files.read(file).await,
+            Body::File(file) => self.files.read(file).await.inspect_err(|error| {
+                if error.is_lost_file() {
+                    self.files.lost.met(error);
+                }
+            }),
         }
     }
 
@@ -361,7 +376,7 @@ impl Reader {
             }
         };
         let body = match whole {
-            Err(error) if error.is_lost_file() => return self.still_there(id).await.and(Err(error)),
+            Err(error) if error.is_lost_file() => return Err(self.lost(id, error).await),
             other => other?,
         };
         Ok(Some(Answer { status, content_type, body, usage }))
@@ -375,7 +390,7 @@ impl Reader {
         };
         match (kept.body, files.iter().find(|file| file.role == Role::Response)) {
             (Some(body), _) => Ok(Some(body)),
-            (None, Some(file)) => Ok(Some(self.files.read(file).await?)),
+            (None, Some(file)) => Ok(Some(self.file(id, file).await?)),
             (None, None) => Ok(None),
         }
     }
@@ -467,6 +482,13 @@ impl Reader {
             Ok(Sizes { database_bytes, used_bytes, free_bytes, wal_bytes, purge_lag_ms })
         })
         .await
+    }
+}
+
+impl Reader {
+    /// Bytes of the bodies and files of jobs that have not ended. Takes time by their number.
+    pub async fn live_bytes(&self) -> Result<u64, StoreError> {
+        self.read(|c| quota::live_bytes(c).map_err(StoreError::from)).await
     }
 }
 

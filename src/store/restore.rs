@@ -12,6 +12,7 @@ use super::backup::{
     forget_id, in_database, in_file, is_backup, make_folders, manifests, open_still, remove_if_there, schema,
     sync_folder,
 };
+use super::lost::{LostFile, is_damage, lost_files};
 use super::open::{DATABASE, schema_version};
 
 /// The database of a restore that has not ended.
@@ -24,10 +25,17 @@ pub struct Verified {
     pub manifest: Manifest,
     /// Files that are there as their rows say.
     pub files: Count,
+    /// Files that the backup should have and has not; those that were lost before it was made are in the manifest.
+    pub lost: Vec<LostFile>,
 }
 
-/// Reads a backup whole and compares checksums; writes nothing. Blocks.
-pub fn check(source: &Path, watch: Watch<'_>) -> Result<Verified, StoreError> {
+/// Reads a backup whole and compares checksums; writes nothing. Files that are lost or damaged in it are an error, which names
+/// them; with `without_lost` they are only listed. Blocks.
+pub fn check(source: &Path, without_lost: bool, watch: Watch<'_>) -> Result<Verified, StoreError> {
+    checked(source, without_lost, watch).map_err(of_backup)
+}
+
+fn checked(source: &Path, without_lost: bool, watch: Watch<'_>) -> Result<Verified, StoreError> {
     let database = source.join(DATABASE);
     let manifests = described(source)?;
     watch(Progress { step: "database", done: Count::default(), total: Count::default() });
@@ -35,18 +43,24 @@ pub fn check(source: &Path, watch: Watch<'_>) -> Result<Verified, StoreError> {
     let manifest = manifest_of(manifests, &sha256, &database)?;
     let snapshot = open_still(&database)?;
     check_database(&snapshot, &database, &manifest)?;
-    let files = each_named(&snapshot, source, &manifest, watch, &mut |file, path| {
+    let (files, lost) = each_named(&snapshot, source, &manifest, watch, &mut |file, path| {
         if digest(path)? == (file.sha256.clone(), file.bytes) {
             return Ok(());
         }
         Err(StoreError::Damaged { path: path.display().to_string() })
     })?;
-    Ok(Verified { manifest, files })
+    refuse_lost(without_lost, &lost)?;
+    Ok(Verified { manifest, files, lost })
 }
 
 /// Makes the data dir `data_dir` of a backup. It must hold no database and have no server. The database comes last, so an
-/// interrupted restore is no data dir, and may be run again. Blocks.
-pub fn restore(source: &Path, data_dir: &Path, watch: Watch<'_>) -> Result<Verified, StoreError> {
+/// interrupted restore is no data dir, and may be run again. Files that are lost or damaged in the backup are an error, which
+/// names them; with `without_lost` the jobs come without them. Blocks.
+pub fn restore(source: &Path, data_dir: &Path, without_lost: bool, watch: Watch<'_>) -> Result<Verified, StoreError> {
+    restored(source, data_dir, without_lost, watch).map_err(of_backup)
+}
+
+fn restored(source: &Path, data_dir: &Path, without_lost: bool, watch: Watch<'_>) -> Result<Verified, StoreError> {
     let manifests = described(source)?;
     refuse_used(data_dir)?;
     make_folders(data_dir)?;
@@ -64,11 +78,12 @@ pub fn restore(source: &Path, data_dir: &Path, watch: Watch<'_>) -> Result<Verif
     let target = data_dir.join(ARTIFACTS);
     make_folders(&target)?;
     let mut folders: HashSet<PathBuf> = HashSet::new();
-    let files = each_named(&snapshot, source, &manifest, watch, &mut |file, path| {
+    let (files, lost) = each_named(&snapshot, source, &manifest, watch, &mut |file, path| {
         let to = target.join(file.relative()?);
         folders.extend(to.parent().map(Path::to_owned));
         copy_verified(path, &to, file)
     })?;
+    refuse_lost(without_lost, &lost)?;
     for folder in &folders {
         sync_folder(folder)?;
     }
@@ -79,7 +94,22 @@ pub fn restore(source: &Path, data_dir: &Path, watch: Watch<'_>) -> Result<Verif
     let database = data_dir.join(DATABASE);
     std::fs::rename(&next, &database).map_err(in_file(&database))?;
     sync_folder(data_dir)?;
-    Ok(Verified { manifest, files })
+    Ok(Verified { manifest, files, lost })
+}
+
+/// A damaged database is the backup's here: the advice for one that is in use would be to do what is being done.
+fn of_backup(error: StoreError) -> StoreError {
+    match error {
+        StoreError::Corrupt(text) => StoreError::Unusable(format!("{text}: the backup is damaged, use another one")),
+        other => other,
+    }
+}
+
+fn refuse_lost(without_lost: bool, lost: &[LostFile]) -> Result<(), StoreError> {
+    if without_lost || lost.is_empty() {
+        return Ok(());
+    }
+    Err(lost_files(lost, "they are so in this backup; another one may have them", "restore"))
 }
 
 /// A data dir that holds a database, or what belongs to one, is not written to.
@@ -142,27 +172,32 @@ pub(super) fn integrity(c: &Connection) -> rusqlite::Result<Vec<String>> {
     Ok(lines.into_iter().filter(|line| line != "ok").collect())
 }
 
-/// Calls `take` with each file of a backup; those that were lost before it was made are not asked for.
+/// Calls `take` with each file of a backup; those that were lost before it was made are not asked for. Those that it took, and
+/// those that are lost or damaged.
 fn each_named(
     snapshot: &Connection,
     source: &Path,
     manifest: &Manifest,
     watch: Watch<'_>,
     take: &mut dyn FnMut(&FileRow, &Path) -> Result<(), StoreError>,
-) -> Result<Count, StoreError> {
-    let lost: HashSet<&str> = manifest.damaged.iter().map(String::as_str).collect();
+) -> Result<(Count, Vec<LostFile>), StoreError> {
+    let before: HashSet<&str> = manifest.damaged.iter().map(String::as_str).collect();
     let total = files_in(snapshot)?;
-    let mut done = Count::default();
+    let (mut done, mut lost) = (Count::default(), Vec::new());
     let mut statement = snapshot.prepare(ALL_FILES)?;
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next()? {
         let file = FileRow::of(row)?;
-        if lost.contains(file.path.as_str()) {
+        if before.contains(file.path.as_str()) {
             continue;
         }
-        take(&file, &source.join(ARTIFACTS).join(file.relative()?))?;
-        done.add(file.bytes);
+        let path = source.join(ARTIFACTS).join(file.relative()?);
+        match take(&file, &path) {
+            Ok(()) => done.add(file.bytes),
+            Err(error) if is_damage(&error, &path) => lost.push(file.lost(snapshot, !path.exists())),
+            Err(error) => return Err(error),
+        }
         watch(Progress { step: "files", done, total });
     }
-    Ok(done)
+    Ok((done, lost))
 }

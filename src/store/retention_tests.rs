@@ -319,7 +319,7 @@ async fn the_quota_takes_expired_then_delivered_and_never_what_nobody_has_fetche
                 Err(error) => break error,
             }
         };
-        assert!(matches!(&refused, StoreError::OverQuota { quota, used } if *quota == 4 * MIB && used > quota));
+        assert!(matches!(&refused, StoreError::OverQuota { quota, used, .. } if *quota == 4 * MIB && used > quota));
         for word in ["quota", "4.0 MiB", "fetch", "storage.quota"] {
             assert!(refused.to_string().contains(word), "{refused}");
         }
@@ -418,6 +418,40 @@ async fn files_without_rows_are_collected_and_rows_without_files_reported() {
     assert!(house.has_answer(live).await && house.has_answer(kept).await);
     let error = house.store.reader().answer(lost).await.unwrap_err();
     assert!(error.is_lost_file(), "not guessed to be expired: {error}");
+}
+
+#[tokio::test]
+async fn a_lost_file_counts_as_soon_as_somebody_meets_it_and_until_it_is_back() {
+    let mut house = House::new(settings()).await;
+    let (gone, damaged) = (house.answered(new_job(), 50_000).await, house.answered(new_job(), 50_000).await);
+    let files = house.files();
+    let path_of =
+        |id: JobId| house.artifacts().join(files.iter().find(|path| path.contains(&id.uuid().to_string())).unwrap());
+    let (gone_at, damaged_at) = (path_of(gone), path_of(damaged));
+    let (gone_was, damaged_was) = (std::fs::read(&gone_at).unwrap(), std::fs::read(&damaged_at).unwrap());
+    std::fs::remove_file(&gone_at).unwrap();
+    std::fs::write(&damaged_at, "other").unwrap();
+    let count = async |house: &House| house.store.metrics().await.missing_files;
+    assert_eq!(count(&house).await, 0, "nobody has looked");
+    let reader = house.store.reader();
+    assert!(reader.answer(gone).await.is_err());
+    assert_eq!(count(&house).await, 1);
+    assert!(reader.kept_body(damaged).await.is_err() && reader.kept_body(damaged).await.is_err());
+    assert_eq!(count(&house).await, 2, "each once");
+    let trouble = house.store.troubles().remove(0);
+    assert!(trouble.state == "files_missing" && trouble.reason.starts_with("2 files"), "{trouble:?}");
+    // A look at all files knows of one of them only, and does not forget the other.
+    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    assert_eq!(count(&house).await, 2);
+    std::fs::write(&gone_at, gone_was).unwrap();
+    std::fs::write(&damaged_at, damaged_was).unwrap();
+    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    assert_eq!(count(&house).await, 0);
+    assert_eq!(house.store.troubles(), []);
+    // The whole folder.
+    std::fs::remove_dir_all(house.artifacts()).unwrap();
+    house.store.pass(&mut BTreeSet::new()).await.unwrap();
+    assert_eq!(count(&house).await, 2);
 }
 
 #[tokio::test]

@@ -5,19 +5,21 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rusqlite::Connection;
 use serde::Serialize;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::StoreError;
-use super::backup::{self, Destination};
+use super::backup::{self, Destination, Held};
 use super::open::DATABASE;
 use super::placement::FileSystem;
 use super::restore::{self, Verified};
+use super::{StoreError, Trouble};
 use crate::clock::{Clock, rfc3339};
 use crate::domain::Millis;
+
+/// How often it is said that snapshots still fail.
+const SAY_EVERY: Duration = Duration::from_secs(300);
 
 /// Takes snapshots of one data dir. Cheap to clone.
 #[derive(Clone)]
@@ -35,10 +37,10 @@ struct Shared {
 /// One at a time.
 struct Taking {
     destination: Destination,
-    /// Tells whether the database changed.
-    watcher: Connection,
-    /// What it told before the last snapshot.
+    /// What the database's version was before the last snapshot.
     version: Option<i64>,
+    /// Files that it lacks, and that the log has named.
+    told: Vec<String>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -51,30 +53,57 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Before the start of a server: restores the backup in `folder` if the data dir has no database; `None`: there was nothing
-/// to do. An unreadable backup is an error: an empty server would overwrite it. Blocks.
-pub fn restore_if_needed(data_dir: &Path, folder: &Path) -> Result<Option<Verified>, StoreError> {
+/// What was done before the start of a server.
+#[derive(Debug, Default)]
+pub struct Prepared {
+    /// Keeps others from the folder of snapshots, if there are any; for [`Snapshots::open`].
+    pub held: Option<Held>,
+    /// The snapshot that the data dir was made of.
+    pub restored: Option<Verified>,
+}
+
+/// Before the start of a server: keeps others from `folder`, and restores the backup in it if the data dir has no database.
+/// Another server's folder is an error before anything is restored; so is an unreadable backup: an empty server would
+/// overwrite it. Blocks.
+pub fn prepare(data_dir: &Path, folder: &Path) -> Result<Prepared, StoreError> {
+    let held = Held::of(folder)?;
     if data_dir.join(DATABASE).exists() || !backup::is_backup(folder) {
-        return Ok(None);
+        return Ok(Prepared { held, restored: None });
     }
-    restore::restore(folder, data_dir, &mut |_| {}).map(Some)
+    // What lies there may have more than the last snapshot.
+    if let Some(reason) = super::presence::why_unusable(data_dir) {
+        return Err(StoreError::Unusable(reason));
+    }
+    let restored = restore::restore(folder, data_dir, false, &mut |_| {})?;
+    Ok(Prepared { held, restored: Some(restored) })
 }
 
 impl Snapshots {
-    /// Snapshots of `data_dir`, which has a database, into `folder`.
-    pub fn open(data_dir: &Path, folder: &Path, every: Duration, clock: Arc<dyn Clock>) -> Result<Self, StoreError> {
-        let destination = Destination::open(data_dir, folder)?;
-        let taking = Taking { destination, watcher: backup::open_live(data_dir)?, version: None };
+    /// Snapshots of `data_dir`, which has a database, into `folder`; `held`: what [`prepare`] has returned.
+    pub fn open(
+        data_dir: &Path,
+        folder: &Path,
+        held: Option<Held>,
+        every: Duration,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self, StoreError> {
+        let destination = Destination::open(data_dir, folder, held)?;
+        let taking = Taking { destination, version: None, told: Vec::new() };
         let shared = Shared { every, clock, taking: Mutex::new(taking), last: Mutex::default() };
         Ok(Self { shared: Arc::new(shared) })
     }
 
     /// Takes one now and then every so often, until `stop`. One that is being taken then goes on by itself.
     pub async fn run(self, stop: CancellationToken) {
+        let mut said = Said::default();
         loop {
             let round = async {
-                if let Err(reason) = self.take().await {
-                    tracing::error!("no snapshot could be taken, the last good one stays: {reason}");
+                match self.take().await {
+                    Ok(()) if said.works() => tracing::info!("snapshots are taken again"),
+                    Err(reason) if said.fails() => {
+                        tracing::error!("no snapshot could be taken, the last good one stays: {reason}");
+                    }
+                    Ok(()) | Err(_) => {}
                 }
                 tokio::time::sleep(self.shared.every).await;
             };
@@ -106,6 +135,28 @@ impl Snapshots {
     }
 }
 
+/// What the log says of failures: that they begin, now and then that they go on, and that they end.
+#[derive(Debug, Default)]
+struct Said {
+    at: Option<Instant>,
+}
+
+impl Said {
+    /// It failed; whether that is to be said.
+    fn fails(&mut self) -> bool {
+        let is_due = self.at.is_none_or(|at| at.elapsed() >= SAY_EVERY);
+        if is_due {
+            self.at = Some(Instant::now());
+        }
+        is_due
+    }
+
+    /// It did not fail; whether that is to be said.
+    fn works(&mut self) -> bool {
+        self.at.take().is_some()
+    }
+}
+
 impl Shared {
     fn take(&self) -> Result<(), String> {
         let mut taking = lock(&self.taking);
@@ -122,13 +173,7 @@ impl Shared {
                         copied = done.copied.files,
                         "snapshot taken"
                     );
-                    if !done.manifest.damaged.is_empty() {
-                        tracing::error!(
-                            files = done.manifest.damaged.len(),
-                            first = done.manifest.damaged[0],
-                            "files of jobs are lost or damaged, and not in the snapshot; roundhouse doctor --deep lists them"
-                        );
-                    }
+                    taking.tell_lost(done);
                 }
             }
             Err(reason) => last.failed = Some(reason.clone()),
@@ -138,8 +183,21 @@ impl Shared {
 }
 
 impl Taking {
+    /// Once for the same files: snapshots go on without them.
+    fn tell_lost(&mut self, done: &backup::Done) {
+        if self.told != done.manifest.damaged && !done.lost.is_empty() {
+            let names = super::lost::listed(done.lost.iter().map(ToString::to_string));
+            tracing::error!(
+                files = done.lost.len(),
+                "files of jobs are lost or damaged, so they are not in the snapshots: {}",
+                names.join("; ")
+            );
+        }
+        self.told.clone_from(&done.manifest.damaged);
+    }
+
     fn take(&mut self, clock: &dyn Clock) -> Result<Option<backup::Done>, StoreError> {
-        let version: i64 = self.watcher.pragma_query_value(None, "data_version", |row| row.get(0))?;
+        let version: i64 = self.destination.live().pragma_query_value(None, "data_version", |row| row.get(0))?;
         if self.version == Some(version) {
             return Ok(None);
         }
@@ -191,6 +249,19 @@ pub struct SnapshotView {
 }
 
 impl Durability {
+    /// What is wrong with the copies at `now`. In words without paths.
+    pub fn trouble(&self, now: Millis) -> Option<Trouble> {
+        let snapshot = self.snapshots.as_ref()?.view(now);
+        snapshot.failed?;
+        let last = snapshot.last_age_s.map_or_else(
+            || "there has been none since the server started".to_owned(),
+            |age| format!("the last good one is {age} s old"),
+        );
+        let reason =
+            format!("snapshots fail, {last}: what came since is lost with the data dir's disk; the log says why");
+        Some(Trouble { state: "snapshots_fail", reason })
+    }
+
     /// As it is now.
     pub fn view(&self, now: Millis) -> DurabilityView {
         let snapshot = self.snapshots.as_ref().map(|snapshots| snapshots.view(now));
@@ -211,5 +282,25 @@ impl Durability {
             persistent: self.file_system.as_ref().map(FileSystem::is_persistent),
             snapshot,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_are_said_when_they_begin_now_and_then_and_when_they_end() {
+        let mut said = Said::default();
+        assert!(!said.works(), "no news");
+        assert!(said.fails());
+        for _ in 0..4 {
+            tokio::time::advance(SAY_EVERY / 5).await;
+            assert!(!said.fails(), "it is known");
+        }
+        tokio::time::advance(SAY_EVERY / 5).await;
+        assert!(said.fails(), "still");
+        assert!(said.works() && !said.works());
+        assert!(said.fails(), "again");
     }
 }

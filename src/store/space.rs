@@ -8,6 +8,19 @@ use std::sync::{Arc, Mutex};
 
 use crate::domain::storage::shown_bytes;
 
+/// Too little room. Bytes.
+struct Lack {
+    free: u64,
+    needed: u64,
+}
+
+impl Lack {
+    fn words(&self, whose: &str) -> String {
+        let (free, needed) = (shown_bytes(self.free), shown_bytes(self.needed));
+        format!("the disk of {whose} is nearly full: {free} free, new jobs need {needed} (storage.free_min)")
+    }
+}
+
 /// The disk under one data dir. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct Space {
@@ -20,6 +33,10 @@ struct Inner {
     free_min: u64,
     reserve_bytes: u64,
     reserve_is_there: AtomicBool,
+    /// Making the reserve failed, and that was said.
+    said_unmade: AtomicBool,
+    /// New jobs are refused, and that was said.
+    is_low: AtomicBool,
     /// Held while the reserve is made.
     making: Mutex<()>,
 }
@@ -35,8 +52,17 @@ impl Space {
     }
 
     fn of(dir: &Path, free_min: u64, reserve_bytes: u64) -> Self {
-        let (reserve_is_there, making) = (AtomicBool::new(false), Mutex::new(()));
-        Self { inner: Arc::new(Inner { dir: dir.to_owned(), free_min, reserve_bytes, reserve_is_there, making }) }
+        let no = || AtomicBool::new(false);
+        let inner = Inner {
+            dir: dir.to_owned(),
+            free_min,
+            reserve_bytes,
+            reserve_is_there: no(),
+            said_unmade: no(),
+            is_low: no(),
+            making: Mutex::new(()),
+        };
+        Self { inner: Arc::new(inner) }
     }
 
     #[cfg(test)]
@@ -48,8 +74,34 @@ impl Space {
         self.inner.dir.join("reserve")
     }
 
-    /// Why new jobs are refused now, in words; `None`: there is room. Puts the reserve back when there is room for it.
+    /// Why new jobs are refused now, in words; `None`: there is room. Puts the reserve back when there is room for it. Says
+    /// when it begins.
     pub(super) fn check(&self) -> Option<String> {
+        let lack = self.lack()?;
+        let reason =
+            format!("{}; make room there, running jobs go on", lack.words(&self.inner.dir.display().to_string()));
+        if !self.inner.is_low.swap(true, Ordering::Relaxed) {
+            tracing::warn!(free = lack.free, needed = lack.needed, "new jobs are refused: {reason}");
+        }
+        Some(reason)
+    }
+
+    /// As [`Self::check`], now and then: says when it ends, too, at most as often as it is called.
+    pub(super) fn look(&self) {
+        if self.check().is_none() && self.inner.is_low.swap(false, Ordering::Relaxed) {
+            let free = free_bytes(&self.inner.dir).unwrap_or_default();
+            let dir = self.inner.dir.display();
+            tracing::info!(free, "there is room again on the disk of {dir}: {} free", shown_bytes(free));
+        }
+    }
+
+    /// What a keeper should know now, in words without paths.
+    pub(super) fn trouble(&self) -> Option<String> {
+        let lack = self.inner.is_low.load(Ordering::Relaxed).then(|| self.lack())??;
+        Some(format!("new jobs are refused: {}; make room there, running jobs go on", lack.words("the data dir")))
+    }
+
+    fn lack(&self) -> Option<Lack> {
         let inner = &self.inner;
         if inner.free_min == 0 {
             return None;
@@ -60,12 +112,7 @@ impl Space {
             return None;
         }
         let needed = inner.free_min + if has_reserve { 0 } else { inner.reserve_bytes };
-        Some(format!(
-            "the disk of {} is nearly full: {} free, new jobs need {}; make room there, running jobs go on",
-            inner.dir.display(),
-            shown_bytes(free),
-            shown_bytes(needed)
-        ))
+        Some(Lack { free, needed })
     }
 
     /// Makes the reserve again if there is room for it beyond the watermark. Returns what is free.
@@ -83,10 +130,14 @@ impl Space {
         match self.make_reserve() {
             Ok(()) => {
                 inner.reserve_is_there.store(true, Ordering::Relaxed);
+                inner.said_unmade.store(false, Ordering::Relaxed);
                 free_bytes(&inner.dir).unwrap_or(free)
             }
             Err(error) => {
-                tracing::warn!("{}: the reserve could not be made: {error}", self.reserve().display());
+                // It is tried again at every look.
+                if !inner.said_unmade.swap(true, Ordering::Relaxed) {
+                    tracing::warn!("{}: the reserve could not be made: {error}", self.reserve().display());
+                }
                 let _ = std::fs::remove_file(self.reserve());
                 free
             }
@@ -142,5 +193,7 @@ mod tests {
         let space = Space::new(dir.path(), u64::MAX / 2, 0);
         let reason = space.check().unwrap();
         assert!(reason.contains("nearly full") && reason.contains("make room"), "{reason}");
+        let trouble = space.trouble().unwrap();
+        assert!(trouble.contains("nearly full") && !trouble.contains(&*dir.path().to_string_lossy()), "{trouble}");
     }
 }

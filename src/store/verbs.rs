@@ -18,8 +18,10 @@ use super::StoreError;
 use super::files::{Body, Files, Role, StoredAnswer, StoredFile};
 use super::idempotency::IdempotencyKey;
 use super::metrics::{Metrics, StoreMetrics};
+use super::presence::Presence;
 use super::quota::Quota;
 use super::read::Reader;
+use super::space::Space;
 use super::submit::{self, Inserted, Submission};
 use super::writer::{Kind, Session, Writer, answer};
 use crate::clock::Clock;
@@ -37,8 +39,10 @@ pub struct Store {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) metrics: Metrics,
     pub(super) quota: Quota,
+    pub(super) space: Space,
     /// Whether free pages can be given back to the disk.
     pub(super) gives_back: bool,
+    pub(super) presence: Presence,
     pub(super) settings: Arc<StorageSettings>,
     pub(super) next_batch: Arc<AtomicI64>,
     /// Keeps the data dir for this process.
@@ -386,9 +390,13 @@ impl Store {
         self.metrics.recovered_in(time);
     }
 
-    /// The last word: the next start knows that this run ended in order.
+    /// The last word: the next start knows that this run ended in order. If files were removed meanwhile, they are saved.
     pub async fn close(&self) -> Result<(), StoreError> {
-        let pending = self.writer.apply(Kind::Change, 0, |session| super::writer::mark_clean(&session.c));
+        let presence = self.presence.clone();
+        let pending = self.writer.apply(Kind::Change, 0, move |session| match presence.gone() {
+            Some(gone) => Err(StoreError::Gone(gone)),
+            None => super::writer::mark_clean(&session.c),
+        });
         answer(pending).await
     }
 
@@ -407,6 +415,7 @@ impl Store {
             purge_lag_s: sizes.purge_lag_ms as f64 / 1e3,
             stored_bytes: sizes.used_bytes + file_bytes,
             quota_bytes: self.quota.bytes(),
+            missing_files: self.files.lost.count(),
             ..self.metrics.look()
         }
     }

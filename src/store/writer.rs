@@ -6,7 +6,7 @@
 //!    takes nothing of itself along and leaves the others whole.
 //! 3. If the disk is full, the reserve is given up and the group runs again without its submissions.
 //! 4. If the commit fails, all are told so and nothing was stored. If the disk cannot be trusted any more (an I/O error, a
-//!    damaged file), the program is brought down, answers nobody, and recovers at its next start.
+//!    damaged file, a file that was removed), the program is brought down, answers nobody, and recovers at its next start.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -21,6 +21,7 @@ use super::StoreError;
 use super::idempotency::Keys;
 use super::live::Live;
 use super::metrics::Metrics;
+use super::presence::{self, Presence};
 use super::quota::Quota;
 use super::space::Space;
 
@@ -181,6 +182,7 @@ pub(super) struct Parts {
     pub(super) quota: Quota,
     pub(super) live: Live,
     pub(super) metrics: Metrics,
+    pub(super) presence: Presence,
     pub(super) on_fatal: OnFatal,
     /// Keeps the data dir until the last change has been written.
     pub(super) _lock: Option<Arc<File>>,
@@ -298,7 +300,7 @@ impl Thread {
                 tracing::error!(operations = group.len(), "nothing was stored: {error}");
                 if error.is_untrustworthy() {
                     self.is_dead = true;
-                    return (self.parts.on_fatal)(&format!("the database could not be made durable: {error}"));
+                    return (self.parts.on_fatal)(&self.last_words(error));
                 }
             }
         }
@@ -307,6 +309,26 @@ impl Thread {
                 Ok(()) => Ok(()),
                 Err(error) => Err(error.for_everybody()),
             });
+        }
+    }
+
+    /// Why the process ends, and what to do.
+    fn last_words(&self, error: &StoreError) -> String {
+        match error {
+            StoreError::Gone(gone) => {
+                let mut again = presence::wait_for_room(|| self.parts.space.give_up_reserve());
+                let now = self.parts.metrics.now();
+                let saved = self.parts.presence.rescue(&self.parts.session.c, gone, now, &mut again);
+                format!("{gone}: {saved}")
+            }
+            error => {
+                let database = self.parts.session.c.path().unwrap_or_default();
+                let error = error.for_everybody().in_database(std::path::Path::new(database));
+                match error {
+                    StoreError::Corrupt(_) => error.to_string(),
+                    error => format!("the database could not be made durable: {error}"),
+                }
+            }
         }
     }
 
@@ -465,6 +487,7 @@ mod tests {
             quota: Quota::new(u64::MAX, 0, Arc::default()),
             live: Live::default(),
             metrics: Metrics::new(Arc::new(ManualClock::at(1))),
+            presence: Presence::default(),
             on_fatal: Arc::new(|reason| panic!("{reason}")),
             _lock: None,
         }
@@ -515,6 +538,22 @@ mod tests {
         }
         assert_eq!(results, [true, false, true]);
         assert_eq!(answer(count(&writer)).await.unwrap(), 4);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_database_is_named_with_the_way_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let connection = Connection::open(dir.path().join("t.db")).unwrap();
+        let (told, reason) = std::sync::mpsc::channel();
+        let told = Mutex::new(told);
+        let on_fatal: OnFatal = Arc::new(move |reason| lock(&told).send(reason.to_owned()).unwrap());
+        let writer = Writer::start(Parts { on_fatal, ..parts(connection) }).unwrap();
+        let broken: Pending<()> = apply(&writer, |_| Err(StoreError::Corrupt("malformed".to_owned())));
+        assert!(matches!(answer(broken).await, Err(StoreError::Stopped)), "nobody is answered");
+        let reason = reason.recv().unwrap();
+        for word in ["t.db: malformed", "roundhouse doctor --deep", "roundhouse restore"] {
+            assert!(reason.contains(word), "{word}: {reason}");
+        }
     }
 
     #[tokio::test]

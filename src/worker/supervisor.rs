@@ -138,7 +138,7 @@ impl WorkerHandle {
         Self::start_with(spec, around, Tempo::default(), reports)
     }
 
-    /// As [`Self::start`], at another tempo.
+    /// As [`Self::start`], at another tempo. Asks the driver once, if the model needs a GPU.
     pub fn start_with(
         spec: ModelSpec,
         around: Surroundings,
@@ -147,9 +147,11 @@ impl WorkerHandle {
     ) -> Self {
         let (orders, inbox) = mpsc::channel(ORDERS_LIMIT);
         let log_path = logs::path(&around.log_dir, &spec.name);
+        // A pod may come back without its GPU: better known before the first plan than by a swap in vain.
+        let is_blocked = spec.gpus > 0 && around.gpus.gpus().is_empty();
         let (view_writer, view) = watch::channel(WorkerView {
             model: spec.name.clone(),
-            state: ModelState::Absent,
+            state: if is_blocked { ModelState::Blocked } else { ModelState::Absent },
             phase: None,
             percent: None,
             pid: None,
@@ -173,7 +175,7 @@ impl WorkerHandle {
             failed_loads: 0,
             early_deaths: 0,
         };
-        tasks.spawn("supervisor", supervisor.run());
+        tasks.spawn("supervisor", supervisor.run(is_blocked));
         Self { orders, view }
     }
 
@@ -270,10 +272,8 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    async fn run(mut self) {
-        // A pod may come back without its GPU: better known now than by a swap in vain.
-        let blocked = self.spec.gpus > 0 && !self.sees_gpu().await;
-        let mut phase = if blocked { Phase::Blocked } else { Phase::Absent };
+    async fn run(mut self, is_blocked: bool) {
+        let mut phase = if is_blocked { Phase::Blocked } else { Phase::Absent };
         loop {
             phase = match phase {
                 Phase::Absent => self.absent().await,

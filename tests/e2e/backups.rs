@@ -53,6 +53,40 @@ async fn roundhouse(words: &[&str], paths: &[(&str, &Path)]) -> Output {
     command.output().await.unwrap()
 }
 
+#[tokio::test]
+async fn snapshots_that_fail_are_said_by_readyz_and_the_log_until_they_work_again() {
+    let site = site();
+    let folder = site.path().join("snapshots");
+    let site = site.storage("snapshot_dir", folder.display().to_string()).storage("snapshot_every", "100ms");
+    let server = site.start().await;
+    let api = &server.api;
+    let is_there =
+        || async { (api.get("/health").await.json()["storage"]["snapshot"]["last_at"].is_string()).then_some(()) };
+    eventually(LIMIT, "there is one", is_there).await;
+    // Its volume goes away, and a file is where it was.
+    let away = site.path().join("away");
+    std::fs::rename(&folder, &away).unwrap();
+    std::fs::write(&folder, "").unwrap();
+    let id = api.submit_echo("echo", json!({})).await;
+    api.succeeded(&id).await;
+    let ready = eventually(LIMIT, "it is said", || async {
+        let ready = api.get("/readyz").await.is(200).json();
+        (ready["degraded"][0]["store"] == "snapshots_fail").then_some(ready)
+    })
+    .await;
+    let text = ready["degraded"][0]["reason"].as_str().unwrap();
+    assert!(text.contains("the last good one is") && !text.contains(&*site.path().to_string_lossy()), "{text}");
+    std::fs::remove_file(&folder).unwrap();
+    std::fs::rename(&away, &folder).unwrap();
+    eventually(LIMIT, "they are taken again", || async {
+        server.log().contains("snapshots are taken again").then_some(())
+    })
+    .await;
+    assert_eq!(api.get("/readyz").await.is(200).json()["degraded"], json!([]));
+    let log = server.log();
+    assert_eq!(log.matches("no snapshot could be taken").count(), 1, "{log}");
+}
+
 #[track_caller]
 fn succeeds(output: &Output) -> String {
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -184,8 +218,26 @@ async fn a_damaged_backup_is_refused_by_the_name_of_what_is_damaged() {
     let file = files_in(&dest.join("artifacts")).remove(0);
     flip_a_byte(&file);
     let name = file.file_name().unwrap().to_string_lossy().into_owned();
-    assert!(refuses(&restore(&dest, &target).await).contains(&name));
-    assert!(refuses(&roundhouse(&["restore", "--check"], &[("", &dest)]).await).contains(&name));
+    for refusal in [restore(&dest, &target).await, roundhouse(&["restore", "--check"], &[("", &dest)]).await] {
+        let refusal = refuses(&refusal);
+        assert!(refusal.contains(&name) && refusal.contains(&format!("{id}: damaged")), "{refusal}");
+        assert!(refusal.contains("roundhouse restore --without-lost-files"), "{refusal}");
+    }
+    let without = |words: &'static [&'static str], target: &Path| {
+        let (dest, target) = (dest.clone(), target.to_owned());
+        async move { succeeds(&roundhouse(words, &[("", &dest), ("--data-dir", &target)]).await) }
+    };
+    let said = without(&["restore", "--check", "--without-lost-files"], &target).await;
+    assert!(said.contains("can be restored, without 1 files") && said.contains(&name), "{said}");
+    let other = self::site();
+    let said = without(&["restore", "--without-lost-files"], &other.data()).await;
+    assert!(said.contains("restored") && said.contains(&format!("{id}: damaged")), "{said}");
+    let restored = other.start().await;
+    let reply = restored.api.get(&format!("/v1/jobs/{id}/artifacts/art_0")).await;
+    assert!(reply.status == 500 && reply.text().contains("is lost or damaged"), "{}: {}", reply.status, reply.text());
+    assert!(restored.log().contains("restored from a backup: what was accepted"), "{}", restored.log());
+    assert!(!restored.log().contains("nothing that was accepted is lost"), "{}", restored.log());
+    drop(restored);
     flip_a_byte(&file);
     flip_a_byte(&dest.join("roundhouse.db"));
     let refusal = refuses(&restore(&dest, &target).await);
@@ -226,6 +278,13 @@ async fn a_lost_data_dir_is_restored_from_its_snapshots_and_the_loss_is_told_bef
     assert_eq!((&storage["file_system"], &storage["persistent"]), (&json!("overlay"), &json!(false)), "{health}");
     assert!(storage["snapshot"]["last_at"].is_string() && storage["snapshot"]["failed"].is_null(), "{health}");
     assert!(server.log().contains("so are the jobs and results of up to 0.5 s"), "{}", server.log());
+    // A second server takes no copy of what another one's jobs are.
+    let second = self::site();
+    second.start().await;
+    std::fs::remove_dir_all(second.data()).unwrap();
+    let refusal = refuses(&serve(&second, &[("ROUNDHOUSE_SNAPSHOT_DIR", &snapshots.display().to_string())]).await);
+    assert!(refusal.contains("somebody else writes") && refusal.contains("--snapshot-dir"), "{refusal}");
+    assert!(!second.data().join("roundhouse.db").exists() && !second.data().join("artifacts").exists());
     // The pod is gone, and its disk.
     server.kill();
     server.all_gone(Duration::from_secs(20)).await;

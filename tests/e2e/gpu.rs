@@ -57,6 +57,19 @@ async fn without_a_gpu_jobs_wait_and_run_after_a_restart_that_sees_one() {
     assert_eq!(api.job(&waiting).await["state"], "queued");
     drop(server);
 
+    // Still none: nothing is decided for the model, and nobody knows when its job starts.
+    let server = site.start().await;
+    let api = &server.api;
+    let on_cpu = api.submit_echo("cpu", json!({})).await;
+    api.succeeded(&on_cpu).await;
+    let job = api.job(&waiting).await;
+    assert_eq!((&job["state"], &job["queue"]["eta_start"]), (&json!("queued"), &Value::Null), "{job}");
+    assert_eq!(job["queue"]["position"], 0, "{job}");
+    let history = api.queue().await["history"].clone();
+    assert!(!history.to_string().contains("load gpu"), "{history}");
+    assert!(history.to_string().contains("load cpu"), "{history}");
+    drop(server);
+
     insert_card(&site.device());
     let server = site.start().await;
     let job = server.api.succeeded(&waiting).await;

@@ -14,6 +14,7 @@ mod ends;
 mod gpu;
 mod input;
 mod limits;
+mod messages;
 mod restarts;
 mod retention;
 mod streams;

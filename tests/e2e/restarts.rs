@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use reqwest::Method;
 use serde_json::json;
 
-use crate::common::{Api, Proc, Reply, Server, Site, beside, check_history, echo, echo_job, eventually, with};
+use crate::common::{Api, LIMIT, Proc, Reply, Server, Site, beside, check_history, echo, echo_job, eventually, with};
 
 /// Jobs in three rounds of submitting, killing and starting again.
 const ROUNDS: u64 = 3;
@@ -301,4 +301,28 @@ async fn jobs_of_a_model_that_left_the_file_wait_until_it_is_back() {
 
     let server = site.model("gone", entry()).start().await;
     server.api.succeeded(&waiting).await;
+}
+
+#[tokio::test]
+async fn who_comes_while_the_server_stops_is_answered() {
+    let site = Site::new().model("a", echo("custom", &[] as &[&str]));
+    let mut server = site.start().await;
+    let running = server.api.submit_echo("a", json!({"delay_ms": 4000})).await;
+    server.api.happened(&running, "job.started").await;
+    server.signal(Signal::SIGTERM);
+    eventually(LIMIT, "it stops", || async { server.log().contains("stopping: no new work").then_some(()) }).await;
+    for _ in 0..2 {
+        // With connections of its own each.
+        let stranger = Api::new(&server.api.base);
+        let refused = stranger.post("/v1/jobs", &echo_job("a", json!({}))).await.refused(503, "draining");
+        assert!(!refused.header("retry-after").is_empty());
+        let stranger = Api::new(&server.api.base);
+        assert_eq!(stranger.job(&running).await["state"], "running");
+        stranger.get("/readyz").await.refused(503, "draining");
+    }
+    assert!(server.ended().await.success());
+    let server = site.start().await;
+    server.api.succeeded(&running).await;
+    let page = server.api.get("/v1/jobs").await.is(200).json();
+    assert_eq!(page["data"].as_array().unwrap().len(), 1, "what was refused is not there: {page}");
 }

@@ -112,7 +112,10 @@ async fn calls_through_a_proxy_that_cuts_long_answers_get_theirs_by_hops() {
 
 #[tokio::test]
 async fn a_hop_is_a_relative_303_that_nobody_may_store() {
-    let site = Site::new().server("sync_hop", "200ms").model("all", everything(&["--load-s", "1"]));
+    let site = Site::new()
+        .server("sync_hop", "200ms")
+        .server("sync_max_hops", 500)
+        .model("all", everything(&["--load-s", "1"]));
     let server = site.start().await;
     let reply = call(&server.api, "/v1/chat/completions", "me").await.is(303);
     let id = reply.header("x-roundhouse-job-id").to_owned();
@@ -131,7 +134,7 @@ async fn after_the_last_hop_the_job_goes_on_without_its_caller() {
     let site = Site::new()
         .server("sync_hop", "200ms")
         .server("sync_max_hops", 3)
-        .server("hop_grace", "300ms")
+        .server("hop_grace", "1s")
         .model("all", everything(&["--load-s", "3"]));
     let server = site.start().await;
     let reply = call(&server.api.following(), "/v1/chat/completions", "me").await.refused(504, "sync_wait_exceeded");

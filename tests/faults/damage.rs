@@ -113,6 +113,26 @@ async fn a_page_of_garbage_is_seen_or_does_not_matter() {
 }
 
 #[tokio::test]
+async fn a_damaged_page_is_found_by_the_start_and_not_by_somebodys_job() {
+    let clean = data_dir(false).await;
+    let pages = std::fs::metadata(clean.path().join("roundhouse.db")).unwrap().len() as usize / PAGE;
+    let (mut found, mut tried) = (0, 0);
+    for page in (1..pages).step_by((pages / 20).max(1)) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(clean.path().join("roundhouse.db"), dir.path().join("roundhouse.db")).unwrap();
+        overwrite(&dir.path().join("roundhouse.db"), page * PAGE, PAGE, 0xff);
+        tried += 1;
+        // Nothing is read that a start does not read.
+        if let Err(error) = Engine::open(dir.path(), true, Arc::new(|_| {})).await {
+            let error = error.to_string();
+            assert!(error.contains("roundhouse.db") && error.contains("roundhouse doctor --deep"), "{error}");
+            found += 1;
+        }
+    }
+    assert!(found * 10 >= tried * 9, "{found} of {tried} were found");
+}
+
+#[tokio::test]
 async fn a_log_that_was_cut_or_overwritten_costs_at_most_what_was_in_it() {
     let clean = data_dir(true).await;
     let log = std::fs::read(clean.path().join("roundhouse.db-wal")).unwrap();

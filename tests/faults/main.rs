@@ -19,6 +19,7 @@ mod ledger;
 mod locks;
 mod power_cut;
 mod refusals;
+mod removed;
 mod replay;
 mod shim;
 mod worker;
