@@ -110,6 +110,8 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         reports,
         epoch: opened.epoch,
         learned: opened.learned,
+        served: opened.served,
+        weights: config.weights.clone(),
         next_number: opened.next_number,
     })
     .await?;

@@ -13,6 +13,7 @@ pub mod http;
 pub mod lifecycle;
 pub mod policy;
 pub mod scheduler;
+pub mod sim;
 pub mod store;
 pub mod telemetry;
 pub mod worker;

@@ -20,6 +20,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("telemetry", &["clock"]),
     ("worker", &["domain", "clock", "lifecycle"]),
     ("scheduler", &["domain", "policy", "store", "worker", "clock", "lifecycle"]),
+    // What the state machine's events and effects carry, and nothing of the store or of workers themselves.
+    (
+        "sim",
+        &["domain", "policy", "scheduler::state", "store::Learned", "store::QueuedJob", "worker::supervisor::Order"],
+    ),
     (
         "http",
         &[
@@ -38,12 +43,14 @@ const LAYERS: &[(&str, &[&str])] = &[
         "cli",
         &[
             "domain",
+            "policy::Knobs",
             "config",
             "store::StoreError",
             "store::backup",
             "store::restore",
             "store::examine",
             "store::placement",
+            "sim",
             "clock",
         ],
     ),

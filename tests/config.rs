@@ -66,7 +66,7 @@ fn the_schema_refuses_what_the_program_refuses() {
         "models: {m: {type: text, command: x, memory: many}}",
         "models: {m: {type: text, command: {a: b}}}",
         "models: {m: {type: text, command: x}}\nscheduler: {swap_budget: {other: 2}}",
-        "models: {m: {type: text, command: x}}\ntenants: {}",
+        "models: {m: {type: text, command: x}}\ntenants: {a: {weight: 0}}",
         "scheduler: {}",
     ] {
         assert_ne!(problems(yaml), Vec::<String>::new(), "the schema takes {yaml}");

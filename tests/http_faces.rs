@@ -50,6 +50,10 @@ fn spec(name: &str, kind: ModelKind, endpoint: &str) -> ModelSpec {
         preload: false,
         gpus: 0,
         memory: None,
+        max_replicas: 1,
+        pin: false,
+        exclusive: false,
+        park: false,
         upstream_model: name.to_owned(),
         dir: "/".into(),
     }
@@ -101,6 +105,8 @@ impl Bench {
             reports,
             epoch: opened.epoch,
             learned: opened.learned,
+            served: opened.served,
+            weights: BTreeMap::new(),
             next_number: opened.next_number,
         })
         .await

@@ -159,6 +159,10 @@ impl Bench {
             preload: false,
             gpus: 0,
             memory: None,
+            max_replicas: 1,
+            pin: false,
+            exclusive: false,
+            park: false,
             upstream_model: "toy".into(),
             dir: self.path().to_owned(),
         }

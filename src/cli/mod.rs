@@ -10,6 +10,7 @@ mod doctor;
 mod fetch;
 mod models;
 mod serve;
+mod simulate;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,6 +20,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use backup::{BackupArgs, RestoreArgs};
 pub use doctor::DoctorArgs;
 pub use serve::ServeArgs;
+pub use simulate::SimulateArgs;
 
 /// A durable, model-aware job scheduler for boxes with one GPU and more models than fit.
 #[derive(Debug, Parser)]
@@ -94,6 +96,8 @@ pub enum ClientCommand {
     Restore(RestoreArgs),
     /// Show where everything lies, how much it takes, and what is wrong
     Doctor(DoctorArgs),
+    /// Play a trace of jobs through the scheduler on simulated workers, and measure how it did
+    Simulate(SimulateArgs),
 }
 
 /// `roundhouse models ...`
@@ -154,6 +158,7 @@ pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Backup(args) => backup::backup(&args, &mut out),
         ClientCommand::Restore(args) => backup::restore(&args, &mut out),
         ClientCommand::Doctor(args) => doctor::doctor(&args, &mut out),
+        ClientCommand::Simulate(args) => simulate::simulate(&args, &mut out),
     }
 }
 

@@ -102,6 +102,10 @@ impl Reader<'_> {
             preload: entry.preload.unwrap_or(false),
             gpus: entry.gpus.as_ref().map_or(1, |at| at.value),
             memory: entry.memory.as_ref().map(|at| at.value.0),
+            max_replicas: 1,
+            pin: entry.pin.unwrap_or(false),
+            exclusive: entry.exclusive.unwrap_or(false),
+            park: false,
             upstream_model: entry.upstream_model.as_ref().map_or(&self.name.value, |at| &at.value).clone(),
             dir: self.dir.to_path_buf(),
         })

@@ -26,6 +26,17 @@ pub(super) struct File {
     pub(super) server: Option<Server>,
     /// How long things are kept, and how much room they take.
     pub(super) storage: Option<Storage>,
+    /// Tenants by the name of their API key; `default` without keys.
+    pub(super) tenants: Option<BTreeMap<String, Tenant>>,
+}
+
+/// One tenant.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub(super) struct Tenant {
+    /// Its share of the GPUs while others want them, too: twice the weight, twice the time. Default 1.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub(super) weight: Option<At<f64>>,
 }
 
 /// The entries of `models:` in the order of the file.
@@ -86,6 +97,10 @@ pub(super) struct Entry {
     pub(super) gpus: Option<At<u32>>,
     /// Memory it needs on each GPU, for example 18GiB. Default: learned.
     pub(super) memory: Option<At<Size>>,
+    /// Never displaced once it is loaded; the other models share what is left. Default false.
+    pub(super) pin: Option<bool>,
+    /// Shares its GPUs with no other model, whatever their memory. Default false.
+    pub(super) exclusive: Option<bool>,
     /// Interpreter of `service_script`, if not the one of its `.venv`.
     pub(super) python: Option<At<String>>,
     /// The `model` field of requests as the worker sees it. Default: the entry's name.

@@ -11,13 +11,7 @@ use super::Problems;
 use super::file::{At, File, options};
 
 /// Settled keys whose effect does not exist yet: refused, since a limit that does nothing is worse than none.
-const LATER: &[(&str, &str)] = &[
-    ("models.*", "park"),
-    ("models.*", "pin"),
-    ("models.*", "exclusive"),
-    ("models.*", "max_replicas"),
-    ("", "tenants"),
-];
+const LATER: &[(&str, &str)] = &[("models.*", "park"), ("models.*", "max_replicas")];
 
 /// A piece of the file as it was written, without its values.
 #[derive(Debug)]

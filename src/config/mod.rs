@@ -12,6 +12,7 @@ mod units;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -35,6 +36,8 @@ pub struct Config {
     pub server: ServerSettings,
     /// `storage:`
     pub storage: StorageSettings,
+    /// `tenants:`, their weights by name; one that is not named weighs 1.
+    pub weights: BTreeMap<String, f64>,
 }
 
 /// The `server:` section.
@@ -187,6 +190,7 @@ fn parse(path: &Path, text: &str, env: &dyn Fn(&str) -> Option<String>) -> (Opti
         scheduler: sections::scheduler(&file, &mut problems),
         server: sections::server(&file, env, &mut problems),
         storage: sections::storage(&file, dir, &mut problems),
+        weights: sections::weights(&file, &mut problems),
     };
     (Some(config), problems.0)
 }

@@ -1,5 +1,6 @@
 //! `scheduler:` and `server:`, with their defaults and what the environment says.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -137,6 +138,18 @@ pub(super) fn storage(file: &File, dir: &Path, problems: &mut Problems) -> Stora
         section.problems.add(at.line, "storage.wal_pages: must be at least 100");
     }
     settings
+}
+
+pub(super) fn weights(file: &File, problems: &mut Problems) -> BTreeMap<String, f64> {
+    let mut weights = BTreeMap::new();
+    for (name, tenant) in file.tenants.iter().flatten() {
+        let Some(at) = &tenant.weight else { continue };
+        if !(at.value > 0.0 && at.value.is_finite()) {
+            problems.add(at.line, format!("tenants.{name}.weight: must be a number more than 0"));
+        }
+        weights.insert(name.clone(), at.value);
+    }
+    weights
 }
 
 struct Section<'a> {

@@ -223,13 +223,26 @@ fn an_empty_section_is_one_without_settings() {
 
 #[test]
 fn keys_of_later_are_refused() {
-    let error = entry("    type: text\n    park: ram\n    pin: true\n").unwrap_err();
+    let error = entry("    type: text\n    park: ram\n    max_replicas: 2\n").unwrap_err();
     assert_eq!(
         error,
-        "models.yaml:5: `park` in models.m is not supported yet; remove it\nmodels.yaml:6: `pin` in models.m is not supported yet; remove it"
+        "models.yaml:5: `park` in models.m is not supported yet; remove it\nmodels.yaml:6: `max_replicas` in models.m is not supported yet; remove it"
     );
-    let error = read("tenants: {}\nmodels:\n  m: {type: text, command: x}\n").unwrap_err();
-    assert_eq!(error, "models.yaml:1: `tenants` in the file is not supported yet; remove it");
+}
+
+#[test]
+fn models_can_be_pinned_and_tenants_weighed() {
+    let spec = entry("    type: text\n    pin: true\n    exclusive: true\n").unwrap();
+    assert!(spec.pin && spec.exclusive);
+    let spec = entry("    type: text\n").unwrap();
+    assert!(!spec.pin && !spec.exclusive);
+    let file = |tenants: &str| read(&format!("models:\n  m: {{type: text, command: x}}\ntenants:\n{tenants}"));
+    let config = file("  alice: {weight: 2}\n  bob: {}\n").unwrap();
+    assert_eq!(config.weights.into_iter().collect::<Vec<_>>(), [("alice".to_owned(), 2.0)]);
+    for wrong in ["0", "-1"] {
+        let error = file(&format!("  alice: {{weight: {wrong}}}\n")).unwrap_err();
+        assert_eq!(error, "models.yaml:4: tenants.alice.weight: must be a number more than 0");
+    }
 }
 
 #[test]

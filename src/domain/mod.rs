@@ -3,6 +3,7 @@
 
 pub mod batch;
 pub mod error;
+pub mod gpu;
 pub mod ids;
 pub mod job;
 pub mod model;
@@ -11,6 +12,7 @@ pub mod worker;
 
 pub use batch::BatchId;
 pub use error::{ErrorCode, JobError};
+pub use gpu::GpuSet;
 pub use ids::{IdError, JobId};
 pub use job::{Class, Face, Job, JobKind, JobState, NewJob, StateReason, Token};
 pub use model::{Launch, ModelKind, ModelSpec, ModelState};

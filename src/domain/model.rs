@@ -106,6 +106,14 @@ pub struct ModelSpec {
     pub gpus: u32,
     /// Declared device memory per GPU, in bytes.
     pub memory: Option<u64>,
+    /// Most workers of it at once. At least 1.
+    pub max_replicas: u32,
+    /// Never displaced once it is loaded.
+    pub pin: bool,
+    /// Shares its GPUs with no other model.
+    pub exclusive: bool,
+    /// Its worker can go to host memory and come back.
+    pub park: bool,
     /// The `model` field of forwarded bodies.
     pub upstream_model: String,
     /// Working directory of the worker.

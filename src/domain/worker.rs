@@ -26,6 +26,11 @@ pub enum Report {
         /// Time from the order to stop to free memory, in ms.
         stop_ms: i64,
     },
+    /// Parked as ordered: it lies in host memory, and its device memory is free.
+    Parked {
+        /// Time from the order to park to free memory, in ms.
+        park_ms: i64,
+    },
     /// It died or was killed for not answering, after it had been ready; its device memory is free. What ran on it is lost.
     Died {
         /// For a person.

@@ -188,6 +188,7 @@ mod tests {
         };
         let decision = Decision {
             at: 1_790_000_000_123,
+            gpus: vec![0],
             action: "wait",
             code: "blocked",
             model: Some("flux".into()),

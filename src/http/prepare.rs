@@ -370,6 +370,10 @@ pub mod tests {
             preload: false,
             gpus: 0,
             memory: None,
+            max_replicas: 1,
+            pin: false,
+            exclusive: false,
+            park: false,
             upstream_model: format!("org/{name}"),
             dir: "/".into(),
         }

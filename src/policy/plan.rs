@@ -1,481 +1,443 @@
-//! Which model holds the device: one decision, with its reason in words.
+//! What to load where, and who makes room: one round of decisions, each with its reason in words.
 //!
-//! The rule, for one device (first version; method: exhaustive service with due times and holds):
-//!
-//! 1. A model with work keeps the device. When it is dry and another model waits, the one that is due first is next:
-//!    late ones first, then by due time.
-//! 2. `due(m)` = when its oldest job has waited `max_wait` of its class, but not before it was away for `again` (three
-//!    times `max_wait` for interactive, once for batch) since it last left, and never before it left; or the last moment
-//!    that still keeps a deadline.
-//! 3. A late model (`now >= due - load`) displaces one that has work only after that one has run for its `hold`: `rush`
-//!    times the price of the swap if it has batch work only and a caller waits, else `keep` times the price, at most
-//!    `max_visit`. A resident that is done sooner than the swap would cost is left to finish.
-//!
-//! `price` = drain + stop + load of the newcomer + reload of the one displaced.
+//! 1. Waiting models are taken in order: late ones by due time, then the others by due time.
+//! 2. A model takes the set of devices where all who must leave yield, at the least cost: the price of a swap for those
+//!    with work, what will be missed for idle ones. A model with work keeps its devices until it is dry or a late model has
+//!    outwaited its hold (`hold`).
+//! 3. A late model for which no set is found reserves the one that yields first. One that is due later may be a guest there
+//!    if three of its loads fit in before; it makes room then, whatever its hold.
+//! 4. When nobody waits: one more worker for a model whose backlog is worth more than three loads; models with `preload`;
+//!    and idle models past their `idle_ttl` leave.
 
-use std::collections::BTreeMap;
-
-use serde::Serialize;
-
-use crate::domain::Millis;
+use crate::domain::{GpuSet, Millis};
 use crate::policy::Knobs;
+pub use crate::policy::decision::Decision;
+use crate::policy::decision::Words;
+use crate::policy::due::Due;
+use crate::policy::hold::{self, Weighed};
+use crate::policy::sets;
+pub use crate::policy::view::{ModelView, Phase, Reservation, View, WorkerView};
 
-/// A decision of the scheduler and its reason in words.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Decision {
-    /// When.
-    pub at: Millis,
-    /// `stay`, `load`, `swap`, `unload`, `wait` or `idle`.
-    pub action: &'static str,
-    /// `dry`, `hold`, `finish_first`, `not_due`, `due`, `due_interactive`, `deadline`, `fits`, `drop` or `blocked`.
-    pub code: &'static str,
-    /// The model it is about: the one that stays or is loaded.
-    pub model: Option<String>,
-    /// The model it is weighed against.
-    pub other: Option<String>,
-    /// One line for a person.
-    pub reason: String,
-    /// The figures behind it; `_s` in seconds.
-    pub numbers: BTreeMap<&'static str, f64>,
-}
+/// Loads that must fit in before a reservation starts for a guest to be let in.
+const GUEST_LOADS: f64 = 3.0;
+/// Loads that a backlog must be worth for one more worker.
+const REPLICA_LOADS: f64 = 3.0;
 
 /// What to do now.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
-    /// Leave things as they are.
-    Stay,
-    /// The device is free: load this model.
-    Load(String),
-    /// Drain and stop `from`, then load `to`.
-    Swap {
-        /// Holds the device.
-        from: String,
-        /// Is next.
-        to: String,
+    /// Drain and stop the workers in `out`; when they have left, load `model` on `set`.
+    Load {
+        /// Place of the model.
+        model: usize,
+        /// Where.
+        set: GpuSet,
+        /// Places of workers in the view.
+        out: Vec<usize>,
+        /// It must make room at this time.
+        guest_until: Option<Millis>,
     },
-    /// Stop this idle model.
-    Unload(String),
+    /// Stop this idle worker.
+    Unload(usize),
+}
+
+/// One thing to do, and why.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// What.
+    pub action: Action,
+    /// Why.
+    pub decision: Decision,
 }
 
 /// The outcome of planning.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// What to do now.
-    pub action: Action,
-    /// Why.
-    pub decision: Decision,
+    /// What to do now, in order.
+    pub steps: Vec<Step>,
+    /// Why each model that still waits does, in order; without any, why things stay as they are.
+    pub stays: Vec<Decision>,
+    /// Sets kept for late models.
+    pub reservations: Vec<Reservation>,
     /// When to plan again if nothing happens before.
     pub wake_at: Option<Millis>,
 }
 
-/// Who holds the device.
-#[derive(Clone, Debug, PartialEq)]
-pub enum DeviceView {
-    /// Nobody.
-    Empty,
-    /// A worker is loading this model.
-    Loading {
-        /// Entry name.
-        model: String,
-    },
-    /// A ready worker.
-    Serving {
-        /// Entry name.
-        model: String,
-        /// Since when it is ready.
-        since: Millis,
-        /// Since when it has nothing to do; `None` while it has.
-        idle_since: Option<Millis>,
-    },
-    /// A worker finishes its running jobs, or stops.
-    Leaving {
-        /// Entry name.
-        model: String,
-        /// Who is next, as far as decided.
-        to: Option<String>,
-    },
-}
-
-/// One model as the policy sees it. Times in ms.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ModelView {
-    /// Entry name.
-    pub name: String,
-    /// Waiting interactive jobs, claimable now.
-    pub pending_interactive: usize,
-    /// Waiting batch jobs, claimable now.
-    pub pending_batch: usize,
-    /// Jobs on its worker.
-    pub running: usize,
-    /// When the oldest waiting interactive job was accepted.
-    pub oldest_interactive: Option<Millis>,
-    /// The same for batch.
-    pub oldest_batch: Option<Millis>,
-    /// Nearest deadline of a waiting job.
-    pub first_deadline: Option<Millis>,
-    /// When it last lost the device.
-    pub left_at: Option<Millis>,
-    /// Expected load.
-    pub load_ms: f64,
-    /// Expected stop, device memory free.
-    pub stop_ms: f64,
-    /// Expected service time of one job.
-    pub service_ms: f64,
-    /// Expected device time per completed job while jobs wait (concurrency counted in).
-    pub each_ms: f64,
-    /// Arrivals per ms.
-    pub rate: f64,
-    /// Why it cannot be loaded now, in words; `None` if it can.
-    pub trouble: Option<String>,
-    /// When the trouble may be over by itself.
-    pub trouble_until: Option<Millis>,
-    /// To be loaded without a job, since `preload` says so and nothing else has been loaded yet.
-    pub preload: bool,
-    /// Unload after this long without work.
-    pub idle_ttl_ms: Option<i64>,
-}
-
-impl ModelView {
-    /// Waiting jobs of both classes.
-    pub fn pending(&self) -> usize {
-        self.pending_interactive + self.pending_batch
+impl Plan {
+    /// The one to show: the last thing done, else the first reason to do nothing.
+    pub fn decision(&self) -> Option<&Decision> {
+        self.steps.last().map(|step| &step.decision).or(self.stays.first())
     }
-
-    fn can_load(&self) -> bool {
-        self.trouble.is_none()
-    }
-
-    /// When this model's turn must come. See the module's head, rule 2. `None` without waiting jobs.
-    pub fn due(&self, knobs: &Knobs) -> Option<Millis> {
-        let left = self.left_at.unwrap_or(0);
-        let by_class = |oldest: Option<Millis>, max_wait: i64, again: i64| {
-            oldest.map(|oldest| {
-                let away = self.left_at.map_or(i64::MIN, |left| left + again);
-                (oldest + max_wait).max(away)
-            })
-        };
-        let interactive = millis(knobs.max_wait_interactive);
-        let batch = millis(knobs.max_wait_batch);
-        [
-            by_class(self.oldest_interactive, interactive, 3 * interactive),
-            by_class(self.oldest_batch, batch, batch),
-            self.must_start(),
-        ]
-        .into_iter()
-        .flatten()
-        .min()
-        .map(|due| due.max(left))
-    }
-
-    /// The last moment at which loading it still keeps its nearest deadline, with a margin of twice the work.
-    fn must_start(&self) -> Option<Millis> {
-        self.first_deadline.map(|deadline| deadline - round(2.0 * (self.service_ms + self.load_ms)))
-    }
-
-    /// Time until it would be dry, arrivals counted in.
-    fn rest_ms(&self) -> f64 {
-        let load = (self.rate * self.each_ms).min(0.9);
-        self.pending() as f64 * self.each_ms / (1.0 - load) + self.drain_ms()
-    }
-
-    fn drain_ms(&self) -> f64 {
-        if self.running > 0 { self.service_ms } else { 0.0 }
-    }
-}
-
-/// Everything a plan depends on, besides knobs and time.
-#[derive(Clone, Debug, PartialEq)]
-pub struct View {
-    /// Who holds the device.
-    pub device: DeviceView,
-    /// All models, by the order of `models.yaml`.
-    pub models: Vec<ModelView>,
-}
-
-impl View {
-    fn model(&self, name: &str) -> Option<&ModelView> {
-        self.models.iter().find(|m| m.name == name)
-    }
-}
-
-fn millis(d: std::time::Duration) -> i64 {
-    i64::try_from(d.as_millis()).unwrap_or(i64::MAX / 4)
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "saturates, and durations are far below 2^53 ms")]
-fn round(ms: f64) -> i64 {
-    ms.round() as i64
-}
-
-fn seconds(ms: f64) -> String {
-    let s = ms / 1000.0;
-    if s.abs() < 9.95 { format!("{s:.1} s") } else { format!("{s:.0} s") }
 }
 
 /// Decides. Pure: the same view, knobs and `now` give the same plan with the same words.
 pub fn plan(view: &View, knobs: &Knobs, now: Millis) -> Plan {
-    let waiting = waiting_in_order(view, knobs, now);
-    match &view.device {
-        DeviceView::Empty => on_empty(view, &waiting, knobs, now),
-        DeviceView::Loading { model } => stay(now, "fits", model, None, format!("loading {model}"), &[], None),
-        DeviceView::Leaving { model, to } => {
-            let next = to.as_ref().map_or(String::new(), |to| format!(" to make room for {to}"));
-            stay(now, "drop", model, to.as_deref(), format!("{model} is leaving the device{next}"), &[], None)
+    let mut round = Round {
+        view: view.clone(),
+        given: view.workers.len(),
+        knobs,
+        now,
+        plan: Plan { steps: Vec::new(), stays: Vec::new(), reservations: Vec::new(), wake_at: None },
+    };
+    let mut waiting = round.waiting();
+    let somebody_waits = !waiting.is_empty();
+    // From the first one again after each step: who leaves for one may make room for another that is due before.
+    while let Some(placed) = round.place_first(&waiting) {
+        waiting.remove(placed);
+    }
+    if !somebody_waits {
+        round.when_nobody_waits();
+    }
+    round.unload_idle(somebody_waits);
+    round.say_something();
+    round.plan
+}
+
+/// A set for a model, and who leaves it.
+struct Found {
+    set: GpuSet,
+    out: Vec<usize>,
+    guest: Option<Reservation>,
+}
+
+struct Round<'a> {
+    /// As it will be after the steps so far.
+    view: View,
+    /// Workers that were there before.
+    given: usize,
+    knobs: &'a Knobs,
+    now: Millis,
+    plan: Plan,
+}
+
+impl Round<'_> {
+    fn words(&self) -> Words<'_> {
+        Words { view: &self.view, knobs: self.knobs, now: self.now }
+    }
+
+    fn wake(&mut self, at: Millis) {
+        if at > self.now {
+            self.plan.wake_at = Some(self.plan.wake_at.map_or(at, |other| other.min(at)));
         }
-        DeviceView::Serving { model, since, idle_since } => match view.model(model) {
-            Some(resident) => on_serving(resident, *since, *idle_since, &waiting, knobs, now),
-            None => stay(now, "fits", model, None, format!("{model} holds the device"), &[], None),
-        },
+    }
+
+    /// Models with waiting jobs, without a worker, that can be loaded: in order. One whose workers are all leaving waits
+    /// until one has left.
+    fn waiting(&self) -> Vec<(usize, Due)> {
+        let mut waiting: Vec<(usize, Due)> = (0..self.view.models.len())
+            .filter(|m| {
+                let model = &self.view.models[*m];
+                let all = self.view.workers.iter().filter(|worker| worker.model == *m).count();
+                model.can_load() && self.view.workers_of(*m) == 0 && all < model.max_replicas as usize
+            })
+            .filter_map(|m| Some((m, self.view.models[m].due(self.knobs)?)))
+            .collect();
+        waiting.sort_by_key(|(m, due)| (!self.view.models[*m].is_late(*due, self.now), due.at));
+        waiting
+    }
+
+    /// Places the first model in order for which there is a set now; says why for those before it, or for all.
+    fn place_first(&mut self, waiting: &[(usize, Due)]) -> Option<usize> {
+        self.plan.stays.clear();
+        self.plan.reservations.clear();
+        self.plan.wake_at = None;
+        waiting.iter().position(|(model, due)| self.place(*model, *due))
+    }
+
+    /// Rules 2 and 3 for one model; false: it waits.
+    fn place(&mut self, model: usize, due: Due) -> bool {
+        let m = &self.view.models[model];
+        let late = m.is_late(due, self.now);
+        let times: Vec<Option<Millis>> = self
+            .view
+            .workers
+            .iter()
+            .map(|worker| hold::yields_at(&self.view, worker, m, due, self.knobs, self.now))
+            .collect();
+        if let Some(found) = self.find(model, &times) {
+            let decision = self.reason(model, due, &found);
+            self.take(model, found, decision);
+            return true;
+        }
+        if !late {
+            self.wake(due.at - m.load());
+        }
+        let first = self.first_to_yield(model, &times);
+        if let Some((reservation, out)) = first {
+            let last = out.iter().copied().max_by_key(|worker| times[*worker]).unwrap_or(out[0]);
+            let worker = &self.view.workers[last];
+            let (m, w) = (&self.view.models[model], self.weigh(last, model));
+            let decision = if worker.phase == Phase::Serving {
+                let linger = !self.view.has_work(worker);
+                self.words().refusal(m, due, worker, &w, linger)
+            } else {
+                self.words().not_ready(m, due, worker)
+            };
+            if late {
+                self.note_reservation(model, due, reservation);
+            }
+            self.plan.stays.push(decision);
+            self.wake_for(model, &out, &times);
+        } else {
+            let m = &self.view.models[model];
+            let kept =
+                self.plan.reservations.iter().find(|r| sets::aligned(&self.view, model).any(|s| s.overlaps(r.set)));
+            let decision = match kept {
+                Some(reservation) => self.words().kept(m, due, reservation),
+                None => self.words().blocked(m),
+            };
+            self.plan.stays.push(decision);
+        }
+        false
+    }
+
+    /// Plans again when the last of these may yield. Who is not ready, or about to finish, tells when that has changed.
+    fn wake_for(&mut self, model: usize, out: &[usize], times: &[Option<Millis>]) {
+        let at = |worker: &usize| {
+            let v = &self.view.workers[*worker];
+            let w = self.weigh(*worker, model);
+            let finishes = self.view.has_work(v) && w.rest_ms <= w.price.ms();
+            let given = v.since + hold_round(w.hold_ms + w.price.ms());
+            let at = times[*worker].filter(|_| v.phase == Phase::Serving)?;
+            let guest = v.guest_until.filter(|until| *until > self.now).unwrap_or(Millis::MAX);
+            Some(if finishes { at.max(given).min(guest) } else { at })
+        };
+        if let Some(at) = out.iter().filter_map(at).max() {
+            self.wake(at);
+        }
+    }
+
+    fn note_reservation(&mut self, model: usize, due: Due, reservation: Reservation) {
+        let is_new = !self.view.reservations.iter().any(|r| r.model == model && r.set == reservation.set);
+        if is_new && self.view.devices.len() > 1 {
+            let decision = self.words().reserve(&self.view.models[model], due, &reservation);
+            self.plan.stays.push(decision);
+        }
+        self.plan.reservations.push(reservation);
+    }
+
+    fn weigh(&self, worker: usize, model: usize) -> Weighed {
+        hold::weigh(&self.view, &self.view.workers[worker], &self.view.models[model], self.knobs, self.now)
+    }
+
+    /// Reserved for a model that is due before.
+    fn reserved(&self, set: GpuSet) -> Option<Reservation> {
+        let mut all = self.plan.reservations.iter().filter(|r| r.set.overlaps(set));
+        let first = *all.next()?;
+        Some(all.fold(first, |a, b| if b.at < a.at { *b } else { a }))
+    }
+
+    /// The set that can be had now at the least cost.
+    fn find(&self, model: usize, times: &[Option<Millis>]) -> Option<Found> {
+        let m = &self.view.models[model];
+        let costs: Vec<Option<f64>> = times
+            .iter()
+            .enumerate()
+            .map(|(worker, at)| (*at)?.le(&self.now).then(|| self.cost(worker, model)))
+            .collect();
+        let mut best: Option<((f64, bool, u64), Found)> = None;
+        for set in sets::aligned(&self.view, model) {
+            let guest = self.reserved(set);
+            let too_long = |r: Reservation| self.now + hold_round(GUEST_LOADS * m.load_ms) > r.at;
+            if guest.is_some_and(too_long) {
+                continue;
+            }
+            let Some(out) = self.leave(model, set, &costs) else { continue };
+            let cost: f64 = out.iter().filter_map(|worker| costs[*worker]).sum();
+            let rank = (cost, guest.is_some(), sets::used(&self.view, set, true));
+            if best.as_ref().is_none_or(|(other, _)| is_less(rank, *other)) {
+                best = Some((rank, Found { set, out, guest }));
+            }
+        }
+        best.map(|(_, found)| found)
+    }
+
+    /// What it costs that a worker leaves: a whole price if it has work, else the jobs that will come for it meanwhile.
+    fn cost(&self, worker: usize, model: usize) -> f64 {
+        let v = &self.view.workers[worker];
+        if self.view.has_work(v) {
+            hold::price(&self.view, v, &self.view.models[model]).ms()
+        } else {
+            let v = self.view.model_of(v);
+            v.rate * v.reload_ms
+        }
+    }
+
+    /// Who must leave; of a model that gives up a replica, one worker stays.
+    fn leave(&self, model: usize, set: GpuSet, costs: &[Option<f64>]) -> Option<Vec<usize>> {
+        let mut costs = costs.to_vec();
+        loop {
+            let out = sets::victims(&self.view, model, set, &costs)?;
+            let last_with_work = out.iter().copied().find(|worker| {
+                let v = &self.view.workers[*worker];
+                let all = self.view.serving_of(v.model);
+                let gone = out.iter().filter(|other| self.view.workers[**other].model == v.model).count();
+                all > 1 && gone == all && self.view.model_of(v).pending() > 0
+            });
+            match last_with_work {
+                Some(worker) => costs[worker] = None,
+                None => return Some(out),
+            }
+        }
+    }
+
+    /// The set that yields first, and the workers on it that must.
+    fn first_to_yield(&self, model: usize, times: &[Option<Millis>]) -> Option<(Reservation, Vec<usize>)> {
+        let costs: Vec<Option<f64>> = times.iter().map(|at| at.map(|at| at as f64)).collect();
+        let when = |set: GpuSet| {
+            let out = sets::victims(&self.view, model, set, &costs)?;
+            let at = out.iter().filter_map(|worker| times[*worker]).max()?;
+            Some((Reservation { model, set, at }, out))
+        };
+        let free = sets::aligned(&self.view, model).filter(|set| self.reserved(*set).is_none());
+        let best = free.filter_map(when).min_by_key(|(reservation, _)| reservation.at)?;
+        // What was reserved stays so, unless another set is free much sooner.
+        let before = self.view.reservations.iter().find(|r| r.model == model && r.set != best.0.set);
+        let kept = before.filter(|r| self.reserved(r.set).is_none()).and_then(|r| when(r.set));
+        let is_close = |kept: &Reservation| kept.at <= best.0.at + self.view.models[model].load();
+        Some(kept.filter(|(kept, _)| is_close(kept)).unwrap_or(best))
+    }
+
+    fn reason(&self, model: usize, due: Due, found: &Found) -> Decision {
+        let (m, words) = (&self.view.models[model], self.words());
+        let dearest = found.out.iter().copied().max_by(|a, b| self.cost(*a, model).total_cmp(&self.cost(*b, model)));
+        match (dearest, &found.guest) {
+            (_, Some(reservation)) => words.guest(m, due, found.set, reservation),
+            (Some(worker), None) if self.view.has_work(&self.view.workers[worker]) => {
+                words.early(m, due, found.set, &self.view.workers[worker], &self.weigh(worker, model))
+            }
+            (Some(worker), None) => words.dry(m, due, found.set, &self.view.workers[worker]),
+            (None, None) => {
+                let beside = self.view.workers.iter().find(|w| w.stays() && w.set.overlaps(found.set));
+                words.fits(m, due, found.set, beside)
+            }
+        }
+    }
+
+    fn take(&mut self, model: usize, found: Found, decision: Decision) {
+        let guest_until = found.guest.map(|r| r.at);
+        for worker in &found.out {
+            self.view.workers[*worker].phase = Phase::Leaving;
+        }
+        self.view.workers.push(WorkerView {
+            model,
+            set: found.set,
+            phase: Phase::Waiting,
+            since: self.now,
+            running: 0,
+            callers: 0,
+            idle_since: None,
+            guest_until,
+        });
+        let action = Action::Load { model, set: found.set, out: found.out, guest_until };
+        self.plan.steps.push(Step { action, decision });
+    }
+
+    /// Rule 4.
+    fn when_nobody_waits(&mut self) {
+        let mut backlogs: Vec<(usize, f64)> = (0..self.view.models.len())
+            .filter_map(|m| {
+                let model = &self.view.models[m];
+                let workers = self.view.workers_of(m);
+                let loading = workers != self.view.serving_of(m);
+                let backlog = model.pending() as f64 * model.each_ms;
+                let wanted = workers >= 1 && workers < model.max_replicas as usize && !loading && model.can_load();
+                (wanted && backlog > REPLICA_LOADS * model.load_ms).then_some((m, backlog))
+            })
+            .collect();
+        backlogs.sort_by(|a, b| b.1.total_cmp(&a.1));
+        for (model, _) in backlogs {
+            if let Some(found) = self.find(model, &self.idle_times()) {
+                let decision = self.words().replica(&self.view.models[model], found.set);
+                self.take(model, found, decision);
+            }
+        }
+        let preloads: Vec<usize> = (0..self.view.models.len())
+            .filter(|m| {
+                let model = &self.view.models[*m];
+                model.preload && model.can_load() && self.view.workers_of(*m) == 0
+            })
+            .collect();
+        for model in preloads {
+            let nobody = vec![None; self.view.workers.len()];
+            if let Some(found) = self.find(model, &nobody) {
+                let decision = self.words().preload(&self.view.models[model], found.set);
+                self.take(model, found, decision);
+            }
+        }
+    }
+
+    /// Only idle workers make room.
+    fn idle_times(&self) -> Vec<Option<Millis>> {
+        let idle = |worker: &WorkerView| {
+            let free = worker.phase == Phase::Serving && !self.view.has_work(worker);
+            (free && !self.view.model_of(worker).pin).then_some(self.now)
+        };
+        self.view.workers.iter().map(idle).collect()
+    }
+
+    fn unload_idle(&mut self, somebody_waits: bool) {
+        for worker in 0..self.given {
+            let v = &self.view.workers[worker];
+            let model = self.view.model_of(v);
+            let is_idle = v.phase == Phase::Serving && !self.view.has_work(v) && !model.pin;
+            let Some(ttl) = model.idle_ttl_ms.filter(|_| is_idle) else { continue };
+            let at = v.idle_since.unwrap_or(self.now).saturating_add(ttl);
+            if at > self.now {
+                self.wake(at);
+            } else if !somebody_waits {
+                let decision = self.words().unload(v);
+                self.view.workers[worker].phase = Phase::Leaving;
+                self.plan.steps.push(Step { action: Action::Unload(worker), decision });
+            }
+        }
+    }
+
+    /// A reason for what is, if there is no other.
+    fn say_something(&mut self) {
+        if !self.plan.steps.is_empty() || !self.plan.stays.is_empty() {
+            return;
+        }
+        let blocked: Vec<&ModelView> = self.view.models.iter().filter(|m| m.pending() > 0 && !m.can_load()).collect();
+        let workers = || self.view.workers.iter();
+        let waits = workers().find(|w| w.phase == Phase::Waiting);
+        let leaves = workers().find(|w| w.phase == Phase::Leaving);
+        let loads = workers().find(|w| matches!(w.phase, Phase::Loading { .. }));
+        let words = self.words();
+        let decision = if let Some(worker) = leaves {
+            words.leaving(worker, waits.filter(|w| w.set.overlaps(worker.set)))
+        } else if let Some(worker) = loads.or(waits) {
+            words.loading(worker)
+        } else if let Some(worker) = workers().find(|w| self.view.has_work(w)).or(workers().next()) {
+            words.alone(worker)
+        } else if let Some(first) = blocked.first() {
+            let each: Vec<_> = blocked
+                .iter()
+                .map(|m| format!("{} ({} pending): {}", m.name, m.pending(), m.trouble.as_deref().unwrap_or_default()))
+                .collect();
+            let mut decision = words.blocked(first);
+            decision.reason = format!("nothing can be loaded: {}", each.join("; "));
+            decision
+        } else {
+            words.idle()
+        };
+        // One whose trouble should be over is ended by a report: waking up for it would not let the loop sleep.
+        let again = blocked.iter().filter_map(|m| m.trouble_until).filter(|at| *at > self.now).min();
+        let is_blocked = decision.code == "blocked";
+        self.plan.stays.push(decision);
+        if let Some(at) = again.filter(|_| is_blocked) {
+            self.wake(at);
+        }
     }
 }
 
-/// Models with waiting jobs that can be loaded, late ones first, then by due time, then by the order of the file.
-fn waiting_in_order<'a>(view: &'a View, knobs: &Knobs, now: Millis) -> Vec<(&'a ModelView, Millis)> {
-    let holder = match &view.device {
-        DeviceView::Serving { model, .. } | DeviceView::Loading { model } => Some(model.as_str()),
-        DeviceView::Empty | DeviceView::Leaving { .. } => None,
-    };
-    let mut waiting: Vec<_> = view
-        .models
-        .iter()
-        .filter(|m| m.pending() > 0 && m.can_load() && Some(m.name.as_str()) != holder)
-        .filter_map(|m| m.due(knobs).map(|due| (m, due)))
-        .collect();
-    waiting.sort_by_key(|(m, due)| (!is_late(m, *due, now), *due));
-    waiting
+fn hold_round(ms: f64) -> Millis {
+    super::view::round(ms)
 }
 
-fn is_late(m: &ModelView, due: Millis, now: Millis) -> bool {
-    now >= due - round(m.load_ms)
-}
-
-fn on_empty(view: &View, waiting: &[(&ModelView, Millis)], knobs: &Knobs, now: Millis) -> Plan {
-    if let Some((m, due)) = waiting.first() {
-        let reason =
-            format!("load {}: the device is free; {} pending, {}", m.name, m.pending(), due_words(m, *due, knobs, now));
-        let numbers =
-            [("pending", m.pending() as f64), ("load_s", m.load_ms / 1e3), ("due_in_s", (*due - now) as f64 / 1e3)];
-        return act(Action::Load(m.name.clone()), now, "load", "fits", &m.name, None, reason, &numbers);
-    }
-    if let Some(m) = view.models.iter().find(|m| m.preload && m.can_load()) {
-        let reason = format!("load {}: preload, and the device is free", m.name);
-        return act(Action::Load(m.name.clone()), now, "load", "fits", &m.name, None, reason, &[]);
-    }
-    let blocked: Vec<_> = view.models.iter().filter(|m| m.pending() > 0).collect();
-    // One that should be over is ended by a report: waking up for it would not let the loop sleep until then.
-    let wake_at = blocked.iter().filter_map(|m| m.trouble_until).filter(|at| *at > now).min();
-    if blocked.is_empty() {
-        return still(now, "idle", "dry", None, None, "idle: nothing is pending".to_owned(), &[], None);
-    }
-    let each: Vec<_> = blocked
-        .iter()
-        .map(|m| {
-            format!("{} ({} pending): {}", m.name, m.pending(), m.trouble.as_deref().unwrap_or("cannot be loaded"))
-        })
-        .collect();
-    still(now, "wait", "blocked", None, None, format!("nothing can be loaded: {}", each.join("; ")), &[], wake_at)
-}
-
-fn on_serving(
-    v: &ModelView,
-    since: Millis,
-    idle_since: Option<Millis>,
-    waiting: &[(&ModelView, Millis)],
-    knobs: &Knobs,
-    now: Millis,
-) -> Plan {
-    if v.pending() == 0 && v.running == 0 {
-        return on_dry(v, idle_since, waiting, knobs, now);
-    }
-    let Some((m, due)) = waiting.first().copied() else {
-        let reason =
-            format!("stay on {}: {} pending, {} running; no other model waits", v.name, v.pending(), v.running);
-        return stay(now, "fits", &v.name, None, reason, &counts(v), None);
-    };
-    weigh(v, since, m, due, knobs, now)
-}
-
-fn on_dry(
-    v: &ModelView,
-    idle_since: Option<Millis>,
-    waiting: &[(&ModelView, Millis)],
-    knobs: &Knobs,
-    now: Millis,
-) -> Plan {
-    if let Some((m, due)) = waiting.first() {
-        let reason = format!(
-            "swap {} -> {}: {} is dry, {}; {} pending",
-            v.name,
-            m.name,
-            v.name,
-            due_words(m, *due, knobs, now),
-            m.pending()
-        );
-        let numbers = [("pending", m.pending() as f64), ("due_in_s", (*due - now) as f64 / 1e3)];
-        let action = Action::Swap { from: v.name.clone(), to: m.name.clone() };
-        return act(action, now, "swap", "dry", &m.name, Some(&v.name), reason, &numbers);
-    }
-    let unload_at = v.idle_ttl_ms.map(|ttl| idle_since.unwrap_or(now).saturating_add(ttl));
-    if unload_at.is_some_and(|at| at <= now) {
-        let reason =
-            format!("unload {}: idle for {}, its idle_ttl", v.name, seconds(v.idle_ttl_ms.unwrap_or(0) as f64));
-        return act(Action::Unload(v.name.clone()), now, "unload", "drop", &v.name, None, reason, &[]);
-    }
-    let reason = format!("stay on {}: it is idle and no other model waits", v.name);
-    stay(now, "dry", &v.name, None, reason, &[], unload_at)
-}
-
-/// Rule 3: whether the late model `m` may displace `v`, which has work.
-fn weigh(v: &ModelView, since: Millis, m: &ModelView, due: Millis, knobs: &Knobs, now: Millis) -> Plan {
-    let drain = v.drain_ms() + v.stop_ms;
-    let price = drain + m.load_ms + v.load_ms;
-    let ran = (now - since) as f64;
-    let rushed = m.pending_interactive > 0 && v.pending_interactive == 0 && !has_near_deadline(v, price, now);
-    let hold = if rushed {
-        knobs.rush() * price
-    } else {
-        (knobs.keep() * price).min((millis(knobs.max_visit) as f64).max(knobs.rush() * price))
-    };
-    let numbers = [
-        ("pending", v.pending() as f64),
-        ("running", v.running as f64),
-        ("other_pending", m.pending() as f64),
-        ("price_s", price / 1e3),
-        ("drain_s", drain / 1e3),
-        ("load_s", m.load_ms / 1e3),
-        ("reload_s", v.load_ms / 1e3),
-        ("ran_s", ran / 1e3),
-        ("hold_s", hold / 1e3),
-        ("rest_s", v.rest_ms() / 1e3),
-        ("due_in_s", (due - now) as f64 / 1e3),
-    ];
-    let (vn, mn) = (&v.name, &m.name);
-    if !is_late(m, due, now) {
-        let wake_at = due - round(m.load_ms);
-        let reason = format!(
-            "stay on {vn}: {} pending, swap costs {} (drain {} + load {} + reload {}), {}",
-            v.pending(),
-            seconds(price),
-            seconds(drain),
-            seconds(m.load_ms),
-            seconds(v.load_ms),
-            due_words(m, due, knobs, now),
-        );
-        return stay(now, "not_due", vn, Some(mn), reason, &numbers, Some(wake_at));
-    }
-    if ran < hold {
-        let reason = format!(
-            "stay on {vn}: {}, {vn} has run {} of its {} hold",
-            due_words(m, due, knobs, now),
-            seconds(ran),
-            seconds(hold)
-        );
-        return stay(now, "hold", vn, Some(mn), reason, &numbers, Some(since + round(hold)));
-    }
-    if v.rest_ms() <= price && ran < hold + price {
-        let reason = format!(
-            "stay on {vn}: {mn} is due, but {vn} is done in about {}, less than the {} a swap costs",
-            seconds(v.rest_ms()),
-            seconds(price)
-        );
-        return stay(now, "finish_first", vn, Some(mn), reason, &numbers, Some(since + round(hold + price)));
-    }
-    let by_deadline = m.must_start().is_some_and(|at| at <= due);
-    let (code, why) = if rushed {
-        (
-            "due_interactive",
-            format!(
-                "{}, {vn} has batch work only and has run {} >= {}",
-                due_words(m, due, knobs, now),
-                seconds(ran),
-                seconds(hold)
-            ),
-        )
-    } else if by_deadline {
-        ("deadline", format!("a deadline of {mn} is near; {vn} has run {} >= {}", seconds(ran), seconds(hold)))
-    } else {
-        (
-            "due",
-            format!("{}, {vn} has run {} >= its {} hold", due_words(m, due, knobs, now), seconds(ran), seconds(hold)),
-        )
-    };
-    let action = Action::Swap { from: vn.clone(), to: mn.clone() };
-    act(action, now, "swap", code, mn, Some(vn), format!("swap {vn} -> {mn}: {why}"), &numbers)
-}
-
-fn has_near_deadline(v: &ModelView, price: f64, now: Millis) -> bool {
-    v.must_start().is_some_and(|at| at <= now + round(2.0 * price))
-}
-
-fn due_words(m: &ModelView, due: Millis, knobs: &Knobs, now: Millis) -> String {
-    let oldest = match (m.oldest_interactive, m.oldest_batch) {
-        (Some(at), _) => Some(("caller waits", at, knobs.max_wait_interactive)),
-        (None, Some(at)) => Some(("its oldest job waits", at, knobs.max_wait_batch)),
-        (None, None) => None,
-    };
-    let wait = oldest.map_or(String::new(), |(who, at, of)| {
-        format!(" ({who} {} of {})", seconds((now - at) as f64), seconds(millis(of) as f64))
-    });
-    if due <= now {
-        format!("{} is due{wait}", m.name)
-    } else {
-        format!("{} is due in {}{wait}", m.name, seconds((due - now) as f64))
-    }
-}
-
-fn counts(v: &ModelView) -> [(&'static str, f64); 2] {
-    [("pending", v.pending() as f64), ("running", v.running as f64)]
-}
-
-#[expect(clippy::too_many_arguments, reason = "one record, spelled out once")]
-fn act(
-    action: Action,
-    at: Millis,
-    verb: &'static str,
-    code: &'static str,
-    model: &str,
-    other: Option<&str>,
-    reason: String,
-    numbers: &[(&'static str, f64)],
-) -> Plan {
-    let mut plan = still(at, verb, code, Some(model), other, reason, numbers, None);
-    plan.action = action;
-    plan
-}
-
-fn stay(
-    at: Millis,
-    code: &'static str,
-    model: &str,
-    other: Option<&str>,
-    reason: String,
-    numbers: &[(&'static str, f64)],
-    wake_at: Option<Millis>,
-) -> Plan {
-    still(at, "stay", code, Some(model), other, reason, numbers, wake_at)
-}
-
-#[expect(clippy::too_many_arguments, reason = "one record, spelled out once")]
-fn still(
-    at: Millis,
-    verb: &'static str,
-    code: &'static str,
-    model: Option<&str>,
-    other: Option<&str>,
-    reason: String,
-    numbers: &[(&'static str, f64)],
-    wake_at: Option<Millis>,
-) -> Plan {
-    let decision = Decision {
-        at,
-        action: verb,
-        code,
-        model: model.map(str::to_owned),
-        other: other.map(str::to_owned),
-        reason,
-        numbers: numbers.iter().copied().collect(),
-    };
-    Plan { action: Action::Stay, decision, wake_at }
+/// Whether a cost with its ties comes before another.
+fn is_less(a: (f64, bool, u64), b: (f64, bool, u64)) -> bool {
+    a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)).then(a.2.cmp(&b.2)).is_lt()
 }
 
 #[cfg(test)]

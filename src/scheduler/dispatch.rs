@@ -113,7 +113,7 @@ async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
         tracing::warn!(job.id = %token.id, model = %dispatch.model, "worker lost: {reason}");
     }
     if silent {
-        context.tell(Message::Event(Event::Silent { model: dispatch.model.clone(), since }));
+        context.tell(Message::Event(Event::Silent { model: dispatch.model.clone(), number: token.id.number, since }));
     }
     let verdict = retry::judge(outcome, &judged(&context, &dispatch, relayed, deadline_passed), context.clock.now());
     tracing::debug!(

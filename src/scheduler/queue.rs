@@ -1,86 +1,25 @@
 //! The waiting and running jobs of one model, in the model's own order. Pure: no clock, no I/O.
 //!
 //! Order: jobs isolated by a crash first, each part alone on the worker; else interactive before batch, but every 8th
-//! admission is batch while batch waits; within a class a job whose deadline is near, then priority, then arrival.
+//! admission is batch while batch waits; within a class a job whose deadline is near, then the tenant that was served least,
+//! then priority, then arrival.
 //!
 //! Jobs that were on a worker when it died may have killed it. They run again in halves, nothing beside them, until the
 //! killer is alone: of those that died together the first half runs; if it dies too, the other half is innocent and runs
 //! whole, else the search goes on in the other half. A search over n jobs takes at most log2(n) runs.
 //!
-//! A waiting job takes about 50 bytes, so that a million of them fit: what few jobs have (deadlines, delays) stands in maps
-//! of its own.
+//! What few jobs have (deadlines, delays) stands in maps of its own.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::domain::{Class, Face, Millis};
-use crate::policy::admission::{batch_slots, next_class};
+use crate::policy::order::{Served, batch_slots, near_deadline, next_class};
+use crate::scheduler::line::{Key, Line, Waiting};
 use crate::store::QueuedJob;
 
-/// How many waiting jobs are looked at to fill a run with equal batch keys.
+/// How many waiting jobs of a tenant are looked at to fill a run with equal batch keys.
 const RUN_SCAN_MAX: usize = 256;
-/// A deadline this close (plus three times the work) goes before priority.
-const NEAR_DEADLINE_MS: i64 = 60_000;
-/// Bits of a row's number in a [`Key`].
-const NUMBER_BITS: u32 = 34;
-
-/// Order within a class: higher priority first, then arrival.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Key(u64);
-
-impl Key {
-    fn new(priority: u8, number: i64) -> Self {
-        Self((u64::from(u8::MAX - priority) << NUMBER_BITS) | number.unsigned_abs())
-    }
-
-    fn number(self) -> i64 {
-        (self.0 & ((1 << NUMBER_BITS) - 1)).cast_signed()
-    }
-
-    fn priority(self) -> u8 {
-        u8::MAX - u8::try_from(self.0 >> NUMBER_BITS).unwrap_or(u8::MAX)
-    }
-
-    fn class(self) -> Class {
-        Class::of(self.priority())
-    }
-}
-
-/// What most jobs have, packed: 44 bits time and 20 bits tenant; 63 bits batch key and whether a caller waits.
-#[derive(Clone, Copy, Debug)]
-struct Waiting {
-    created_and_tenant: u64,
-    key_and_face: u64,
-}
-
-const TENANT_BITS: u32 = 20;
-
-impl Waiting {
-    fn new(created_at: Millis, tenant: u32, batch_key: i64, face: Face) -> Self {
-        Self {
-            created_and_tenant: (created_at.unsigned_abs() << TENANT_BITS)
-                | u64::from(tenant & ((1 << TENANT_BITS) - 1)),
-            key_and_face: (batch_key.cast_unsigned() << 1) | u64::from(face == Face::Sync),
-        }
-    }
-
-    fn created_at(self) -> Millis {
-        (self.created_and_tenant >> TENANT_BITS).cast_signed()
-    }
-
-    fn tenant(self) -> usize {
-        (self.created_and_tenant & ((1 << TENANT_BITS) - 1)) as usize
-    }
-
-    /// All but the batch key's highest bit.
-    fn batch_key(self) -> i64 {
-        (self.key_and_face >> 1).cast_signed()
-    }
-
-    fn face(self) -> Face {
-        if self.key_and_face & 1 == 1 { Face::Sync } else { Face::Async }
-    }
-}
 
 /// What few jobs have.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -121,6 +60,46 @@ pub(super) struct Running {
     pub(super) alone: bool,
     /// When it was claimed.
     pub(super) claimed_at: Millis,
+    /// Number of its worker among those of the model.
+    pub(super) worker: u32,
+    /// GPU time that its tenant was charged in advance, ms.
+    charged_ms: f64,
+    /// The worker's shares so far when it began, ms.
+    share_from: f64,
+}
+
+/// What a worker has to do.
+#[derive(Clone, Copy, Debug, Default)]
+struct Load {
+    jobs: usize,
+    batch: usize,
+    /// Of an isolated run.
+    alone: usize,
+    /// Time that each of its jobs had of the worker so far, ms: grows by 1/n while n run.
+    share_ms: f64,
+    at: Millis,
+}
+
+impl Load {
+    fn count_until(&mut self, now: Millis) {
+        if self.jobs > 0 {
+            self.share_ms += (now - self.at).max(0) as f64 / self.jobs as f64;
+        }
+        self.at = now;
+    }
+}
+
+/// A ready worker that jobs may go to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct To {
+    /// Its number among those of the model.
+    pub(super) worker: u32,
+    /// Its limits.
+    pub(super) slots: Slots,
+    /// Expected service time of a job.
+    pub(super) service_ms: f64,
+    /// What a tenant is charged for a job in advance, GPU ms.
+    pub(super) charge_ms: f64,
 }
 
 /// Jobs to be claimed together and sent as one run.
@@ -145,8 +124,8 @@ pub(super) struct Slots {
 #[derive(Debug)]
 pub(super) struct Queue {
     model: Arc<str>,
-    interactive: BTreeMap<Key, Waiting>,
-    batch: BTreeMap<Key, Waiting>,
+    interactive: Line,
+    batch: Line,
     /// By the death of a worker.
     isolated: BTreeMap<i64, Suspects>,
     /// The death whose first half runs now.
@@ -155,10 +134,16 @@ pub(super) struct Queue {
     delayed: BTreeMap<(Millis, i64), (Key, Waiting)>,
     rare: HashMap<i64, Rare>,
     deadlines: BTreeMap<(Millis, i64), Key>,
+    /// The same by tenant.
+    deadlines_of: BTreeMap<u32, BTreeSet<(Millis, i64)>>,
     sync: BTreeMap<i64, Key>,
     tenants: Vec<Arc<str>>,
     waiting: usize,
     running: BTreeMap<i64, Running>,
+    /// By worker.
+    loads: BTreeMap<u32, Load>,
+    /// By worker, when it last answered.
+    answered: BTreeMap<u32, Millis>,
     admitted: u64,
 }
 
@@ -167,17 +152,20 @@ impl Queue {
     pub(super) fn new(model: Arc<str>) -> Self {
         Self {
             model,
-            interactive: BTreeMap::new(),
-            batch: BTreeMap::new(),
+            interactive: Line::default(),
+            batch: Line::default(),
             isolated: BTreeMap::new(),
             probed: None,
             delayed: BTreeMap::new(),
             rare: HashMap::new(),
             deadlines: BTreeMap::new(),
+            deadlines_of: BTreeMap::new(),
             sync: BTreeMap::new(),
             tenants: Vec::new(),
             waiting: 0,
             running: BTreeMap::new(),
+            loads: BTreeMap::new(),
+            answered: BTreeMap::new(),
             admitted: 0,
         }
     }
@@ -192,6 +180,7 @@ impl Queue {
         }
         if let Some(limit) = job.limit() {
             self.deadlines.insert((limit, job.number), key);
+            self.deadlines_of.entry(waiting.tenant()).or_default().insert((limit, job.number));
         }
         if job.face == Face::Sync {
             self.sync.insert(job.number, key);
@@ -222,10 +211,12 @@ impl Queue {
 
     fn make_ready(&mut self, key: Key, waiting: Waiting, crash: Option<i64>) {
         match crash {
-            Some(crash) => self.isolated.entry(crash).or_default().jobs.insert(key, waiting),
+            Some(crash) => {
+                self.isolated.entry(crash).or_default().jobs.insert(key, waiting);
+            }
             None if key.class() == Class::Interactive => self.interactive.insert(key, waiting),
             None => self.batch.insert(key, waiting),
-        };
+        }
     }
 
     /// Takes a waiting job out, whatever it waits for.
@@ -239,6 +230,12 @@ impl Queue {
         let job = self.job(key, waiting, rare);
         if let Some(limit) = job.limit() {
             self.deadlines.remove(&(limit, number));
+            if let Some(of_tenant) = self.deadlines_of.get_mut(&waiting.tenant()) {
+                of_tenant.remove(&(limit, number));
+                if of_tenant.is_empty() {
+                    self.deadlines_of.remove(&waiting.tenant());
+                }
+            }
         }
         Some(job)
     }
@@ -258,21 +255,22 @@ impl Queue {
                 }
                 waiting
             }
-            None if key.class() == Class::Interactive => self.interactive.remove(&key),
-            None => self.batch.remove(&key),
+            None if key.class() == Class::Interactive => self.interactive.remove(key),
+            None => self.batch.remove(key),
         }
     }
 
     /// All waiting jobs, counted again from the maps; what stands beside them must fit.
     #[cfg(test)]
     pub(super) fn recount(&self) -> Vec<QueuedJob> {
-        let ready = self.interactive.iter().chain(&self.batch).chain(self.isolated_keys());
+        let ready = self.interactive.iter().chain(self.batch.iter()).chain(self.isolated_keys());
         let all = ready.map(|(key, waiting)| (*key, *waiting)).chain(self.delayed.values().copied());
         let jobs: Vec<QueuedJob> = all
             .map(|(key, waiting)| self.job(key, waiting, self.rare.get(&key.number()).copied().unwrap_or_default()))
             .collect();
         assert_eq!(self.waiting, jobs.len(), "the count of waiting jobs");
         assert_eq!(self.deadlines.len(), jobs.iter().filter(|job| job.limit().is_some()).count(), "deadlines");
+        assert_eq!(self.deadlines_of.values().map(BTreeSet::len).sum::<usize>(), self.deadlines.len(), "by tenant");
         assert_eq!(self.sync.len(), jobs.iter().filter(|job| job.face == Face::Sync).count(), "callers");
         assert!(self.rare.keys().all(|number| jobs.iter().any(|job| job.number == *number)), "rare things of nobody");
         jobs
@@ -288,7 +286,7 @@ impl Queue {
         QueuedJob {
             number: key.number(),
             model: self.model.clone(),
-            tenant: self.tenants.get(waiting.tenant()).cloned().unwrap_or_else(|| Arc::from("")),
+            tenant: self.tenants.get(waiting.tenant() as usize).cloned().unwrap_or_else(|| Arc::from("")),
             face: waiting.face(),
             priority: key.priority(),
             batch_key: waiting.batch_key(),
@@ -357,12 +355,13 @@ impl Queue {
 
     /// When the oldest claimable job of a class was accepted.
     pub(super) fn oldest(&self, of: Class) -> Option<Millis> {
-        let map = if of == Class::Interactive { &self.interactive } else { &self.batch };
-        // Keys are ordered by priority, then number: the oldest is the first of one of the ten priorities.
-        let firsts = (0..=9_u8)
-            .filter_map(|p| map.range(Key::new(p, 0)..=Key(Key::new(p, 0).0 | ((1 << NUMBER_BITS) - 1))).next());
-        let isolated = self.isolated_keys().filter(|(key, _)| key.class() == of);
-        firsts.chain(isolated).map(|(_, waiting)| waiting.created_at()).min()
+        let isolated =
+            self.isolated_keys().filter(|(key, _)| key.class() == of).map(|(_, waiting)| waiting.created_at());
+        self.line(of).oldest().into_iter().chain(isolated).min()
+    }
+
+    fn line(&self, of: Class) -> &Line {
+        if of == Class::Interactive { &self.interactive } else { &self.batch }
     }
 
     /// The nearest deadline of a waiting job.
@@ -370,101 +369,179 @@ impl Queue {
         self.deadlines.first_key_value().map(|((at, _), _)| *at)
     }
 
+    /// Of each tenant's latest deadline, the nearest.
+    pub(super) fn last_deadline(&self) -> Option<Millis> {
+        self.deadlines_of.values().filter_map(|of_tenant| of_tenant.last()).map(|(at, _)| *at).min()
+    }
+
     /// Numbers of the first claimable jobs, about in order.
     pub(super) fn heads(&self, most: usize) -> Vec<i64> {
-        let all = self.isolated_keys().chain(&self.interactive).chain(&self.batch);
+        let all = self.isolated_keys().chain(self.interactive.iter()).chain(self.batch.iter());
         all.take(most).map(|(key, _)| key.number()).collect()
     }
 
-    /// Jobs before `number` in this queue; `None`: not waiting, or more than `most` places from either end of its class.
+    /// About how many jobs of this queue start before `number`; `None`: not waiting, or more than `most` places from either
+    /// end of its tenant's.
     pub(super) fn rank(&self, priority: u8, number: i64, most: usize) -> Option<usize> {
         let key = Key::new(priority, number);
         let isolated: usize = self.isolated.values().map(|suspects| suspects.jobs.len()).sum();
-        if self.interactive.contains_key(&key) {
-            Some(isolated + before(&self.interactive, key, most)?)
-        } else if self.batch.contains_key(&key) {
-            Some(isolated + self.interactive.len() + before(&self.batch, key, most)?)
+        if self.interactive.has(key) {
+            Some(isolated + self.interactive.rank(key, most)?)
+        } else if self.batch.has(key) {
+            Some(isolated + self.interactive.len() + self.batch.rank(key, most)?)
         } else {
             self.isolated_keys().position(|(other, _)| *other == key)
         }
     }
 
-    /// Jobs on the worker.
+    /// Jobs on workers.
     pub(super) fn running(&self) -> &BTreeMap<i64, Running> {
         &self.running
     }
 
+    /// How many of them are on this one.
+    pub(super) fn running_on(&self, worker: u32) -> usize {
+        self.load(worker).jobs
+    }
+
+    /// The same, and how many of those are interactive.
+    pub(super) fn running_by_class(&self, worker: u32) -> (usize, usize) {
+        let load = self.load(worker);
+        (load.jobs, load.jobs - load.batch.min(load.jobs))
+    }
+
+    fn load(&self, worker: u32) -> Load {
+        self.loads.get(&worker).copied().unwrap_or_default()
+    }
+
     /// Whether one more job may start at once, passing nobody: the fast path.
-    pub(super) fn has_free_slot(&self, slots: Slots, priority: u8) -> bool {
+    pub(super) fn has_free_slot(&self, slots: Slots, priority: u8, worker: u32) -> bool {
         let nobody_waits = self.interactive.is_empty() && self.batch.is_empty() && self.isolated.is_empty();
-        let room = self.room(slots, Class::of(priority));
+        let room = self.room(slots, Class::of(priority), worker);
         // A model that batches runs takes the next run when the worker is free.
-        let fits = if slots.max_batch > 1 { self.running.is_empty() } else { room > 0 };
-        nobody_waits && fits && !self.running.values().any(|r| r.alone)
+        let fits = if slots.max_batch > 1 { self.running_on(worker) == 0 } else { room > 0 };
+        nobody_waits && fits && self.load(worker).alone == 0
     }
 
-    /// Counts a job as running.
-    pub(super) fn start(&mut self, job: QueuedJob, alone: bool, now: Millis) {
+    /// Counts a job as running and charges its tenant.
+    pub(super) fn start(&mut self, job: QueuedJob, alone: bool, to: To, served: &mut Served, now: Millis) {
         self.admitted += 1;
-        self.running.insert(job.number, Running { job, alone, claimed_at: now });
+        served.charge(&job.tenant, to.charge_ms);
+        let load = self.loads.entry(to.worker).or_default();
+        load.count_until(now);
+        load.jobs += 1;
+        load.batch += usize::from(Class::of(job.priority) == Class::Batch);
+        load.alone += usize::from(alone);
+        let share_from = load.share_ms;
+        let running = Running { alone, claimed_at: now, worker: to.worker, charged_ms: to.charge_ms, share_from, job };
+        self.running.insert(running.job.number, running);
     }
 
-    /// Counts it no longer.
-    pub(super) fn end(&mut self, number: i64) -> Option<Running> {
-        self.running.remove(&number)
+    /// Counts it no longer, and charges its tenant for what it had of the worker: `gpus` times its share of the time.
+    pub(super) fn end(&mut self, number: i64, gpus: f64, served: &mut Served, now: Millis) -> Option<Running> {
+        let running = self.running.remove(&number)?;
+        if let Some(load) = self.loads.get_mut(&running.worker) {
+            load.count_until(now);
+            load.jobs = load.jobs.saturating_sub(1);
+            load.alone -= usize::from(running.alone).min(load.alone);
+            load.batch -= usize::from(Class::of(running.job.priority) == Class::Batch).min(load.batch);
+            let had = (load.share_ms - running.share_from) * gpus;
+            served.charge(&running.job.tenant, had - running.charged_ms);
+            if load.jobs == 0 {
+                self.loads.remove(&running.worker);
+            }
+        }
+        Some(running)
     }
 
-    fn room(&self, slots: Slots, class: Class) -> usize {
-        let limit = slots.limit as usize;
-        let free = limit.saturating_sub(self.running.len());
+    fn room(&self, slots: Slots, class: Class, worker: u32) -> usize {
+        let load = self.load(worker);
+        let free = (slots.limit as usize).saturating_sub(load.jobs);
         if class == Class::Interactive {
             return free;
         }
-        let batch = self.running.values().filter(|r| Class::of(r.job.priority) == Class::Batch).count();
-        free.min((batch_slots(slots.limit) as usize).saturating_sub(batch))
+        free.min((batch_slots(slots.limit) as usize).saturating_sub(load.batch))
     }
 
-    /// Takes the jobs that may go to the ready worker now and counts them as running.
-    pub(super) fn admit(&mut self, slots: Slots, service_ms: f64, now: Millis) -> Vec<Run> {
-        let mut runs = Vec::new();
-        while let Some((keys, alone)) = self.next_run(slots, service_ms, now) {
-            let jobs: Vec<QueuedJob> =
-                keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect();
-            if jobs.is_empty() {
-                break;
-            }
-            jobs.iter().for_each(|job| self.start(job.clone(), alone, now));
-            runs.push(Run { jobs, alone });
-        }
-        runs
+    /// Whether a job could be claimed now.
+    pub(super) fn has_ready(&self) -> bool {
+        !self.interactive.is_empty() || !self.batch.is_empty() || !self.isolated.is_empty()
     }
 
-    fn next_run(&mut self, slots: Slots, service_ms: f64, now: Millis) -> Option<(Vec<Key>, bool)> {
-        if self.running.values().any(|r| r.alone) {
+    /// A worker has answered.
+    pub(super) fn count_answer(&mut self, worker: u32, now: Millis) {
+        self.answered.insert(worker, now);
+    }
+
+    /// When a worker last answered a job.
+    pub(super) fn answered_at(&self, worker: u32) -> Option<Millis> {
+        self.answered.get(&worker).copied()
+    }
+
+    /// Takes the next run that may go to the ready worker now and counts it as running.
+    pub(super) fn admit_one(&mut self, to: To, served: &mut Served, now: Millis) -> Option<Run> {
+        let (keys, alone) = self.next_run(to, served, now)?;
+        let jobs: Vec<QueuedJob> =
+            keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect();
+        jobs.iter().for_each(|job| self.start(job.clone(), alone, to, served, now));
+        (!jobs.is_empty()).then_some(Run { jobs, alone })
+    }
+
+    /// All runs that may go to it now.
+    #[cfg(test)]
+    pub(super) fn admit(&mut self, to: To, served: &mut Served, now: Millis) -> Vec<Run> {
+        std::iter::from_fn(|| self.admit_one(to, served, now)).collect()
+    }
+
+    fn next_run(&mut self, to: To, served: &Served, now: Millis) -> Option<(Vec<Key>, bool)> {
+        let load = self.load(to.worker);
+        if load.alone > 0 {
             return None;
         }
-        if !self.isolated.is_empty() {
-            return self.running.is_empty().then(|| (self.next_suspects(), true));
+        // One search at a time; meanwhile other workers go on with the others.
+        if !self.isolated.is_empty() && !self.loads.values().any(|load| load.alone > 0) {
+            return (load.jobs == 0).then(|| (self.next_suspects(), true));
         }
-        if slots.max_batch > 1 && !self.running.is_empty() {
+        if to.slots.max_batch > 1 && load.jobs > 0 {
             return None;
         }
-        let interactive = !self.interactive.is_empty() && self.room(slots, Class::Interactive) > 0;
-        let batch = !self.batch.is_empty() && self.room(slots, Class::Batch) > 0;
+        let interactive = !self.interactive.is_empty() && self.room(to.slots, Class::Interactive, to.worker) > 0;
+        let batch = !self.batch.is_empty() && self.room(to.slots, Class::Batch, to.worker) > 0;
         let class = next_class(interactive, batch, self.admitted)?;
-        let (first, waiting) = self.first_of(class, service_ms, now)?;
+        let (first, waiting) = self.first_of(class, to, served, now)?;
         let mut keys = vec![first];
-        if slots.max_batch > 1 {
-            let most = slots.max_batch.min(slots.limit) as usize;
-            let alike = self.interactive.iter().chain(&self.batch).take(RUN_SCAN_MAX);
-            keys.extend(
-                alike
-                    .filter(|(key, other)| other.batch_key() == waiting.batch_key() && **key != first)
-                    .take(most.saturating_sub(1))
-                    .map(|(key, _)| *key),
-            );
+        if to.slots.max_batch > 1 {
+            let most = to.slots.max_batch.min(to.slots.limit) as usize;
+            self.fill(&mut keys, waiting, most, to, served);
         }
         Some((keys, false))
+    }
+
+    /// Adds jobs with the batch key of the first one, in the order of classes and tenants.
+    fn fill(&self, keys: &mut Vec<Key>, first: Waiting, most: usize, to: To, served: &Served) {
+        let chosen = keys[0];
+        let mut charged: HashMap<u32, f64> = HashMap::from([(first.tenant(), to.charge_ms)]);
+        for line in [&self.interactive, &self.batch] {
+            let alike = |(key, waiting): &(&Key, &Waiting)| waiting.batch_key() == first.batch_key() && **key != chosen;
+            let mut heads: Vec<_> = line
+                .tenants()
+                .map(|(tenant, jobs)| (tenant, jobs.iter().take(RUN_SCAN_MAX).filter(alike).peekable()))
+                .collect();
+            while keys.len() < most {
+                let counter = |tenant: u32| self.counter(tenant, served) + charged.get(&tenant).unwrap_or(&0.0);
+                let next = heads
+                    .iter_mut()
+                    .filter_map(|(tenant, jobs)| Some((counter(*tenant), jobs.peek()?.0.number(), *tenant, jobs)))
+                    .min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+                let Some((_, _, tenant, jobs)) = next else { break };
+                keys.extend(jobs.next().map(|(key, _)| *key));
+                *charged.entry(tenant).or_default() += to.charge_ms;
+            }
+        }
+    }
+
+    fn counter(&self, tenant: u32, served: &Served) -> f64 {
+        self.tenants.get(tenant as usize).map_or(0.0, |name| served.of(name))
     }
 
     /// The part of the latest death that runs next.
@@ -477,32 +554,22 @@ impl Queue {
         suspects.jobs.keys().take(half).copied().collect()
     }
 
-    fn first_of(&self, class: Class, service_ms: f64, now: Millis) -> Option<(Key, Waiting)> {
-        let map = if class == Class::Interactive { &self.interactive } else { &self.batch };
-        #[expect(clippy::cast_possible_truncation, reason = "service times are far below 2^53 ms")]
-        let near = now + NEAR_DEADLINE_MS + (3.0 * service_ms) as i64;
+    fn first_of(&self, class: Class, to: To, served: &Served, now: Millis) -> Option<(Key, Waiting)> {
+        let line = self.line(class);
+        let near = near_deadline(to.service_ms, now);
         let urgent = self
             .deadlines
             .iter()
             .take_while(|((at, _), _)| *at <= near)
             .take(RUN_SCAN_MAX)
-            .find_map(|(_, key)| map.get_key_value(key));
-        urgent.or_else(|| map.first_key_value()).map(|(key, waiting)| (*key, *waiting))
+            .find_map(|(_, key)| Some((*key, line.get(*key)?)));
+        urgent.or_else(|| {
+            let heads = line.tenants().filter_map(|(tenant, jobs)| Some((tenant, jobs.first_key_value()?)));
+            let counted = heads.map(|(tenant, (key, waiting))| (self.counter(tenant, served), *key, *waiting));
+            let least = counted.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.number().cmp(&b.1.number())))?;
+            Some((least.1, least.2))
+        })
     }
-}
-
-/// Entries before `key`, counted from the nearer end; `None`: more than `most` steps from either.
-fn before(map: &BTreeMap<Key, Waiting>, key: Key, most: usize) -> Option<usize> {
-    let (mut ahead, mut behind) = (map.range(..key), map.range(key..));
-    for steps in 0..=most {
-        if ahead.next_back().is_none() {
-            return Some(steps);
-        }
-        if behind.next().is_none() {
-            return Some(map.len() - steps);
-        }
-    }
-    None
 }
 
 /// An `Arc<str>` for a name, shared by all jobs of a model or tenant.
@@ -546,6 +613,14 @@ pub(super) mod tests {
         runs.iter().map(|r| r.jobs.iter().map(|j| j.number).collect()).collect()
     }
 
+    fn to(slots: Slots) -> To {
+        To { worker: 0, slots, service_ms: 0.0, charge_ms: 10.0 }
+    }
+
+    fn nobody() -> Served {
+        Served::default()
+    }
+
     const TEXT: Slots = Slots { limit: 4, max_batch: 1 };
 
     #[test]
@@ -575,13 +650,13 @@ pub(super) mod tests {
         let mut q = queue((1..=count).map(|n| QueuedJob { crash: Some(1), ..job(n, 5) }));
         let (mut crash, mut sizes, mut found) = (1, Vec::new(), Vec::new());
         while q.len() > 0 {
-            let run = q.admit(slots, 0.0, 0).remove(0);
+            let run = q.admit(to(slots), &mut nobody(), 0).remove(0);
             assert!(run.alone && sizes.len() < 200);
             sizes.push(run.jobs.len());
             let dies = run.jobs.iter().any(|job| kills.contains(&job.number));
             crash += 1;
             for job in &run.jobs {
-                q.end(job.number);
+                q.end(job.number, 1.0, &mut nobody(), 0);
             }
             match &run.jobs[..] {
                 [only] if dies => found.push(only.number),
@@ -611,14 +686,14 @@ pub(super) mod tests {
     #[test]
     fn callers_first_then_priority_then_arrival() {
         let mut q = queue([job(1, 3), job(2, 5), job(3, 7), job(4, 9), job(5, 7)]);
-        assert_eq!(numbers(&q.admit(TEXT, 0.0, 0)), [[4], [3], [5], [2]]);
+        assert_eq!(numbers(&q.admit(to(TEXT), &mut nobody(), 0)), [[4], [3], [5], [2]]);
         assert_eq!((q.len(), q.running().len()), (1, 4));
     }
 
     #[test]
     fn a_near_deadline_goes_before_priority() {
         let mut q = queue([job(1, 7), QueuedJob { deadline: Some(30_000), ..job(2, 6) }]);
-        assert_eq!(numbers(&q.admit(Slots { limit: 1, max_batch: 1 }, 0.0, 0)), [[2]]);
+        assert_eq!(numbers(&q.admit(to(Slots { limit: 1, max_batch: 1 }), &mut nobody(), 0)), [[2]]);
     }
 
     #[test]
@@ -626,28 +701,31 @@ pub(super) mod tests {
         let slots = Slots { limit: 3, max_batch: 3 };
         let keyed = |n, batch_key| QueuedJob { batch_key, ..job(n, 5) };
         let mut q = queue([keyed(1, 1), keyed(2, 2), keyed(3, 1), keyed(4, 1), keyed(5, 1)]);
-        assert_eq!(numbers(&q.admit(slots, 0.0, 0)), [[1, 3, 4]]);
-        assert!(q.admit(slots, 0.0, 0).is_empty(), "the next pass starts when this one has ended");
+        assert_eq!(numbers(&q.admit(to(slots), &mut nobody(), 0)), [[1, 3, 4]]);
+        assert!(q.admit(to(slots), &mut nobody(), 0).is_empty(), "the next pass starts when this one has ended");
         for n in [1, 3, 4] {
-            q.end(n);
+            q.end(n, 1.0, &mut nobody(), 0);
         }
-        assert_eq!(numbers(&q.admit(slots, 0.0, 0)), [[2]]);
+        assert_eq!(numbers(&q.admit(to(slots), &mut nobody(), 0)), [[2]]);
     }
 
     #[test]
     fn jobs_isolated_by_a_crash_run_with_nobody_beside() {
         let crashed = |n| QueuedJob { crash: Some(1), ..job(n, 5) };
         let mut q = queue([job(1, 7)]);
-        q.admit(TEXT, 0.0, 0);
+        q.admit(to(TEXT), &mut nobody(), 0);
         [crashed(2), crashed(3), job(4, 7)].iter().for_each(|j| q.push(j, 0));
-        assert!(q.admit(TEXT, 0.0, 0).is_empty(), "waits until the worker is free, and lets nobody in before");
-        q.end(1);
+        assert!(
+            q.admit(to(TEXT), &mut nobody(), 0).is_empty(),
+            "waits until the worker is free, and lets nobody in before"
+        );
+        q.end(1, 1.0, &mut nobody(), 0);
         for expected in [2, 3] {
-            let runs = q.admit(TEXT, 0.0, 0);
+            let runs = q.admit(to(TEXT), &mut nobody(), 0);
             assert_eq!((numbers(&runs), runs[0].alone), (vec![vec![expected]], true));
-            q.end(expected);
+            q.end(expected, 1.0, &mut nobody(), 0);
         }
-        assert_eq!(numbers(&q.admit(TEXT, 0.0, 0)), [[4]]);
+        assert_eq!(numbers(&q.admit(to(TEXT), &mut nobody(), 0)), [[4]]);
     }
 
     #[test]
@@ -655,9 +733,9 @@ pub(super) mod tests {
         let mut q = queue([QueuedJob { not_before: Some(50), ..job(1, 5) }]);
         assert_eq!((q.pending(), q.next_wake(), q.len()), ((0, 0), Some(50), 1));
         q.wake(49);
-        assert!(q.admit(TEXT, 0.0, 49).is_empty());
+        assert!(q.admit(to(TEXT), &mut nobody(), 49).is_empty());
         q.wake(50);
-        assert_eq!(numbers(&q.admit(TEXT, 0.0, 50)), [[1]]);
+        assert_eq!(numbers(&q.admit(to(TEXT), &mut nobody(), 50)), [[1]]);
     }
 
     #[test]
@@ -676,13 +754,49 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn the_tenant_that_was_served_least_is_next() {
+        let of = |tenant: &str, numbers: std::ops::RangeInclusive<i64>| {
+            let tenant: Arc<str> = Arc::from(tenant);
+            numbers.map(move |n| QueuedJob { tenant: tenant.clone(), ..job(n, 5) }).collect::<Vec<_>>()
+        };
+        let mut q = queue(of("flood", 1..=9).into_iter().chain(of("sparse", 10..=12)));
+        let mut served = nobody();
+        assert_eq!(numbers(&q.admit(to(TEXT), &mut served, 0)), [[1], [10], [2], [11]], "in turn, by arrival first");
+        // The flood's jobs took 100 ms of the worker each and the others nothing: what they had counts, not the advance.
+        for n in [10, 11] {
+            q.end(n, 1.0, &mut served, 0);
+        }
+        for n in [1, 2] {
+            q.end(n, 1.0, &mut served, 200);
+        }
+        assert_eq!((served.of("flood"), served.of("sparse")), (200.0, 0.0));
+        let one = To { slots: Slots { limit: 1, max_batch: 1 }, ..to(TEXT) };
+        assert_eq!(numbers(&q.admit(one, &mut served, 200)), [[12]]);
+        // Runs of several jobs are filled in the same order.
+        let mut q = queue(of("flood", 1..=9).into_iter().chain(of("sparse", 10..=12)));
+        let runs = q.admit(to(Slots { limit: 4, max_batch: 4 }), &mut nobody(), 0);
+        assert_eq!(numbers(&runs), [[1, 10, 2, 11]]);
+    }
+
+    #[test]
+    fn a_worker_is_filled_whatever_the_others_of_its_model_run() {
+        let mut q = queue((1..=6).map(|n| job(n, 5)));
+        assert_eq!(q.admit(to(TEXT), &mut nobody(), 0).len(), 4);
+        let second = To { worker: 1, ..to(TEXT) };
+        assert_eq!(numbers(&q.admit(second, &mut nobody(), 0)), [[5], [6]]);
+        assert_eq!((q.running_on(0), q.running_on(1)), (4, 2));
+        q.end(1, 1.0, &mut nobody(), 0);
+        assert_eq!((q.running_on(0), q.running_on(1)), (3, 2));
+    }
+
+    #[test]
     fn the_fast_path_passes_nobody() {
         let mut q = queue([]);
-        assert!(q.has_free_slot(TEXT, 7));
+        assert!(q.has_free_slot(TEXT, 7, 0));
         q.push(&QueuedJob { not_before: Some(50), ..job(1, 5) }, 0);
-        assert!(q.has_free_slot(TEXT, 7), "a delayed job is not passed");
+        assert!(q.has_free_slot(TEXT, 7, 0), "a delayed job is not passed");
         q.push(&job(2, 0), 0);
-        assert!(!q.has_free_slot(TEXT, 9));
+        assert!(!q.has_free_slot(TEXT, 9, 0));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::domain::worker::Report;
 use crate::domain::{
-    Face, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob, StateReason, Token,
+    Class, Face, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob, StateReason, Token,
 };
 use crate::lifecycle::Tasks;
 use crate::policy::Knobs;
@@ -21,7 +21,7 @@ use crate::scheduler::dispatch::{self, Context, Dispatch};
 use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, QueueView, SubmitError};
 use crate::scheduler::hub::{Ended, Hub, JobWatch};
 use crate::scheduler::queue::{Run, shared};
-use crate::scheduler::state::{Device, Effect, Event, Place, State};
+use crate::scheduler::state::{Effect, Event, Holding, Place, State};
 use crate::store::{Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Store, StoreError};
 use crate::worker::client::{RunTag, WorkerClient};
 use crate::worker::supervisor::WorkerHandle;
@@ -83,25 +83,43 @@ pub struct Parts {
     pub epoch: i64,
     /// What earlier runs learned.
     pub learned: BTreeMap<String, Learned>,
+    /// How much tenants were served in earlier runs, in weighted GPU ms.
+    pub served: BTreeMap<String, f64>,
+    /// Weights of tenants by name; one that is not named weighs 1.
+    pub weights: BTreeMap<String, f64>,
     /// Number of the next job.
     pub next_number: i64,
 }
 
 /// Takes in the jobs that wait in the store, starts the loop and returns how to ask it.
 pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
-    let Parts { store, clock, tasks, client, models, knobs, workers, reports, epoch, learned, next_number } = parts;
+    let Parts {
+        store,
+        clock,
+        tasks,
+        client,
+        models,
+        knobs,
+        workers,
+        reports,
+        epoch,
+        learned,
+        served,
+        weights,
+        next_number,
+    } = parts;
     let (messages, inbox) = mpsc::unbounded_channel();
     let (view, viewed) = watch::channel(Arc::new(QueueView::default()));
     let hub = Hub::default();
     let handle = Handle::new(messages.clone(), hub.clone(), store.clone(), workers.clone(), viewed, tasks.clone());
-    let mut state = State::new(&models, knobs, &learned, epoch);
+    let mut state = State::new(&models, knobs, &learned, epoch).with_tenants(&served, &weights);
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
     // Known before the first plan; the supervisors' own reports come later.
     for (model, worker) in &workers {
         worker.has_looked().await;
         if worker.view().state == ModelState::Blocked {
-            state.on_event(Event::Report { model: model.clone(), report: Report::NoGpu }, clock.now());
+            state.on_event(Event::Report { model: model.clone(), replica: 0, report: Report::NoGpu }, clock.now());
         }
     }
     store.took_in(begun.elapsed());
@@ -248,7 +266,7 @@ impl Scheduler {
     /// The supervisors log what they report; here it is only counted and decided on.
     fn on_report(&mut self, model: String, report: Report) {
         // A suspected worker that turns out to be alive reports `Ready` again, which is no load.
-        let loading = matches!(self.state.device, Device::Loading { .. });
+        let loading = self.state.index_of(&model).is_some_and(|index| self.state.is_loading(index, 0));
         self.handle.count(|counters| match &report {
             Report::Ready { load_ms, .. } if loading => {
                 let (count, seconds) = counters.loads.entry(model.clone()).or_default();
@@ -259,7 +277,8 @@ impl Scheduler {
             Report::Died { .. } => *counters.worker_deaths.entry(model.clone()).or_default() += 1,
             _ => {}
         });
-        self.apply(Event::Report { model, report });
+        // One worker of each model, until the supervisors can tell several apart.
+        self.apply(Event::Report { model, replica: 0, report });
     }
 
     fn on_message(&mut self, message: Message) {
@@ -479,7 +498,7 @@ impl Scheduler {
         for effect in effects {
             match effect {
                 Effect::Claim { model, place, run } => self.claim(&model, place, run),
-                Effect::Order { model, order } => {
+                Effect::Order { model, order, .. } => {
                     if let Some(worker) = self.workers.get(&model) {
                         worker.order(order);
                     }
@@ -493,6 +512,10 @@ impl Scheduler {
                 Effect::Learn { model, learned } => {
                     let store = self.context.store.clone();
                     self.beside("learn", async move { store.learn(model, learned).await });
+                }
+                Effect::Served(tenants) => {
+                    let store = self.context.store.clone();
+                    self.beside("keep what tenants were served", async move { store.keep_served(tenants).await });
                 }
                 Effect::Announce(decision) => {
                     tracing::info!(
@@ -603,32 +626,31 @@ impl Scheduler {
 
     fn model_view(&self, index: usize, now: Millis) -> ModelQueueView {
         let model = &self.state.models[index];
-        let view = model.view();
         let worker = self.workers.get(&*model.name).map(WorkerHandle::view);
-        let device = &self.state.device;
-        let mine = device.model() == Some(index);
-        let state = match device {
-            Device::Draining { .. } if mine => ModelState::Draining,
+        let holding = self.state.holding(index);
+        let state = match holding {
+            Holding::Draining => ModelState::Draining,
             _ => worker.map_or(ModelState::Blocked, |w| w.state),
         };
         let reason = match &model.trouble {
             Some(trouble) => Some(trouble.reason),
-            None if mine && matches!(device, Device::Loading { .. }) => Some(StateReason::ModelLoading),
+            None if holding == Holding::Loading => Some(StateReason::ModelLoading),
             None => None,
         };
-        let resident = mine && matches!(device, Device::Serving { .. } | Device::Draining { .. });
-        let oldest = [view.oldest_interactive, view.oldest_batch].into_iter().flatten().min();
+        let resident = matches!(holding, Holding::Serving | Holding::Draining);
+        let oldest = [Class::Interactive, Class::Batch].into_iter().filter_map(|class| model.queue.oldest(class)).min();
         let backlog = model.queue.len() as f64 * model.each_ms();
-        let wait = if resident { backlog } else { backlog + model.load_ms() };
+        let load_ms = self.state.load_ms(index);
+        let wait = if resident { backlog } else { backlog + load_ms };
         ModelQueueView {
             model: model.name.to_string(),
             queued: model.queue.len(),
-            queued_interactive: view.pending_interactive,
-            running: view.running,
+            queued_interactive: model.queue.pending().0,
+            running: model.queue.running().len(),
             oldest_age_s: oldest.map(|at| (now - at) as f64 / 1e3),
             resident,
             est_wait_s: model.trouble.is_none().then_some(wait / 1e3),
-            swap_cost_s: (model.load_ms() + view.stop_ms) / 1e3,
+            swap_cost_s: (load_ms + model.stop_ms()) / 1e3,
             due_at: self.state.due(index),
             state,
             state_reason: reason,

@@ -13,8 +13,10 @@ use super::*;
 use crate::clock::Held;
 use crate::domain::job::Present;
 use crate::domain::worker::{Answer, Outcome};
-use crate::domain::{Face, JobId, JobKind, JobState, Launch, NewJob};
+use crate::domain::{Face, JobId, JobKind, JobState, Launch, ModelKind, NewJob};
+use crate::policy::plan;
 use crate::policy::retry::{self, Attempt, Suspicion, Verdict};
+use crate::scheduler::queue::Queue;
 use crate::scheduler::{dispatch, run};
 use crate::store::files::StoredAnswer;
 use crate::store::model::{Accepted, Row, Rows};
@@ -35,7 +37,7 @@ const EVENTS_MAX: usize = 100_000;
 const IDLE_WAKES_MAX: usize = 500;
 
 /// SplitMix64.
-struct Rng(u64);
+pub(super) struct Rng(pub(super) u64);
 
 impl Rng {
     fn next(&mut self) -> u64 {
@@ -47,20 +49,20 @@ impl Rng {
     }
 
     /// From `low` to `high`, both included.
-    fn range(&mut self, low: i64, high: i64) -> i64 {
+    pub(super) fn range(&mut self, low: i64, high: i64) -> i64 {
         let span = u64::try_from(high - low + 1).unwrap();
         low + i64::try_from(self.next() % span).unwrap()
     }
 
-    fn index(&mut self, len: usize) -> usize {
+    pub(super) fn index(&mut self, len: usize) -> usize {
         usize::try_from(self.next() % len as u64).unwrap()
     }
 
-    fn chance(&mut self, permille: i64) -> bool {
+    pub(super) fn chance(&mut self, permille: i64) -> bool {
         self.range(0, 999) < permille
     }
 
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+    pub(super) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.index(from.len())]
     }
 }
@@ -425,6 +427,10 @@ fn setup(rng: &mut Rng) -> Setup {
             preload: rng.chance(100),
             gpus: 0,
             memory: None,
+            max_replicas: 1,
+            pin: false,
+            exclusive: false,
+            park: false,
             upstream_model: String::new(),
             dir: "/".into(),
         });
@@ -690,7 +696,8 @@ impl Sim {
         let now = clock.read(self.offset + self.now, self.now);
         self.lost_time = self.lost_time.max(self.shown - now);
         self.disk.recover(now);
-        let state = State::new(&self.setup.specs, self.setup.knobs.clone(), &self.disk.learned, self.disk.epoch);
+        let state = State::new(&self.setup.specs, self.setup.knobs.clone(), &self.disk.learned, self.disk.epoch)
+            .with_tenants(&self.disk.served, &BTreeMap::new());
         self.server = Some(Server {
             state,
             clock,
@@ -768,7 +775,7 @@ impl Sim {
         loop {
             if let Some((model, report)) = self.server().reports.pop_front() {
                 self.note(|| format!("loop: {model} {report:?}"));
-                self.apply(Event::Report { model, report });
+                self.apply(Event::Report { model, replica: 0, report });
             } else if self.server().inbox.is_empty() {
                 break;
             } else {
@@ -962,7 +969,7 @@ impl Sim {
                     }
                     self.ask(Op::Claim { model, place, run, number });
                 }
-                Effect::Order { model, order } => {
+                Effect::Order { model, order, .. } => {
                     self.note(|| format!("order {model} {order:?}"));
                     let index = self.server().state.index_of(&model).unwrap();
                     self.workers[index].orders.push_back(order);
@@ -979,6 +986,7 @@ impl Sim {
                 Effect::TellLoading { numbers, .. } => self.ask(Op::TellLoading { numbers }),
                 Effect::AddLoadTime { numbers, load_ms } => self.ask(Op::AddLoadTime { numbers, load_ms }),
                 Effect::Learn { model, learned } => self.ask(Op::Learn { model, learned }),
+                Effect::Served(tenants) => self.disk.served = tenants.into_iter().collect(),
                 Effect::Announce(decision) => self.note(|| format!("decides: {}", decision.reason)),
             }
         }
@@ -1332,9 +1340,9 @@ impl Sim {
         };
         let suspect = matches!(outcome, Outcome::WorkerLost { .. });
         let answered = matches!(outcome, Outcome::Answered(_));
-        let (name, since) = (one.name.clone(), one.since);
+        let (name, number, since) = (one.name.clone(), one.number(), one.since);
         if silent && is_timeout {
-            self.tell(Message::Event(Event::Silent { model: name, since }));
+            self.tell(Message::Event(Event::Silent { model: name, number, since }));
         }
         let now = self.clock();
         let verdict = retry::judge(outcome, &attempt, now);
@@ -1869,11 +1877,12 @@ impl Sim {
             return;
         }
         for (index, worker) in self.workers.iter().enumerate() {
-            let (mine, phase) = (server.state.device.model() == Some(index), worker.phase);
+            let mine = server.state.workers.iter().any(|w| w.model == index && w.is_on_device());
+            let phase = worker.phase;
             assert!(
                 mine || !worker.is_on_device(),
-                "m{index} is {phase:?}, and the device is {:?}",
-                server.state.device
+                "m{index} is {phase:?}, and the device is held by {:?}",
+                server.state.workers
             );
             assert!(!mine || worker.is_on_device(), "the device waits for m{index} for ever, which is {phase:?}");
         }
@@ -1976,11 +1985,13 @@ impl Sim {
             });
             rebuilt.enqueue(&job, if ready { Millis::MAX } else { job.not_before.map_or(now, |at| at - 1) });
         }
-        let (mut ours, mut theirs) = (server.state.view(), rebuilt.view());
-        ours.device = plan::DeviceView::Empty;
+        let (mut ours, mut theirs) = (server.state.view(now), rebuilt.view(now));
+        ours.workers.clear();
+        ours.reservations.clear();
         let mut all = true;
         for (index, (our, their)) in ours.models.iter_mut().zip(&mut theirs.models).enumerate() {
-            all &= our.running == 0;
+            let nothing_runs = server.state.models[index].queue.running().is_empty();
+            all &= nothing_runs;
             (our.trouble, our.trouble_until, our.rate, our.preload) = (None, None, 0.0, false);
             (their.rate, their.preload) = (0.0, false);
             let learned = |state: &State| {
@@ -1988,12 +1999,13 @@ impl Sim {
                 (known.load_ms, known.stop_ms, known.left_at)
             };
             // Samples of service times are kept with the next load or stop.
-            (their.service_ms, their.each_ms) = (our.service_ms, our.each_ms);
+            (their.service_ms, their.each_ms, their.gap_ms) = (our.service_ms, our.each_ms, our.gap_ms);
             if learned(&server.state) != learned(&rebuilt) {
                 // The store refused to keep them: advice only.
-                (their.load_ms, their.stop_ms, their.left_at) = (our.load_ms, our.stop_ms, our.left_at);
+                (their.load_ms, their.reload_ms, their.group) = (our.load_ms, our.reload_ms, our.group);
+                (their.stop_ms, their.left_at) = (our.stop_ms, our.left_at);
             }
-            if our.running == 0 {
+            if nothing_runs {
                 assert_eq!(our, their, "the view after a restart is another one");
                 self.seen.same_views += 1;
             }

@@ -1,33 +1,38 @@
-//! The scheduler as a pure state machine: events in, effects out, `now` as an argument. It owns one truth: which model
-//! holds the device, and which jobs wait for and run on it. Everything else (processes, rows) belongs to others, who tell
-//! it by events and are asked by effects.
+//! The scheduler as a pure state machine: events in, effects out, `now` as an argument. It owns one truth: which workers
+//! hold which devices, and which jobs wait for and run on them. Everything else (processes, rows) belongs to others, who
+//! tell it by events and are asked by effects.
+//!
+//! This file takes events in and steps; `turns` carries out plans and moves workers; `standing` says where a job stands;
+//! `model` and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use crate::domain::worker::Report;
-use crate::domain::{Class, ErrorCode, JobError, Millis, ModelKind, ModelSpec, StateReason};
-use crate::policy::plan::{self, Action, Decision, DeviceView, ModelView, Plan, View};
+use crate::domain::{Class, ErrorCode, GpuSet, JobError, Millis, ModelSpec, StateReason};
+use crate::policy::learn::{LOAD_WEIGHT, blend};
+use crate::policy::order::Served;
+use crate::policy::plan::{Decision, Reservation};
 use crate::policy::{Knobs, admission};
-use crate::scheduler::queue::{Queue, Run, Slots};
+pub use crate::scheduler::inventory::Inventory;
+use crate::scheduler::inventory::{Phase, Worker, round};
+use crate::scheduler::model::{Model, Trouble};
+use crate::scheduler::queue::{Run, Running, To};
 use crate::store::{Learned, QueuedJob};
 use crate::worker::supervisor::Order;
 
+#[path = "standing.rs"]
+mod standing;
+#[path = "turns.rs"]
+mod turns;
+pub(super) use standing::Holding;
+
 /// How long a plan stands while only more of the same arrives.
 const PLAN_EVERY_MS: i64 = 5;
-/// Decisions kept for a person to look back on.
-const HISTORY_MAX: usize = 50;
-/// Waiting jobs that are told when their model is being loaded.
-const TOLD_MAX: usize = 256;
-/// Farthest position that is counted, from the nearer end of a queue.
-const RANK_MAX: usize = 1_000;
-/// Weight of a new sample: loads, then service times. See `design`: EWMAs with .3 and .1.
-const LOAD_WEIGHT: f64 = 0.3;
-const SERVICE_WEIGHT: f64 = 0.1;
 /// Bits that count the loads of one run of the server.
 const LOAD_BITS: u32 = 24;
-/// Time constant of the arrival rate.
-const RATE_TAU_MS: f64 = 300_000.0;
+/// What tenants were served is kept at least this often while it changes.
+const KEEP_SERVED_EVERY_MS: i64 = 10_000;
 
 /// Something that happened.
 #[derive(Clone, Debug)]
@@ -59,6 +64,8 @@ pub enum Event {
     Silent {
         /// Entry name.
         model: Arc<str>,
+        /// The job.
+        number: i64,
         /// When the attempt was sent.
         since: Millis,
     },
@@ -75,6 +82,8 @@ pub enum Event {
     Report {
         /// Entry name.
         model: String,
+        /// Which of its workers.
+        replica: u32,
         /// What it says.
         report: Report,
     },
@@ -94,6 +103,8 @@ pub struct Back {
 /// A place on a worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
+    /// Number of the worker among those of its model.
+    pub replica: u32,
     /// Where the worker answers.
     pub base_url: String,
     /// Which load it is from: jobs that are lost with it died together.
@@ -118,6 +129,10 @@ pub enum Effect {
     Order {
         /// Entry name.
         model: String,
+        /// Which of its workers; they are numbered from 0.
+        replica: u32,
+        /// The devices it holds, or is to be loaded on.
+        set: GpuSet,
         /// The order.
         order: Order,
     },
@@ -153,173 +168,37 @@ pub enum Effect {
         /// All of it.
         learned: Learned,
     },
+    /// Keep how much tenants were served: weighted GPU ms by name.
+    Served(Vec<(String, f64)>),
     /// Log a decision that starts or ends something.
     Announce(Decision),
-}
-
-/// Why a model cannot be loaded now.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Trouble {
-    /// What its waiting jobs say.
-    pub(super) reason: StateReason,
-    /// What a sync caller is told; `None`: such calls wait.
-    pub(super) error: Option<JobError>,
-    /// For a person.
-    pub(super) text: String,
-    /// When it may be over by itself.
-    pub(super) until: Option<Millis>,
-}
-
-/// One model.
-#[derive(Debug)]
-pub(super) struct Model {
-    pub(super) name: Arc<str>,
-    pub(super) queue: Queue,
-    pub(super) trouble: Option<Trouble>,
-    slots: Slots,
-    startup_ms: f64,
-    service_prior_ms: f64,
-    idle_ttl_ms: Option<i64>,
-    preload: bool,
-    timeout_ms: i64,
-    learned: Learned,
-    rate: f64,
-    rate_at: Millis,
-    backlogged_since: Option<Millis>,
-    answered_at: Option<Millis>,
-}
-
-impl Model {
-    fn of(spec: &ModelSpec) -> Self {
-        let name: Arc<str> = Arc::from(spec.name.as_str());
-        let service_prior_ms = match spec.kind {
-            ModelKind::Text | ModelKind::Custom => 3_000.0,
-            ModelKind::Image => 5_000.0,
-            ModelKind::Audio => 10_000.0,
-        };
-        Self {
-            queue: Queue::new(name.clone()),
-            name,
-            trouble: None,
-            slots: Slots { limit: spec.limit, max_batch: spec.max_batch },
-            startup_ms: spec.startup_time.as_secs_f64() * 1e3,
-            service_prior_ms,
-            idle_ttl_ms: spec.idle_ttl.map(|ttl| i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX)),
-            preload: spec.preload,
-            timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
-            learned: Learned::default(),
-            rate: 0.0,
-            rate_at: 0,
-            backlogged_since: None,
-            answered_at: None,
-        }
-    }
-
-    /// A model that has waiting jobs and no entry any more.
-    fn unknown(name: &str) -> Self {
-        let text = format!("`{name}` is not in models.yaml any more: add it back and restart, or cancel its jobs");
-        let name: Arc<str> = Arc::from(name);
-        Self {
-            queue: Queue::new(name.clone()),
-            name,
-            trouble: Some(Trouble { reason: StateReason::ModelBlocked, error: None, text, until: None }),
-            slots: Slots { limit: 1, max_batch: 1 },
-            startup_ms: 60_000.0,
-            service_prior_ms: 3_000.0,
-            idle_ttl_ms: None,
-            preload: false,
-            timeout_ms: i64::MAX,
-            learned: Learned::default(),
-            rate: 0.0,
-            rate_at: 0,
-            backlogged_since: None,
-            answered_at: None,
-        }
-    }
-
-    pub(super) fn load_ms(&self) -> f64 {
-        self.learned.load_ms.unwrap_or(self.startup_ms)
-    }
-
-    pub(super) fn service_ms(&self) -> f64 {
-        self.learned.service_ms.unwrap_or(self.service_prior_ms)
-    }
-
-    pub(super) fn each_ms(&self) -> f64 {
-        let share = f64::from(self.slots.limit.clamp(1, 8));
-        self.learned.each_ms.unwrap_or(self.service_ms() / share)
-    }
-
-    fn stop_ms(&self) -> f64 {
-        self.learned.stop_ms.unwrap_or(1_000.0)
-    }
-
-    fn count_arrival(&mut self, now: Millis) {
-        let decay = (-((now - self.rate_at).max(0) as f64) / RATE_TAU_MS).exp();
-        self.rate = self.rate * decay + 1.0 / RATE_TAU_MS;
-        self.rate_at = now;
-    }
-
-    pub(super) fn view(&self) -> ModelView {
-        let (pending_interactive, pending_batch) = self.queue.pending();
-        ModelView {
-            name: self.name.to_string(),
-            pending_interactive,
-            pending_batch,
-            running: self.queue.running().len(),
-            oldest_interactive: self.queue.oldest(Class::Interactive),
-            oldest_batch: self.queue.oldest(Class::Batch),
-            first_deadline: self.queue.first_deadline(),
-            left_at: self.learned.left_at,
-            load_ms: self.load_ms(),
-            stop_ms: self.stop_ms(),
-            service_ms: self.service_ms(),
-            each_ms: self.each_ms(),
-            rate: self.rate,
-            trouble: self.trouble.as_ref().map(|t| t.text.clone()),
-            trouble_until: self.trouble.as_ref().and_then(|t| t.until),
-            preload: self.preload,
-            idle_ttl_ms: self.idle_ttl_ms,
-        }
-    }
-}
-
-/// Who holds the device.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Device {
-    Empty,
-    Loading { model: usize, since: Millis },
-    Serving { model: usize, since: Millis, place: Place, idle_since: Option<Millis>, suspect: bool },
-    Draining { model: usize, to: Option<usize> },
-    Stopping { model: usize, to: Option<usize> },
-}
-
-impl Device {
-    pub(super) fn model(&self) -> Option<usize> {
-        match self {
-            Self::Empty => None,
-            Self::Loading { model, .. }
-            | Self::Serving { model, .. }
-            | Self::Draining { model, .. }
-            | Self::Stopping { model, .. } => Some(*model),
-        }
-    }
 }
 
 /// All of it.
 #[derive(Debug)]
 pub struct State {
     knobs: Knobs,
+    inventory: Inventory,
     pub(super) models: Vec<Model>,
     index: HashMap<String, usize>,
-    pub(super) device: Device,
+    /// In the order in which they were decided on.
+    pub(super) workers: Vec<Worker>,
+    reservations: Vec<Reservation>,
+    served: Served,
+    served_kept_at: Millis,
+    served_changed: bool,
     by_tenant: HashMap<Arc<str>, usize>,
-    last_loaded: Option<usize>,
+    running_of: HashMap<Arc<str>, usize>,
+    /// The model last loaded on each device.
+    last_on: Vec<Option<usize>>,
     last_arrival: Option<usize>,
     pub(super) swaps: u64,
     pub(super) swaps_in_arrival_order: u64,
     pub(super) decision: Option<Decision>,
     pub(super) history: VecDeque<Decision>,
+    log: VecDeque<Decision>,
+    /// What was last said about each pair of models.
+    said: HashMap<(Option<String>, Option<String>), &'static str>,
     next_load: i64,
     stopping: bool,
     wake_at: Option<Millis>,
@@ -330,12 +209,11 @@ pub struct State {
     plan_now: bool,
     /// More of what was there has arrived: the next plan has time.
     plan_soon: bool,
-    /// The second half of a swap that has been announced: its load is no decision of its own.
-    swapping_to: Option<usize>,
 }
 
 impl State {
-    /// Nothing loaded, nothing waiting. `epoch`: number of this run of the server, so that its loads are no other's.
+    /// Nothing loaded, nothing waiting, on a box of which nothing is known: one model at a time. `epoch`: number of this run
+    /// of the server, so that its loads are no other's.
     pub fn new(specs: &[ModelSpec], knobs: Knobs, learned: &BTreeMap<String, Learned>, epoch: i64) -> Self {
         let mut models: Vec<Model> = specs.iter().map(Model::of).collect();
         for model in &mut models {
@@ -344,18 +222,27 @@ impl State {
             }
         }
         let index = models.iter().enumerate().map(|(i, m)| (m.name.to_string(), i)).collect();
+        let inventory = Inventory::one_device();
         Self {
             knobs,
+            last_on: vec![None; inventory.devices().len()],
+            inventory,
             models,
             index,
-            device: Device::Empty,
+            workers: Vec::new(),
+            reservations: Vec::new(),
+            served: Served::default(),
+            served_kept_at: 0,
+            served_changed: false,
             by_tenant: HashMap::new(),
-            last_loaded: None,
+            running_of: HashMap::new(),
             last_arrival: None,
             swaps: 0,
             swaps_in_arrival_order: 0,
             decision: None,
             history: VecDeque::new(),
+            log: VecDeque::new(),
+            said: HashMap::new(),
             next_load: epoch << LOAD_BITS,
             stopping: false,
             wake_at: None,
@@ -363,14 +250,32 @@ impl State {
             planned_at: 0,
             plan_now: true,
             plan_soon: false,
-            swapping_to: None,
         }
     }
 
-    /// When a place in the full queue should be free, in seconds from 1 to 60: one job of the model that holds the device.
+    /// On these devices. Models that fit on none of them are never loaded, and their callers are told so.
+    #[must_use]
+    pub fn on(mut self, inventory: Inventory) -> Self {
+        self.last_on = vec![None; inventory.devices().len()];
+        self.inventory = inventory;
+        self.refuse_too_big();
+        self
+    }
+
+    /// With what tenants were served so far, in weighted GPU ms, and their weights.
+    #[must_use]
+    pub fn with_tenants(mut self, served: &BTreeMap<String, f64>, weights: &BTreeMap<String, f64>) -> Self {
+        let shared =
+            |from: &BTreeMap<String, f64>| from.iter().map(|(name, n)| (Arc::from(name.as_str()), *n)).collect();
+        self.served = Served::new(shared(served), shared(weights));
+        self
+    }
+
+    /// When a place in the full queue should be free, in seconds from 1 to 60: one job of a model that holds a device.
     pub fn room_in_s(&self) -> u64 {
-        let holder = self.device.model().map_or(60_000.0, |index| self.models[index].each_ms());
-        u64::try_from(round(holder / 1e3)).unwrap_or(60).clamp(1, 60)
+        let each = |worker: &Worker| self.models[worker.model].each_ms();
+        let soonest = self.workers.iter().filter(|w| w.is_on_device()).map(each).min_by(f64::total_cmp);
+        u64::try_from(round(soonest.unwrap_or(60_000.0) / 1e3)).unwrap_or(60).clamp(1, 60)
     }
 
     /// When [`State::step`] should be called again if no event comes before.
@@ -378,7 +283,7 @@ impl State {
         self.wake_at
     }
 
-    /// Whether no job is on the worker or on its way there.
+    /// Whether no job is on a worker or on its way there.
     pub fn is_quiet(&self) -> bool {
         self.models.iter().all(|m| m.queue.running().is_empty())
     }
@@ -390,6 +295,11 @@ impl State {
 
     pub(super) fn index_of(&self, model: &str) -> Option<usize> {
         self.index.get(model).copied()
+    }
+
+    /// The latest decisions and changed reasons to wait, newest first, at most 10 000.
+    pub fn decisions(&self) -> impl Iterator<Item = &Decision> {
+        self.log.iter()
     }
 
     /// Whether new jobs may come in; `sync` callers are told at once when their model does not load.
@@ -419,16 +329,30 @@ impl State {
     /// The fast path: if the job's model serves with a free slot and nobody waits, the slot is the job's, and its worker's
     /// address is returned. Give it back by [`Event::Ended`].
     pub fn reserve(&mut self, job: &QueuedJob, now: Millis) -> Option<Place> {
-        let Device::Serving { model: index, place, suspect: false, .. } = &self.device else {
-            return None;
-        };
-        let model = &mut self.models[*index];
-        let same = model.name == job.model && !self.stopping && job.not_before.is_none();
-        if !same || !model.queue.has_free_slot(model.slots, job.priority) {
+        let index = self.index_of(&job.model)?;
+        if self.stopping || job.not_before.is_some() {
             return None;
         }
-        model.queue.start(job.clone(), false, now);
-        Some(place.clone())
+        let model = &self.models[index];
+        let free = |worker: &&Worker| {
+            worker.model == index
+                && matches!(worker.phase, Phase::Serving { suspect: false, .. })
+                && model.queue.has_free_slot(model.slots, job.priority, worker.replica)
+        };
+        let worker = self.workers.iter().filter(free).min_by_key(|worker| model.queue.running_on(worker.replica))?;
+        let Phase::Serving { place, .. } = &worker.phase else { return None };
+        let place = place.clone();
+        self.lift(&job.tenant);
+        let to = self.to(index, place.replica);
+        self.count_running(&job.tenant);
+        self.models[index].queue.start(job.clone(), false, to, &mut self.served, now);
+        Some(place)
+    }
+
+    /// A worker as its model's queue needs it.
+    fn to(&self, index: usize, worker: u32) -> To {
+        let model = &self.models[index];
+        To { worker, slots: model.slots, service_ms: model.service_ms(), charge_ms: model.charge_ms() }
     }
 
     /// Takes in an event. Call [`State::step`] after one or more of them.
@@ -436,16 +360,19 @@ impl State {
         self.plan_now |= !matches!(event, Event::Queued(_));
         match event {
             Event::Queued(jobs) => {
-                jobs.iter().for_each(|job| self.enqueue(job, now));
+                for job in &jobs {
+                    self.lift(&job.tenant);
+                    self.enqueue(job, now);
+                }
                 Vec::new()
             }
             Event::Claimed { model, lost } => {
                 for number in lost {
-                    self.end_running(&model, number);
+                    self.end_running(&model, number, now);
                 }
                 Vec::new()
             }
-            Event::Silent { model, since } => self.on_silent(&model, since, now),
+            Event::Silent { model, number, since } => self.on_silent(&model, number, since, now),
             Event::Ended { model, number, answered, suspect, back } => {
                 self.on_ended(&model, number, answered, suspect, back, now)
             }
@@ -457,8 +384,8 @@ impl State {
                 }
                 Vec::new()
             }
-            Event::Report { model, report } => match self.index_of(&model) {
-                Some(index) => self.on_report(index, report, now),
+            Event::Report { model, replica, report } => match self.index_of(&model) {
+                Some(index) => self.on_report(index, replica, report, now),
                 None => Vec::new(),
             },
             Event::Stop => {
@@ -468,7 +395,7 @@ impl State {
         }
     }
 
-    /// Takes in one waiting job.
+    /// Takes in one waiting job, as a start does.
     pub fn enqueue(&mut self, job: &QueuedJob, now: Millis) {
         let index = self.index_of(&job.model).unwrap_or_else(|| {
             self.models.push(Model::unknown(&job.model));
@@ -481,36 +408,52 @@ impl State {
         self.plan_soon = true;
         self.plan_now |= !is_more;
         model.queue.push(job, now);
-        model.backlogged_since.get_or_insert(now);
+        model.count_waiting(now);
+    }
+
+    /// A tenant that had nothing to do comes back.
+    fn lift(&mut self, tenant: &Arc<str>) {
+        if !self.by_tenant.contains_key(tenant) && !self.running_of.contains_key(tenant) {
+            self.served.lift(tenant, self.by_tenant.keys().chain(self.running_of.keys()));
+        }
     }
 
     fn forget_tenant(&mut self, tenant: &Arc<str>) {
-        if let Some(count) = self.by_tenant.get_mut(tenant) {
-            *count -= 1;
-            if *count == 0 {
-                self.by_tenant.remove(tenant);
-            }
-        }
+        uncount(&mut self.by_tenant, tenant);
     }
 
-    fn end_running(&mut self, model: &str, number: i64) {
-        if let Some(index) = self.index_of(model) {
-            self.models[index].queue.end(number);
-        }
+    fn count_running(&mut self, tenant: &Arc<str>) {
+        *self.running_of.entry(tenant.clone()).or_default() += 1;
+        self.served_changed = true;
+    }
+
+    fn end_running(&mut self, model: &str, number: i64, now: Millis) -> Option<Running> {
+        let index = self.index_of(model)?;
+        let model = &mut self.models[index];
+        let running = model.queue.end(number, model.weight(), &mut self.served, now)?;
+        uncount(&mut self.running_of, &running.job.tenant);
+        Some(running)
     }
 
     /// Restarts a worker that let an attempt run into the model's own time limit without progress, and has answered nobody
     /// since the attempt began. A limit that the client set shorter proves nothing.
-    fn on_silent(&mut self, model: &str, since: Millis, now: Millis) -> Vec<Effect> {
+    fn on_silent(&mut self, model: &str, number: i64, since: Millis, now: Millis) -> Vec<Effect> {
         let mut effects = Vec::new();
-        if let Some(index) = self.index_of(model)
-            && matches!(self.device, Device::Serving { model, .. } if model == index)
-            && now - since >= self.models[index].timeout_ms
-            && self.models[index].answered_at.is_none_or(|at| at < since)
+        let Some(index) = self.index_of(model) else { return effects };
+        let model = &self.models[index];
+        let Some(replica) = model.queue.running().get(&number).map(|running| running.worker) else { return effects };
+        if now - since >= model.timeout_ms
+            && model.queue.answered_at(replica).is_none_or(|at| at < since)
+            && let Some(worker) = self.find(index, replica)
         {
-            self.leave(model, None, &mut effects);
+            self.leave(worker, now, &mut effects);
         }
         effects
+    }
+
+    /// The place of a worker.
+    fn find(&self, model: usize, replica: u32) -> Option<usize> {
+        self.workers.iter().position(|worker| worker.model == model && worker.replica == replica)
     }
 
     fn on_ended(
@@ -525,47 +468,54 @@ impl State {
         let Some(index) = self.index_of(model) else {
             return Vec::new();
         };
-        let model = &mut self.models[index];
-        let Some(running) = model.queue.end(number) else {
+        let Some(running) = self.end_running(model, number, now) else {
             return Vec::new();
         };
+        let model = &mut self.models[index];
         if answered {
-            model.answered_at = Some(now);
-            let service = (now - running.claimed_at) as f64;
-            blend(&mut model.learned.service_ms, service, SERVICE_WEIGHT);
-            // Device time per completion is only seen while jobs wait: otherwise the pauses are the callers'.
-            if let Some(since) = model.backlogged_since {
-                blend(&mut model.learned.each_ms, (now - since) as f64, SERVICE_WEIGHT);
-            }
+            model.queue.count_answer(running.worker, now);
         }
-        model.backlogged_since = (model.queue.len() > 0).then_some(now);
+        model.count_end(answered.then_some(now - running.claimed_at), now);
         if let Some(Back { not_before, crash }) = back {
             self.enqueue(&QueuedJob { was_started: true, not_before, crash, ..running.job }, now);
         }
-        match &mut self.device {
-            Device::Serving { model, suspect: s, .. } if *model == index && suspect => {
-                // Once: a worker that dies takes up to `limit` jobs along, and each of them says so.
-                if std::mem::replace(s, true) { Vec::new() } else { vec![self.order(index, Order::Suspect)] }
-            }
-            _ => Vec::new(),
-        }
+        let Some(worker) = self.find(index, running.worker).filter(|_| suspect) else {
+            return Vec::new();
+        };
+        let Phase::Serving { suspect, .. } = &mut self.workers[worker].phase else {
+            return Vec::new();
+        };
+        // Once: a worker that dies takes up to `limit` jobs along, and each of them says so.
+        if std::mem::replace(suspect, true) { Vec::new() } else { vec![self.order(worker, Order::Suspect)] }
     }
 
-    fn on_report(&mut self, index: usize, report: Report, now: Millis) -> Vec<Effect> {
+    fn on_report(&mut self, index: usize, replica: u32, report: Report, now: Millis) -> Vec<Effect> {
+        let worker = self.find(index, replica);
         match report {
             Report::Loading { .. } => Vec::new(),
-            Report::Ready { base_url, load_ms } => self.on_ready(index, base_url, load_ms, now),
-            Report::Stopped { stop_ms } => {
-                // The answer to a stop that crossed with a death says nothing about a load that was ordered since.
-                if !matches!(self.device, Device::Stopping { model, .. } if model == index) {
-                    return Vec::new();
+            Report::Ready { base_url, load_ms } => self.on_ready(index, replica, base_url, load_ms, now),
+            Report::Stopped { stop_ms } => match worker.map(|worker| (worker, &self.workers[worker].phase)) {
+                Some((worker, Phase::Stopping { .. })) => {
+                    blend(&mut self.models[index].learned.stop_ms, stop_ms as f64, LOAD_WEIGHT);
+                    self.on_left(worker, now)
                 }
-                blend(&mut self.models[index].learned.stop_ms, stop_ms as f64, LOAD_WEIGHT);
-                self.on_left(index, now)
-            }
-            Report::Died { .. } => self.on_left(index, now),
+                Some((worker, Phase::Dropping)) => {
+                    self.workers.remove(worker);
+                    Vec::new()
+                }
+                // The answer to a stop that crossed with a death says nothing about a load that was ordered since.
+                _ => Vec::new(),
+            },
+            Report::Parked { park_ms } => match worker {
+                Some(worker) if self.workers[worker].phase == (Phase::Stopping { park: true }) => {
+                    blend(&mut self.models[index].learned.stop_ms, park_ms as f64, LOAD_WEIGHT);
+                    self.on_parked(worker, now)
+                }
+                _ => Vec::new(),
+            },
+            Report::Died { .. } => worker.map_or(Vec::new(), |worker| self.on_died(worker, now)),
             Report::LoadFailed { error, retry_at, quarantined } => {
-                self.on_load_failed(index, error, retry_at, quarantined)
+                self.on_load_failed(index, worker, error, retry_at, quarantined)
             }
             Report::NoGpu => {
                 self.models[index].trouble = Some(Trouble {
@@ -574,82 +524,41 @@ impl State {
                     text: "needs a GPU and this box sees none; its jobs wait until one is there".to_owned(),
                     until: None,
                 });
-                self.free_device_of(index);
+                self.give_up(worker);
                 Vec::new()
             }
             Report::Available => {
                 self.models[index].trouble = None;
+                self.refuse_too_big();
                 Vec::new()
             }
         }
     }
 
-    fn on_ready(&mut self, index: usize, base_url: String, load_ms: i64, now: Millis) -> Vec<Effect> {
-        match &mut self.device {
-            Device::Serving { model, suspect, place, .. } if *model == index => {
-                // The answer to `Order::Suspect`: it is alive.
-                *suspect = false;
-                place.base_url = base_url;
-                return Vec::new();
-            }
-            // The same, after it was told to leave: its running jobs may still finish.
-            Device::Draining { model, .. } | Device::Stopping { model, .. } if *model == index => return Vec::new(),
-            Device::Loading { model, .. } if *model == index => {}
-            // Ready after we changed our mind: it must not stay beside another.
-            _ => return vec![self.order(index, Order::Stop)],
-        }
-        let place = Place { base_url, load: self.next_load, max_batch: self.models[index].slots.max_batch };
-        self.next_load += 1;
-        self.device = Device::Serving { model: index, since: now, place, idle_since: None, suspect: false };
-        if self.last_loaded.is_some_and(|last| last != index) {
-            self.swaps += 1;
-        }
-        self.last_loaded = Some(index);
-        for model in &mut self.models {
-            model.preload = false;
-        }
-        let model = &mut self.models[index];
-        model.trouble = None;
-        model.backlogged_since = (model.queue.len() > 0).then_some(now);
-        blend(&mut model.learned.load_ms, load_ms as f64, LOAD_WEIGHT);
-        let numbers = model.queue.heads(TOLD_MAX);
-        let mut effects = vec![self.learn(index)];
-        if !numbers.is_empty() {
-            effects.push(Effect::AddLoadTime { numbers, load_ms });
-        }
-        effects
-    }
-
-    fn on_left(&mut self, index: usize, now: Millis) -> Vec<Effect> {
-        self.models[index].learned.left_at = Some(now);
-        if let Device::Stopping { model, to } = self.device
-            && model == index
-        {
-            self.swapping_to = to;
-        }
-        self.free_device_of(index);
-        vec![self.learn(index)]
-    }
-
-    fn on_load_failed(&mut self, index: usize, error: JobError, retry_at: Millis, quarantined: bool) -> Vec<Effect> {
+    fn on_load_failed(
+        &mut self,
+        index: usize,
+        worker: Option<usize>,
+        error: JobError,
+        retry_at: Millis,
+        quarantined: bool,
+    ) -> Vec<Effect> {
         let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
         let text = format!("{word}: {}", first_line(&error.message));
+        self.give_up(worker);
+        let serves = self.serves(index);
         let model = &mut self.models[index];
         model.preload = false;
-        let trouble =
-            Trouble { reason: StateReason::ModelBlocked, error: Some(error.clone()), text, until: Some(retry_at) };
-        model.trouble = Some(trouble);
+        let told = (!serves).then(|| error.clone());
+        model.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: told, text, until: Some(retry_at) });
+        if serves {
+            // Callers have another worker.
+            return Vec::new();
+        }
         let callers = model.queue.take_sync();
         callers.iter().for_each(|job| self.forget_tenant(&job.tenant));
         let numbers: Vec<i64> = callers.into_iter().map(|job| job.number).collect();
-        self.free_device_of(index);
         if numbers.is_empty() { Vec::new() } else { vec![Effect::EndQueued { numbers, error, overdue: false }] }
-    }
-
-    fn free_device_of(&mut self, index: usize) {
-        if self.device.model() == Some(index) {
-            self.device = Device::Empty;
-        }
     }
 
     /// Does what follows from all events so far: ends overdue jobs, fills free slots, plans.
@@ -661,11 +570,23 @@ impl State {
         }
         self.admit_jobs(now, &mut effects);
         self.note_idle(now);
-        self.finish_draining(&mut effects);
+        self.finish_draining(now, &mut effects);
+        self.load_where_free(now, &mut effects);
         let planned = if self.stopping { None } else { self.plan_in_time(now, &mut effects) };
         let own = self.models.iter().filter_map(|m| m.queue.next_wake()).min();
         self.wake_at = [planned, own].into_iter().flatten().min();
+        if self.served_changed && now - self.served_kept_at >= KEEP_SERVED_EVERY_MS {
+            effects.push(self.keep_served(now));
+        }
         effects
+    }
+
+    fn keep_served(&mut self, now: Millis) -> Effect {
+        (self.served_changed, self.served_kept_at) = (false, now);
+        let mut counters: Vec<(String, f64)> =
+            self.served.counters().map(|(tenant, served)| (tenant.to_string(), served)).collect();
+        counters.sort_by(|a, b| a.0.cmp(&b.0));
+        Effect::Served(counters)
     }
 
     fn end_overdue(&mut self, now: Millis) -> Vec<Effect> {
@@ -685,37 +606,51 @@ impl State {
             .collect()
     }
 
+    /// Fills the free slots of ready workers, the least busy worker of a model first.
     fn admit_jobs(&mut self, now: Millis, effects: &mut Vec<Effect>) {
-        let Device::Serving { model: index, place, suspect: false, .. } = &self.device else {
-            return;
-        };
         if self.stopping {
             return;
         }
-        let (index, place) = (*index, place.clone());
-        let model = &mut self.models[index];
-        let service_ms = model.service_ms();
-        let runs = model.queue.admit(model.slots, service_ms, now);
-        for run in runs {
-            run.jobs.iter().for_each(|job| self.forget_tenant(&job.tenant));
-            effects.push(Effect::Claim { model: self.models[index].name.clone(), place: place.clone(), run });
+        for index in 0..self.models.len() {
+            while self.models[index].queue.has_ready()
+                && let Some((place, run)) = self.admit_one(index, now)
+            {
+                for job in &run.jobs {
+                    self.forget_tenant(&job.tenant);
+                    self.count_running(&job.tenant);
+                }
+                effects.push(Effect::Claim { model: self.models[index].name.clone(), place, run });
+            }
         }
+    }
+
+    fn admit_one(&mut self, index: usize, now: Millis) -> Option<(Place, Run)> {
+        let model = &self.models[index];
+        let mut places: Vec<&Place> = self
+            .workers
+            .iter()
+            .filter(|worker| worker.model == index)
+            .filter_map(|worker| match &worker.phase {
+                Phase::Serving { place, suspect: false, .. } => Some(place),
+                _ => None,
+            })
+            .collect();
+        places.sort_by_key(|place| model.queue.running_on(place.replica));
+        let places: Vec<Place> = places.into_iter().cloned().collect();
+        places.into_iter().find_map(|place| {
+            let to = self.to(index, place.replica);
+            let run = self.models[index].queue.admit_one(to, &mut self.served, now)?;
+            Some((place, run))
+        })
     }
 
     fn note_idle(&mut self, now: Millis) {
-        if let Device::Serving { model, idle_since, .. } = &mut self.device {
-            let queue = &self.models[*model].queue;
-            let busy = !queue.running().is_empty() || queue.pending() != (0, 0);
-            *idle_since = if busy { None } else { Some(idle_since.unwrap_or(now)) };
-        }
-    }
-
-    fn finish_draining(&mut self, effects: &mut Vec<Effect>) {
-        if let Device::Draining { model, to, .. } = self.device
-            && self.models[model].queue.running().is_empty()
-        {
-            self.device = Device::Stopping { model, to };
-            effects.push(self.order(model, Order::Stop));
+        for worker in &mut self.workers {
+            let queue = &self.models[worker.model].queue;
+            if let Phase::Serving { idle_since, .. } = &mut worker.phase {
+                let busy = queue.running_on(worker.replica) > 0 || queue.pending() != (0, 0);
+                *idle_since = if busy { None } else { Some(idle_since.unwrap_or(now)) };
+            }
         }
     }
 
@@ -731,122 +666,14 @@ impl State {
         self.plan_at = self.plan(now, effects);
         self.plan_at
     }
+}
 
-    fn plan(&mut self, now: Millis, effects: &mut Vec<Effect>) -> Option<Millis> {
-        let Plan { action, decision, wake_at } = plan::plan(&self.view(), &self.knobs, now);
-        let second_half = match (&action, self.swapping_to.take()) {
-            (Action::Load(name), Some(to)) => self.index_of(name) == Some(to),
-            _ => false,
-        };
-        match action {
-            Action::Stay => {}
-            Action::Load(name) => self.load(&name, now, effects),
-            Action::Swap { from, to } => {
-                let to = self.index_of(&to);
-                self.leave(&from, to, effects);
-            }
-            Action::Unload(name) => self.leave(&name, None, effects),
+fn uncount(counts: &mut HashMap<Arc<str>, usize>, tenant: &Arc<str>) {
+    if let Some(count) = counts.get_mut(tenant) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(tenant);
         }
-        let is_change = decision.action == "load" || decision.action == "swap" || decision.action == "unload";
-        if is_change && !second_half {
-            self.history.push_front(decision.clone());
-            self.history.truncate(HISTORY_MAX);
-            effects.push(Effect::Announce(decision.clone()));
-        }
-        self.decision = Some(decision);
-        wake_at
-    }
-
-    fn view(&self) -> View {
-        let name = |index: usize| self.models[index].name.to_string();
-        let device = match &self.device {
-            Device::Empty => DeviceView::Empty,
-            Device::Loading { model, .. } => DeviceView::Loading { model: name(*model) },
-            Device::Serving { model, since, idle_since, .. } => {
-                DeviceView::Serving { model: name(*model), since: *since, idle_since: *idle_since }
-            }
-            Device::Draining { model, to, .. } | Device::Stopping { model, to } => {
-                DeviceView::Leaving { model: name(*model), to: to.map(name) }
-            }
-        };
-        View { device, models: self.models.iter().map(Model::view).collect() }
-    }
-
-    fn load(&mut self, name: &str, now: Millis, effects: &mut Vec<Effect>) {
-        let Some(index) = self.index_of(name) else {
-            return;
-        };
-        self.device = Device::Loading { model: index, since: now };
-        let model = &self.models[index];
-        let numbers = model.queue.heads(TOLD_MAX);
-        if !numbers.is_empty() {
-            effects.push(Effect::TellLoading { numbers, model: name.to_owned(), eta: now + round(model.load_ms()) });
-        }
-        effects.push(self.order(index, Order::Load));
-    }
-
-    fn leave(&mut self, name: &str, to: Option<usize>, effects: &mut Vec<Effect>) {
-        let Some(index) = self.index_of(name) else {
-            return;
-        };
-        if let Device::Serving { .. } = &self.device {
-            self.device = Device::Draining { model: index, to };
-            self.finish_draining(effects);
-        }
-    }
-
-    fn order(&self, index: usize, order: Order) -> Effect {
-        Effect::Order { model: self.models[index].name.to_string(), order }
-    }
-
-    fn learn(&self, index: usize) -> Effect {
-        let model = &self.models[index];
-        Effect::Learn { model: model.name.to_string(), learned: model.learned.clone() }
-    }
-
-    /// When a model's turn must come; `None` without waiting jobs.
-    pub(super) fn due(&self, index: usize) -> Option<Millis> {
-        self.models[index].view().due(&self.knobs)
-    }
-
-    /// Where a waiting job stands: (jobs the plan starts first, jobs of its own model before it, swaps before its start,
-    /// expected start, if its model can be loaded). `None`: not waiting, or too far back to count.
-    pub fn standing(
-        &self,
-        model: &str,
-        priority: u8,
-        number: i64,
-        now: Millis,
-    ) -> Option<(usize, usize, usize, Option<Millis>)> {
-        let index = self.index_of(model)?;
-        let rank = self.models[index].queue.rank(priority, number, RANK_MAX)?;
-        let own = rank as f64 * self.models[index].each_ms();
-        if matches!(self.device, Device::Serving { model, .. } if model == index) {
-            return Some((rank, rank, 0, Some(now + round(own))));
-        }
-        let due = |m: &Model| m.view().due(&self.knobs).unwrap_or(i64::MAX);
-        let mine = (due(&self.models[index]), index);
-        let holder = self.device.model();
-        let mut ahead: Vec<(i64, usize)> = (0..self.models.len())
-            .filter(|i| *i != index && self.models[*i].trouble.is_none() && self.models[*i].queue.len() > 0)
-            .map(|i| (if Some(i) == holder { i64::MIN } else { due(&self.models[i]) }, i))
-            .filter(|other| *other < mine)
-            .collect();
-        ahead.sort_unstable();
-        let loading_mine = matches!(self.device, Device::Loading { model, .. } if model == index);
-        let before: usize = ahead.iter().map(|(_, i)| self.models[*i].queue.len()).sum();
-        let wait: f64 = ahead
-            .iter()
-            .map(|(_, i)| {
-                let m = &self.models[*i];
-                m.queue.len() as f64 * m.each_ms() + if Some(*i) == holder { 0.0 } else { m.load_ms() }
-            })
-            .sum();
-        let swaps = ahead.iter().filter(|(_, i)| Some(*i) != holder).count() + usize::from(!loading_mine);
-        let start = now + round(wait + self.models[index].load_ms() + own);
-        // Of a model that cannot be loaded nobody knows.
-        let start = self.models[index].trouble.is_none().then_some(start);
-        Some((before + rank, rank, swaps, start))
     }
 }
 
@@ -854,18 +681,13 @@ fn first_line(text: &str) -> &str {
     text.lines().next().unwrap_or_default()
 }
 
-fn blend(known: &mut Option<f64>, sample: f64, weight: f64) {
-    *known = Some(known.map_or(sample, |old| old + weight * (sample - old)));
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "durations are far below 2^53 ms")]
-fn round(ms: f64) -> i64 {
-    ms.round() as i64
-}
-
 #[cfg(test)]
 #[path = "state_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "box_tests.rs"]
+mod boxes;
 
 #[cfg(test)]
 #[path = "sim_tests.rs"]

@@ -3,7 +3,7 @@ use crate::domain::{Face, Launch, ModelKind};
 use crate::scheduler::queue::tests::job as base_job;
 use std::time::Duration;
 
-fn spec(name: &str, limit: u32) -> ModelSpec {
+pub(super) fn spec(name: &str, limit: u32) -> ModelSpec {
     ModelSpec {
         name: name.to_owned(),
         kind: ModelKind::Text,
@@ -24,6 +24,10 @@ fn spec(name: &str, limit: u32) -> ModelSpec {
         preload: false,
         gpus: 0,
         memory: None,
+        max_replicas: 1,
+        pin: false,
+        exclusive: false,
+        park: false,
         upstream_model: name.to_owned(),
         dir: "/".into(),
     }
@@ -58,7 +62,7 @@ impl World {
     }
 
     fn loading_or_serving(&self) -> usize {
-        usize::from(self.state.device.model().is_some())
+        self.state.workers.iter().filter(|worker| worker.is_on_device()).count()
     }
 
     fn note(&mut self, effects: Vec<Effect>) {
@@ -67,7 +71,7 @@ impl World {
                 Effect::Claim { model, run, .. } => {
                     self.running.extend(run.jobs.iter().map(|j| (model.clone(), j.number)))
                 }
-                Effect::Order { model, order } => self.orders.push((model, order)),
+                Effect::Order { model, order, .. } => self.orders.push((model, order)),
                 Effect::EndQueued { numbers, error, .. } => self.ended.extend(numbers.iter().map(|n| (*n, error.code))),
                 _ => {}
             }
@@ -79,7 +83,7 @@ impl World {
     }
 
     fn report(&mut self, model: &str, report: Report) {
-        self.event(Event::Report { model: model.to_owned(), report });
+        self.event(Event::Report { model: model.to_owned(), replica: 0, report });
     }
 
     /// The supervisors carry out what they were ordered, one order at a time.
@@ -87,12 +91,12 @@ impl World {
         while !self.orders.is_empty() {
             let (model, order) = self.orders.remove(0);
             match order {
-                Order::Load => {
+                Order::Load | Order::Wake => {
                     self.now += 2_000;
                     self.loaded.push(model.clone());
                     self.report(&model, Report::Ready { base_url: format!("http://{model}"), load_ms: 2_000 });
                 }
-                Order::Stop => {
+                Order::Stop | Order::Park => {
                     self.now += 500;
                     self.report(&model, Report::Stopped { stop_ms: 500 });
                 }
@@ -232,7 +236,7 @@ fn a_worker_that_is_silent_for_the_models_own_limit_is_restarted() {
     world.queue(vec![job(1, "a"), job(2, "a")]);
     world.obey();
     let since = world.now;
-    let silent = Event::Silent { model: Arc::from("a"), since };
+    let silent = Event::Silent { model: Arc::from("a"), number: 1, since };
     let timed_out =
         |number| Event::Ended { model: Arc::from("a"), number, answered: false, suspect: false, back: None };
     world.now = since + 1_000;
@@ -252,7 +256,7 @@ fn a_worker_that_is_silent_for_the_models_own_limit_is_restarted() {
     world.finish_all();
     world.queue(vec![job(3, "a")]);
     world.now += 60_000;
-    world.event(Event::Silent { model: Arc::from("a"), since });
+    world.event(Event::Silent { model: Arc::from("a"), number: 3, since });
     assert_eq!(world.orders, [], "it has answered others in the meantime");
 }
 
@@ -354,7 +358,7 @@ fn a_suspect_that_is_seen_alive_while_it_drains_may_finish_its_jobs() {
     let mut world = World::new(&[("a", 2), ("b", 1)]);
     world.queue(vec![job(1, "a"), job(2, "a")]);
     world.obey();
-    world.state.device = Device::Draining { model: 0, to: Some(1) };
+    world.state.workers[0].phase = Phase::Draining;
     world.report("a", Report::Ready { base_url: "http://a".into(), load_ms: 0 });
     assert!(world.orders.is_empty(), "two jobs still run: {:?}", world.orders);
     for n in [1, 2] {

@@ -78,6 +78,7 @@ pub(crate) enum Accepted {
 pub(crate) struct Rows {
     pub(crate) jobs: BTreeMap<i64, Row>,
     pub(crate) learned: BTreeMap<String, Learned>,
+    pub(crate) served: BTreeMap<String, f64>,
     pub(crate) epoch: i64,
     /// Writes of old attempts that were dropped.
     pub(crate) stale: u64,

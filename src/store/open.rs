@@ -54,6 +54,8 @@ pub struct Opened {
     pub store: Store,
     /// What was learned about models in earlier runs.
     pub learned: BTreeMap<String, Learned>,
+    /// How much tenants were served in earlier runs, in weighted GPU ms.
+    pub served: BTreeMap<String, f64>,
     /// The next job's number.
     pub next_number: i64,
     /// Jobs that were on a worker when the last run ended, and wait again now, uncharged.
@@ -117,6 +119,7 @@ pub async fn open(
     let recovered = recovery::recover(&mut session, now, &settings).map_err(in_database)?;
     let (data_dir_id, is_new) = data_dir_id(&session.c)?;
     let learned = recovery::load_learned(&session.c).map_err(in_database)?;
+    let served = recovery::load_served(&session.c).map_err(in_database)?;
     let next_number = recovery::next_number(&session.c).map_err(in_database)?;
     let next_batch = recovery::next_batch(&session.c).map_err(in_database)?;
     let file_bytes = session.c.query_row("SELECT coalesce(sum(bytes), 0) FROM file", [], |row| row.get::<_, i64>(0));
@@ -167,6 +170,7 @@ pub async fn open(
     Ok(Opened {
         store,
         learned,
+        served,
         next_number,
         recovered: recovered.jobs,
         was_clean: recovered.was_clean,

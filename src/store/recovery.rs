@@ -184,7 +184,7 @@ fn names(c: &Connection, sql: &str) -> Result<BTreeMap<i64, Arc<str>>, StoreErro
 
 /// What earlier runs learned.
 pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, StoreError> {
-    let mut statement = c.prepare("SELECT name, load_ms, stop_ms, service_ms, each_ms, left_at FROM model")?;
+    let mut statement = c.prepare("SELECT name, load_ms, stop_ms, service_ms, each_ms, left_at, wake_ms, reload_ms, gap_ms, waiting_at_load FROM model")?;
     let rows = statement.query_map([], |row| {
         let learned = Learned {
             load_ms: row.get(1)?,
@@ -192,9 +192,20 @@ pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, 
             service_ms: row.get(3)?,
             each_ms: row.get(4)?,
             left_at: row.get(5)?,
+            wake_ms: row.get(6)?,
+            reload_ms: row.get(7)?,
+            gap_ms: row.get(8)?,
+            waiting_at_load: row.get(9)?,
         };
         Ok((row.get(0)?, learned))
     })?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// What each tenant was served, in weighted GPU ms.
+pub(super) fn load_served(c: &Connection) -> Result<BTreeMap<String, f64>, StoreError> {
+    let mut statement = c.prepare("SELECT name, served_ms FROM tenant WHERE served_ms > 0")?;
+    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
     Ok(rows.collect::<Result<_, _>>()?)
 }
 

@@ -274,10 +274,31 @@ async fn a_batch_is_all_or_nothing() {
 #[tokio::test]
 async fn learned_costs_outlive_a_restart() {
     let bench = Bench::new().await;
-    let learned = Learned { load_ms: Some(2_000.0), left_at: Some(5), ..Learned::default() };
+    let learned = Learned {
+        load_ms: Some(2_000.0),
+        stop_ms: Some(1.0),
+        service_ms: Some(2.0),
+        each_ms: Some(3.0),
+        left_at: Some(5),
+        wake_ms: Some(200.0),
+        reload_ms: Some(900.0),
+        gap_ms: Some(4.0),
+        waiting_at_load: Some(7.0),
+    };
     bench.store().learn("echo".into(), learned.clone()).await.unwrap();
     let bench = bench.restart().await;
     assert_eq!(bench.opened.learned.get("echo"), Some(&learned));
+}
+
+#[tokio::test]
+async fn what_tenants_were_served_outlives_a_restart() {
+    let bench = Bench::new().await;
+    let job = new_job();
+    let tenant = job.tenant.clone();
+    bench.store().insert(vec![(JobId::new(1, 1, 1), job)], false, None).await.unwrap();
+    bench.store().keep_served(vec![(tenant.clone(), 1_234.5), ("nobody".to_owned(), 9.0)]).await.unwrap();
+    let bench = bench.restart().await;
+    assert_eq!(bench.opened.served.into_iter().collect::<Vec<_>>(), [(tenant, 1_234.5)]);
 }
 
 #[tokio::test]

@@ -143,8 +143,16 @@ pub struct Learned {
     pub service_ms: Option<f64>,
     /// Device time per completed job while jobs wait, ms.
     pub each_ms: Option<f64>,
-    /// When it last lost the device.
+    /// When it last lost its last worker.
     pub left_at: Option<Millis>,
+    /// Load from host memory, ms.
+    pub wake_ms: Option<f64>,
+    /// What loads have cost of late, from wherever, ms.
+    pub reload_ms: Option<f64>,
+    /// From the end of its last job to the next arrival, ms.
+    pub gap_ms: Option<f64>,
+    /// Jobs that waited when it got ready.
+    pub waiting_at_load: Option<f64>,
 }
 
 /// What became of a wish to cancel.
@@ -336,11 +344,37 @@ impl Store {
         let pending = self.writer.apply(Kind::Change, 0, move |session| {
             execute(
                 &session.c,
-                "INSERT INTO model (name, load_ms, stop_ms, service_ms, each_ms, left_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+                "INSERT INTO model (name, load_ms, stop_ms, service_ms, each_ms, left_at, wake_ms, reload_ms, gap_ms,
+                     waiting_at_load)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
                  ON CONFLICT (name) DO UPDATE SET load_ms = excluded.load_ms, stop_ms = excluded.stop_ms,
-                     service_ms = excluded.service_ms, each_ms = excluded.each_ms, left_at = excluded.left_at",
-                params![model, learned.load_ms, learned.stop_ms, learned.service_ms, learned.each_ms, learned.left_at],
+                     service_ms = excluded.service_ms, each_ms = excluded.each_ms, left_at = excluded.left_at,
+                     wake_ms = excluded.wake_ms, reload_ms = excluded.reload_ms, gap_ms = excluded.gap_ms,
+                     waiting_at_load = excluded.waiting_at_load",
+                params![
+                    model,
+                    learned.load_ms,
+                    learned.stop_ms,
+                    learned.service_ms,
+                    learned.each_ms,
+                    learned.left_at,
+                    learned.wake_ms,
+                    learned.reload_ms,
+                    learned.gap_ms,
+                    learned.waiting_at_load
+                ],
             )
+        });
+        answer(pending).await
+    }
+
+    /// Keeps how much tenants were served: weighted GPU ms by name. Tenants without a job yet are left out.
+    pub async fn keep_served(&self, tenants: Vec<(String, f64)>) -> Result<(), StoreError> {
+        let pending = self.writer.apply(Kind::Change, 0, move |session| {
+            for (tenant, served_ms) in &tenants {
+                execute(&session.c, "UPDATE tenant SET served_ms = ?2 WHERE name = ?1", params![tenant, served_ms])?;
+            }
+            Ok(())
         });
         answer(pending).await
     }

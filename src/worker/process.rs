@@ -325,6 +325,10 @@ pub(super) mod tests {
             preload: false,
             gpus: 0,
             memory: None,
+            max_replicas: 1,
+            pin: false,
+            exclusive: false,
+            park: false,
             upstream_model: "toy".into(),
             dir: "/".into(),
         }

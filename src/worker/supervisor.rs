@@ -73,6 +73,10 @@ pub struct WorkerHandle {
 pub enum Order {
     /// Get it ready: `Loading`, then `Ready`, `LoadFailed` or `NoGpu`. While it is ready or loading: nothing.
     Load,
+    /// Bring it back from host memory. Nothing is parked yet: as `Load`.
+    Wake,
+    /// Leave it in host memory: `Parked` when its device memory is free. Nothing is parked yet: as `Stop`.
+    Park,
     /// End it: `Stopped` when its device memory is free. While absent: `Stopped` at once.
     Stop,
     /// Forget back-off and quarantine: `Available`.
@@ -303,8 +307,8 @@ impl Supervisor {
         self.enter(ModelState::Absent);
         loop {
             match self.next_order().await {
-                Some(Order::Load) => return Phase::Loading,
-                Some(Order::Stop) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Order::Load | Order::Wake) => return Phase::Loading,
+                Some(Order::Stop | Order::Park) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Order::Retry) => self.forget_failures(),
                 Some(Order::Suspect) => {} // It has died since, and that was reported.
                 None => return Phase::Ended,
@@ -377,12 +381,12 @@ impl Supervisor {
                     running.process.stop(self.around.grace).await;
                     return Phase::Ended;
                 }
-                Event::Order(Some(Order::Stop)) => return self.stop(running).await,
+                Event::Order(Some(Order::Stop | Order::Park)) => return self.stop(running).await,
                 Event::Order(Some(Order::Suspect)) if !suspected => {
                     suspected = true;
                     probe = self.suspect_probe(&running.doctor);
                 }
-                Event::Order(Some(Order::Load | Order::Retry | Order::Suspect)) => {}
+                Event::Order(Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect)) => {}
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
                 Event::Pulse(Pulse::Alive) => {
                     misses = 0;
@@ -432,12 +436,12 @@ impl Supervisor {
             };
             match order {
                 // Not yet: the same answer again, so that nobody waits for one.
-                Some(Order::Load) => self.report(Report::LoadFailed {
+                Some(Order::Load | Order::Wake) => self.report(Report::LoadFailed {
                     error: error.clone(),
                     retry_at: until,
                     quarantined: self.failed_loads >= QUARANTINE_AFTER,
                 }),
-                Some(Order::Stop) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Order::Stop | Order::Park) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Order::Retry) => {
                     self.enter(ModelState::Absent);
                     self.forget_failures();
@@ -464,10 +468,10 @@ impl Supervisor {
             };
             match order {
                 Some(None) => return Phase::Ended,
-                Some(Some(Order::Stop)) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Some(Order::Stop | Order::Park)) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Some(Order::Suspect)) => {}
-                Some(Some(Order::Load)) if self.sees_gpu().await => return Phase::Loading,
-                Some(Some(Order::Load)) => self.report(Report::NoGpu),
+                Some(Some(Order::Load | Order::Wake)) if self.sees_gpu().await => return Phase::Loading,
+                Some(Some(Order::Load | Order::Wake)) => self.report(Report::NoGpu),
                 Some(Some(Order::Retry)) | None => {
                     if self.sees_gpu().await {
                         self.enter(ModelState::Absent);
@@ -509,7 +513,7 @@ impl Supervisor {
                 }
                 order = self.orders.recv() => {
                     match order {
-                        Some(Order::Stop) => {
+                        Some(Order::Stop | Order::Park) => {
                             let ordered_at = Instant::now();
                             self.enter(ModelState::Draining);
                             process.stop(self.around.grace).await;
@@ -519,7 +523,7 @@ impl Supervisor {
                             process.stop(self.around.grace).await;
                             return Try::Ended;
                         }
-                        Some(Order::Load | Order::Retry | Order::Suspect) => continue,
+                        Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect) => continue,
                     }
                 }
                 how = process.exited() => {

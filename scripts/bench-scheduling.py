@@ -1,0 +1,246 @@
+"""Compares `roundhouse simulate` with the targets for the scheduler: see scripts/bench-scheduling.sh."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+POLICIES = ("roundhouse", "fifo", "exhaustive", "llama-swap")
+SEVERAL = 5
+"""Targets for the median or mean of several traces of a kind count from this many on."""
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Played:
+    """One trace: what our scheduler did, what others did, and the optimum, if known."""
+
+    name: str
+    path: Path
+    ours: Row
+    others: dict[str, Row]
+    is_own: bool
+    """The others are our versions of the policies."""
+    optimum: dict[str, float] | None
+
+    def ratio(self, column: str, policy: str) -> float:
+        """Our measure in parts of another policy's; equal if both are 0."""
+        return over(self.ours[column], self.others[policy][column])
+
+
+@dataclass(frozen=True)
+class Target:
+    """A measure of the traces of one kind and what it may be."""
+
+    kind: str
+    what: str
+    measure: Callable[[Played], float]
+    limit: float
+    at_least: bool = False
+    among: str = "each"
+    """`each` trace must meet it, or the `mean` or `median` of several."""
+
+    def meets(self, got: float) -> bool:
+        """Whether a value is good enough."""
+        return got >= self.limit if self.at_least else got <= self.limit
+
+
+def over(value: float, other: float) -> float:
+    """value / other, where 0 / 0 is 1."""
+    if other:
+        return value / other
+    return 1.0 if not value else float("inf")
+
+
+def to(column: str, policy: str) -> Callable[[Played], float]:
+    """The ratio of a column to another policy's."""
+    return lambda played: played.ratio(column, policy)
+
+
+def own(column: str) -> Callable[[Played], float]:
+    """A column as it is."""
+    return lambda played: played.ours[column]
+
+
+def wakes_of_swaps(played: Played) -> float:
+    """Which part of the loads came from host memory."""
+    return over(played.ours["wakes"], played.ours["swaps"])
+
+
+def total_wait(row: Row, path: Path) -> float:
+    """Seconds waited by all jobs together."""
+    interactive, batch = jobs_by_class(path)
+    return row["int_mean"] * interactive + row["bat_mean"] * batch
+
+
+def wait_to_optimum(played: Played) -> float:
+    """Total wait in parts of the least that any schedule could have had."""
+    assert played.optimum is not None
+    return over(total_wait(played.ours, played.path), played.optimum["opt_total_wait_s"])
+
+
+def wait_to_llama_swap(played: Played) -> float:
+    """Total wait in parts of llama-swap's."""
+    return over(total_wait(played.ours, played.path), total_wait(played.others["llama-swap"], played.path))
+
+
+def makespan_to_optimum(played: Played) -> float:
+    """Makespan in parts of the least that any schedule could have had."""
+    assert played.optimum is not None
+    return over(played.ours["makespan"], played.optimum["opt_makespan_s"])
+
+
+TARGETS = (
+    Target("a", "swaps / fifo", to("swaps", "fifo"), 0.11),
+    Target("a", "interactive p99 / exhaustive", to("int_p99", "exhaustive"), 1.3),
+    Target("a", "makespan / lower bound", own("span/LB"), 1.06),
+    Target("b", "swaps / fifo", to("swaps", "fifo"), 0.026),
+    Target("b", "swaps / exhaustive", to("swaps", "exhaustive"), 1.15),
+    Target("b", "interactive p99 / exhaustive", to("int_p99", "exhaustive"), 1.10),
+    Target("b", "batch p99 / exhaustive", to("bat_p99", "exhaustive"), 1.7),
+    Target("b", "makespan / lower bound", own("span/LB"), 1.10),
+    Target("c", "swaps / llama-swap", to("swaps", "llama-swap"), 1.1),
+    Target("c", "interactive p99 / llama-swap", to("int_p99", "llama-swap"), 1.1),
+    Target("c", "swaps / fifo", to("swaps", "fifo"), 0.26),
+    Target("d", "swaps / exhaustive", to("swaps", "exhaustive"), 1.15),
+    Target("d", "interactive p99 / exhaustive", to("int_p99", "exhaustive"), 1.4),
+    Target("d", "interactive p99 / exhaustive", to("int_p99", "exhaustive"), 0.85, among="median"),
+    Target("d", "makespan / lower bound", own("span/LB"), 1.07),
+    Target("e", "interactive p99 / exhaustive", to("int_p99", "exhaustive"), 0.045),
+    Target("e", "interactive max, s", own("int_max"), 300),
+    Target("e", "makespan / lower bound", own("span/LB"), 1.5),
+    Target("e", "deadlines missed, %", own("dl_miss%"), 0),
+    Target("f", "interactive p99 / exhaustive", to("int_p99", "exhaustive"), 0.12),
+    Target("f", "sparse tenants' p99 / exhaustive", to("sparse_p99", "exhaustive"), 0.30),
+    Target("f", "Jain index over tenants", own("jain"), 0.97, at_least=True),
+    Target("f", "makespan / lower bound", own("span/LB"), 1.5),
+    Target("g", "interactive p99 / exhaustive", to("int_p99", "exhaustive"), 0.22),
+    Target("g", "interactive max, s", own("int_max"), 1200),
+    Target("g", "makespan / lower bound", own("span/LB"), 1.08),
+    Target("g", "deadlines missed, %", own("dl_miss%"), 6),
+    Target("g", "deadlines missed, %", own("dl_miss%"), 2, among="mean"),
+    Target("h", "interactive p99 / exhaustive", to("int_p99", "exhaustive"), 0.85),
+    Target("h", "interactive p99 / exhaustive", to("int_p99", "exhaustive"), 0.6, among="median"),
+    Target("h", "batch p99 / exhaustive", to("bat_p99", "exhaustive"), 2.0),
+    Target("h", "batch p99 / exhaustive", to("bat_p99", "exhaustive"), 0.85, among="median"),
+    Target("h", "makespan / lower bound", own("span/LB"), 1.07),
+    Target("h", "wakes / swaps", wakes_of_swaps, 0.45, at_least=True),
+    Target("small", "total wait / optimum", wait_to_optimum, 1.75, among="mean"),
+    Target("small", "total wait / llama-swap", wait_to_llama_swap, 1.15, among="mean"),
+    Target("small", "makespan / optimum", makespan_to_optimum, 1.08, among="mean"),
+)
+
+
+def main() -> int:
+    """Plays, compares, prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--binary", type=Path, default=ROOT / "target/release/roundhouse")
+    parser.add_argument("traces", nargs="*", type=Path, metavar="TRACE")
+    options = parser.parse_args()
+    traces: list[Path] = options.traces or public_traces()
+    kinds: dict[str, list[Played]] = {}
+    for played in play(options.binary, traces):
+        kinds.setdefault(played.name.split("-")[0], []).append(played)
+    unknown = sorted(set(kinds) - {target.kind for target in TARGETS})
+    if unknown:
+        print(f"no targets for traces named {', '.join(f'{kind}-' for kind in unknown)}", file=sys.stderr)
+    return judge(kinds)
+
+
+def judge(kinds: dict[str, list[Played]]) -> int:
+    """Prints a line for each target; the exit code."""
+    print(f"{'trace':<16} {'measure':<36} {'target':>9} {'got':>9}")
+    judged = missed = 0
+    for target in TARGETS:
+        all_played = kinds.get(target.kind, [])
+        for name, got, note in values(target, all_played):
+            ok = target.meets(got)
+            judged += 1
+            missed += not ok
+            sign = ">=" if target.at_least else "<="
+            bound = f"{sign} {target.limit:g}"
+            print(f"{name:<16} {target.what:<36} {bound:>9} {got:>9.3f}  {'ok' if ok else 'MISSED'}{note}")
+    print(f"\n{judged - missed} of {judged} met" + ("" if judged else ": nothing was compared"))
+    return 1 if missed or not judged else 0
+
+
+def values(target: Target, all_played: list[Played]) -> Iterator[tuple[str, float, str]]:
+    """What a target is compared with: name, value, note."""
+    usable = [played for played in all_played if target.kind != "small" or played.optimum is not None]
+    note = "  (to our own baselines)" if "/" in target.what and any(played.is_own for played in usable) else ""
+    if target.among == "each":
+        for played in usable:
+            own_note = note if played.is_own else ""
+            yield played.name, target.measure(played), own_note
+    elif usable and (len(usable) >= SEVERAL or target.kind == "small"):
+        each = [target.measure(played) for played in usable]
+        middle = statistics.fmean(each) if target.among == "mean" else statistics.median(each)
+        yield f"{target.among} of {len(each)} {target.kind}", middle, note
+
+
+def play(binary: Path, traces: list[Path]) -> Iterator[Played]:
+    """Runs the simulations, all with one call."""
+    command = [str(binary), "simulate", "--csv", "--policy", ",".join(POLICIES), *map(str, traces)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{binary} simulate failed: it says why above")
+    rows = read(io.StringIO(done.stdout))
+    for path in traces:
+        name = path.stem
+        mine = rows[name]
+        reference = path.with_name("reference.csv")
+        known = read(reference.open()).get(name, {}) if reference.exists() else {}
+        is_own = any(policy not in known for policy in POLICIES[1:])
+        others = mine if is_own else known
+        yield Played(name, path, mine["roundhouse"], others, is_own, optimum(path))
+
+
+def read(lines: Iterable[str]) -> dict[str, dict[str, Row]]:
+    """Rows by trace and policy."""
+    rows: dict[str, dict[str, Row]] = {}
+    for row in csv.DictReader(lines):
+        trace, policy = row.pop("trace"), row.pop("policy")
+        rows.setdefault(trace, {})[policy] = {column: float(value) for column, value in row.items()}
+    return rows
+
+
+def optimum(path: Path) -> dict[str, float] | None:
+    """What is known of the best schedule of a small trace."""
+    file = path.with_name("small-optima.csv")
+    if not file.exists():
+        return None
+    for row in csv.DictReader(file.open()):
+        if row.pop("trace") == path.stem:
+            return {column: float(value) for column, value in row.items()}
+    return None
+
+
+def jobs_by_class(path: Path) -> tuple[int, int]:
+    """Interactive and batch jobs of a trace."""
+    rows = csv.DictReader(line for line in path.read_text().splitlines() if line and not line.startswith("#"))
+    interactive = batch = 0
+    for row in rows:
+        if row["class"] == "interactive":
+            interactive += int(row["count"])
+        else:
+            batch += int(row["count"])
+    return interactive, batch
+
+
+def public_traces() -> list[Path]:
+    """Those of the repository."""
+    found = sorted((ROOT / "tests/traces").glob("*.csv"))
+    return [path for path in found if path.name not in ("reference.csv", "small-optima.csv")]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,94 @@
+//! Which sets of devices can hold a model, and who would have to leave.
+
+use crate::domain::GpuSet;
+use crate::policy::view::{View, WorkerView};
+
+/// Aligned sets that can hold a worker of a model: GPUs 0-1, 2-3 for one of two, 0-3, 4-7 for one of four.
+pub fn aligned(view: &View, model: usize) -> impl Iterator<Item = GpuSet> + use<> {
+    let count = view.models[model].gpus;
+    let devices = u32::try_from(view.devices.len()).unwrap_or(u32::MAX);
+    let (from, end, count) = if count == 0 { (view.gpus, devices, 1) } else { (0, view.gpus, count) };
+    let step = count.next_power_of_two() as usize;
+    (from..end).step_by(step).map(move |first| GpuSet { first, count }).filter(move |set| set.first + set.count <= end)
+}
+
+/// Memory that a model takes on a device of this size.
+fn need(bytes: Option<u64>, device: u64) -> u64 {
+    bytes.unwrap_or(device).max(1)
+}
+
+fn size(view: &View, device: u32) -> u64 {
+    view.devices[device as usize].max(1)
+}
+
+/// Memory that a worker takes on one of its devices.
+pub fn taken(view: &View, worker: &WorkerView, device: u32) -> u64 {
+    need(view.model_of(worker).bytes, size(view, device))
+}
+
+/// Whether a model fits somewhere on this box when it is empty. A box without devices of its kind says nothing.
+pub fn fits_the_box(view: &View, model: usize) -> bool {
+    let is_cpu = view.models[model].gpus == 0;
+    let has_any = if is_cpu { view.devices.len() > view.gpus as usize } else { view.gpus > 0 };
+    !has_any
+        || aligned(view, model).any(|set| {
+            set.gpus().all(|device| need(view.models[model].bytes, size(view, device)) <= size(view, device))
+        })
+}
+
+/// Memory in use on a set by workers that keep their devices, in bytes; with those that leave if `leaving`.
+pub fn used(view: &View, set: GpuSet, leaving: bool) -> u64 {
+    let on_device = |device: u32| -> u64 {
+        let workers = view.workers.iter().filter(|w| w.set.has(device) && (leaving || w.stays()));
+        workers.map(|worker| taken(view, worker, device)).sum()
+    };
+    set.gpus().map(on_device).sum()
+}
+
+/// Bytes that are missing on a device for one more worker of `model`, besides the workers in `out`.
+fn missing(view: &View, model: usize, device: u32, out: &[usize]) -> u64 {
+    let size = size(view, device);
+    let stay = view.workers.iter().enumerate().filter(|(i, w)| w.set.has(device) && w.stays() && !out.contains(i));
+    let used: u64 = stay.map(|(_, worker)| taken(view, worker, device)).sum();
+    (used + need(view.models[model].bytes, size)).saturating_sub(size)
+}
+
+/// Whether a worker of `model` fits on a set when those in `out` have left.
+pub fn fits(view: &View, model: usize, set: GpuSet, out: &[usize]) -> bool {
+    set.gpus().all(|device| missing(view, model, device, out) == 0)
+}
+
+/// The workers that must leave a set for one of `model` to fit: the cheapest of those with a cost, as few as do. `costs`:
+/// by worker, `None`: it stays. `None`: it does not fit whoever leaves.
+pub fn victims(view: &View, model: usize, set: GpuSet, costs: &[Option<f64>]) -> Option<Vec<usize>> {
+    let mut out: Vec<usize> = Vec::new();
+    if fits(view, model, set, &out) {
+        return Some(out);
+    }
+    let cost = |worker: usize| costs.get(worker).copied().flatten();
+    let mut candidates: Vec<(usize, f64)> = (0..view.workers.len())
+        .filter(|worker| view.workers[*worker].set.overlaps(set) && view.workers[*worker].stays())
+        .filter_map(|worker| cost(worker).map(|cost| (worker, cost)))
+        .collect();
+    candidates.sort_by(|a, b| a.1.total_cmp(&b.1));
+    for (worker, _) in &candidates {
+        let helps =
+            set.gpus().any(|device| view.workers[*worker].set.has(device) && missing(view, model, device, &out) > 0);
+        if helps {
+            out.push(*worker);
+        }
+    }
+    if !fits(view, model, set, &out) {
+        return None;
+    }
+    // Small ones that a larger one has made needless stay; the dearest first.
+    for (worker, _) in candidates.iter().rev() {
+        if let Some(place) = out.iter().position(|other| other == worker) {
+            out.remove(place);
+            if !fits(view, model, set, &out) {
+                out.insert(place, *worker);
+            }
+        }
+    }
+    Some(out)
+}

@@ -1,0 +1,263 @@
+//! One model as the scheduler keeps it: its queue, what was learned about it, and how the policy sees it.
+
+use std::sync::Arc;
+
+use crate::domain::{Class, JobError, Millis, ModelKind, ModelSpec, StateReason};
+use crate::policy::learn::{self, LOAD_WEIGHT, Rate, SERVICE_WEIGHT, blend};
+use crate::policy::tier::Parked;
+use crate::policy::view::ModelView;
+use crate::scheduler::inventory::Inventory;
+use crate::scheduler::queue::{Queue, Slots};
+use crate::store::Learned;
+
+/// Jobs of a run end about together: completions within this time count as one sample of the time for each.
+const TOGETHER_MS: i64 = 100;
+/// Of its device memory, what a parked worker takes in host memory.
+const PARKED_SHARE: f64 = 0.6;
+
+/// Why a model cannot be loaded now.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Trouble {
+    /// What its waiting jobs say.
+    pub(super) reason: StateReason,
+    /// What a sync caller is told; `None`: such calls wait.
+    pub(super) error: Option<JobError>,
+    /// For a person.
+    pub(super) text: String,
+    /// When it may be over by itself.
+    pub(super) until: Option<Millis>,
+}
+
+/// Completions since the last sample.
+#[derive(Clone, Copy, Debug)]
+struct Group {
+    /// Since when jobs waited and none had ended.
+    from: Millis,
+    /// When the first and the last of them ended.
+    first: Millis,
+    last: Millis,
+    count: u32,
+}
+
+/// One model.
+#[derive(Debug)]
+pub(super) struct Model {
+    pub(super) name: Arc<str>,
+    pub(super) queue: Queue,
+    pub(super) trouble: Option<Trouble>,
+    pub(super) slots: Slots,
+    pub(super) timeout_ms: i64,
+    pub(super) learned: Learned,
+    pub(super) preload: bool,
+    /// Workers can be parked in host memory.
+    pub(super) park: bool,
+    gpus: u32,
+    bytes: Option<u64>,
+    pin: bool,
+    max_replicas: u32,
+    startup_ms: f64,
+    service_prior_ms: f64,
+    idle_ttl_ms: Option<i64>,
+    rate: Rate,
+    backlogged_since: Option<Millis>,
+    group: Option<Group>,
+    /// When its last job was answered, if nobody has come since.
+    answered_last: Option<Millis>,
+}
+
+impl Model {
+    pub(super) fn of(spec: &ModelSpec) -> Self {
+        let name: Arc<str> = Arc::from(spec.name.as_str());
+        let service_prior_ms = match spec.kind {
+            ModelKind::Text | ModelKind::Custom => 3_000.0,
+            ModelKind::Image => 5_000.0,
+            ModelKind::Audio => 10_000.0,
+        };
+        Self {
+            queue: Queue::new(name.clone()),
+            name,
+            trouble: None,
+            slots: Slots { limit: spec.limit, max_batch: spec.max_batch },
+            timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
+            learned: Learned::default(),
+            preload: spec.preload,
+            park: spec.park,
+            gpus: spec.gpus,
+            bytes: spec.memory.filter(|_| !spec.exclusive),
+            pin: spec.pin,
+            max_replicas: spec.max_replicas.max(1),
+            startup_ms: spec.startup_time.as_secs_f64() * 1e3,
+            service_prior_ms,
+            idle_ttl_ms: spec.idle_ttl.map(|ttl| i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX)),
+            rate: Rate::default(),
+            backlogged_since: None,
+            group: None,
+            answered_last: None,
+        }
+    }
+
+    /// A model that has waiting jobs and no entry any more.
+    pub(super) fn unknown(name: &str) -> Self {
+        let text = format!("`{name}` is not in models.yaml any more: add it back and restart, or cancel its jobs");
+        let name: Arc<str> = Arc::from(name);
+        Self {
+            queue: Queue::new(name.clone()),
+            name,
+            trouble: Some(Trouble { reason: StateReason::ModelBlocked, error: None, text, until: None }),
+            slots: Slots { limit: 1, max_batch: 1 },
+            timeout_ms: i64::MAX,
+            learned: Learned::default(),
+            preload: false,
+            park: false,
+            gpus: 1,
+            bytes: None,
+            pin: false,
+            max_replicas: 1,
+            startup_ms: 60_000.0,
+            service_prior_ms: 3_000.0,
+            idle_ttl_ms: None,
+            rate: Rate::default(),
+            backlogged_since: None,
+            group: None,
+            answered_last: None,
+        }
+    }
+
+    fn cold_ms(&self) -> f64 {
+        self.learned.load_ms.unwrap_or(self.startup_ms)
+    }
+
+    fn wake_ms(&self) -> f64 {
+        self.learned.wake_ms.unwrap_or_else(|| learn::wake_prior_ms(self.cold_ms()))
+    }
+
+    /// Expected load; `parked`: from host memory.
+    pub(super) fn load_ms(&self, parked: bool) -> f64 {
+        if parked { self.wake_ms() } else { self.cold_ms() }
+    }
+
+    pub(super) fn service_ms(&self) -> f64 {
+        self.learned.service_ms.unwrap_or(self.service_prior_ms)
+    }
+
+    /// Device time per completed job while jobs wait.
+    pub(super) fn each_ms(&self) -> f64 {
+        let share = f64::from(self.slots.limit.clamp(1, 8));
+        let seen = || self.group.map(|group| (group.last - group.from) as f64 / f64::from(group.count));
+        self.learned.each_ms.or_else(seen).unwrap_or(self.service_ms() / share)
+    }
+
+    pub(super) fn stop_ms(&self) -> f64 {
+        self.learned.stop_ms.unwrap_or(1_000.0)
+    }
+
+    /// What its tenant is charged for a job in advance, in GPU ms.
+    pub(super) fn charge_ms(&self) -> f64 {
+        self.each_ms() * self.weight()
+    }
+
+    /// GPUs that its time counts for.
+    pub(super) fn weight(&self) -> f64 {
+        f64::from(self.gpus.max(1))
+    }
+
+    /// Host memory that a parked worker takes.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes are far below 2^53 bytes")]
+    pub(super) fn parked(&self, now: Millis) -> Parked {
+        let bytes = self.bytes.unwrap_or(0).saturating_mul(u64::from(self.gpus));
+        Parked {
+            rate: self.rate.per_ms(now),
+            cold_ms: self.cold_ms(),
+            wake_ms: self.wake_ms(),
+            bytes: (bytes as f64 * PARKED_SHARE) as u64,
+        }
+    }
+
+    /// A submission came in.
+    pub(super) fn count_arrival(&mut self, now: Millis) {
+        self.rate.count(now);
+        if let Some(answered) = self.answered_last.take() {
+            blend(&mut self.learned.gap_ms, (now - answered).max(0) as f64, LOAD_WEIGHT);
+        }
+    }
+
+    /// A job waits now.
+    pub(super) fn count_waiting(&mut self, now: Millis) {
+        self.backlogged_since.get_or_insert(now);
+    }
+
+    /// A worker is ready after `load_ms`.
+    pub(super) fn count_load(&mut self, load_ms: f64, was_parked: bool, now: Millis) {
+        let tier = if was_parked { &mut self.learned.wake_ms } else { &mut self.learned.load_ms };
+        blend(tier, load_ms, LOAD_WEIGHT);
+        blend(&mut self.learned.reload_ms, load_ms, LOAD_WEIGHT);
+        blend(&mut self.learned.waiting_at_load, self.queue.len() as f64, LOAD_WEIGHT);
+        self.flush();
+        self.backlogged_since = (self.queue.len() > 0).then_some(now);
+    }
+
+    /// A job has ended; `answered_after`: it was answered after this time.
+    pub(super) fn count_end(&mut self, answered_after: Option<Millis>, now: Millis) {
+        if let Some(service) = answered_after {
+            blend(&mut self.learned.service_ms, service as f64, SERVICE_WEIGHT);
+            // Device time per completion is only seen while jobs wait: otherwise the pauses are the callers'.
+            match &mut self.group {
+                Some(group) if now - group.first <= TOGETHER_MS => {
+                    (group.last, group.count) = (now, group.count + 1);
+                }
+                _ => {
+                    self.flush();
+                    self.group = self.backlogged_since.map(|from| Group { from, first: now, last: now, count: 1 });
+                }
+            }
+        }
+        self.backlogged_since = (self.queue.len() > 0).then_some(now);
+        self.answered_last = (answered_after.is_some() && self.queue.len() == 0).then_some(now);
+    }
+
+    /// Takes the completions since the last sample into the average.
+    fn flush(&mut self) {
+        if let Some(Group { from, last, count, .. }) = self.group.take() {
+            let sample = (last - from).max(0) as f64 / f64::from(count);
+            let keeps = (1.0 - SERVICE_WEIGHT).powi(i32::try_from(count).unwrap_or(i32::MAX));
+            blend(&mut self.learned.each_ms, sample, 1.0 - keeps);
+        }
+    }
+
+    /// Memory that it takes on each device; `None`: the whole device.
+    pub(super) fn bytes_on(&self, inventory: &Inventory) -> Option<u64> {
+        self.bytes.filter(|_| !inventory.one_at_a_time)
+    }
+
+    /// As the policy sees it; `parked`: a worker of it waits in host memory.
+    pub(super) fn view(&self, inventory: &Inventory, parked: bool, now: Millis) -> ModelView {
+        let (pending_interactive, pending_batch) = self.queue.pending();
+        let gpus = if inventory.one_at_a_time { 1 } else { self.gpus };
+        ModelView {
+            name: self.name.clone(),
+            pending_interactive,
+            pending_batch,
+            oldest_interactive: self.queue.oldest(Class::Interactive),
+            oldest_batch: self.queue.oldest(Class::Batch),
+            first_deadline: self.queue.first_deadline(),
+            last_deadline: self.queue.last_deadline(),
+            left_at: self.learned.left_at,
+            gpus,
+            bytes: self.bytes_on(inventory),
+            load_ms: self.load_ms(parked),
+            reload_ms: self.learned.reload_ms.unwrap_or_else(|| self.cold_ms()),
+            stop_ms: self.stop_ms(),
+            service_ms: self.service_ms(),
+            each_ms: self.each_ms(),
+            rate: self.rate.per_ms(now),
+            gap_ms: self.learned.gap_ms,
+            group: self.learned.waiting_at_load.unwrap_or(1.0),
+            trouble: self.trouble.as_ref().map(|t| t.text.clone()),
+            trouble_until: self.trouble.as_ref().and_then(|t| t.until),
+            preload: self.preload,
+            idle_ttl_ms: self.idle_ttl_ms,
+            pin: self.pin,
+            max_replicas: self.max_replicas,
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Where a waiting job stands, and how a model does, for those who ask.
+
+use super::*;
+
+/// Farthest position that is counted, from the nearer end of a queue.
+const RANK_MAX: usize = 1_000;
+
+/// Where a model's workers are, as the scheduler has ordered and heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::scheduler) enum Holding {
+    /// None holds or awaits a device.
+    Nothing,
+    /// One waits for its set or loads.
+    Loading,
+    /// One takes jobs.
+    Serving,
+    /// Its running jobs end.
+    Draining,
+    /// It stops.
+    Stopping,
+}
+
+impl State {
+    /// Where its workers are.
+    pub(in crate::scheduler) fn holding(&self, index: usize) -> Holding {
+        let of = |is: fn(&Phase) -> bool| self.workers.iter().any(|w| w.model == index && is(&w.phase));
+        if self.serves(index) {
+            Holding::Serving
+        } else if of(|phase| matches!(phase, Phase::Waiting { .. } | Phase::Loading { .. })) {
+            Holding::Loading
+        } else if of(|phase| *phase == Phase::Draining) {
+            Holding::Draining
+        } else if of(|phase| matches!(phase, Phase::Stopping { .. })) {
+            Holding::Stopping
+        } else {
+            Holding::Nothing
+        }
+    }
+
+    /// Whether a worker has been ordered to load and is not ready yet.
+    pub(in crate::scheduler) fn is_loading(&self, index: usize, replica: u32) -> bool {
+        let worker = self.find(index, replica).map(|place| &self.workers[place].phase);
+        matches!(worker, Some(Phase::Loading { .. }))
+    }
+
+    /// Expected load of a model, from where it is now.
+    pub(in crate::scheduler) fn load_ms(&self, index: usize) -> f64 {
+        let parked = self.workers.iter().any(|w| w.model == index && w.phase == Phase::Parked);
+        self.models[index].load_ms(parked)
+    }
+
+    /// When a model's turn must come; `None` without waiting jobs.
+    pub(in crate::scheduler) fn due(&self, index: usize) -> Option<Millis> {
+        self.models[index].view(&self.inventory, false, 0).due(&self.knobs).map(|due| due.at)
+    }
+
+    /// Where a waiting job stands: (jobs the plan starts first, jobs of its own model before it, swaps before its start,
+    /// expected start, if its model can be loaded). `None`: not waiting, or too far back to count.
+    pub fn standing(
+        &self,
+        model: &str,
+        priority: u8,
+        number: i64,
+        now: Millis,
+    ) -> Option<(usize, usize, usize, Option<Millis>)> {
+        let index = self.index_of(model)?;
+        let rank = self.models[index].queue.rank(priority, number, RANK_MAX)?;
+        let own = rank as f64 * self.models[index].each_ms();
+        if self.serves(index) {
+            return Some((rank, rank, 0, Some(now + round(own))));
+        }
+        let due = |index: usize| self.due(index).unwrap_or(i64::MAX);
+        let mine = (due(index), index);
+        // Of those that hold devices, the one that is dry first makes room.
+        let backlog = |index: usize| self.models[index].queue.len() as f64 * self.models[index].each_ms();
+        let holders = self.workers.iter().filter(|w| w.is_on_device() && w.model != index).map(|w| w.model);
+        let first = holders.clone().min_by(|a, b| backlog(*a).total_cmp(&backlog(*b)));
+        let mut ahead: Vec<(i64, usize)> = (0..self.models.len())
+            .filter(|i| *i != index && self.models[*i].trouble.is_none() && self.models[*i].queue.len() > 0)
+            .filter(|i| Some(*i) == first || !holders.clone().any(|holder| holder == *i))
+            .map(|i| (if Some(i) == first { i64::MIN } else { due(i) }, i))
+            .filter(|other| *other < mine)
+            .collect();
+        ahead.sort_unstable();
+        let loading_mine = self.holding(index) == Holding::Loading;
+        let before: usize = ahead.iter().map(|(_, i)| self.models[*i].queue.len()).sum();
+        let wait: f64 =
+            ahead.iter().map(|(_, i)| backlog(*i) + if Some(*i) == first { 0.0 } else { self.load_ms(*i) }).sum();
+        let swaps = ahead.iter().filter(|(_, i)| Some(*i) != first).count() + usize::from(!loading_mine);
+        let start = now + round(wait + self.load_ms(index) + own);
+        // Of a model that cannot be loaded nobody knows.
+        let start = self.models[index].trouble.is_none().then_some(start);
+        Some((before + rank, rank, swaps, start))
+    }
+}

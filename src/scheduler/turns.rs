@@ -1,0 +1,335 @@
+//! How devices change hands: plans are carried out, workers drain, stop or are parked, load and get ready.
+
+use super::*;
+use crate::policy::plan::{self, Action, Step, View};
+use crate::policy::{sets, tier};
+
+/// Decisions that changed something, kept for a person to look back on.
+const HISTORY_MAX: usize = 50;
+/// Decisions kept, with the reasons to wait.
+const LOG_MAX: usize = 10_000;
+/// Waiting jobs that are told when their model is being loaded.
+const TOLD_MAX: usize = 256;
+
+impl State {
+    pub(super) fn plan(&mut self, now: Millis, effects: &mut Vec<Effect>) -> Option<Millis> {
+        let (view, places) = self.view_with_places(now);
+        let plan = plan::plan(&view, &self.knobs, now);
+        self.decision = plan.decision().cloned();
+        self.reservations = plan.reservations;
+        let mut gone = Vec::new();
+        for Step { action, decision } in plan.steps {
+            match action {
+                Action::Load { model, set, out, guest_until } => {
+                    gone.extend(out.iter().map(|worker| places[*worker]));
+                    self.assign(model, set, guest_until);
+                }
+                Action::Unload(worker) => gone.push(places[worker]),
+            }
+            self.announce(decision, effects);
+        }
+        // Not before: it changes nobody's place, but a worker that stops at once may be parked, and so be asked for again.
+        for worker in gone {
+            self.leave(worker, now, effects);
+        }
+        self.load_where_free(now, effects);
+        for decision in plan.stays {
+            self.log(decision);
+        }
+        plan.wake_at
+    }
+
+    fn announce(&mut self, decision: Decision, effects: &mut Vec<Effect>) {
+        self.history.push_front(decision.clone());
+        self.history.truncate(HISTORY_MAX);
+        effects.push(Effect::Announce(decision.clone()));
+        self.log(decision);
+    }
+
+    /// Keeps a decision; a reason to wait only if it is another one than before.
+    fn log(&mut self, decision: Decision) {
+        let who = (decision.model.clone(), decision.other.clone());
+        let before = self.said.insert(who, decision.code);
+        if decision.is_change() || before != Some(decision.code) {
+            self.log.push_front(decision);
+            self.log.truncate(LOG_MAX);
+        }
+        if self.said.len() > LOG_MAX {
+            self.said.clear();
+        }
+    }
+
+    /// As the policy sees it.
+    #[cfg(test)]
+    pub(in crate::scheduler) fn view(&self, now: Millis) -> View {
+        self.view_with_places(now).0
+    }
+
+    /// The view, and the place among our workers of each of its workers.
+    fn view_with_places(&self, now: Millis) -> (View, Vec<usize>) {
+        let parked = |index: usize| self.workers.iter().any(|w| w.model == index && w.phase == Phase::Parked);
+        let models = self.models.iter().enumerate().map(|(i, m)| m.view(&self.inventory, parked(i), now)).collect();
+        let seen = self.workers.iter().enumerate().filter_map(|(place, worker)| {
+            let model = &self.models[worker.model];
+            let was_parked = matches!(worker.phase, Phase::Loading { was_parked: true, .. });
+            Some((worker.view(model.queue.running_by_class(worker.replica), model.load_ms(was_parked))?, place))
+        });
+        let (workers, places) = seen.unzip();
+        let gpus = u32::try_from(self.inventory.gpus.len()).unwrap_or(u32::MAX);
+        let reservations = self.reservations.clone();
+        (View { devices: self.inventory.devices(), gpus, models, workers, reservations }, places)
+    }
+
+    /// Marks models that no device of this box could ever hold.
+    pub(super) fn refuse_too_big(&mut self) {
+        let (view, _) = self.view_with_places(0);
+        for index in 0..self.models.len() {
+            if self.models[index].trouble.is_some() || sets::fits_the_box(&view, index) {
+                continue;
+            }
+            let (model, name) = (&view.models[index], &view.models[index].name);
+            let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+            let largest = view.devices.iter().copied().max().unwrap_or(0);
+            let text = format!(
+                "{name} can never be loaded: it needs {} GPUs with {:.1} GiB each, and this box has {} of at most {:.1} GiB",
+                model.gpus,
+                gib(model.bytes.unwrap_or(0)),
+                view.gpus,
+                gib(largest)
+            );
+            let error = JobError::new(ErrorCode::NoWorkerForModel, &text, false);
+            let reason = StateReason::ModelBlocked;
+            self.models[index].trouble = Some(Trouble { reason, error: Some(error), text, until: None });
+        }
+    }
+
+    /// Why jobs of this model must not be accepted: no device could ever hold it.
+    pub fn too_big(&self, model: &str) -> Option<&JobError> {
+        self.refusal(model).filter(|error| error.code == ErrorCode::NoWorkerForModel)
+    }
+
+    /// Gives a set to a new worker of a model, or to a parked one, to be loaded when those who leave have left.
+    fn assign(&mut self, model: usize, set: GpuSet, guest_until: Option<Millis>) {
+        let parked = self.workers.iter().position(|w| w.model == model && w.phase == Phase::Parked);
+        if let Some(parked) = parked {
+            let worker = &mut self.workers[parked];
+            (worker.set, worker.guest_until) = (set, guest_until);
+            worker.phase = Phase::Waiting { was_parked: true };
+            return;
+        }
+        let is_free = |replica: &u32| self.find(model, *replica).is_none();
+        let replica = (0..).find(is_free).unwrap_or(u32::MAX);
+        let phase = Phase::Waiting { was_parked: false };
+        self.workers.push(Worker { model, replica, set, phase, guest_until });
+    }
+
+    /// Loads the workers whose sets are free now, in the order of decisions.
+    pub(super) fn load_where_free(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        let mut place = 0;
+        while place < self.workers.len() {
+            let worker = &self.workers[place];
+            let Phase::Waiting { was_parked } = worker.phase else {
+                place += 1;
+                continue;
+            };
+            let model = &self.models[worker.model];
+            let is_wanted = model.queue.pending() != (0, 0) || model.preload;
+            if self.stopping || !is_wanted || model.trouble.is_some() {
+                // Its jobs were cancelled, or it is in trouble: the next plan decides anew.
+                self.plan_now = true;
+                if was_parked {
+                    self.workers[place].phase = Phase::Parked;
+                    place += 1;
+                } else {
+                    self.workers.remove(place);
+                }
+                continue;
+            }
+            if self.is_free(place) {
+                self.load(place, was_parked, now, effects);
+            }
+            place += 1;
+        }
+    }
+
+    /// Whether a waiting worker fits beside all who are still there.
+    fn is_free(&self, place: usize) -> bool {
+        let devices = self.inventory.devices();
+        let bytes = |worker: &Worker, size: u64| {
+            let model = &self.models[worker.model];
+            model.bytes_on(&self.inventory).unwrap_or(size).max(1)
+        };
+        let worker = &self.workers[place];
+        worker.set.gpus().all(|device| {
+            let size = devices[device as usize].max(1);
+            let there = self.workers.iter().filter(|w| w.is_on_device() && w.set.has(device));
+            there.map(|w| bytes(w, size)).sum::<u64>() + bytes(worker, size) <= size
+        })
+    }
+
+    fn load(&mut self, place: usize, was_parked: bool, now: Millis, effects: &mut Vec<Effect>) {
+        self.workers[place].phase = Phase::Loading { since: now, was_parked };
+        let model = &self.models[self.workers[place].model];
+        let numbers = model.queue.heads(TOLD_MAX);
+        if !numbers.is_empty() {
+            let eta = now + round(model.load_ms(was_parked));
+            effects.push(Effect::TellLoading { numbers, model: model.name.to_string(), eta });
+        }
+        effects.push(self.order(place, if was_parked { Order::Wake } else { Order::Load }));
+    }
+
+    pub(super) fn on_ready(
+        &mut self,
+        index: usize,
+        replica: u32,
+        base_url: String,
+        load_ms: i64,
+        now: Millis,
+    ) -> Vec<Effect> {
+        let Some(place) = self.find(index, replica) else {
+            // Ready after we changed our mind: it must not stay beside another.
+            let (model, set) = (self.models[index].name.to_string(), GpuSet::one(0));
+            return vec![Effect::Order { model, replica, set, order: Order::Stop }];
+        };
+        let load = self.next_load;
+        let max_batch = self.models[index].slots.max_batch;
+        let worker = &mut self.workers[place];
+        let was_parked = match &mut worker.phase {
+            Phase::Serving { suspect, place, .. } => {
+                // The answer to `Order::Suspect`: it is alive.
+                *suspect = false;
+                place.base_url = base_url;
+                return Vec::new();
+            }
+            Phase::Loading { was_parked, .. } => *was_parked,
+            // The same, after it was told to leave: its running jobs may still finish.
+            Phase::Draining | Phase::Stopping { .. } | Phase::Dropping => return Vec::new(),
+            Phase::Waiting { .. } | Phase::Parked => return vec![self.order(place, Order::Stop)],
+        };
+        let at = Place { replica, base_url, load, max_batch };
+        worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false };
+        let set = worker.set;
+        self.next_load += 1;
+        let last_on = &mut self.last_on[set.first as usize..(set.first + set.count) as usize];
+        self.swaps += u64::from(last_on.iter().flatten().any(|last| *last != index));
+        last_on.fill(Some(index));
+        for model in &mut self.models {
+            model.preload = false;
+        }
+        let model = &mut self.models[index];
+        model.trouble = None;
+        model.count_load(load_ms as f64, was_parked, now);
+        let numbers = model.queue.heads(TOLD_MAX);
+        let mut effects = vec![self.learn(index), self.keep_served(now)];
+        if !numbers.is_empty() {
+            effects.push(Effect::AddLoadTime { numbers, load_ms });
+        }
+        effects
+    }
+
+    /// Tells a ready worker to leave when its jobs have ended.
+    pub(super) fn leave(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) {
+        if let Phase::Serving { .. } = self.workers[place].phase {
+            self.workers[place].phase = Phase::Draining;
+            self.note_left(self.workers[place].model, now);
+            self.finish_draining(now, effects);
+        }
+    }
+
+    /// A model without a worker that stays has lost its devices.
+    fn note_left(&mut self, index: usize, now: Millis) {
+        if !self.workers.iter().any(|w| w.model == index && w.stays()) {
+            self.models[index].learned.left_at = Some(now);
+        }
+    }
+
+    pub(super) fn finish_draining(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        for place in 0..self.workers.len() {
+            let worker = &self.workers[place];
+            let model = &self.models[worker.model];
+            if worker.phase == Phase::Draining && model.queue.running_on(worker.replica) == 0 {
+                let park = self.parks(place, now, effects);
+                self.workers[place].phase = Phase::Stopping { park };
+                effects.push(self.order(place, if park { Order::Park } else { Order::Stop }));
+            }
+        }
+    }
+
+    /// Whether a worker that leaves its devices is parked; if so, parked ones that are worth less make room for it.
+    fn parks(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) -> bool {
+        if self.inventory.host == 0 || !self.models[self.workers[place].model].park {
+            return false;
+        }
+        let in_host = |worker: &Worker| {
+            matches!(
+                worker.phase,
+                Phase::Parked
+                    | Phase::Stopping { park: true }
+                    | Phase::Waiting { was_parked: true }
+                    | Phase::Loading { was_parked: true, .. }
+            )
+        };
+        let all: Vec<usize> = (0..self.workers.len()).filter(|w| *w == place || in_host(&self.workers[*w])).collect();
+        let sizes: Vec<tier::Parked> = all.iter().map(|w| self.models[self.workers[*w].model].parked(now)).collect();
+        let (movable, fixed): (Vec<_>, Vec<_>) =
+            all.into_iter().zip(sizes).partition(|(w, _)| *w == place || self.workers[*w].phase == Phase::Parked);
+        let fixed: u64 = fixed.iter().map(|(_, size)| size.bytes).sum();
+        let sizes: Vec<tier::Parked> = movable.iter().map(|(_, size)| *size).collect();
+        let gone = tier::to_drop(&sizes, self.inventory.host.saturating_sub(fixed));
+        for dropped in gone.iter().map(|which| movable[*which].0).filter(|worker| *worker != place) {
+            self.workers[dropped].phase = Phase::Dropping;
+            effects.push(self.order(dropped, Order::Stop));
+        }
+        !gone.iter().any(|which| movable[*which].0 == place)
+    }
+
+    pub(super) fn on_left(&mut self, place: usize, now: Millis) -> Vec<Effect> {
+        let index = self.workers[place].model;
+        self.workers.remove(place);
+        self.note_left(index, now);
+        vec![self.learn(index)]
+    }
+
+    pub(super) fn on_parked(&mut self, place: usize, now: Millis) -> Vec<Effect> {
+        let index = self.workers[place].model;
+        (self.workers[place].phase, self.workers[place].guest_until) = (Phase::Parked, None);
+        self.note_left(index, now);
+        vec![self.learn(index)]
+    }
+
+    pub(super) fn on_died(&mut self, place: usize, now: Millis) -> Vec<Effect> {
+        if matches!(self.workers[place].phase, Phase::Waiting { was_parked: false }) {
+            // The old one of this number, of which nothing is left.
+            return Vec::new();
+        }
+        if !self.workers[place].is_on_device() {
+            // In host memory.
+            self.workers.remove(place);
+            return Vec::new();
+        }
+        self.on_left(place, now)
+    }
+
+    /// A load came to nothing.
+    pub(super) fn give_up(&mut self, place: Option<usize>) {
+        if let Some(place) = place {
+            self.workers.remove(place);
+        }
+    }
+
+    /// Whether a worker of this model takes jobs.
+    pub(super) fn serves(&self, index: usize) -> bool {
+        self.workers.iter().any(|w| w.model == index && matches!(w.phase, Phase::Serving { .. }))
+    }
+
+    pub(super) fn order(&self, place: usize, order: Order) -> Effect {
+        let worker = &self.workers[place];
+        let model = self.models[worker.model].name.to_string();
+        Effect::Order { model, replica: worker.replica, set: worker.set, order }
+    }
+
+    fn learn(&self, index: usize) -> Effect {
+        let model = &self.models[index];
+        Effect::Learn { model: model.name.to_string(), learned: model.learned.clone() }
+    }
+}
