@@ -22,6 +22,8 @@ use crate::lifecycle::Tasks;
 const HEAD_WITHIN: Duration = Duration::from_secs(90);
 /// Pause after the listener failed, for example for lack of file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+/// When the server begins to stop, a connection that looks idle may have a request on its way: so long it is waited for.
+const LINGER: Duration = Duration::from_millis(200);
 
 /// Serves until the hard stage. Connections are tasks of `tasks`.
 pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
@@ -64,7 +66,14 @@ async fn exchange(stream: TcpStream, router: Router, tasks: Tasks) {
     tokio::pin!(connection);
     tokio::select! {
         ended = connection.as_mut() => return ignore(ended),
-        () = tasks.soft().cancelled(), if !is_late => connection.as_mut().graceful_shutdown(),
+        () = tasks.soft().cancelled(), if !is_late => {
+            tokio::select! {
+                ended = connection.as_mut() => return ignore(ended),
+                () = tokio::time::sleep(LINGER) => {}
+                () = tasks.hard().cancelled() => {}
+            }
+            connection.as_mut().graceful_shutdown();
+        }
         () = tasks.hard().cancelled() => {}
     }
     tokio::select! {
