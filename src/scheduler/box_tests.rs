@@ -213,6 +213,8 @@ impl Boxed {
                 _ => panic!("{} jobs are left, and nothing will happen: {:?}", self.open, self.state.decision),
             }
             let effects = self.state.step(self.now);
+            let wake = self.state.wake_at();
+            assert!(wake.is_none_or(|wake| wake > self.now), "{wake:?} is not after {}", self.now);
             self.carry_out(effects);
             self.check();
         }
