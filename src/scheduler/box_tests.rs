@@ -10,8 +10,7 @@ use super::sim::Rng;
 use super::tests::spec;
 use super::*;
 use crate::domain::Face;
-use crate::policy::sets;
-use crate::policy::view;
+use crate::policy::{hold, sets, view};
 use crate::scheduler::queue::tests::job as base_job;
 
 const GB: u64 = 1_000_000_000;
@@ -391,7 +390,7 @@ impl Boxed {
                     .filter(|w| {
                         let worker = &view.workers[*w];
                         let idle = worker.phase == view::Phase::Serving && !view.has_work(worker);
-                        let lingers = view.model_of(worker).gap_ms.is_some();
+                        let lingers = hold::lingers_until(&view, worker, model).is_some_and(|until| until > self.now);
                         idle && !view.model_of(worker).pin && !lingers
                     })
                     .collect();
