@@ -107,6 +107,7 @@ impl Bench {
             learned: opened.learned,
             served: opened.served,
             weights: BTreeMap::new(),
+            gpus: Vec::new(),
             next_number: opened.next_number,
         })
         .await

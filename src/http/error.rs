@@ -366,7 +366,7 @@ impl From<SubmitError> for ApiError {
             SubmitError::QueueFull { queued, limit, retry_after_s } => Self::new(ErrorCode::QueueFull, message)
                 .with_details(json!({"queued": queued, "limit": limit}))
                 .after(retry_after_s),
-            SubmitError::ModelLoadFailed(error) => Self::without_job(&error),
+            SubmitError::ModelLoadFailed(error) | SubmitError::TooBig(error) => Self::without_job(&error),
             SubmitError::Draining => Self::new(ErrorCode::Draining, message),
             SubmitError::Store(error) => error.into(),
         }

@@ -17,7 +17,7 @@ pub struct Decision {
     pub at: Millis,
     /// The GPUs it is about; empty: none in particular, or not GPUs.
     pub gpus: Vec<u32>,
-    /// `stay`, `load`, `swap`, `reserve`, `park`, `unload`, `wait` or `idle`.
+    /// `stay`, `load`, `swap`, `reserve`, `park`, `drop`, `unload`, `wait`, `refuse` or `idle`.
     pub action: &'static str,
     /// `dry`, `hold`, `finish_first`, `linger`, `not_due`, `due`, `due_interactive`, `deadline`, `guest`, `reserved`,
     /// `replica`, `fits`, `park`, `drop`, `blocked` or `too_big`.
@@ -68,8 +68,38 @@ impl Decision {
 
     /// Whether it starts or ends something.
     pub fn is_change(&self) -> bool {
-        matches!(self.action, "load" | "swap" | "unload" | "park")
+        matches!(self.action, "load" | "swap" | "unload" | "park" | "drop")
     }
+}
+
+/// A job of a model that no device of this box could ever hold.
+pub fn too_big(view: &View, model: usize, now: Millis) -> Decision {
+    let m = &view.models[model];
+    let on_gpus = m.gpus > 0;
+    let there = if on_gpus { ..view.gpus as usize } else { ..view.devices.len() };
+    let largest = view.devices[there].iter().copied().max().unwrap_or(0);
+    let (needs, has) = match (on_gpus, m.bytes) {
+        (false, _) => (format!("{} of memory", gib(m.bytes.unwrap_or(0))), gib(largest)),
+        (true, None) => (counted(m.gpus), view.gpus.to_string()),
+        (true, Some(bytes)) if m.gpus == 1 => {
+            (format!("a GPU with {}", gib(bytes)), format!("{} of at most {}", counted(view.gpus), gib(largest)))
+        }
+        (true, Some(bytes)) => (
+            format!("{} with {} each", counted(m.gpus), gib(bytes)),
+            format!("{} of at most {}", counted(view.gpus), gib(largest)),
+        ),
+    };
+    let reason = format!(
+        "{} can never be loaded: it needs {needs}, and this box has {has}; use a larger box, or lower `gpus` or `memory` of \
+         the model in models.yaml",
+        m.name
+    );
+    Decision::new(now, "refuse", "too_big", reason).of(&m.name).with(&[
+        ("gpus", f64::from(m.gpus)),
+        ("gib", in_gib(m.bytes.unwrap_or(0))),
+        ("box_gpus", f64::from(view.gpus)),
+        ("box_gib", in_gib(largest)),
+    ])
 }
 
 /// What decisions are made of.
@@ -410,8 +440,21 @@ fn numbers(w: &Weighed) -> [(&'static str, f64); 7] {
     ]
 }
 
+fn counted(gpus: u32) -> String {
+    if gpus == 1 { "1 GPU".to_owned() } else { format!("{gpus} GPUs") }
+}
+
+pub(super) fn in_gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}
+
+/// `24 GiB`.
+pub(super) fn gib(bytes: u64) -> String {
+    format!("{} GiB", short(in_gib(bytes) * 1e3))
+}
+
 /// `41`, `4`, `2.9`: one digit after the point below 10.
-fn short(ms: f64) -> String {
+pub(super) fn short(ms: f64) -> String {
     let s = ms / 1e3;
     let tenths = (s * 10.0).round() / 10.0;
     if s.abs() < 9.95 && tenths.fract() != 0.0 { format!("{tenths:.1}") } else { format!("{s:.0}") }

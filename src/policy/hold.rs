@@ -11,7 +11,7 @@
 use crate::domain::Millis;
 use crate::policy::Knobs;
 use crate::policy::due::Due;
-use crate::policy::view::{ModelView, Phase, View, WorkerView, millis, round};
+use crate::policy::view::{ModelView, Phase, View, WorkerView, millis, round, round_up};
 
 /// Highest share of its time that a model is taken to be kept busy by new arrivals.
 const BUSY_MAX: f64 = 0.9;
@@ -90,19 +90,14 @@ pub fn weigh(view: &View, worker: &WorkerView, m: &ModelView, knobs: &Knobs, now
 }
 
 impl Weighed {
-    /// Whether the resident makes room for the late model now.
-    pub fn yields(&self) -> bool {
-        self.ran_ms >= self.hold_ms && (self.rest_ms > self.price.ms() || self.ran_ms >= self.hold_ms + self.price.ms())
-    }
-
-    /// When it will, if nothing changes.
+    /// When the resident makes room for the late model, if nothing changes.
     pub fn yields_at(&self, worker: &WorkerView, now: Millis) -> Millis {
-        let held = worker.since + round(self.hold_ms);
+        let held = worker.since + round_up(self.hold_ms);
         if self.rest_ms > self.price.ms() {
             return held.max(now);
         }
         let finished = now + round(self.rest_ms);
-        held.max(now).max(finished.min(worker.since + round(self.hold_ms + self.price.ms())))
+        held.max(now).max(finished.min(worker.since + round_up(self.hold_ms + self.price.ms())))
     }
 }
 
@@ -117,12 +112,7 @@ pub fn lingers_until(view: &View, worker: &WorkerView, m: &ModelView) -> Option<
     Some(since + round((LINGER_GAPS * gap).max(LINGER_MIN_MS).min(LINGER_SHARE * swap)))
 }
 
-/// Whether a worker makes room for `m` now; `due`: of `m`.
-pub fn yields(view: &View, worker: &WorkerView, m: &ModelView, due: Due, knobs: &Knobs, now: Millis) -> bool {
-    yields_at(view, worker, m, due, knobs, now).is_some_and(|at| at <= now)
-}
-
-/// When a worker makes room for `m`, if nothing changes; `None`: never, or it leaves already.
+/// When a worker makes room for `m`, if nothing changes; `None`: never, or it leaves already. `due`: of `m`.
 pub fn yields_at(
     view: &View,
     worker: &WorkerView,
@@ -141,7 +131,7 @@ pub fn yields_at(
     };
     if let Some(ready) = load {
         let weighed = weigh(view, &WorkerView { since: ready, ..worker.clone() }, m, knobs, now);
-        let at = ready + round(weighed.hold_ms);
+        let at = ready + round_up(weighed.hold_ms);
         let at = worker.guest_until.map_or(at, |until| at.min(until.max(ready)));
         // Never now: a load is not broken off.
         return Some(at.max(now + 1));
@@ -149,7 +139,7 @@ pub fn yields_at(
     let late_at = (due.at - m.load()).max(now);
     let at = if !view.has_work(worker) {
         let weighed = weigh(view, worker, m, knobs, now);
-        let early = late_at.max(worker.since + round(weighed.hold_ms));
+        let early = late_at.max(worker.since + round_up(weighed.hold_ms));
         lingers_until(view, worker, m).map_or(now, |until| until.min(early).max(now))
     } else if view.serving_of(worker.model) > 1 {
         now

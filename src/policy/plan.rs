@@ -16,6 +16,7 @@ use crate::policy::decision::Words;
 use crate::policy::due::Due;
 use crate::policy::hold::{self, Weighed};
 use crate::policy::sets;
+use crate::policy::view::round_up;
 pub use crate::policy::view::{ModelView, Phase, Reservation, View, WorkerView};
 
 /// Loads that must fit in before a reservation starts for a guest to be let in.
@@ -197,7 +198,7 @@ impl Round<'_> {
             let v = &self.view.workers[*worker];
             let w = self.weigh(*worker, model);
             let finishes = self.view.has_work(v) && w.rest_ms <= w.price.ms();
-            let given = v.since + hold_round(w.hold_ms + w.price.ms());
+            let given = v.since + round_up(w.hold_ms + w.price.ms());
             let at = times[*worker].filter(|_| v.phase == Phase::Serving)?;
             let guest = v.guest_until.filter(|until| *until > self.now).unwrap_or(Millis::MAX);
             Some(if finishes { at.max(given).min(guest) } else { at })
@@ -238,7 +239,7 @@ impl Round<'_> {
         let mut best: Option<((f64, bool, u64), Found)> = None;
         for set in sets::aligned(&self.view, model) {
             let guest = self.reserved(set);
-            let too_long = |r: Reservation| self.now + hold_round(GUEST_LOADS * m.load_ms) > r.at;
+            let too_long = |r: Reservation| self.now + round_up(GUEST_LOADS * m.load_ms) > r.at;
             if guest.is_some_and(too_long) {
                 continue;
             }
@@ -429,10 +430,6 @@ impl Round<'_> {
             self.wake(at);
         }
     }
-}
-
-fn hold_round(ms: f64) -> Millis {
-    super::view::round(ms)
 }
 
 /// Whether a cost with its ties comes before another.

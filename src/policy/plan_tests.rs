@@ -147,7 +147,11 @@ fn a_due_model_waits_for_the_hold_of_the_resident() {
         "stay on flux: llama is due (63 s of 60 s), flux has run 95 s of its 232 s hold (5.7 x 41 s)"
     );
     let hold = got.wake_at.expect("a time") - (NOW - 95_000);
-    assert_eq!(hold, 232_333, "41 s x 0.85 / 0.15");
+    assert_eq!(hold, 232_334, "41 s x 0.85 / 0.15, and no ms less");
+    // Woken at the very ms before, it is not over, and the same time is asked for again.
+    let got = decide(vec![serving(0, NOW - 232_333)], models(), NOW);
+    assert_eq!((got.code, got.wake_at), ("hold", Some(NOW + 1)), "{}", got.reason);
+    assert_eq!(decide(vec![serving(0, NOW - 232_334)], models(), NOW).code, "due");
     let models = || vec![callers(model("flux"), 12, NOW), callers(model("llama"), 1, NOW - 63_000)];
     let got = decide(vec![serving(0, NOW - 95_000)], models(), NOW);
     assert!(got.reason.ends_with("flux has run 95 s of its 300 s hold (max_visit)"), "{}", got.reason);

@@ -1,4 +1,7 @@
-//! Which models stay parked in host memory while it is short.
+//! Which models stay parked in host memory while it is short, and the reasons for that in words.
+
+use crate::domain::Millis;
+use crate::policy::decision::{Decision, gib, in_gib, seconds, short};
 
 /// A parked model, or one that might be.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,6 +40,69 @@ pub fn to_drop(parked: &[Parked], budget: u64) -> Vec<usize> {
     gone
 }
 
+/// Host memory for parked workers, as it will be.
+#[derive(Clone, Copy, Debug)]
+pub struct Tier {
+    /// All of it, in bytes.
+    pub host: u64,
+    /// By those that stay in it, in bytes.
+    pub used: u64,
+    /// When.
+    pub now: Millis,
+}
+
+impl Tier {
+    fn decide(&self, action: &'static str, name: &str, it: &Parked, reason: String) -> Decision {
+        Decision::new(self.now, action, action, reason).of(name).with(&[
+            ("gib", in_gib(it.bytes)),
+            ("host_gib", in_gib(self.host)),
+            ("host_used_gib", in_gib(self.used)),
+            ("cold_s", it.cold_ms / 1e3),
+            ("wake_s", it.wake_ms / 1e3),
+            ("jobs_per_s", it.rate * 1e3),
+        ])
+    }
+
+    /// A worker that leaves its devices stays in host memory.
+    pub fn park(&self, name: &str, it: &Parked) -> Decision {
+        let reason = format!(
+            "park {name}: a wake takes {}, a load from disk {}; it takes {} of host memory, {} of {} are in use then",
+            seconds(it.wake_ms),
+            seconds(it.cold_ms),
+            gib(it.bytes),
+            gib(self.used),
+            gib(self.host)
+        );
+        self.decide("park", name, it, reason)
+    }
+
+    /// A parked worker leaves host memory, since another comes.
+    pub fn drop(&self, name: &str, it: &Parked, other: &str) -> Decision {
+        let reason = format!("drop {name} from host memory: {}", self.worth(it));
+        self.decide("drop", name, it, reason).against(other)
+    }
+
+    /// A worker that leaves its devices is not parked, though the tier is on.
+    pub fn stop(&self, name: &str, it: &Parked) -> Decision {
+        let reason = if it.bytes > self.host {
+            format!("stop {name} without parking it: it takes {}, and host memory is {}", gib(it.bytes), gib(self.host))
+        } else {
+            format!("stop {name} without parking it: {}", self.worth(it))
+        };
+        self.decide("drop", name, it, reason)
+    }
+
+    fn worth(&self, it: &Parked) -> String {
+        format!(
+            "{} of host memory are too few, and it saves least there for its {} ({} a load, {} jobs an hour)",
+            gib(self.host),
+            gib(it.bytes),
+            seconds(it.cold_ms - it.wake_ms),
+            short(it.rate * 3.6e9)
+        )
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,5 +118,33 @@ mod tests {
         assert_eq!(to_drop(&all, 80), [1]);
         assert_eq!(to_drop(&all, 49), [1, 0]);
         assert_eq!(to_drop(&all, 0), [1, 0, 2]);
+    }
+
+    #[test]
+    fn each_of_them_says_why() {
+        let gib = 1 << 30;
+        let it = Parked { rate: 0.5 / 3.6e6, cold_ms: 28_000.0, wake_ms: 2_800.0, bytes: 24 * gib };
+        let tier = Tier { host: 64 * gib, used: 40 * gib, now: 7 };
+        let decision = tier.park("flux", &it);
+        assert_eq!((decision.at, decision.action, decision.code), (7, "park", "park"));
+        assert_eq!(decision.numbers["host_used_gib"], 40.0);
+        assert_eq!(
+            decision.reason,
+            "park flux: a wake takes 2.8 s, a load from disk 28 s; it takes 24 GiB of host memory, 40 GiB of 64 GiB are in \
+             use then"
+        );
+        let decision = tier.drop("flux", &it, "llama");
+        assert_eq!((decision.action, decision.code, decision.other.as_deref()), ("drop", "drop", Some("llama")));
+        assert_eq!(
+            decision.reason,
+            "drop flux from host memory: 64 GiB of host memory are too few, and it saves least there for its \
+             24 GiB (25 s a load, 0.5 jobs an hour)"
+        );
+        assert!(tier.stop("flux", &it).reason.starts_with("stop flux without parking it: 64 GiB of host memory are"));
+        let small = Tier { host: 10 * gib, ..tier };
+        assert_eq!(
+            small.stop("flux", &it).reason,
+            "stop flux without parking it: it takes 24 GiB, and host memory is 10 GiB"
+        );
     }
 }

@@ -170,6 +170,11 @@ pub(crate) fn millis(d: std::time::Duration) -> i64 {
     i64::try_from(d.as_millis()).unwrap_or(i64::MAX / 4)
 }
 
+/// The first whole ms that is not before: what has to last at least so long.
+pub(crate) fn round_up(ms: f64) -> i64 {
+    round(ms.ceil())
+}
+
 #[expect(clippy::cast_possible_truncation, reason = "saturates, and durations are far below 2^53 ms")]
 pub(crate) fn round(ms: f64) -> i64 {
     (ms.round() as i64).clamp(i64::MIN / 4, i64::MAX / 4)

@@ -10,8 +10,7 @@ use super::sim::Rng;
 use super::tests::spec;
 use super::*;
 use crate::domain::Face;
-use crate::policy::sets;
-use crate::policy::view;
+use crate::policy::{hold, sets, view};
 use crate::scheduler::queue::tests::job as base_job;
 
 const GB: u64 = 1_000_000_000;
@@ -150,6 +149,8 @@ struct Boxed {
     longest: Millis,
     decisions: usize,
     loads: usize,
+    /// Models that were said to be parked or dropped from host memory, and were not yet.
+    parking: Vec<(String, &'static str)>,
     /// Callers who send their next request when the last was answered: requests left and think time, by model.
     callers: BTreeMap<usize, (usize, Millis)>,
     next_number: i64,
@@ -174,6 +175,7 @@ impl Boxed {
             longest: 0,
             decisions: 0,
             loads: 0,
+            parking: Vec::new(),
             callers: BTreeMap::new(),
             next_number: 1_000_000,
             setup,
@@ -213,6 +215,8 @@ impl Boxed {
                 _ => panic!("{} jobs are left, and nothing will happen: {:?}", self.open, self.state.decision),
             }
             let effects = self.state.step(self.now);
+            let wake = self.state.wake_at();
+            assert!(wake.is_none_or(|wake| wake > self.now), "{wake:?} is not after {}", self.now);
             self.carry_out(effects);
             self.check();
         }
@@ -285,7 +289,11 @@ impl Boxed {
                     self.obey(index, replica, set, order);
                 }
                 Effect::EndQueued { numbers, .. } => self.open -= numbers.len(),
-                Effect::Announce(decision) => self.check_reason(&decision),
+                Effect::Announce(decision) => {
+                    self.check_reason(&decision);
+                    let is_of_host = matches!(decision.action, "park" | "drop");
+                    self.parking.extend(decision.model.filter(|_| is_of_host).map(|model| (model, decision.action)));
+                }
                 _ => {}
             }
         }
@@ -306,9 +314,24 @@ impl Boxed {
         }
     }
 
+    /// Who is parked, dropped or stopped instead was said to be, just before.
+    fn check_parking(&mut self, model: usize, stage: Option<Stage>, order: Order) {
+        let spec = &self.setup.specs[model];
+        let action = match (order, stage) {
+            (Order::Park, _) => "park",
+            (Order::Stop, Some(Stage::Parked)) => "drop",
+            (Order::Stop, Some(Stage::Ready)) if spec.park && self.setup.inventory.host > 0 => "drop",
+            _ => return,
+        };
+        let said = self.parking.iter().position(|(name, of)| *name == spec.name && *of == action);
+        let said = said.unwrap_or_else(|| panic!("{} is to {action} and nobody said so: {order:?}", spec.name));
+        self.parking.remove(said);
+    }
+
     fn obey(&mut self, model: usize, replica: u32, set: GpuSet, order: Order) {
         let key = (model, replica);
         let stage = self.there.get(&key).map(|there| there.stage);
+        self.check_parking(model, stage, order);
         match (order, stage) {
             (Order::Load, None) | (Order::Wake, Some(Stage::Parked)) => {
                 let takes = if order == Order::Wake { self.setup.wake_ms[model] } else { self.setup.cold_ms[model] };
@@ -331,6 +354,7 @@ impl Boxed {
 
     fn check(&mut self) {
         self.check_memory();
+        assert!(self.parking.is_empty(), "said and not done: {:?}", self.parking);
         for (index, model) in self.state.models.iter().enumerate() {
             let serves = self.there.iter().any(|((m, _), there)| *m == index && there.stage == Stage::Ready);
             let waits = model.queue.pending() != (0, 0) && model.trouble.is_none();
@@ -389,7 +413,7 @@ impl Boxed {
                     .filter(|w| {
                         let worker = &view.workers[*w];
                         let idle = worker.phase == view::Phase::Serving && !view.has_work(worker);
-                        let lingers = view.model_of(worker).gap_ms.is_some();
+                        let lingers = hold::lingers_until(&view, worker, model).is_some_and(|until| until > self.now);
                         idle && !view.model_of(worker).pin && !lingers
                     })
                     .collect();

@@ -33,6 +33,9 @@ pub enum SubmitError {
     /// The model does not load now; only sync calls are refused for it.
     #[error("{}", .0.message)]
     ModelLoadFailed(Box<JobError>),
+    /// Nothing in this box could ever hold the model.
+    #[error("{}", .0.message)]
+    TooBig(Box<JobError>),
     /// The server is shutting down.
     #[error("the server is shutting down")]
     Draining,

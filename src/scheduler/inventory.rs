@@ -7,25 +7,35 @@ use crate::scheduler::state::Place;
 /// The devices of a box.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Inventory {
-    /// Memory of each GPU, in bytes.
+    /// Memory of each GPU, in bytes; none: nothing is known of them.
     pub gpus: Vec<u64>,
     /// Memory for models that run on the CPU, in bytes; `None`: there are none.
     pub cpu: Option<u64>,
     /// Host memory for parked workers, in bytes; 0: nothing is parked.
     pub host: u64,
-    /// One model at a time, whatever it needs: what is known of a box whose GPUs have not been counted.
+    /// One model at a time, whatever it needs and whatever there is.
     pub one_at_a_time: bool,
 }
 
 impl Inventory {
     /// A box of which nothing is known: one model at a time.
     pub fn one_device() -> Self {
-        Self { gpus: vec![1], cpu: None, host: 0, one_at_a_time: true }
+        Self::one_at_a_time(Vec::new())
     }
 
-    /// Memory of each device: the GPUs, then the CPU.
+    /// A box with these GPUs, by their memory in bytes, all of which are one model's at a time.
+    pub fn one_at_a_time(gpus: Vec<u64>) -> Self {
+        Self { gpus, cpu: None, host: 0, one_at_a_time: true }
+    }
+
+    /// Memory of each device that is given to models: the GPUs, then the CPU; or one that is everything.
     pub(super) fn devices(&self) -> Vec<u64> {
-        self.gpus.iter().copied().chain(self.cpu).collect()
+        if self.one_at_a_time { vec![1] } else { self.gpus.iter().copied().chain(self.cpu).collect() }
+    }
+
+    /// How many of the devices are GPUs.
+    pub(super) fn gpu_count(&self) -> u32 {
+        if self.one_at_a_time { 1 } else { u32::try_from(self.gpus.len()).unwrap_or(u32::MAX) }
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::domain::{Class, JobError, Millis, ModelKind, ModelSpec, StateReason};
+use crate::domain::{Class, ErrorCode, JobError, Millis, ModelKind, ModelSpec, StateReason};
 use crate::policy::learn::{self, LOAD_WEIGHT, Rate, SERVICE_WEIGHT, blend};
+use crate::policy::plan::Decision;
 use crate::policy::tier::Parked;
 use crate::policy::view::ModelView;
 use crate::scheduler::inventory::Inventory;
@@ -45,6 +46,8 @@ pub(super) struct Model {
     pub(super) name: Arc<str>,
     pub(super) queue: Queue,
     pub(super) trouble: Option<Trouble>,
+    /// Why no device of this box could ever hold it.
+    pub(super) too_big: Option<Decision>,
     pub(super) slots: Slots,
     pub(super) timeout_ms: i64,
     pub(super) learned: Learned,
@@ -77,6 +80,7 @@ impl Model {
             queue: Queue::new(name.clone()),
             name,
             trouble: None,
+            too_big: None,
             slots: Slots { limit: spec.limit, max_batch: spec.max_batch },
             timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
             learned: Learned::default(),
@@ -104,6 +108,7 @@ impl Model {
             queue: Queue::new(name.clone()),
             name,
             trouble: Some(Trouble { reason: StateReason::ModelBlocked, error: None, text, until: None }),
+            too_big: None,
             slots: Slots { limit: 1, max_batch: 1 },
             timeout_ms: i64::MAX,
             learned: Learned::default(),
@@ -120,6 +125,15 @@ impl Model {
             backlogged_since: None,
             group: None,
             answered_last: None,
+        }
+    }
+
+    /// In trouble for ever, if it is too big for this box.
+    pub(super) fn block_too_big(&mut self) {
+        if let Some(Decision { reason, .. }) = &self.too_big {
+            let error = Some(JobError::new(ErrorCode::NoWorkerForModel, reason.clone(), false));
+            self.trouble =
+                Some(Trouble { reason: StateReason::ModelBlocked, error, text: reason.clone(), until: None });
         }
     }
 

@@ -21,7 +21,7 @@ use crate::scheduler::dispatch::{self, Context, Dispatch};
 use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, QueueView, SubmitError};
 use crate::scheduler::hub::{Ended, Hub, JobWatch};
 use crate::scheduler::queue::{Run, shared};
-use crate::scheduler::state::{Effect, Event, Holding, Place, State};
+use crate::scheduler::state::{Effect, Event, Holding, Inventory, Place, State};
 use crate::store::{Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Store, StoreError};
 use crate::worker::client::{RunTag, WorkerClient};
 use crate::worker::supervisor::WorkerHandle;
@@ -87,6 +87,8 @@ pub struct Parts {
     pub served: BTreeMap<String, f64>,
     /// Weights of tenants by name; one that is not named weighs 1.
     pub weights: BTreeMap<String, f64>,
+    /// Memory of each GPU that the driver knows, in bytes; none: it tells of none, and no model is too big.
+    pub gpus: Vec<u64>,
     /// Number of the next job.
     pub next_number: i64,
 }
@@ -106,13 +108,15 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         learned,
         served,
         weights,
+        gpus,
         next_number,
     } = parts;
     let (messages, inbox) = mpsc::unbounded_channel();
     let (view, viewed) = watch::channel(Arc::new(QueueView::default()));
     let hub = Hub::default();
     let handle = Handle::new(messages.clone(), hub.clone(), store.clone(), workers.clone(), viewed, tasks.clone());
-    let mut state = State::new(&models, knobs, &learned, epoch).with_tenants(&served, &weights);
+    let mut state =
+        State::new(&models, knobs, &learned, epoch).on(Inventory::one_at_a_time(gpus)).with_tenants(&served, &weights);
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
     // Known before the first plan; the supervisors' own reports come later.
@@ -391,7 +395,7 @@ impl Scheduler {
         }
     }
 
-    fn refuse(&self, jobs: &[NewJob]) -> Result<(), SubmitError> {
+    fn refuse(&mut self, jobs: &[NewJob]) -> Result<(), SubmitError> {
         if self.context.tasks.soft().is_cancelled() {
             return Err(SubmitError::Draining);
         }
@@ -406,6 +410,10 @@ impl Scheduler {
             limit: full.limit,
             retry_after_s: self.state.room_in_s(),
         })?;
+        let now = self.context.clock.now();
+        if let Some(error) = jobs.iter().find_map(|job| self.state.refuse_too_big(&job.model, now)) {
+            return Err(SubmitError::TooBig(Box::new(error)));
+        }
         let sync = jobs.iter().find(|job| job.face == Face::Sync);
         match sync.and_then(|job| self.state.refusal(&job.model)) {
             Some(error) => Err(SubmitError::ModelLoadFailed(Box::new(error.clone()))),

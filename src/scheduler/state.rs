@@ -258,7 +258,7 @@ impl State {
     pub fn on(mut self, inventory: Inventory) -> Self {
         self.last_on = vec![None; inventory.devices().len()];
         self.inventory = inventory;
-        self.refuse_too_big();
+        self.mark_too_big();
         self
     }
 
@@ -524,12 +524,13 @@ impl State {
                     text: "needs a GPU and this box sees none; its jobs wait until one is there".to_owned(),
                     until: None,
                 });
+                self.models[index].block_too_big();
                 self.give_up(worker);
                 Vec::new()
             }
             Report::Available => {
                 self.models[index].trouble = None;
-                self.refuse_too_big();
+                self.models[index].block_too_big();
                 Vec::new()
             }
         }

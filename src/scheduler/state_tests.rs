@@ -396,3 +396,54 @@ fn nobody_knows_when_a_model_without_a_gpu_starts_its_jobs() {
     let standing = world.state.standing("b", 5, 2, world.now).unwrap();
     assert_eq!((standing.1, standing.3), (0, None));
 }
+
+#[test]
+fn a_model_that_no_device_could_hold_is_refused_with_what_is_missing() {
+    const GIB: u64 = 1 << 30;
+    let on = |gpus: u32, memory: Option<u64>| ModelSpec { gpus, memory, ..spec("big", 1) };
+    let refused = |big: ModelSpec, there: &[u64]| {
+        let state = State::new(&[big, spec("b", 1)], Knobs::default(), &BTreeMap::new(), 1);
+        let mut state = state.on(Inventory::one_at_a_time(there.to_vec()));
+        assert_eq!(state.refuse_too_big("b", 5), None);
+        let error = state.refuse_too_big("big", 5)?;
+        assert_eq!(error.code, ErrorCode::NoWorkerForModel);
+        let kept = state.decisions().next().unwrap();
+        assert_eq!((kept.at, kept.action, kept.code, &kept.reason), (5, "refuse", "too_big", &error.message));
+        assert_eq!((kept.model.as_deref(), kept.numbers["box_gpus"]), (Some("big"), there.len() as f64));
+        Some(error.message)
+    };
+    let what_to_do = "use a larger box, or lower `gpus` or `memory` of the model in models.yaml";
+    assert_eq!(
+        refused(on(1, Some(100 * GIB)), &[24 * GIB, 80 * GIB]).unwrap(),
+        format!(
+            "big can never be loaded: it needs a GPU with 100 GiB, and this box has 2 GPUs of at most 80 GiB; {what_to_do}"
+        )
+    );
+    assert_eq!(
+        refused(on(4, None), &[80 * GIB]).unwrap(),
+        format!("big can never be loaded: it needs 4 GPUs, and this box has 1; {what_to_do}")
+    );
+    assert_eq!(refused(on(1, Some(60 * GIB)), &[24 * GIB, 80 * GIB]), None, "one of them is enough");
+    assert_eq!(refused(on(2, Some(60 * GIB)), &[80 * GIB; 2]), None);
+    assert_eq!(refused(on(8, Some(900 * GIB)), &[]), None, "a driver that tells of no GPU may find one");
+    assert_eq!(refused(on(0, Some(900 * GIB)), &[GIB]), None, "the memory of a CPU is not known");
+}
+
+#[test]
+fn a_gpu_that_comes_and_goes_makes_no_model_smaller() {
+    let big = ModelSpec { gpus: 2, ..spec("big", 1) };
+    let mut world = World::new(&[("b", 1)]);
+    let state = State::new(&[big, spec("b", 1)], Knobs::default(), &BTreeMap::new(), 1);
+    world.state = state.on(Inventory::one_at_a_time(vec![1 << 30]));
+    world.queue(vec![job(1, "big")]);
+    for report in [Report::NoGpu, Report::Available] {
+        world.report("big", report);
+        assert!(world.state.refuse_too_big("big", world.now).is_some());
+        assert!(world.orders.is_empty());
+        let reason = &world.state.decision.as_ref().unwrap().reason;
+        assert!(reason.contains("it needs 2 GPUs, and this box has 1"), "{reason}");
+    }
+    world.queue(vec![job(2, "b")]);
+    world.finish_all();
+    assert_eq!(world.loaded, ["b"]);
+}

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::policy::plan::{self, Action, Step, View};
-use crate::policy::{sets, tier};
+use crate::policy::{decision, sets, tier};
 
 /// Decisions that changed something, kept for a person to look back on.
 const HISTORY_MAX: usize = 50;
@@ -75,37 +75,34 @@ impl State {
             Some((worker.view(model.queue.running_by_class(worker.replica), model.load_ms(was_parked))?, place))
         });
         let (workers, places) = seen.unzip();
-        let gpus = u32::try_from(self.inventory.gpus.len()).unwrap_or(u32::MAX);
+        let gpus = self.inventory.gpu_count();
         let reservations = self.reservations.clone();
         (View { devices: self.inventory.devices(), gpus, models, workers, reservations }, places)
     }
 
     /// Marks models that no device of this box could ever hold.
-    pub(super) fn refuse_too_big(&mut self) {
-        let (view, _) = self.view_with_places(0);
-        for index in 0..self.models.len() {
-            if self.models[index].trouble.is_some() || sets::fits_the_box(&view, index) {
-                continue;
+    pub(super) fn mark_too_big(&mut self) {
+        let whole = Inventory { one_at_a_time: false, ..self.inventory.clone() };
+        let view = View {
+            devices: whole.devices(),
+            gpus: whole.gpu_count(),
+            models: self.models.iter().map(|m| m.view(&whole, false, 0)).collect(),
+            ..View::default()
+        };
+        for (index, model) in self.models.iter_mut().enumerate() {
+            if model.trouble.is_none() && !sets::fits_the_box(&view, index) {
+                model.too_big = Some(decision::too_big(&view, index, 0));
+                model.block_too_big();
             }
-            let (model, name) = (&view.models[index], &view.models[index].name);
-            let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-            let largest = view.devices.iter().copied().max().unwrap_or(0);
-            let text = format!(
-                "{name} can never be loaded: it needs {} GPUs with {:.1} GiB each, and this box has {} of at most {:.1} GiB",
-                model.gpus,
-                gib(model.bytes.unwrap_or(0)),
-                view.gpus,
-                gib(largest)
-            );
-            let error = JobError::new(ErrorCode::NoWorkerForModel, &text, false);
-            let reason = StateReason::ModelBlocked;
-            self.models[index].trouble = Some(Trouble { reason, error: Some(error), text, until: None });
         }
     }
 
-    /// Why jobs of this model must not be accepted: no device could ever hold it.
-    pub fn too_big(&self, model: &str) -> Option<&JobError> {
-        self.refusal(model).filter(|error| error.code == ErrorCode::NoWorkerForModel)
+    /// Why jobs of this model must not be accepted: no device could ever hold it. Keeps that as a decision.
+    pub fn refuse_too_big(&mut self, model: &str, now: Millis) -> Option<JobError> {
+        let decision = self.models[self.index_of(model)?].too_big.clone()?;
+        let error = JobError::new(ErrorCode::NoWorkerForModel, decision.reason.clone(), false);
+        self.log(Decision { at: now, ..decision });
+        Some(error)
     }
 
     /// Gives a set to a new worker of a model, or to a parked one, to be loaded when those who leave have left.
@@ -246,8 +243,8 @@ impl State {
     pub(super) fn finish_draining(&mut self, now: Millis, effects: &mut Vec<Effect>) {
         for place in 0..self.workers.len() {
             let worker = &self.workers[place];
-            let model = &self.models[worker.model];
-            if worker.phase == Phase::Draining && model.queue.running_on(worker.replica) == 0 {
+            let queue = &self.models[worker.model].queue;
+            if worker.phase == Phase::Draining && queue.running_on(worker.replica) == 0 {
                 let park = self.parks(place, now, effects);
                 self.workers[place].phase = Phase::Stopping { park };
                 effects.push(self.order(place, if park { Order::Park } else { Order::Stop }));
@@ -276,11 +273,24 @@ impl State {
         let fixed: u64 = fixed.iter().map(|(_, size)| size.bytes).sum();
         let sizes: Vec<tier::Parked> = movable.iter().map(|(_, size)| *size).collect();
         let gone = tier::to_drop(&sizes, self.inventory.host.saturating_sub(fixed));
-        for dropped in gone.iter().map(|which| movable[*which].0).filter(|worker| *worker != place) {
+        let name = |which: usize| self.models[self.workers[movable[which].0].model].name.clone();
+        let stay = (0..sizes.len()).filter(|which| !gone.contains(which));
+        let used = fixed + stay.map(|which| sizes[which].bytes).sum::<u64>();
+        let tier = tier::Tier { host: self.inventory.host, used, now };
+        let own = movable.iter().position(|(worker, _)| *worker == place).unwrap_or(0);
+        let parks = !gone.contains(&own);
+        let mut said: Vec<Decision> = gone
+            .iter()
+            .filter(|which| **which != own)
+            .map(|which| tier.drop(&name(*which), &sizes[*which], &name(own)))
+            .collect();
+        said.push(if parks { tier.park(&name(own), &sizes[own]) } else { tier.stop(&name(own), &sizes[own]) });
+        said.into_iter().for_each(|decision| self.announce(decision, effects));
+        for dropped in gone.into_iter().filter(|which| *which != own).map(|which| movable[which].0) {
             self.workers[dropped].phase = Phase::Dropping;
             effects.push(self.order(dropped, Order::Stop));
         }
-        !gone.iter().any(|which| movable[*which].0 == place)
+        parks
     }
 
     pub(super) fn on_left(&mut self, place: usize, now: Millis) -> Vec<Effect> {

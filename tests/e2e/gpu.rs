@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::common::{LIMIT, Site, echo, eventually, with};
+use crate::common::{LIMIT, Site, echo, echo_job, eventually, with};
 
 fn insert_card(device: &Path) {
     let fresh = device.join("new");
@@ -117,4 +117,37 @@ async fn the_next_model_loads_only_when_the_driver_says_the_memory_is_free() {
     server.worker("one").await.signal(nix::sys::signal::Signal::SIGKILL);
     api.succeeded(&id).await;
     assert!(!server.worker_log("one").contains("out of memory"));
+}
+
+#[tokio::test]
+async fn jobs_of_a_model_that_no_gpu_here_could_hold_are_refused_with_what_is_missing() {
+    let site = Site::new();
+    let probe = format!("dir:{}", site.device().display());
+    let large = with(echo("custom", &[] as &[&str]), json!({"gpus": 1, "memory": "100GiB"}));
+    let small = with(echo("custom", &[] as &[&str]), json!({"gpus": 1, "memory": "20GiB"}));
+    let site = site.model("large", large).model("small", small).env("ROUNDHOUSE_GPU_PROBE", &probe);
+    // A box that sees no GPU may see one later: its jobs wait.
+    let server = site.start().await;
+    let waiting = server.api.submit_echo("large", json!({})).await;
+    assert_eq!(server.api.job(&waiting).await["state"], "queued");
+    drop(server);
+
+    insert_card(&site.device());
+    let server = site.start().await;
+    let api = &server.api;
+    let text = "large can never be loaded: it needs a GPU with 100 GiB, and this box has 1 GPU of at most 24 GiB; use a larger \
+                box, or lower `gpus` or `memory` of the model in models.yaml";
+    let job = echo_job("large", json!({}));
+    let both = json!({"requests": [echo_job("small", json!({})), job.clone()]});
+    for (path, body) in [("/v1/jobs", &job), ("/v1/jobs/bulk", &both)] {
+        let refused = api.post(path, body).await.is(503);
+        assert_eq!(refused.header("x-should-retry"), "false");
+        assert!(refused.text().contains(text), "{}", refused.text());
+        refused.refused(503, "no_worker_for_model");
+    }
+    // What was accepted before waits, and says the same.
+    let job = api.job(&waiting).await;
+    assert_eq!((&job["state"], &job["state_reason"]), (&json!("queued"), &json!("model_blocked")), "{job}");
+    let fits = api.submit_echo("small", json!({})).await;
+    api.succeeded(&fits).await;
 }
