@@ -96,7 +96,9 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     }
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
     // What this box has; without a driver nobody knows, and no model is too big.
-    let memory = gpus.gpus().iter().map(|gpu| gpu.total_bytes).collect();
+    let driver = gpus.clone();
+    let known = tokio::task::spawn_blocking(move || driver.gpus()).await?;
+    let memory = known.iter().map(|gpu| gpu.total_bytes).collect();
     let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus, &tasks)?;
     let reader = opened.store.reader().clone();
     let live_sync_jobs = reader.live_sync_jobs().await?;

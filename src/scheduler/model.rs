@@ -70,20 +70,14 @@ pub(super) struct Model {
 
 impl Model {
     pub(super) fn of(spec: &ModelSpec) -> Self {
-        let name: Arc<str> = Arc::from(spec.name.as_str());
         let service_prior_ms = match spec.kind {
             ModelKind::Text | ModelKind::Custom => 3_000.0,
             ModelKind::Image => 5_000.0,
             ModelKind::Audio => 10_000.0,
         };
         Self {
-            queue: Queue::new(name.clone()),
-            name,
-            trouble: None,
-            too_big: None,
             slots: Slots { limit: spec.limit, max_batch: spec.max_batch },
             timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
-            learned: Learned::default(),
             preload: spec.preload,
             park: spec.park,
             gpus: spec.gpus,
@@ -93,21 +87,26 @@ impl Model {
             startup_ms: spec.startup_time.as_secs_f64() * 1e3,
             service_prior_ms,
             idle_ttl_ms: spec.idle_ttl.map(|ttl| i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX)),
-            rate: Rate::default(),
-            backlogged_since: None,
-            group: None,
-            answered_last: None,
+            ..Self::named(&spec.name)
         }
     }
 
     /// A model that has waiting jobs and no entry any more.
     pub(super) fn unknown(name: &str) -> Self {
         let text = format!("`{name}` is not in models.yaml any more: add it back and restart, or cancel its jobs");
+        Self {
+            trouble: Some(Trouble { reason: StateReason::ModelBlocked, error: None, text, until: None }),
+            ..Self::named(name)
+        }
+    }
+
+    /// One of which nothing but its name is known.
+    fn named(name: &str) -> Self {
         let name: Arc<str> = Arc::from(name);
         Self {
             queue: Queue::new(name.clone()),
             name,
-            trouble: Some(Trouble { reason: StateReason::ModelBlocked, error: None, text, until: None }),
+            trouble: None,
             too_big: None,
             slots: Slots { limit: 1, max_batch: 1 },
             timeout_ms: i64::MAX,

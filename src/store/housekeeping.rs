@@ -12,7 +12,6 @@ use super::lost::Missing;
 use super::read::Sizes;
 use super::retention::Purged;
 use super::verbs::Store;
-use super::writer::{Kind, answer};
 use super::{FilesReport, StoreError};
 use crate::domain::storage::shown_bytes;
 
@@ -107,7 +106,7 @@ impl Store {
                 Ok(rest) => rest,
                 Err(StoreError::Stopped) => return,
                 // Nothing is to be promised on top of it.
-                Err(error @ StoreError::Corrupt(_)) => return self.end(error).await,
+                Err(error @ StoreError::Corrupt(_)) => return drop(self.end(error).await),
                 Err(error) => {
                     if is_due(&mut seen.failed_at) {
                         tracing::warn!("old jobs could not be deleted, it is tried again: {error}");
@@ -127,11 +126,6 @@ impl Store {
                 () = stop.cancelled() => return,
             }
         }
-    }
-
-    /// The end of the store, for a reason that the writer has not seen itself.
-    async fn end(&self, error: StoreError) {
-        let _ = answer(self.writer.apply(Kind::Change, 0, move |_| Err::<(), _>(error.for_everybody()))).await;
     }
 
     /// One look, and one step if there is something to do; returns how long to rest.

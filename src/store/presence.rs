@@ -7,7 +7,7 @@
 use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rusqlite::Connection;
@@ -17,7 +17,7 @@ use super::backup::{ARTIFACTS, explained, in_file, remove_if_there, sync_folder}
 use super::open::{DATABASE, LOCK};
 use super::restore::DATABASE_NEXT;
 use super::verbs::Store;
-use super::writer::{Kind, answer};
+use super::writer::lock;
 use super::{StoreError, open};
 use crate::clock::rfc3339;
 use crate::domain::Millis;
@@ -143,7 +143,7 @@ impl Presence {
 
     /// The first of them that is gone. Asks the disk.
     pub(super) fn gone(&self) -> Option<Gone> {
-        guard(&self.watched).iter().find_map(Watched::gone)
+        lock(&self.watched).iter().find_map(Watched::gone)
     }
 
     /// A lock file that was removed (by what cleans old files out of /tmp, for example) is made again, unless another server
@@ -155,11 +155,11 @@ impl Presence {
         let folder = gone.path.parent().unwrap_or(Path::new("/"));
         let Ok(file) = open::lock(folder) else { return false };
         let Ok(found) = file.metadata() else { return false };
-        let mut watched = guard(&self.watched);
+        let mut watched = lock(&self.watched);
         watched.retain(|file| file.purpose != Use::Lock);
         watched.push(Watched::new(Use::Lock, gone.path.clone(), &found));
         // The removed one stays locked, too, by whoever has it open.
-        *guard(&self.lock) = Some(file);
+        *lock(&self.lock) = Some(file);
         tracing::warn!(
             "{gone}; it is there and locked again: it keeps other servers from this data dir, leave it alone"
         );
@@ -232,7 +232,7 @@ impl Presence {
     }
 
     fn save(&self, c: &Connection, now: Millis) -> Result<PathBuf, StoreError> {
-        let watched = guard(&self.watched);
+        let watched = lock(&self.watched);
         let database = watched.iter().find(|file| file.purpose == Use::Database);
         let database = database.ok_or_else(|| StoreError::Unusable("the store has no file".to_owned()))?;
         let folder = database.path.parent().unwrap_or(Path::new("/"));
@@ -277,7 +277,7 @@ impl Store {
         // A network file system that has gone away keeps a thread for itself.
         let gone = tokio::task::spawn_blocking(move || presence.gone().filter(|gone| !presence.lock_again(gone))).await;
         let Ok(Some(gone)) = gone else { return Ok(()) };
-        answer(self.writer.apply(Kind::Change, 0, move |_| Err(StoreError::Gone(gone.clone())))).await
+        self.end(StoreError::Gone(gone)).await
     }
 }
 
@@ -310,10 +310,6 @@ fn attempt<T>(
             done => return done,
         }
     }
-}
-
-fn guard<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn compact(now: Millis) -> String {

@@ -2,7 +2,7 @@
 //! the end, and the last one restored where there is no database yet.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -14,6 +14,7 @@ use super::backup::{self, Destination, Held};
 use super::open::DATABASE;
 use super::placement::FileSystem;
 use super::restore::{self, Verified};
+use super::writer::lock;
 use super::{StoreError, Trouble};
 use crate::clock::{Clock, rfc3339};
 use crate::domain::Millis;
@@ -47,10 +48,6 @@ struct Taking {
 struct Last {
     at: Option<Millis>,
     failed: Option<String>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What was done before the start of a server.

@@ -400,6 +400,12 @@ impl Store {
         answer(pending).await
     }
 
+    /// The end of the store, for a reason that the writer has not seen itself: what it has promised before is saved, and it
+    /// promises nothing afterwards.
+    pub(super) async fn end(&self, error: StoreError) -> Result<(), StoreError> {
+        answer(self.writer.apply(Kind::Change, 0, move |_| Err(error.for_everybody()))).await
+    }
+
     /// Answers when the writer does, for `/readyz`.
     pub async fn ping(&self) -> Result<(), StoreError> {
         answer(self.writer.apply(Kind::Change, 0, |_| Ok(()))).await

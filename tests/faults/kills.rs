@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures_util::{StreamExt as _, stream};
 use nix::sys::signal::Signal;
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -100,9 +101,6 @@ async fn all_jobs(api: &Api) -> Vec<Value> {
 
 /// Every accepted job once, ended once, with its own answer; nothing twice, nothing that nobody sent.
 async fn check(api: &Api, accepted: &Accepted, unanswered: &BTreeSet<String>) {
-    for id in accepted.keys() {
-        api.succeeded(id).await;
-    }
     let mut texts = BTreeSet::new();
     let all = all_jobs(api).await;
     for job in &all {
@@ -117,16 +115,19 @@ async fn check(api: &Api, accepted: &Accepted, unanswered: &BTreeSet<String>) {
     let ids: BTreeSet<&str> = all.iter().map(|job| job["id"].as_str().unwrap()).collect();
     let lost: Vec<_> = accepted.iter().filter(|(id, _)| !ids.contains(id.as_str())).collect();
     assert!(lost.is_empty(), "accepted and lost: {lost:?}");
-    for (id, text) in accepted {
-        let job = api.finished(id).await;
-        let answer = job["result"]["body"]["choices"][0]["message"]["content"].as_str().unwrap_or_default();
-        assert!(answer.contains(text.as_str()), "{text} was answered by {answer}");
-        let events = api.events(id).await;
-        assert_eq!(check_history(&events), "job.succeeded");
-        // The answer is the attempt's that the end names.
-        let starts = events.iter().filter(|event| event["type"] == "job.started").count();
-        assert_eq!(job["attempt"], json!(starts), "{events:?}");
-    }
+    // Side by side: after a thousand kills there are tens of thousands.
+    stream::iter(accepted).for_each_concurrent(SUBMITTERS, |(id, text)| check_job(api, id, text)).await;
+}
+
+async fn check_job(api: &Api, id: &str, text: &str) {
+    let job = api.succeeded(id).await;
+    let answer = job["result"]["body"]["choices"][0]["message"]["content"].as_str().unwrap_or_default();
+    assert!(answer.contains(text), "{text} was answered by {answer}");
+    let events = api.events(id).await;
+    assert_eq!(check_history(&events), "job.succeeded");
+    // The answer is the attempt's that the end names.
+    let starts = events.iter().filter(|event| event["type"] == "job.started").count();
+    assert_eq!(job["attempt"], json!(starts), "{events:?}");
 }
 
 fn site() -> Site {
