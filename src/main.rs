@@ -9,7 +9,12 @@ use roundhouse::cli::{self, Cli, Command, LogFormat, ServeArgs};
 use roundhouse::telemetry;
 use roundhouse::worker::guard;
 
+/// The C library's allocator took a third of the time of a request (`docs/BENCHMARKS.md`).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
+    free_at_once();
     let Cli { log, command } = Cli::parse();
     let outcome = match command {
         // The guard stays a small process: no runtime, no telemetry.
@@ -42,6 +47,15 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 
 fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(future)
+}
+
+/// Memory goes back to the system when it is freed, not a second later: models in host RAM need it.
+#[expect(unsafe_code, reason = "the allocator's options have no safe face")]
+fn free_at_once() {
+    /// `mi_option_purge_delay` of mimalloc.h, in ms, which the crate does not name.
+    const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+    // SAFETY: sets an integer, before there are other threads.
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, 0) }
 }
 
 #[expect(clippy::print_stderr, reason = "the last word to the person who started us")]

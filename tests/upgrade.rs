@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::TryStreamExt as _;
 use roundhouse::clock::ManualClock;
 use roundhouse::domain::{JobId, JobState, StorageSettings};
 use roundhouse::store::read::{JobFilter, Reader};
@@ -83,7 +84,8 @@ async fn check(opened: Opened) {
     let body = reader.body(jobs[4].id).await.unwrap();
     assert!(body.len() > 50_000, "an old body stays in the database, however large");
 
-    let queued: Vec<i64> = reader.queued(-1, 100).await.unwrap().iter().map(|job| job.number).collect();
+    let queued: Vec<_> = reader.queued(100).await.unwrap().try_collect().await.unwrap();
+    let queued: Vec<i64> = queued.concat().iter().map(|job| job.number).collect();
     assert_eq!(queued, [4, 5, 7, 8, 9, 10]);
     let claimed = store.claim(vec![5, 10], 1).await.unwrap();
     assert!(matches!(&claimed[0].body, Body::Inline(bytes) if *bytes == body));

@@ -2,9 +2,11 @@
 //! the loop, and publishes a view. Nothing here waits for a worker or for the disk.
 
 use std::collections::{BTreeMap, HashMap};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::TryStreamExt as _;
 use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -33,7 +35,7 @@ const VIEW_EVERY: Duration = Duration::from_millis(5);
 /// Waiting jobs that are ended at once.
 const ENDED_AT_ONCE: usize = 512;
 /// Waiting jobs read at once at the start.
-const TAKEN_IN_AT_ONCE: u32 = 8_192;
+const TAKEN_IN_AT_ONCE: usize = 8_192;
 /// Jobs whose claim the store refused are tried again after this long.
 const CLAIM_RETRY: Duration = Duration::from_secs(1);
 
@@ -149,13 +151,11 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
 }
 
 async fn take_in(store: &Store, state: &mut State, now: Millis) -> Result<(), StoreError> {
-    let mut after = -1;
-    loop {
-        let jobs = store.reader().queued(after, TAKEN_IN_AT_ONCE).await?;
-        let Some(last) = jobs.last() else { return Ok(()) };
-        after = last.number;
+    let mut pages = pin!(store.reader().queued(TAKEN_IN_AT_ONCE).await?);
+    while let Some(jobs) = pages.try_next().await? {
         jobs.iter().for_each(|job| state.enqueue(job, now));
     }
+    Ok(())
 }
 
 struct Scheduler {

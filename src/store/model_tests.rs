@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
+use futures_util::TryStreamExt as _;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
@@ -425,12 +426,8 @@ impl Bench {
             assert!(kept == row.answer, "the answer of {}", row.id.number);
             assert_eq!(reader.body(row.id).await.unwrap(), row.new.body);
         }
-        let mut queued = Vec::new();
-        while let page = reader.queued(queued.last().map_or(-1, |job: &QueuedJob| job.number), 7).await.unwrap()
-            && !page.is_empty()
-        {
-            queued.extend(page);
-        }
+        let queued: Vec<Vec<QueuedJob>> = reader.queued(7).await.unwrap().try_collect().await.unwrap();
+        let queued = queued.concat();
         assert_eq!(queued, self.rows.queued().collect::<Vec<_>>());
         let is_live_call = |row: &&Row| !row.state.is_terminal() && row.new.face == Face::Sync;
         let mut live = reader.live_sync_jobs().await.unwrap();

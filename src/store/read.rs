@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _, stream};
 use rusqlite::types::Value as SqlValue;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 use serde::de::DeserializeOwned;
@@ -462,9 +463,19 @@ impl Reader {
         .await
     }
 
-    /// Queued jobs with numbers above `after`, oldest first, at most `limit`.
-    pub async fn queued(&self, after: i64, limit: u32) -> Result<Vec<QueuedJob>, StoreError> {
-        self.read(move |c| recovery::load_queued(c, after, limit)).await
+    /// All queued jobs, oldest first, in pages of at most `size`. Pages are read ahead, side by side. For the start: what is
+    /// submitted meanwhile may be missing.
+    pub async fn queued(
+        &self,
+        size: usize,
+    ) -> Result<impl Stream<Item = Result<Vec<QueuedJob>, StoreError>> + use<>, StoreError> {
+        let pages = self.read(move |c| recovery::pages_of_live(c, size)).await?;
+        let reader = self.clone();
+        let read = move |page| {
+            let reader = reader.clone();
+            async move { reader.read(move |c| recovery::load_queued(c, &page)).await }
+        };
+        Ok(stream::iter(pages).map(read).buffered(READERS))
     }
 
     /// Sizes of the database.

@@ -1,6 +1,7 @@
 //! What a start finds: jobs that ran when the last run ended, jobs that wait, and what was learned.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use rusqlite::{Connection, params};
@@ -147,17 +148,36 @@ fn begin_epoch(c: &Connection) -> Result<(i64, bool), StoreError> {
     Ok((epoch, was_clean))
 }
 
-/// Queued jobs with numbers above `after`, oldest first, at most `limit`.
-pub(super) fn load_queued(c: &Connection, after: i64, limit: u32) -> Result<Vec<QueuedJob>, StoreError> {
+/// Numbers of the live jobs, in order, cut into ranges of at most `size` jobs. Reads the index alone.
+pub(super) fn pages_of_live(c: &Connection, size: usize) -> Result<Vec<RangeInclusive<i64>>, StoreError> {
+    let mut statement =
+        c.prepare("SELECT number FROM job INDEXED BY job_live WHERE finished_at IS NULL ORDER BY number")?;
+    let mut rows = statement.query([])?;
+    let (mut pages, mut in_page) = (Vec::<RangeInclusive<i64>>::new(), size);
+    while let Some(row) = rows.next()? {
+        let number = row.get(0)?;
+        match pages.last_mut() {
+            Some(page) if in_page < size => (*page, in_page) = (*page.start()..=number, in_page + 1),
+            _ => {
+                pages.push(number..=number);
+                in_page = 1;
+            }
+        }
+    }
+    Ok(pages)
+}
+
+/// Queued jobs with these numbers, oldest first.
+pub(super) fn load_queued(c: &Connection, numbers: &RangeInclusive<i64>) -> Result<Vec<QueuedJob>, StoreError> {
     let models = names(c, "SELECT id, name FROM model")?;
     let tenants = names(c, "SELECT id, name FROM tenant")?;
     let unknown: Arc<str> = Arc::from("");
     let mut statement = c.prepare_cached(
         "SELECT number, model, tenant, face, priority, batch_key, created_at, attempt > 0, crash, not_before, start_deadline,
                 deadline
-         FROM job INDEXED BY job_live WHERE finished_at IS NULL AND state = 'queued' AND number > ?1 ORDER BY number LIMIT ?2",
+         FROM job INDEXED BY job_live WHERE finished_at IS NULL AND state = 'queued' AND number BETWEEN ?1 AND ?2 ORDER BY number",
     )?;
-    let rows = statement.query_map([after, i64::from(limit)], |row| {
+    let rows = statement.query_map([numbers.start(), numbers.end()], |row| {
         Ok(QueuedJob {
             number: row.get(0)?,
             model: models.get(&row.get(1)?).unwrap_or(&unknown).clone(),

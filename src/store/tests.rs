@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::TryStreamExt as _;
 
 use super::read::JobFilter;
 use super::*;
@@ -49,15 +50,9 @@ impl Bench {
     }
 
     async fn queued(&self) -> Vec<i64> {
-        let mut all = Vec::new();
-        loop {
-            let after = all.last().copied().unwrap_or(-1);
-            let jobs = self.store().reader().queued(after, 300).await.unwrap();
-            if jobs.is_empty() {
-                return all;
-            }
-            all.extend(jobs.iter().map(|job| job.number));
-        }
+        let pages: Vec<_> = self.store().reader().queued(300).await.unwrap().try_collect().await.unwrap();
+        assert!(pages.iter().all(|page| page.len() <= 300));
+        pages.concat().iter().map(|job| job.number).collect()
     }
 
     async fn state(&self, id: JobId) -> JobState {
