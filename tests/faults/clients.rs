@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures_util::{StreamExt as _, stream};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -163,11 +164,13 @@ impl Clients {
 
     /// Waits for the end of all jobs, and compares each whole: one end, and the answer of the attempt that won.
     pub(crate) async fn compare_histories(&self, api: &Api) {
-        for job in all_jobs(api).await {
+        // Side by side: after a soak there are hundreds of thousands.
+        let check = async |job: Value| {
             let id = job["id"].as_str().unwrap();
             let job = if is_terminal(&job) { job } else { api.finished(id).await };
             whole(api, &job).await;
-        }
+        };
+        stream::iter(all_jobs(api).await).for_each_concurrent(8, check).await;
         self.compare(api).await;
     }
 }
