@@ -8,6 +8,8 @@ use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
 use serde::Deserialize;
 
+use crate::worker::fake_gpus::FakeGpus;
+
 /// One GPU as the driver sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gpu {
@@ -25,6 +27,25 @@ pub struct Gpu {
 pub trait GpuProbe: Send + Sync + 'static {
     /// The GPUs of this box; empty without driver or card.
     fn gpus(&self) -> Vec<Gpu>;
+
+    /// A worker says that it takes so many bytes on each of these GPUs; 0: it is gone. A driver knows that by itself.
+    fn hold(&self, _worker: &str, _gpus: &[u32], _bytes: u64) {}
+}
+
+/// The probe that the environment names: `ROUNDHOUSE_FAKE_GPUS` or `ROUNDHOUSE_GPU_PROBE`, by their values; the driver
+/// without either. An error names the variable.
+pub fn from_environment(fake: Option<&str>, probe: Option<&str>) -> Result<Arc<dyn GpuProbe>, String> {
+    let set = |value: Option<&str>| value.is_some_and(|text| !text.trim().is_empty());
+    match fake.filter(|_| set(fake)) {
+        Some(_) if set(probe) => {
+            Err("ROUNDHOUSE_FAKE_GPUS and ROUNDHOUSE_GPU_PROBE are both set; unset one of them".to_owned())
+        }
+        Some(text) => match FakeGpus::parse(text) {
+            Ok(gpus) => Ok(Arc::new(gpus)),
+            Err(error) => Err(format!("ROUNDHOUSE_FAKE_GPUS: {error}")),
+        },
+        None => from_setting(probe).map_err(|error| format!("ROUNDHOUSE_GPU_PROBE: {error}")),
+    }
 }
 
 /// The probe that a setting names: `nvml` (the default), `none`, or `dir:<path>` for a [`FakeProbe`].
@@ -81,12 +102,21 @@ impl GpuProbe for NvmlProbe {
 
 fn read_nvml(nvml: &Nvml) -> Result<Vec<Gpu>, NvmlError> {
     (0..nvml.device_count()?)
-        .map(|index| {
-            let device = nvml.device_by_index(index)?;
-            let memory = device.memory_info()?;
-            Ok(Gpu { index, name: device.name()?, total_bytes: memory.total, used_bytes: memory.used })
+        .filter_map(|index| match read_one(nvml, index) {
+            // One that has fallen off the bus takes none of the others along.
+            Err(NvmlError::GpuLost | NvmlError::NotFound) => {
+                tracing::debug!(gpu = index, "the NVIDIA driver has lost a GPU");
+                None
+            }
+            read => Some(read),
         })
         .collect()
+}
+
+fn read_one(nvml: &Nvml, index: u32) -> Result<Gpu, NvmlError> {
+    let device = nvml.device_by_index(index)?;
+    let memory = device.memory_info()?;
+    Ok(Gpu { index, name: device.name()?, total_bytes: memory.total, used_bytes: memory.used })
 }
 
 /// A folder that plays the driver, for tests. `gpus.json` lists the cards (`[{"index","name","total_bytes"}]`; no file: no
@@ -203,6 +233,16 @@ mod tests {
         assert_eq!(from_setting(Some("none")).unwrap().gpus(), []);
         let Err(refused) = from_setting(Some("rocm")) else { panic!("accepted") };
         assert!(refused.contains("`rocm`") && refused.contains("dir:<folder>"));
+    }
+
+    #[test]
+    fn the_environment_names_one_probe() {
+        assert_eq!(from_environment(Some("2x80GiB"), Some(" ")).unwrap().gpus().len(), 2);
+        assert_eq!(from_environment(Some(""), Some("none")).unwrap().gpus(), []);
+        let both = from_environment(Some("2x80GiB"), Some("none")).err().unwrap();
+        assert!(both.contains("both set"), "{both}");
+        let wrong = from_environment(Some("2x"), None).err().unwrap();
+        assert!(wrong.starts_with("ROUNDHOUSE_FAKE_GPUS: `2x` "), "{wrong}");
     }
 
     #[test]
