@@ -78,6 +78,7 @@ fn setup(rng: &mut Rng, calm: bool) -> Setup {
         cpu: rng.chance(300).then_some(64 * GB),
         host: rng.pick(&[0, 60, 400]) * GB,
         one_at_a_time: false,
+        gone: Default::default(),
     };
     let (mut specs, mut cold_ms, mut wake_ms, mut work_ms) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for index in 0..rng.index(6) + 2 {

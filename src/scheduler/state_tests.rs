@@ -33,7 +33,7 @@ pub(super) fn spec(name: &str, limit: u32) -> ModelSpec {
     }
 }
 
-fn job(number: i64, model: &str) -> QueuedJob {
+pub(super) fn job(number: i64, model: &str) -> QueuedJob {
     QueuedJob { model: Arc::from(model), ..base_job(number, 5) }
 }
 

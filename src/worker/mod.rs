@@ -7,6 +7,7 @@ pub mod fake_gpus;
 pub mod gpu;
 pub mod guard;
 mod health;
+pub mod host;
 mod leftovers;
 mod logs;
 mod ports;
