@@ -68,7 +68,8 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         .with_context(|| no_data_dir(&data_dir))?;
     let snapshots = open_snapshots(&data_dir, &config.storage, held, &clock)?;
     let (fake, probe) = (std::env::var("ROUNDHOUSE_FAKE_GPUS").ok(), std::env::var("ROUNDHOUSE_GPU_PROBE").ok());
-    let gpus = gpu::from_environment(fake.as_deref(), probe.as_deref()).map_err(anyhow::Error::msg)?;
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let gpus = gpu::from_environment(fake.as_deref(), probe.as_deref(), visible).map_err(anyhow::Error::msg)?;
     let orphans = supervisor::end_orphans(&opened.data_dir_id, config.server.worker_grace).await;
     if orphans > 0 {
         tracing::warn!(orphans, "ended {orphans} processes that an earlier run left behind");

@@ -175,4 +175,6 @@ fn models_share_a_gpu_when_what_they_tell_fits() {
     on_box.ready("b", 0);
     on_box.queue(vec![job(3, "a")]);
     assert_eq!(on_box.orders(), [order("a", 0, "gpu0", Order::Load)], "30 and 50 GiB fit");
+    on_box.ready("a", 0);
+    assert_eq!(on_box.state.swaps, 1, "b had the place of a, and a stands beside b");
 }

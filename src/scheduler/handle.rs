@@ -97,7 +97,7 @@ pub struct QueueView {
     pub decision: Option<Decision>,
     /// The latest decisions that started or ended something, newest first, at most 50.
     pub history: Vec<Decision>,
-    /// Swaps so far: loads of a model while another one had held the device before.
+    /// Swaps so far: loads of a model where another one had been before and is no more.
     pub swaps: u64,
     /// Swaps that arrival order would have cost for the jobs claimed so far.
     pub swaps_in_arrival_order: u64,

@@ -220,9 +220,8 @@ impl State {
         worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false };
         let set = worker.set;
         self.next_load += 1;
-        let last_on = &mut self.last_on[set.first as usize..(set.first + set.count) as usize];
-        self.swaps += u64::from(last_on.iter().flatten().any(|last| *last != index));
-        last_on.fill(Some(index));
+        self.swaps += u64::from(set.gpus().any(|device| self.is_swap(index, device)));
+        self.last_on[set.first as usize..(set.first + set.count) as usize].fill(Some(index));
         for model in &mut self.models {
             model.preload = false;
         }
@@ -235,6 +234,12 @@ impl State {
             effects.push(Effect::AddLoadTime { numbers, load_ms });
         }
         effects
+    }
+
+    /// Whether a model that is loaded on a device has another one's place there, and does not stand beside it.
+    fn is_swap(&self, index: usize, device: u32) -> bool {
+        let stands = |last| self.workers.iter().any(|w| w.model == last && w.set.has(device) && w.is_on_device());
+        self.last_on[device as usize].is_some_and(|last| last != index && !stands(last))
     }
 
     /// Tells a ready worker to leave when its jobs have ended.

@@ -22,6 +22,9 @@ use crate::worker::logs::{self, Tail};
 use crate::worker::ports;
 use crate::worker::process::{self, Start, WorkerProcess};
 
+#[path = "device_memory.rs"]
+mod device_memory;
+
 /// Failed loads in a row after which a model is quarantined.
 const QUARANTINE_AFTER: u32 = 5;
 /// Deaths soon after readiness, in a row, that cost no back-off: a job that kills its worker is the scheduler's to find.
@@ -30,8 +33,6 @@ const FREE_EARLY_DEATHS: u32 = 2;
 const ORDERS_LIMIT: usize = 64;
 /// Loads on other ports when a stranger answers on the chosen one.
 const PORTS_TRIED: usize = 3;
-/// Device memory that may stay in use after a stop, in bytes: other programs come and go.
-const MEMORY_SLACK_BYTES: u64 = 1 << 30;
 /// How long a guard may take to end what a dead worker left running, and to tell how the worker ended.
 const EXIT_NOTICE: Duration = Duration::from_millis(2500);
 /// How often the clock is asked whether a back-off is over.
@@ -247,8 +248,10 @@ struct Running {
     since: Instant,
     /// Device memory in use before it was loaded, in bytes; `None` for a CPU model.
     memory_before: Option<u64>,
-    /// Device memory that it takes itself, in bytes.
+    /// Device memory that it says it takes on each GPU, in bytes.
     own: Option<u64>,
+    /// How much more device memory was in use when it was ready, in bytes.
+    grown: Option<u64>,
 }
 
 /// How one try of a load ended.
@@ -574,8 +577,11 @@ impl Supervisor {
             match health {
                 Health::Ready { device_bytes } => {
                     let since = Instant::now();
-                    let mut running = Running { process, doctor, since, memory_before, own: None };
+                    let mut running = Running { process, doctor, since, memory_before, own: None, grown: None };
                     self.note_memory(&mut running, device_bytes);
+                    if let Some(before) = memory_before {
+                        running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
+                    }
                     return Try::Ready(Box::new(running));
                 }
                 Health::NotYet { phase, percent } => self.show_progress(phase, percent),
@@ -615,7 +621,7 @@ impl Supervisor {
         let ordered_at = Instant::now();
         self.enter(ModelState::Draining);
         self.note_life(running.since);
-        let free = self.free_when(running.memory_before, running.own).await;
+        let free = self.free_when(&running).await;
         self.release(&running);
         running.process.stop(self.around.grace).await;
         self.wait_memory_free(free).await;
@@ -629,7 +635,8 @@ impl Supervisor {
     /// A worker that had been ready is gone or has to go.
     async fn died(&mut self, running: Running, reason: String) -> Phase {
         let lived = running.since.elapsed();
-        let free = self.free_when(running.memory_before, running.own).await;
+        // A part of its memory may be free already: then what is left of the use says nothing.
+        let free = self.free_when(&running).await.max(running.memory_before);
         self.release(&running);
         let tail = running.process.clear_away().await;
         let reason = match tail.reason() {
@@ -725,85 +732,6 @@ impl Supervisor {
             }
             last
         })
-    }
-
-    // ---- device -----------------------------------------------------------------------------------------------------
-
-    /// What a worker says of its memory; whoever plays the driver takes it from there.
-    fn note_memory(&self, running: &mut Running, device_bytes: Option<u64>) {
-        if let Some(bytes) = device_bytes.filter(|_| self.spec.gpus > 0) {
-            self.around.gpus.hold(running.process.mark(), &self.gpus, bytes);
-        }
-        running.own = device_bytes.or(running.own);
-    }
-
-    fn release(&self, running: &Running) {
-        self.around.gpus.hold(running.process.mark(), &self.gpus, 0);
-    }
-
-    /// The use of memory at which that of a worker, which is about to be stopped, is free: what it was before, or, if others
-    /// have come to the same GPUs since, what it is now without its own.
-    async fn free_when(&self, before: Option<u64>, own: Option<u64>) -> Option<u64> {
-        let (before, Some(own)) = (before?, own) else { return before };
-        let gpus = u64::try_from(self.gpus.len()).unwrap_or(1).max(1);
-        let now = self.used_bytes().await.unwrap_or(0);
-        Some(before.max(now.saturating_sub(own.saturating_mul(gpus))))
-    }
-
-    /// Device memory in use, in bytes: `Some(None)` for a CPU model, `None` if a GPU is needed and there is none.
-    async fn device_memory(&self) -> Option<Option<u64>> {
-        if self.spec.gpus == 0 {
-            return Some(None);
-        }
-        self.used_bytes().await.map(Some)
-    }
-
-    /// Whether there are as many GPUs as it needs. Which of them it gets is not decided here.
-    async fn sees_gpu(&self) -> bool {
-        let count = self.look().await.len();
-        u32::try_from(count).is_ok_and(|count| count > 0 && count >= self.spec.gpus)
-    }
-
-    async fn look(&self) -> Vec<Gpu> {
-        let probe = self.around.gpus.clone();
-        tokio::task::spawn_blocking(move || probe.gpus()).await.unwrap_or_default()
-    }
-
-    /// Of its own GPUs, or of all if nobody said which; `None` if one of them is not there.
-    async fn used_bytes(&self) -> Option<u64> {
-        let mut gpus = self.look().await;
-        if !self.gpus.is_empty() {
-            gpus.retain(|gpu| self.gpus.contains(&gpu.index));
-        }
-        let is_there = !gpus.is_empty() && gpus.len() >= self.gpus.len();
-        is_there.then(|| gpus.iter().map(|gpu| gpu.used_bytes).sum())
-    }
-
-    /// Memory is free when the driver says so, not when the process is gone.
-    async fn wait_memory_free(&self, before: Option<u64>) {
-        let Some(before) = before else {
-            return;
-        };
-        let until = Instant::now() + self.tempo.memory_limit;
-        loop {
-            let used = self.used_bytes().await.unwrap_or(0);
-            if used <= before.saturating_add(MEMORY_SLACK_BYTES) {
-                return;
-            }
-            if Instant::now() >= until {
-                tracing::warn!(
-                    model = self.spec.name,
-                    memory.used_bytes = used,
-                    memory.before_bytes = before,
-                    "the driver still shows the memory of a stopped worker in use: going on"
-                );
-                return;
-            }
-            tokio::select! {
-                () = self.hard.cancelled() => return,
-                () = sleep(Duration::from_millis(50)) => {}
-            }
-        }
     }
 
     // ---- telling ----------------------------------------------------------------------------------------------------
