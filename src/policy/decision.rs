@@ -285,13 +285,20 @@ impl Words<'_> {
             .with(&self.basics(m, due))
     }
 
-    /// A swap that displaces somebody with work.
-    pub(super) fn early(&self, m: &ModelView, due: Due, set: GpuSet, out: &WorkerView, w: &Weighed) -> Decision {
+    /// A swap that displaces somebody with work; `is_replica`: another worker of its model stays.
+    pub(super) fn early(
+        &self,
+        m: &ModelView,
+        due: Due,
+        set: GpuSet,
+        (out, is_replica): (&WorkerView, bool),
+        w: &Weighed,
+    ) -> Decision {
         let (vn, mn) = (self.name(out), &m.name);
         let ran = seconds(w.ran_ms);
         let (code, why) = if out.guest_until.is_some_and(|until| until <= self.now) {
             ("reserved", format!("{vn} was a guest on a set that is reserved for {mn}"))
-        } else if self.view.serving_of(out.model) > 1 {
+        } else if is_replica {
             ("due", format!("{}, another worker of {vn} stays", self.waits(m, due)))
         } else if w.rushed && due.why == Why::Caller {
             let waited = m.oldest_interactive.map_or(0.0, |at| (self.now - at) as f64);

@@ -112,15 +112,17 @@ pub fn lingers_until(view: &View, worker: &WorkerView, m: &ModelView) -> Option<
     Some(since + round((LINGER_GAPS * gap).max(LINGER_MIN_MS).min(LINGER_SHARE * swap)))
 }
 
-/// When a worker makes room for `m`, if nothing changes; `None`: never, or it leaves already. `due`: of `m`.
-pub fn yields_at(
-    view: &View,
-    worker: &WorkerView,
-    m: &ModelView,
-    due: Due,
-    knobs: &Knobs,
-    now: Millis,
-) -> Option<Millis> {
+/// When a worker makes room for a model, if nothing changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Yields {
+    /// While another worker of its own model stays.
+    pub at: Millis,
+    /// As the last of its model to leave: not before `at`.
+    pub last_at: Millis,
+}
+
+/// When a worker makes room for `m`; `None`: never, or it leaves already. `due`: of `m`.
+pub fn yields(view: &View, worker: &WorkerView, m: &ModelView, due: Due, knobs: &Knobs, now: Millis) -> Option<Yields> {
     if view.model_of(worker).pin || worker.phase == Phase::Leaving {
         return None;
     }
@@ -134,17 +136,18 @@ pub fn yields_at(
         let at = ready + round_up(weighed.hold_ms);
         let at = worker.guest_until.map_or(at, |until| at.min(until.max(ready)));
         // Never now: a load is not broken off.
-        return Some(at.max(now + 1));
+        let at = at.max(now + 1);
+        return Some(Yields { at, last_at: at });
     }
     let late_at = (due.at - m.load()).max(now);
-    let at = if !view.has_work(worker) {
+    let last_at = if view.has_work(worker) {
+        weigh(view, worker, m, knobs, now).yields_at(worker, now).max(late_at)
+    } else {
         let weighed = weigh(view, worker, m, knobs, now);
         let early = late_at.max(worker.since + round_up(weighed.hold_ms));
         lingers_until(view, worker, m).map_or(now, |until| until.min(early).max(now))
-    } else if view.serving_of(worker.model) > 1 {
-        now
-    } else {
-        weigh(view, worker, m, knobs, now).yields_at(worker, now).max(late_at)
     };
-    Some(worker.guest_until.map_or(at, |until| at.min(until.max(late_at))))
+    let last_at = worker.guest_until.map_or(last_at, |until| last_at.min(until.max(late_at)));
+    let is_replica = view.has_work(worker) && view.serving_of(worker.model) > 1;
+    Some(Yields { at: if is_replica { now } else { last_at }, last_at })
 }

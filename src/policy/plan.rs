@@ -14,7 +14,7 @@ use crate::policy::Knobs;
 pub use crate::policy::decision::Decision;
 use crate::policy::decision::Words;
 use crate::policy::due::Due;
-use crate::policy::hold::{self, Weighed};
+use crate::policy::hold::{self, Weighed, Yields};
 use crate::policy::sets;
 use crate::policy::view::round_up;
 pub use crate::policy::view::{ModelView, Phase, Reservation, View, WorkerView};
@@ -149,11 +149,11 @@ impl Round<'_> {
     fn place(&mut self, model: usize, due: Due) -> bool {
         let m = &self.view.models[model];
         let late = m.is_late(due, self.now);
-        let times: Vec<Option<Millis>> = self
+        let times: Vec<Option<Yields>> = self
             .view
             .workers
             .iter()
-            .map(|worker| hold::yields_at(&self.view, worker, m, due, self.knobs, self.now))
+            .map(|worker| hold::yields(&self.view, worker, m, due, self.knobs, self.now))
             .collect();
         if let Some(found) = self.find(model, &times) {
             let decision = self.reason(model, due, &found);
@@ -165,7 +165,7 @@ impl Round<'_> {
         }
         let first = self.first_to_yield(model, &times);
         if let Some((reservation, out)) = first {
-            let last = out.iter().copied().max_by_key(|worker| times[*worker]).unwrap_or(out[0]);
+            let last = out.iter().copied().max_by_key(|worker| self.yields_at(*worker, &out, &times)).unwrap_or(out[0]);
             let worker = &self.view.workers[last];
             let (m, w) = (&self.view.models[model], self.weigh(last, model));
             let decision = if worker.phase == Phase::Serving {
@@ -193,13 +193,13 @@ impl Round<'_> {
     }
 
     /// Plans again when the last of these may yield. Who is not ready, or about to finish, tells when that has changed.
-    fn wake_for(&mut self, model: usize, out: &[usize], times: &[Option<Millis>]) {
+    fn wake_for(&mut self, model: usize, out: &[usize], times: &[Option<Yields>]) {
         let at = |worker: &usize| {
             let v = &self.view.workers[*worker];
             let w = self.weigh(*worker, model);
             let finishes = self.view.has_work(v) && w.rest_ms <= w.price.ms();
             let given = v.since + round_up(w.hold_ms + w.price.ms());
-            let at = times[*worker].filter(|_| v.phase == Phase::Serving)?;
+            let at = self.yields_at(*worker, out, times).filter(|_| v.phase == Phase::Serving)?;
             let guest = v.guest_until.filter(|until| *until > self.now).unwrap_or(Millis::MAX);
             Some(if finishes { at.max(given).min(guest) } else { at })
         };
@@ -229,13 +229,12 @@ impl Round<'_> {
     }
 
     /// The set that can be had now at the least cost.
-    fn find(&self, model: usize, times: &[Option<Millis>]) -> Option<Found> {
+    fn find(&self, model: usize, times: &[Option<Yields>]) -> Option<Found> {
         let m = &self.view.models[model];
-        let costs: Vec<Option<f64>> = times
-            .iter()
-            .enumerate()
-            .map(|(worker, at)| (*at)?.le(&self.now).then(|| self.cost(worker, model)))
-            .collect();
+        let cost = |(worker, yields): (usize, &Option<Yields>)| {
+            yields.filter(|yields| yields.at <= self.now).map(|_| self.cost(worker, model))
+        };
+        let costs: Vec<Option<f64>> = times.iter().enumerate().map(cost).collect();
         let mut best: Option<((f64, bool, u64), Found)> = None;
         for set in sets::aligned(&self.view, model) {
             let guest = self.reserved(set);
@@ -243,7 +242,7 @@ impl Round<'_> {
             if guest.is_some_and(too_long) {
                 continue;
             }
-            let Some(out) = self.leave(model, set, &costs) else { continue };
+            let Some(out) = self.leave(model, set, &costs, times) else { continue };
             let cost: f64 = out.iter().filter_map(|worker| costs[*worker]).sum();
             let rank = (cost, guest.is_some(), sets::used(&self.view, set, true));
             if best.as_ref().is_none_or(|(other, _)| is_less(rank, *other)) {
@@ -264,30 +263,45 @@ impl Round<'_> {
         }
     }
 
-    /// Who must leave; of a model that gives up a replica, one worker stays.
-    fn leave(&self, model: usize, set: GpuSet, costs: &[Option<f64>]) -> Option<Vec<usize>> {
+    /// Who must leave, and may now.
+    fn leave(&self, model: usize, set: GpuSet, costs: &[Option<f64>], times: &[Option<Yields>]) -> Option<Vec<usize>> {
         let mut costs = costs.to_vec();
         loop {
             let out = sets::victims(&self.view, model, set, &costs)?;
-            let last_with_work = out.iter().copied().find(|worker| {
-                let v = &self.view.workers[*worker];
-                let all = self.view.serving_of(v.model);
-                let gone = out.iter().filter(|other| self.view.workers[**other].model == v.model).count();
-                all > 1 && gone == all && self.view.model_of(v).pending() > 0
-            });
-            match last_with_work {
-                Some(worker) => costs[worker] = None,
+            let too_early = |worker: &&usize| self.yields_at(**worker, &out, times).is_none_or(|at| at > self.now);
+            match out.iter().find(too_early) {
+                Some(worker) => costs[*worker] = None,
                 None => return Some(out),
             }
         }
     }
 
+    /// When a worker makes room if all of `out` do: as a replica at once, but one of each model that has work is held like
+    /// an only worker.
+    fn yields_at(&self, worker: usize, out: &[usize], times: &[Option<Yields>]) -> Option<Millis> {
+        let model = self.view.workers[worker].model;
+        let same = out.iter().copied().filter(|other| self.serves(*other, model));
+        let first = same.min_by_key(|other| times[*other].map(|yields| yields.last_at));
+        let is_last = self.serving_in(out, model) == self.view.serving_of(model) && first == Some(worker);
+        times[worker].map(|yields| if is_last { yields.last_at } else { yields.at })
+    }
+
+    fn serves(&self, worker: usize, model: usize) -> bool {
+        let worker = &self.view.workers[worker];
+        worker.model == model && worker.phase == Phase::Serving
+    }
+
+    /// How many of these workers are ready ones of this model.
+    fn serving_in(&self, workers: &[usize], model: usize) -> usize {
+        workers.iter().filter(|worker| self.serves(**worker, model)).count()
+    }
+
     /// The set that yields first, and the workers on it that must.
-    fn first_to_yield(&self, model: usize, times: &[Option<Millis>]) -> Option<(Reservation, Vec<usize>)> {
-        let costs: Vec<Option<f64>> = times.iter().map(|at| at.map(|at| at as f64)).collect();
+    fn first_to_yield(&self, model: usize, times: &[Option<Yields>]) -> Option<(Reservation, Vec<usize>)> {
+        let costs: Vec<Option<f64>> = times.iter().map(|yields| yields.map(|yields| yields.at as f64)).collect();
         let when = |set: GpuSet| {
             let out = sets::victims(&self.view, model, set, &costs)?;
-            let at = out.iter().filter_map(|worker| times[*worker]).max()?;
+            let at = out.iter().filter_map(|worker| self.yields_at(*worker, &out, times)).max()?;
             Some((Reservation { model, set, at }, out))
         };
         let free = sets::aligned(&self.view, model).filter(|set| self.reserved(*set).is_none());
@@ -301,11 +315,17 @@ impl Round<'_> {
 
     fn reason(&self, model: usize, due: Due, found: &Found) -> Decision {
         let (m, words) = (&self.view.models[model], self.words());
-        let dearest = found.out.iter().copied().max_by(|a, b| self.cost(*a, model).total_cmp(&self.cost(*b, model)));
+        let since = |worker: usize| self.view.workers[worker].since;
+        let is_dearer = |a: &usize, b: &usize| {
+            self.cost(*a, model).total_cmp(&self.cost(*b, model)).then(since(*b).cmp(&since(*a)))
+        };
+        let dearest = found.out.iter().copied().max_by(is_dearer);
         match (dearest, &found.guest) {
             (_, Some(reservation)) => words.guest(m, due, found.set, reservation),
             (Some(worker), None) if self.view.has_work(&self.view.workers[worker]) => {
-                words.early(m, due, found.set, &self.view.workers[worker], &self.weigh(worker, model))
+                let v = &self.view.workers[worker];
+                let is_replica = self.serving_in(&found.out, v.model) < self.view.serving_of(v.model);
+                words.early(m, due, found.set, (v, is_replica), &self.weigh(worker, model))
             }
             (Some(worker), None) => words.dry(m, due, found.set, &self.view.workers[worker]),
             (None, None) => {
@@ -371,10 +391,10 @@ impl Round<'_> {
     }
 
     /// Only idle workers make room.
-    fn idle_times(&self) -> Vec<Option<Millis>> {
+    fn idle_times(&self) -> Vec<Option<Yields>> {
         let idle = |worker: &WorkerView| {
             let free = worker.phase == Phase::Serving && !self.view.has_work(worker);
-            (free && !self.view.model_of(worker).pin).then_some(self.now)
+            (free && !self.view.model_of(worker).pin).then_some(Yields { at: self.now, last_at: self.now })
         };
         self.view.workers.iter().map(idle).collect()
     }

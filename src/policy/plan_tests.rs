@@ -343,8 +343,16 @@ fn one_more_worker_for_a_long_backlog_while_nobody_waits() {
     let models = vec![callers(llama, 50, NOW), batch(sized(model("flux"), 1, 60), 1, NOW)];
     let workers = vec![on(serving(0, NOW), 0, 1), on(serving(0, NOW), 1, 1)];
     assert_eq!(look(&gpus(2, models.clone(), workers.clone()), NOW).actions, ["load flux on gpu0 out llama"]);
-    let both = vec![models[0].clone(), batch(sized(model("pair"), 2, 60), 1, NOW)];
-    assert_eq!(look(&gpus(2, both, workers), NOW).actions, NOTHING);
+    let both = |oldest| vec![models[0].clone(), batch(sized(model("pair"), 2, 60), 1, oldest)];
+    assert_eq!(look(&gpus(2, both(NOW), workers.clone()), NOW).actions, NOTHING);
+    // But it does when its hold is over: else a model that needs both would wait for ever.
+    let held = |ran| vec![on(serving(0, NOW - ran), 0, 1), on(serving(0, NOW - ran + 10_000), 1, 1)];
+    let got = look(&gpus(2, both(NOW - 910_000), held(299_000)), NOW);
+    assert_eq!((got.actions, got.wake_at), (vec![], Some(NOW + 1_000)), "{}", got.reason);
+    assert_eq!(got.plan.reservations.len(), 1);
+    let got = look(&gpus(2, both(NOW - 910_000), held(300_000)), NOW);
+    assert_eq!(got.actions, ["load pair on gpu0-1 out llama out llama"]);
+    assert_eq!(got.reason, "swap llama -> pair: pair is due (910 s of 900 s), llama has run 300 s >= its 300 s hold");
 }
 
 #[test]

@@ -44,8 +44,8 @@ impl State {
                 self.workers[place].phase = Phase::Stopping { park: false };
                 effects.push(self.order(place, Order::Stop));
             }
-            // It is stopped when the last of its jobs is back.
-            Phase::Serving { .. } | Phase::Draining => {
+            // It is stopped when the last of its jobs is back; nothing of it can be parked, as if it had hung.
+            Phase::Serving { .. } | Phase::Draining { .. } => {
                 let queue = &self.models[worker.model].queue;
                 let on_it = queue.running().iter().filter(|(_, running)| running.worker == worker.replica);
                 let mut numbers: Vec<i64> = on_it.map(|(number, _)| *number).collect();
@@ -53,7 +53,7 @@ impl State {
                 if !numbers.is_empty() {
                     effects.push(Effect::Evict { numbers });
                 }
-                self.workers[place].phase = Phase::Draining;
+                self.workers[place].phase = Phase::Draining { hung: true };
             }
             Phase::Stopping { .. } | Phase::Parked | Phase::Dropping => {}
         }

@@ -87,8 +87,8 @@ pub(super) enum Phase {
     Loading { since: Millis, was_parked: bool },
     /// Takes jobs.
     Serving { since: Millis, place: Place, idle_since: Option<Millis>, suspect: bool },
-    /// Its running jobs end.
-    Draining,
+    /// Its running jobs end. `hung`: it has stopped answering, so it is not to be parked.
+    Draining { hung: bool },
     /// Ordered to stop, or to be parked.
     Stopping { park: bool },
     /// In host memory; holds no device.
@@ -112,7 +112,10 @@ pub(super) struct Worker {
 impl Worker {
     /// Whether it is on its devices, or on the way there or away.
     pub(super) fn is_on_device(&self) -> bool {
-        matches!(self.phase, Phase::Loading { .. } | Phase::Serving { .. } | Phase::Draining | Phase::Stopping { .. })
+        matches!(
+            self.phase,
+            Phase::Loading { .. } | Phase::Serving { .. } | Phase::Draining { .. } | Phase::Stopping { .. }
+        )
     }
 
     /// Whether it is to keep its devices.
@@ -126,7 +129,7 @@ impl Worker {
             Phase::Waiting { .. } => (view::Phase::Waiting, 0, None),
             Phase::Loading { since, .. } => (view::Phase::Loading { until: since + round(load_ms) }, *since, None),
             Phase::Serving { since, idle_since, .. } => (view::Phase::Serving, *since, *idle_since),
-            Phase::Draining | Phase::Stopping { .. } => (view::Phase::Leaving, 0, None),
+            Phase::Draining { .. } | Phase::Stopping { .. } => (view::Phase::Leaving, 0, None),
             Phase::Parked | Phase::Dropping => return None,
         };
         let guest_until = self.guest_until;

@@ -28,7 +28,7 @@ impl State {
             Holding::Serving
         } else if of(|phase| matches!(phase, Phase::Waiting { .. } | Phase::Loading { .. })) {
             Holding::Loading
-        } else if of(|phase| *phase == Phase::Draining) {
+        } else if of(|phase| matches!(phase, Phase::Draining { .. })) {
             Holding::Draining
         } else if of(|phase| matches!(phase, Phase::Stopping { .. })) {
             Holding::Stopping

@@ -458,7 +458,7 @@ impl State {
             && model.queue.answered_at(replica).is_none_or(|at| at < since)
             && let Some(worker) = self.find(index, replica)
         {
-            self.leave(worker, now, &mut effects);
+            self.leave(worker, true, now, &mut effects);
         }
         effects
     }

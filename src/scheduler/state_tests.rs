@@ -261,6 +261,29 @@ fn a_worker_that_is_silent_for_the_models_own_limit_is_restarted() {
 }
 
 #[test]
+fn a_hung_worker_is_stopped_and_not_parked() {
+    let on_gpu = |name| ModelSpec { gpus: 1, memory: Some(50 << 30), park: true, ..spec(name, 1) };
+    let inventory =
+        Inventory { gpus: vec![80 << 30], cpu: None, host: 64 << 30, one_at_a_time: false, gone: Default::default() };
+    let mut world = World::new(&[]);
+    world.state = State::new(&[on_gpu("a"), on_gpu("b")], Knobs::default(), &BTreeMap::new(), 1).on(inventory);
+    world.queue(vec![job(1, "a")]);
+    world.obey();
+    world.finish_all();
+    world.queue(vec![job(2, "b")]);
+    assert_eq!(world.orders.first(), Some(&("a".to_owned(), Order::Park)), "one that is well is parked");
+    world.obey();
+    world.finish_all();
+    world.queue(vec![job(3, "a")]);
+    world.obey();
+    let since = world.now;
+    world.now += 60_000;
+    world.event(Event::Silent { model: Arc::from("a"), number: 3, since });
+    world.event(Event::Ended { model: Arc::from("a"), number: 3, answered: false, suspect: false, back: None });
+    assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
+}
+
+#[test]
 fn overdue_jobs_end_with_the_code_that_tells_whether_they_were_started() {
     let mut world = World::new(&[("a", 1)]);
     world.report("a", Report::NoGpu);
@@ -358,7 +381,7 @@ fn a_suspect_that_is_seen_alive_while_it_drains_may_finish_its_jobs() {
     let mut world = World::new(&[("a", 2), ("b", 1)]);
     world.queue(vec![job(1, "a"), job(2, "a")]);
     world.obey();
-    world.state.workers[0].phase = Phase::Draining;
+    world.state.workers[0].phase = Phase::Draining { hung: false };
     world.report("a", Report::Ready { base_url: "http://a".into(), load_ms: 0 });
     assert!(world.orders.is_empty(), "two jobs still run: {:?}", world.orders);
     for n in [1, 2] {

@@ -30,7 +30,7 @@ impl State {
         }
         // Not before: it changes nobody's place, but a worker that stops at once may be parked, and so be asked for again.
         for worker in gone {
-            self.leave(worker, now, effects);
+            self.leave(worker, false, now, effects);
         }
         self.load_where_free(now, effects);
         for decision in plan.stays {
@@ -212,7 +212,7 @@ impl State {
             }
             Phase::Loading { was_parked, .. } => *was_parked,
             // The same, after it was told to leave: its running jobs may still finish.
-            Phase::Draining | Phase::Stopping { .. } | Phase::Dropping => return Vec::new(),
+            Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Dropping => return Vec::new(),
             Phase::Waiting { .. } | Phase::Parked => return vec![self.order(place, Order::Stop)],
         };
         let gpus = (self.models[index].needs_gpus() && !self.inventory.one_at_a_time).then_some(worker.set);
@@ -242,10 +242,10 @@ impl State {
         self.last_on[device as usize].is_some_and(|last| last != index && !stands(last))
     }
 
-    /// Tells a ready worker to leave when its jobs have ended.
-    pub(super) fn leave(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) {
+    /// Tells a ready worker to leave when its jobs have ended. `hung`: it has stopped answering.
+    pub(super) fn leave(&mut self, place: usize, hung: bool, now: Millis, effects: &mut Vec<Effect>) {
         if let Phase::Serving { .. } = self.workers[place].phase {
-            self.workers[place].phase = Phase::Draining;
+            self.workers[place].phase = Phase::Draining { hung };
             self.note_left(self.workers[place].model, now);
             self.finish_draining(now, effects);
         }
@@ -262,8 +262,9 @@ impl State {
         for place in 0..self.workers.len() {
             let worker = &self.workers[place];
             let queue = &self.models[worker.model].queue;
-            if worker.phase == Phase::Draining && queue.running_on(worker.replica) == 0 {
-                let park = self.parks(place, now, effects);
+            let Phase::Draining { hung } = worker.phase else { continue };
+            if queue.running_on(worker.replica) == 0 {
+                let park = !hung && self.parks(place, now, effects);
                 self.workers[place].phase = Phase::Stopping { park };
                 effects.push(self.order(place, if park { Order::Park } else { Order::Stop }));
             }

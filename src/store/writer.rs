@@ -265,6 +265,8 @@ impl Thread {
         while let Some(first) = operations.blocking_recv() {
             let mut bytes = first.bytes();
             let mut group = vec![first];
+            // Who has just begun to send, and waits for this processor, gets its operations into this group.
+            std::thread::yield_now();
             while group.len() < GROUP_MAX
                 && bytes < GROUP_BYTES_MAX
                 && let Ok(next) = operations.try_recv()
