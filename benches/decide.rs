@@ -73,7 +73,8 @@ fn times(waiting: i64) -> Vec<f64> {
     let specs: Vec<ModelSpec> = (0..MODELS).map(spec).collect();
     let names: Vec<Arc<str>> = specs.iter().map(|spec| Arc::from(spec.name.as_str())).collect();
     let tenants: Vec<Arc<str>> = (0..TENANTS).map(|n| Arc::from(format!("t{n}"))).collect();
-    let inventory = Inventory { gpus: vec![80 * GB; 8], cpu: None, host: 400 * GB, one_at_a_time: false };
+    let inventory =
+        Inventory { gpus: vec![80 * GB; 8], cpu: None, host: 400 * GB, one_at_a_time: false, gone: Default::default() };
     let mut state = State::new(&specs, Knobs::default(), &BTreeMap::new(), 1).on(inventory);
     let mut now: Millis = 1_000_000;
     (0..waiting).for_each(|number| state.enqueue(&job(number, now, &names, &tenants), now));

@@ -1,6 +1,5 @@
 //! Composition root: builds everything, connects it, and runs until shutdown. The only module that knows all others.
 
-use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,7 +16,7 @@ use crate::domain::StorageSettings;
 use crate::http::auth::ApiKeys;
 use crate::http::{self, AppState};
 use crate::lifecycle::Tasks;
-use crate::scheduler::handle::Handle;
+use crate::scheduler::handle::{Handle, Workers};
 use crate::scheduler::run::{self, Parts};
 use crate::store;
 use crate::store::backup::Held;
@@ -26,6 +25,7 @@ use crate::store::restore::Verified;
 use crate::store::snapshots::{self, Durability, Prepared, Snapshots};
 use crate::worker::client::WorkerClient;
 use crate::worker::gpu::{self, GpuProbe};
+use crate::worker::host;
 use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
 
 /// How long tasks may take to end after the hard stage, beyond the workers' own grace.
@@ -67,9 +67,9 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         .await
         .with_context(|| no_data_dir(&data_dir))?;
     let snapshots = open_snapshots(&data_dir, &config.storage, held, &clock)?;
-    let setting = std::env::var("ROUNDHOUSE_GPU_PROBE").ok();
-    let gpus =
-        gpu::from_setting(setting.as_deref()).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_GPU_PROBE: {error}"))?;
+    let (fake, probe) = (std::env::var("ROUNDHOUSE_FAKE_GPUS").ok(), std::env::var("ROUNDHOUSE_GPU_PROBE").ok());
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let gpus = gpu::from_environment(fake.as_deref(), probe.as_deref(), visible).map_err(anyhow::Error::msg)?;
     let orphans = supervisor::end_orphans(&opened.data_dir_id, config.server.worker_grace).await;
     if orphans > 0 {
         tracing::warn!(orphans, "ended {orphans} processes that an earlier run left behind");
@@ -95,11 +95,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         );
     }
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
-    // What this box has; without a driver nobody knows, and no model is too big.
-    let driver = gpus.clone();
-    let known = tokio::task::spawn_blocking(move || driver.gpus()).await?;
-    let memory = known.iter().map(|gpu| gpu.total_bytes).collect();
-    let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus, &tasks)?;
+    let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
     let reader = opened.store.reader().clone();
     let live_sync_jobs = reader.live_sync_jobs().await?;
     let store = opened.store.clone();
@@ -116,7 +112,8 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         learned: opened.learned,
         served: opened.served,
         weights: config.weights.clone(),
-        gpus: memory,
+        gpus,
+        cpu_bytes: host::memory_bytes(),
         next_number: opened.next_number,
     })
     .await?;
@@ -293,7 +290,7 @@ fn api_keys(data_dir: &Path, loopback: bool) -> anyhow::Result<ApiKeys> {
     }
 }
 
-type Workers = (BTreeMap<String, WorkerHandle>, mpsc::UnboundedReceiver<(String, crate::domain::worker::Report)>);
+type Supervised = (Workers, mpsc::UnboundedReceiver<(String, u32, crate::domain::worker::Report)>);
 
 fn start_workers(
     config: &Config,
@@ -302,7 +299,7 @@ fn start_workers(
     clock: &Arc<dyn Clock>,
     gpus: Arc<dyn GpuProbe>,
     tasks: &Tasks,
-) -> anyhow::Result<Workers> {
+) -> anyhow::Result<Supervised> {
     let around = Surroundings {
         clock: clock.clone(),
         gpus,
@@ -315,10 +312,12 @@ fn start_workers(
         backoff_max: config.server.backoff_max,
     };
     let (sender, reports) = mpsc::unbounded_channel();
-    let start = |spec: &crate::domain::ModelSpec| {
-        (spec.name.clone(), WorkerHandle::start(spec.clone(), around.clone(), sender.clone()))
+    let all = config.models.iter().flat_map(|spec| (0..spec.max_replicas.max(1)).map(move |replica| (spec, replica)));
+    let start = |(spec, replica): (&crate::domain::ModelSpec, u32)| {
+        let worker = WorkerHandle::start(spec.clone(), replica, around.clone(), sender.clone());
+        ((spec.name.clone(), replica), worker)
     };
-    Ok((config.models.iter().map(start).collect(), reports))
+    Ok((all.map(start).collect(), reports))
 }
 
 /// Once nothing runs any more, there is no reason to wait for the grace period's end.

@@ -107,7 +107,8 @@ impl Bench {
             learned: opened.learned,
             served: opened.served,
             weights: BTreeMap::new(),
-            gpus: Vec::new(),
+            gpus: Arc::new(roundhouse::worker::gpu::NoGpus),
+            cpu_bytes: 1 << 30,
             next_number: opened.next_number,
         })
         .await

@@ -97,7 +97,7 @@ struct Bench {
 /// One supervised worker and its reports.
 struct Worker {
     handle: WorkerHandle,
-    reports: mpsc::UnboundedReceiver<(String, Report)>,
+    reports: mpsc::UnboundedReceiver<(String, u32, Report)>,
 }
 
 impl Bench {
@@ -170,7 +170,7 @@ impl Bench {
 
     fn supervise(&self, spec: ModelSpec) -> Worker {
         let (sender, reports) = mpsc::unbounded_channel();
-        let handle = WorkerHandle::start_with(spec, self.around.clone(), self.tempo.clone(), sender);
+        let handle = WorkerHandle::start_with(spec, 0, self.around.clone(), self.tempo.clone(), sender);
         Worker { handle, reports }
     }
 
@@ -206,8 +206,8 @@ impl Bench {
 impl Worker {
     async fn next(&mut self) -> Report {
         let next = tokio::time::timeout(Duration::from_secs(30), self.reports.recv());
-        let (model, report) = next.await.expect("a report in time").expect("a supervisor");
-        assert_eq!(model, "toy");
+        let (model, replica, report) = next.await.expect("a report in time").expect("a supervisor");
+        assert_eq!((model.as_str(), replica), ("toy", 0));
         report
     }
 

@@ -154,6 +154,7 @@ class EchoService(rw.BaseService):
         whole.add_argument("--load-fail", metavar="TEXT", help="fail to load, with this text")
         whole.add_argument("--fail-item", type=int, default=0, metavar="K", help="the K-th request fails")
         whole.add_argument("--crash-after", type=int, default=0, metavar="N", help="the N-th request crashes it")
+        whole.add_argument("--device-bytes", type=int, metavar="N", help="device memory that /health tells")
         whole.add_argument("--hang-health", action="store_true", help="/health hangs after the first request")
         whole.add_argument("--ignore-sigterm", action="store_true")
         whole.add_argument("--park-s", type=float, default=0.0, help="how long /sleep takes")
@@ -220,6 +221,10 @@ class EchoService(rw.BaseService):
             print(f"ignored stop.signal={signal_name}", file=sys.stderr, flush=True)
         else:
             super().request_shutdown(signal_name)
+
+    def device_bytes(self) -> int | None:
+        """As `--device-bytes` says."""
+        return self.options.device_bytes
 
     async def health(self, request: Request) -> Response:
         """Answer, unless told to hang."""
@@ -522,7 +527,14 @@ def _make(item: rw.Item, pass_size: int) -> rw.Output:
         seeds = range(wanted.seed, wanted.seed + wanted.count)
         return rw.images_reply(png(wanted.text, seed, wanted.width, wanted.height) for seed in seeds)
     if item.endpoint == ECHO:
-        return {"request_id": item.request_id, "run": item.run_id, "pass_size": pass_size, "body": item.body}
+        return {
+            "request_id": item.request_id,
+            "run": item.run_id,
+            "pass_size": pass_size,
+            "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "pid": os.getpid(),
+            "body": item.body,
+        }
     return rw.Binary("audio/wav", wav(wanted.text, wanted.seed, wanted.duration_s))
 
 

@@ -31,8 +31,15 @@ struct Row {
 }
 
 fn table(models: &Value, workers: &Value) -> String {
-    let by_model: BTreeMap<&str, &Value> =
-        items(workers).filter_map(|worker| Some((worker.get("model")?.as_str()?, worker))).collect();
+    // Of several workers the first that there is.
+    let mut by_model: BTreeMap<&str, &Value> = BTreeMap::new();
+    for worker in items(workers) {
+        let Some(model) = worker.get("model").and_then(Value::as_str) else { continue };
+        let known = by_model.entry(model).or_insert(worker);
+        if known.get("state").is_some_and(|state| state == "absent") {
+            *known = worker;
+        }
+    }
     let rows: Vec<Row> = items(models).map(|model| row(model, &by_model)).collect();
     let mut widths = HEAD.map(str::len);
     for row in &rows {
@@ -124,7 +131,8 @@ mod tests {
 
     fn workers_json() -> Value {
         json!({"object": "list", "data": [
-            {"model": "qwen", "state": "loading", "phase": "weights", "percent": 40.2, "port": 8001, "reason": null},
+            {"model": "qwen", "replica": 0, "state": "absent", "port": null, "reason": null},
+            {"model": "qwen", "replica": 1, "state": "loading", "phase": "weights", "percent": 40.2, "port": 8001, "reason": null},
             {"model": "flux", "state": "quarantined", "phase": null, "port": null, "reason": "5 loads failed\nno such file"},
         ]})
     }

@@ -19,6 +19,8 @@ const SPEECH: &str = "/v1/audio/speech";
 const PORTS: std::ops::RangeInclusive<u16> = 1024..=65535;
 /// First port given to models that name none.
 const FIRST_PORT: u16 = 8001;
+/// Most workers of one model.
+const REPLICAS_MAX: u32 = 64;
 /// Longest name or alias, in characters.
 const NAME_CHARS_MAX: usize = 128;
 /// What may stand in braces in a command.
@@ -79,6 +81,7 @@ impl Reader<'_> {
         let (limit, max_batch) = self.limits(kind);
         let timeout = self.timeout(kind);
         let max_attempts = self.max_attempts();
+        let max_replicas = self.max_replicas();
         self.check_words();
         let env = self.env();
         let entry = self.entry;
@@ -102,7 +105,7 @@ impl Reader<'_> {
             preload: entry.preload.unwrap_or(false),
             gpus: entry.gpus.as_ref().map_or(1, |at| at.value),
             memory: entry.memory.as_ref().map(|at| at.value.0),
-            max_replicas: 1,
+            max_replicas,
             pin: entry.pin.unwrap_or(false),
             exclusive: entry.exclusive.unwrap_or(false),
             park: false,
@@ -312,6 +315,14 @@ impl Reader<'_> {
 
     fn max_attempts(&mut self) -> u32 {
         self.at_least_one("max_attempts", self.entry.max_attempts.as_ref()).unwrap_or(3)
+    }
+
+    fn max_replicas(&mut self) -> u32 {
+        let wanted = self.at_least_one("max_replicas", self.entry.max_replicas.as_ref()).unwrap_or(1);
+        if let Some(at) = self.entry.max_replicas.as_ref().filter(|_| wanted > REPLICAS_MAX) {
+            self.problem(at.line, "max_replicas", &format!("{wanted} is too many; take one of 1-{REPLICAS_MAX}"));
+        }
+        wanted
     }
 
     fn env(&mut self) -> BTreeMap<String, String> {

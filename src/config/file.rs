@@ -97,6 +97,10 @@ pub(super) struct Entry {
     pub(super) gpus: Option<At<u32>>,
     /// Memory it needs on each GPU, for example 18GiB. Default: learned.
     pub(super) memory: Option<At<Size>>,
+    /// Most workers of it at once: more than one is loaded on GPUs that nobody else needs, while its backlog is worth it.
+    /// Default 1.
+    #[schemars(range(min = 1, max = 64))]
+    pub(super) max_replicas: Option<At<u32>>,
     /// Never displaced once it is loaded; the other models share what is left. Default false.
     pub(super) pin: Option<bool>,
     /// Shares its GPUs with no other model, whatever their memory. Default false.

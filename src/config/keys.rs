@@ -11,7 +11,7 @@ use super::Problems;
 use super::file::{At, File, options};
 
 /// Settled keys whose effect does not exist yet: refused, since a limit that does nothing is worse than none.
-const LATER: &[(&str, &str)] = &[("models.*", "park"), ("models.*", "max_replicas")];
+const LATER: &[(&str, &str)] = &[("models.*", "park")];
 
 /// A piece of the file as it was written, without its values.
 #[derive(Debug)]

@@ -223,11 +223,18 @@ fn an_empty_section_is_one_without_settings() {
 
 #[test]
 fn keys_of_later_are_refused() {
-    let error = entry("    type: text\n    park: ram\n    max_replicas: 2\n").unwrap_err();
-    assert_eq!(
-        error,
-        "models.yaml:5: `park` in models.m is not supported yet; remove it\nmodels.yaml:6: `max_replicas` in models.m is not supported yet; remove it"
-    );
+    let error = entry("    type: text\n    park: ram\n").unwrap_err();
+    assert_eq!(error, "models.yaml:5: `park` in models.m is not supported yet; remove it");
+}
+
+#[test]
+fn a_model_may_have_several_workers() {
+    let replicas = |value: &str| entry(&format!("    type: text\n    max_replicas: {value}\n"));
+    assert_eq!(entry("    type: text\n").unwrap().max_replicas, 1);
+    assert_eq!(replicas("4").unwrap().max_replicas, 4);
+    for (wrong, what) in [("0", "must be at least 1"), ("65", "65 is too many; take one of 1-64")] {
+        assert_eq!(replicas(wrong).unwrap_err(), format!("models.yaml:5: models.m.max_replicas: {what}"));
+    }
 }
 
 #[test]

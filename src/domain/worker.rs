@@ -21,6 +21,11 @@ pub enum Report {
         /// Time from the order to load to readiness, in ms.
         load_ms: i64,
     },
+    /// What it takes on each of its GPUs, as it says itself; comes before `Ready`.
+    Takes {
+        /// Device memory, in bytes.
+        device_bytes: u64,
+    },
     /// Stopped as ordered; its device memory is free.
     Stopped {
         /// Time from the order to stop to free memory, in ms.
@@ -45,7 +50,7 @@ pub enum Report {
         /// Five in a row.
         quarantined: bool,
     },
-    /// Needs a GPU and the box sees none.
+    /// Needs GPUs that the box does not see.
     NoGpu,
     /// May be loaded again: back-off is over, a GPU came back, or a person asked for a retry.
     Available,
@@ -56,6 +61,10 @@ pub enum Report {
 pub struct WorkerView {
     /// Entry name.
     pub model: String,
+    /// Its number among the workers of its model, from 0.
+    pub replica: u32,
+    /// The GPUs that it was started on last, by the driver's numbers; empty on the CPU.
+    pub gpus: Vec<u32>,
     /// Where it is.
     pub state: ModelState,
     /// Loading phase.

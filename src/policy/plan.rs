@@ -362,7 +362,9 @@ impl Round<'_> {
                 let workers = self.view.workers_of(m);
                 let loading = workers != self.view.serving_of(m);
                 let backlog = model.pending() as f64 * model.each_ms;
-                let wanted = workers >= 1 && workers < model.max_replicas as usize && !loading && model.can_load();
+                // Those that leave have their numbers still.
+                let all = self.view.workers.iter().filter(|worker| worker.model == m).count();
+                let wanted = workers >= 1 && all < model.max_replicas as usize && !loading && model.can_load();
                 (wanted && backlog > REPLICA_LOADS * model.load_ms).then_some((m, backlog))
             })
             .collect();

@@ -3,13 +3,24 @@
 use crate::domain::GpuSet;
 use crate::policy::view::{View, WorkerView};
 
-/// Aligned sets that can hold a worker of a model: GPUs 0-1, 2-3 for one of two, 0-3, 4-7 for one of four.
+/// Aligned sets that can hold a worker of a model: GPUs 0-1, 2-3 for one of two, 0-3, 4-7 for one of four. None with a device
+/// that is gone.
 pub fn aligned(view: &View, model: usize) -> impl Iterator<Item = GpuSet> + use<> {
     let count = view.models[model].gpus;
     let devices = u32::try_from(view.devices.len()).unwrap_or(u32::MAX);
     let (from, end, count) = if count == 0 { (view.gpus, devices, 1) } else { (0, view.gpus, count) };
     let step = count.next_power_of_two() as usize;
-    (from..end).step_by(step).map(move |first| GpuSet { first, count }).filter(move |set| set.first + set.count <= end)
+    let there: Vec<bool> = view.devices.iter().map(|size| *size > 0).collect();
+    (from..end)
+        .step_by(step)
+        .map(move |first| GpuSet { first, count })
+        .filter(move |set| set.first + set.count <= end && set.gpus().all(|device| there[device as usize]))
+}
+
+/// Whether a model fits somewhere on what is there now, if that is empty.
+pub fn has_place(view: &View, model: usize) -> bool {
+    aligned(view, model)
+        .any(|set| set.gpus().all(|device| need(view.models[model].bytes, size(view, device)) <= size(view, device)))
 }
 
 /// Memory that a model takes on a device of this size.
@@ -30,10 +41,7 @@ pub fn taken(view: &View, worker: &WorkerView, device: u32) -> u64 {
 pub fn fits_the_box(view: &View, model: usize) -> bool {
     let is_cpu = view.models[model].gpus == 0;
     let has_any = if is_cpu { view.devices.len() > view.gpus as usize } else { view.gpus > 0 };
-    !has_any
-        || aligned(view, model).any(|set| {
-            set.gpus().all(|device| need(view.models[model].bytes, size(view, device)) <= size(view, device))
-        })
+    !has_any || has_place(view, model)
 }
 
 /// Memory in use on a set by workers that keep their devices, in bytes; with those that leave if `leaving`.

@@ -49,6 +49,8 @@ struct There {
     set: GpuSet,
     stage: Stage,
     running: BTreeMap<i64, Millis>,
+    /// A GPU of it has vanished since it was loaded.
+    vanished: bool,
 }
 
 #[derive(Debug)]
@@ -57,6 +59,9 @@ enum Ev {
     Ready(usize, u32),
     Gone(usize, u32, bool),
     End(usize, i64),
+    /// A job whose GPU has vanished waits again.
+    Back(usize, i64),
+    Devices(BTreeMap<u32, u64>),
 }
 
 struct Setup {
@@ -78,6 +83,7 @@ fn setup(rng: &mut Rng, calm: bool) -> Setup {
         cpu: rng.chance(300).then_some(64 * GB),
         host: rng.pick(&[0, 60, 400]) * GB,
         one_at_a_time: false,
+        gone: Default::default(),
     };
     let (mut specs, mut cold_ms, mut wake_ms, mut work_ms) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for index in 0..rng.index(6) + 2 {
@@ -234,6 +240,7 @@ impl Boxed {
     }
 
     fn happen(&mut self, event: Ev) {
+        let all = self.state.inventory.gpu_count();
         match event {
             Ev::Arrive(jobs) => {
                 for job in &jobs {
@@ -242,7 +249,10 @@ impl Boxed {
                 self.tell(Event::Queued(jobs));
             }
             Ev::Ready(model, replica) => {
-                self.there.get_mut(&(model, replica)).unwrap().stage = Stage::Ready;
+                // A load that was broken off is not ready any more.
+                let there = self.there.get_mut(&(model, replica)).filter(|there| there.stage == Stage::Loading);
+                let Some(there) = there else { return };
+                there.stage = Stage::Ready;
                 let load_ms = self.setup.cold_ms[model];
                 self.report(model, replica, Report::Ready { base_url: format!("{model}:{replica}"), load_ms });
             }
@@ -256,16 +266,51 @@ impl Boxed {
                     self.report(model, replica, Report::Stopped { stop_ms });
                 }
             }
+            Ev::Devices(there) => {
+                let gone = |set: GpuSet| set.gpus().any(|gpu| gpu < all && !there.contains_key(&gpu));
+                let on_device = self.there.values_mut().filter(|there| there.stage != Stage::Parked);
+                on_device.filter(|there| gone(there.set)).for_each(|there| there.vanished = true);
+                self.tell(Event::Devices(there));
+                let lacks = |set| self.state.inventory.lacks(set);
+                let stay = self.state.workers.iter().find(|worker| worker.stays() && lacks(worker.set));
+                assert_eq!(stay, None, "on a GPU that is gone");
+            }
+            Ev::Back(model, number) => {
+                let name = self.state.models[model].name.clone();
+                if self.end(number) {
+                    let back = Some(Back::default());
+                    self.tell(Event::Ended { model: name, number, answered: false, suspect: false, back });
+                }
+            }
             Ev::End(model, number) => {
                 let name = self.state.models[model].name.clone();
-                for there in self.there.values_mut() {
-                    there.running.remove(&number);
+                // One that was sent back has no end.
+                if !self.end(number) {
+                    return;
                 }
                 self.open -= 1;
                 self.tell(Event::Ended { model: name, number, answered: true, suspect: false, back: None });
                 self.send_next(model);
             }
         }
+    }
+
+    /// Takes a job off its worker; false: it was on none.
+    fn end(&mut self, number: i64) -> bool {
+        self.there.values_mut().any(|there| there.running.remove(&number).is_some())
+    }
+
+    /// GPUs vanish and come back at random times; in the end all are there.
+    fn with_vanishing_gpus(mut self, rng: &mut Rng) -> Self {
+        let all: BTreeMap<u32, u64> = (0..).zip(self.setup.inventory.gpus.iter().copied()).collect();
+        let mut at = 1_000;
+        for _ in 0..rng.range(1, 8) {
+            at += rng.range(1, 60_000);
+            let some = all.iter().filter(|_| !rng.chance(400)).map(|(gpu, bytes)| (*gpu, *bytes)).collect();
+            self.at(at, Ev::Devices(some));
+        }
+        self.at(at + rng.range(1, 60_000), Ev::Devices(all));
+        self
     }
 
     /// The caller of a model has an answer, and sends the next request.
@@ -287,6 +332,14 @@ impl Boxed {
                 Effect::Order { model, replica, set, order } => {
                     let index = self.state.index_of(&model).unwrap();
                     self.obey(index, replica, set, order);
+                }
+                Effect::Evict { numbers } => {
+                    for number in numbers {
+                        let on = self.there.iter().find(|(_, there)| there.running.contains_key(&number));
+                        let ((model, _), there) = on.expect("a running job");
+                        assert!(self.state.inventory.lacks(there.set), "its GPU is there");
+                        self.at(self.now + 10, Ev::Back(*model, number));
+                    }
                 }
                 Effect::EndQueued { numbers, .. } => self.open -= numbers.len(),
                 Effect::Announce(decision) => {
@@ -315,10 +368,16 @@ impl Boxed {
     }
 
     /// Who is parked, dropped or stopped instead was said to be, just before.
-    fn check_parking(&mut self, model: usize, stage: Option<Stage>, order: Order) {
+    fn check_parking(&mut self, model: usize, replica: u32, stage: Option<Stage>, order: Order) {
         let spec = &self.setup.specs[model];
+        // With its GPU, what would be parked has gone.
+        let vanished = self.there.get(&(model, replica)).is_some_and(|there| there.vanished);
         let action = match (order, stage) {
-            (Order::Park, _) => "park",
+            (Order::Stop, Some(Stage::Ready)) if vanished => return,
+            (Order::Park, _) => {
+                assert!(!vanished, "{} is parked from a GPU that is gone", spec.name);
+                "park"
+            }
             (Order::Stop, Some(Stage::Parked)) => "drop",
             (Order::Stop, Some(Stage::Ready)) if spec.park && self.setup.inventory.host > 0 => "drop",
             _ => return,
@@ -331,13 +390,17 @@ impl Boxed {
     fn obey(&mut self, model: usize, replica: u32, set: GpuSet, order: Order) {
         let key = (model, replica);
         let stage = self.there.get(&key).map(|there| there.stage);
-        self.check_parking(model, stage, order);
+        self.check_parking(model, replica, stage, order);
         match (order, stage) {
             (Order::Load, None) | (Order::Wake, Some(Stage::Parked)) => {
                 let takes = if order == Order::Wake { self.setup.wake_ms[model] } else { self.setup.cold_ms[model] };
                 self.loads += 1;
-                self.there.insert(key, There { set, stage: Stage::Loading, running: BTreeMap::new() });
+                self.there.insert(key, There { set, stage: Stage::Loading, running: BTreeMap::new(), vanished: false });
                 self.at(self.now + takes, Ev::Ready(model, replica));
+            }
+            (Order::Stop, Some(Stage::Loading)) if self.state.inventory.lacks(set) => {
+                self.there.get_mut(&key).unwrap().stage = Stage::Leaving;
+                self.at(self.now + self.setup.stop_ms, Ev::Gone(model, replica, false));
             }
             (Order::Stop | Order::Park, Some(Stage::Ready)) => {
                 let there = self.there.get_mut(&key).unwrap();
@@ -478,6 +541,13 @@ proptest! {
             boxed.run();
         }
         prop_assert!(boxed.decisions > 0);
+    }
+
+    #[test]
+    fn gpus_that_come_and_go_lose_no_job(seed in any::<u64>()) {
+        let mut boxed = Boxed::new(seed, true).with_vanishing_gpus(&mut Rng(seed ^ 1));
+        boxed.run();
+        prop_assert_eq!(boxed.open, 0);
     }
 
     #[test]

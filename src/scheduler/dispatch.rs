@@ -18,9 +18,11 @@ use crate::policy::retry::{self, Attempt, Requeue, Suspicion, Verdict};
 use crate::scheduler::hub::{Ended, Hub};
 use crate::scheduler::run::Message;
 use crate::scheduler::state::{Back, Event, Place};
+use crate::scheduler::watch;
 use crate::store::files::StoredAnswer;
 use crate::store::{Change, ClaimedJob, End, GiveBack, Store, StoreError};
 use crate::worker::client::{Call, RunTag, WorkerClient};
+use crate::worker::gpu::GpuProbe;
 
 /// Longest that output waits to be committed, and how often progress is.
 const FLUSH_EVERY: Duration = Duration::from_millis(250);
@@ -45,6 +47,16 @@ pub(super) struct Context {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) tasks: Tasks,
     pub(super) messages: mpsc::UnboundedSender<Message>,
+    pub(super) gpus: Arc<dyn GpuProbe>,
+}
+
+/// How the loop ends the attempt of a running job.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Stop {
+    /// Somebody asked to cancel the job.
+    pub(super) cancelled: CancellationToken,
+    /// A GPU of its worker has vanished.
+    pub(super) evicted: CancellationToken,
 }
 
 /// One claimed job on its way to a worker.
@@ -56,8 +68,8 @@ pub(super) struct Dispatch {
     pub(super) run: Option<RunTag>,
     /// Isolated by an earlier crash, and the only one of its run.
     pub(super) alone: bool,
-    /// Cancelled when somebody asks to cancel the job.
-    pub(super) cancelled: CancellationToken,
+    /// Ends it.
+    pub(super) stop: Stop,
 }
 
 /// What the relay saw of an attempt.
@@ -104,10 +116,11 @@ async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
     let since = context.clock.now();
     let token = dispatch.job.token;
     let (outcome, relayed, deadline_passed) = attempt(&context, &dispatch, body).await;
+    let suspect = matches!(outcome, Outcome::WorkerLost { .. });
+    let outcome = blame(&context, &dispatch, outcome, relayed).await;
     // Half of the limit is long: engines that live give a sign of it many times a minute.
     let silent_for = relayed.sign_at.unwrap_or(started).elapsed();
     let silent = is_timeout(&outcome) && silent_for >= started.elapsed() / 2;
-    let suspect = matches!(outcome, Outcome::WorkerLost { .. });
     let answered = matches!(outcome, Outcome::Answered(_));
     if let Outcome::WorkerLost { reason, .. } = &outcome {
         tracing::warn!(job.id = %token.id, model = %dispatch.model, "worker lost: {reason}");
@@ -120,6 +133,32 @@ async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
         job.id = %token.id, job.attempt = token.attempt, elapsed_ms = started.elapsed().as_millis(), "attempt ended"
     );
     conclude(context, dispatch, verdict, answered, suspect).await;
+}
+
+/// A job is not to blame for a worker that has lost its GPU: it was stopped, unless its caller has had a part of the answer.
+async fn blame(context: &Context, dispatch: &Dispatch, outcome: Outcome, relayed: Relayed) -> Outcome {
+    let has_part = relayed.chunks && dispatch.job.face == Face::Sync;
+    let vanished = "a GPU of its worker has vanished";
+    match outcome {
+        Outcome::Stopped if has_part && dispatch.stop.evicted.is_cancelled() => {
+            Outcome::WorkerLost { reason: vanished.to_owned(), reached: true }
+        }
+        Outcome::WorkerLost { reason, reached } => {
+            let gone = match dispatch.place.gpus {
+                Some(set) => watch::lacks(&context.gpus, set).await,
+                None => false,
+            };
+            match (gone, has_part) {
+                (true, false) => {
+                    tracing::warn!(job.id = %dispatch.job.token.id, "{vanished}: {reason}");
+                    Outcome::Stopped
+                }
+                (true, true) => Outcome::WorkerLost { reason: vanished.to_owned(), reached },
+                (false, _) => Outcome::WorkerLost { reason, reached },
+            }
+        }
+        other => other,
+    }
 }
 
 /// Commits the verdict, tells watchers, and frees the slot whatever became of it.
@@ -143,7 +182,7 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
         crashes: job.crashes,
         max_attempts: job.max_attempts,
         isolated: dispatch.alone,
-        cancelling: dispatch.cancelled.is_cancelled(),
+        cancelling: dispatch.stop.cancelled.is_cancelled(),
         stopping: context.tasks.hard().is_cancelled(),
         // A caller on the line has the output already and cannot be asked to forget it; readers of events can.
         relayed: relayed.chunks && job.face == Face::Sync,
@@ -196,7 +235,8 @@ async fn attempt(context: &Context, dispatch: &Dispatch, body: Bytes) -> (Outcom
     let relay = relay(context, dispatch.job.token, receiver);
     let stopper = async {
         tokio::select! {
-            () = dispatch.cancelled.cancelled() => {}
+            () = dispatch.stop.cancelled.cancelled() => {}
+            () = dispatch.stop.evicted.cancelled() => {}
             () = context.tasks.hard().cancelled() => {}
         }
         stop.cancel();

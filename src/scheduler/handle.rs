@@ -97,7 +97,7 @@ pub struct QueueView {
     pub decision: Option<Decision>,
     /// The latest decisions that started or ended something, newest first, at most 50.
     pub history: Vec<Decision>,
-    /// Swaps so far: loads of a model while another one had held the device before.
+    /// Swaps so far: loads of a model where another one had been before and is no more.
     pub swaps: u64,
     /// Swaps that arrival order would have cost for the jobs claimed so far.
     pub swaps_in_arrival_order: u64,
@@ -144,13 +144,22 @@ pub struct Counters {
 /// Upper bounds of the waiting-time histogram, in seconds.
 pub const WAIT_BUCKETS: [f64; 12] = [0.01, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 180.0, 600.0, 1_800.0, 7_200.0, 86_400.0];
 
+/// Supervisors by model and number of the worker.
+pub type Workers = BTreeMap<(String, u32), WorkerHandle>;
+
+/// Supervisors of a model, by number.
+pub(super) fn handles<'a>(workers: &'a Workers, model: &str) -> impl Iterator<Item = &'a WorkerHandle> {
+    let all = (model.to_owned(), 0)..=(model.to_owned(), u32::MAX);
+    workers.range(all).map(|(_, worker)| worker)
+}
+
 /// Asks the scheduler.
 #[derive(Clone)]
 pub struct Handle {
     messages: mpsc::UnboundedSender<Message>,
     hub: Hub,
     store: Store,
-    workers: Arc<BTreeMap<String, WorkerHandle>>,
+    workers: Arc<Workers>,
     view: watch::Receiver<Arc<QueueView>>,
     counters: Arc<Mutex<Counters>>,
     tasks: Tasks,
@@ -161,7 +170,7 @@ impl Handle {
         messages: mpsc::UnboundedSender<Message>,
         hub: Hub,
         store: Store,
-        workers: BTreeMap<String, WorkerHandle>,
+        workers: Workers,
         view: watch::Receiver<Arc<QueueView>>,
         tasks: Tasks,
     ) -> Self {
@@ -251,18 +260,14 @@ impl Handle {
         self.store.troubles()
     }
 
-    /// Views of all workers, by name.
+    /// Views of all workers, by name and number.
     pub fn workers(&self) -> Vec<WorkerView> {
         self.workers.values().map(WorkerHandle::view).collect()
     }
 
     /// Forgets a model's back-off and quarantine. False: no such model.
     pub fn retry_model(&self, model: &str) -> bool {
-        let worker = self.workers.get(model);
-        if let Some(worker) = worker {
-            worker.order(Order::Retry);
-        }
-        worker.is_some()
+        handles(&self.workers, model).map(|worker| worker.order(Order::Retry)).count() > 0
     }
 
     /// Counters for `/metrics`.

@@ -1,5 +1,7 @@
 //! What a box has to load models on, and the workers that hold it.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use crate::domain::{GpuSet, Millis};
 use crate::policy::view::{self, WorkerView};
 use crate::scheduler::state::Place;
@@ -7,8 +9,10 @@ use crate::scheduler::state::Place;
 /// The devices of a box.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Inventory {
-    /// Memory of each GPU, in bytes; none: nothing is known of them.
+    /// Memory of each GPU that is or was there, in bytes, by the driver's numbers; none: nothing is known of them.
     pub gpus: Vec<u64>,
+    /// Numbers of those that are not there now.
+    pub gone: BTreeSet<u32>,
     /// Memory for models that run on the CPU, in bytes; `None`: there are none.
     pub cpu: Option<u64>,
     /// Host memory for parked workers, in bytes; 0: nothing is parked.
@@ -25,12 +29,47 @@ impl Inventory {
 
     /// A box with these GPUs, by their memory in bytes, all of which are one model's at a time.
     pub fn one_at_a_time(gpus: Vec<u64>) -> Self {
-        Self { gpus, cpu: None, host: 0, one_at_a_time: true }
+        Self { gpus, gone: BTreeSet::new(), cpu: None, host: 0, one_at_a_time: true }
     }
 
-    /// Memory of each device that is given to models: the GPUs, then the CPU; or one that is everything.
+    /// A box with these GPUs, by their numbers with their memory in bytes, and this much for models on the CPU.
+    pub fn of(there: &BTreeMap<u32, u64>, cpu: u64) -> Self {
+        let none = Self { gpus: Vec::new(), gone: BTreeSet::new(), cpu: Some(cpu), host: 0, one_at_a_time: false };
+        let mut all = none;
+        all.see(there);
+        all
+    }
+
+    /// The GPUs that are there now. What was there once is remembered, so that a model is not too big for want of it.
+    pub(super) fn see(&mut self, there: &BTreeMap<u32, u64>) {
+        let end = there.keys().next_back().map_or(0, |last| *last as usize + 1);
+        self.gpus.resize(self.gpus.len().max(end), 0);
+        for (gpu, bytes) in there {
+            self.gpus[*gpu as usize] = *bytes;
+        }
+        self.gone = (0..self.gpu_count()).filter(|gpu| !there.contains_key(gpu)).collect();
+    }
+
+    /// With all that was ever there, since what has vanished may come back; a GPU that was never seen, though its number says
+    /// that it must be there, is like the largest.
+    pub(super) fn whole(&self) -> Self {
+        let largest = self.gpus.iter().copied().max().unwrap_or(0);
+        let gpus = self.gpus.iter().map(|bytes| if *bytes == 0 { largest } else { *bytes }).collect();
+        Self { gpus, gone: BTreeSet::new(), one_at_a_time: false, ..self.clone() }
+    }
+
+    /// Whether one of these GPUs has vanished.
+    pub(super) fn lacks(&self, set: GpuSet) -> bool {
+        set.gpus().any(|gpu| self.gone.contains(&gpu))
+    }
+
+    /// Memory of each device that is given to models: the GPUs (0: it is gone), then the CPU; or one that is everything.
     pub(super) fn devices(&self) -> Vec<u64> {
-        if self.one_at_a_time { vec![1] } else { self.gpus.iter().copied().chain(self.cpu).collect() }
+        if self.one_at_a_time {
+            return vec![1];
+        }
+        let there = |(gpu, bytes): (u32, &u64)| if self.gone.contains(&gpu) { 0 } else { *bytes };
+        (0..).zip(&self.gpus).map(there).chain(self.cpu).collect()
     }
 
     /// How many of the devices are GPUs.

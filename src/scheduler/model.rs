@@ -56,6 +56,8 @@ pub(super) struct Model {
     pub(super) park: bool,
     gpus: u32,
     bytes: Option<u64>,
+    /// Its memory is for it to tell: neither declared nor all of the device.
+    tells_bytes: bool,
     pin: bool,
     max_replicas: u32,
     startup_ms: f64,
@@ -82,6 +84,7 @@ impl Model {
             park: spec.park,
             gpus: spec.gpus,
             bytes: spec.memory.filter(|_| !spec.exclusive),
+            tells_bytes: spec.memory.is_none() && !spec.exclusive,
             pin: spec.pin,
             max_replicas: spec.max_replicas.max(1),
             startup_ms: spec.startup_time.as_secs_f64() * 1e3,
@@ -115,6 +118,7 @@ impl Model {
             park: false,
             gpus: 1,
             bytes: None,
+            tells_bytes: false,
             pin: false,
             max_replicas: 1,
             startup_ms: 60_000.0,
@@ -134,6 +138,31 @@ impl Model {
             self.trouble =
                 Some(Trouble { reason: StateReason::ModelBlocked, error, text: reason.clone(), until: None });
         }
+    }
+
+    /// A worker of it tells the memory that it takes on each device.
+    pub(super) fn count_bytes(&mut self, device_bytes: u64) {
+        if self.tells_bytes {
+            self.bytes = Some(device_bytes);
+        }
+    }
+
+    /// Whether its workers run on GPUs.
+    pub(super) fn needs_gpus(&self) -> bool {
+        self.gpus > 0
+    }
+
+    /// That there are not enough GPUs for it now.
+    pub(super) fn lacks_gpus(&self) -> Trouble {
+        let text = match self.gpus {
+            0 | 1 => {
+                "needs a GPU and this box sees none that could hold it; its jobs wait until one is there".to_owned()
+            }
+            count => format!(
+                "needs {count} GPUs side by side and this box does not see them now; its jobs wait until they are there"
+            ),
+        };
+        Trouble { reason: StateReason::NoGpu, error: None, text, until: None }
     }
 
     fn cold_ms(&self) -> f64 {

@@ -10,7 +10,6 @@ use futures_util::TryStreamExt as _;
 use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::domain::worker::Report;
@@ -19,14 +18,15 @@ use crate::domain::{
 };
 use crate::lifecycle::Tasks;
 use crate::policy::Knobs;
-use crate::scheduler::dispatch::{self, Context, Dispatch};
-use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, QueueView, SubmitError};
+use crate::scheduler::dispatch::{self, Context, Dispatch, Stop};
+use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, QueueView, SubmitError, Workers, handles};
 use crate::scheduler::hub::{Ended, Hub, JobWatch};
 use crate::scheduler::queue::{Run, shared};
 use crate::scheduler::state::{Effect, Event, Holding, Inventory, Place, State};
+use crate::scheduler::watch as devices;
 use crate::store::{Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Store, StoreError};
 use crate::worker::client::{RunTag, WorkerClient};
-use crate::worker::supervisor::WorkerHandle;
+use crate::worker::gpu::GpuProbe;
 
 /// Messages handled before effects are carried out and the view is published.
 const MESSAGES_PER_STEP: usize = 256;
@@ -77,10 +77,10 @@ pub struct Parts {
     pub models: Vec<ModelSpec>,
     /// Limits and waits.
     pub knobs: Knobs,
-    /// One per model, with the receiver of their reports.
-    pub workers: BTreeMap<String, WorkerHandle>,
-    /// Reports of all workers.
-    pub reports: mpsc::UnboundedReceiver<(String, Report)>,
+    /// Supervisors by model and number.
+    pub workers: Workers,
+    /// Their reports.
+    pub reports: mpsc::UnboundedReceiver<(String, u32, Report)>,
     /// Number of this run of the server on its data dir.
     pub epoch: i64,
     /// What earlier runs learned.
@@ -89,8 +89,10 @@ pub struct Parts {
     pub served: BTreeMap<String, f64>,
     /// Weights of tenants by name; one that is not named weighs 1.
     pub weights: BTreeMap<String, f64>,
-    /// Memory of each GPU that the driver knows, in bytes; none: it tells of none, and no model is too big.
-    pub gpus: Vec<u64>,
+    /// Asks for GPUs. While it tells of none, no model is too big.
+    pub gpus: Arc<dyn GpuProbe>,
+    /// Memory for models that run on the CPU, in bytes.
+    pub cpu_bytes: u64,
     /// Number of the next job.
     pub next_number: i64,
 }
@@ -111,25 +113,30 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         served,
         weights,
         gpus,
+        cpu_bytes,
         next_number,
     } = parts;
     let (messages, inbox) = mpsc::unbounded_channel();
     let (view, viewed) = watch::channel(Arc::new(QueueView::default()));
     let hub = Hub::default();
     let handle = Handle::new(messages.clone(), hub.clone(), store.clone(), workers.clone(), viewed, tasks.clone());
-    let mut state =
-        State::new(&models, knobs, &learned, epoch).on(Inventory::one_at_a_time(gpus)).with_tenants(&served, &weights);
+    let there = devices::look(&gpus).await;
+    let mut state = State::new(&models, knobs, &learned, epoch)
+        .on(Inventory::of(&there, cpu_bytes))
+        .with_tenants(&served, &weights);
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
     // Known before the first plan; the supervisors' own reports come later.
-    for (model, worker) in &workers {
+    for ((model, replica), worker) in &workers {
         worker.has_looked().await;
         if worker.view().state == ModelState::Blocked {
-            state.on_event(Event::Report { model: model.clone(), replica: 0, report: Report::NoGpu }, clock.now());
+            let (model, replica) = (model.clone(), *replica);
+            state.on_event(Event::Report { model, replica, report: Report::NoGpu }, clock.now());
         }
     }
     store.took_in(begun.elapsed());
-    let context = Context { store, hub, client, clock, tasks: tasks.clone(), messages };
+    let context = Context { store, hub, client, clock, tasks: tasks.clone(), messages, gpus };
+    tasks.spawn("devices", devices::watch(context.clone(), there));
     let mut scheduler = Scheduler {
         state,
         context,
@@ -161,9 +168,9 @@ async fn take_in(store: &Store, state: &mut State, now: Millis) -> Result<(), St
 struct Scheduler {
     state: State,
     context: Context,
-    workers: BTreeMap<String, WorkerHandle>,
+    workers: Workers,
     inbox: mpsc::UnboundedReceiver<Message>,
-    reports: mpsc::UnboundedReceiver<(String, Report)>,
+    reports: mpsc::UnboundedReceiver<(String, u32, Report)>,
     handle: Handle,
     view: watch::Sender<Arc<QueueView>>,
     /// Whether something happened since the last step.
@@ -174,7 +181,7 @@ struct Scheduler {
     next_run: i64,
     names: HashMap<String, Arc<str>>,
     /// Ends the attempt of a running job when cancelled.
-    stops: HashMap<i64, CancellationToken>,
+    stops: HashMap<i64, Stop>,
 }
 
 /// Answers a submission that was committed when the loop no longer schedules; the next start does.
@@ -186,7 +193,7 @@ fn confirm(message: Message) {
 
 enum Wake {
     Message(Message),
-    Report(String, Report),
+    Report(String, u32, Report),
     Timer,
     View,
     Soft,
@@ -212,7 +219,7 @@ impl Scheduler {
                     continue;
                 }
                 Wake::Timer => {}
-                Wake::Report(model, report) => self.on_report(model, report),
+                Wake::Report(model, replica, report) => self.on_report(model, replica, report),
                 Wake::Message(message) => {
                     self.on_message(message);
                     for _ in 1..MESSAGES_PER_STEP {
@@ -249,7 +256,7 @@ impl Scheduler {
             biased;
             () = tasks.hard().cancelled() => Wake::Hard,
             () = tasks.soft().cancelled(), if !stopping => Wake::Soft,
-            Some((model, report)) = self.reports.recv() => Wake::Report(model, report),
+            Some((model, replica, report)) = self.reports.recv() => Wake::Report(model, replica, report),
             Some(message) = self.inbox.recv() => Wake::Message(message),
             () = until(self.view_at) => Wake::View,
             () = until(timer) => Wake::Timer,
@@ -268,9 +275,9 @@ impl Scheduler {
     }
 
     /// The supervisors log what they report; here it is only counted and decided on.
-    fn on_report(&mut self, model: String, report: Report) {
+    fn on_report(&mut self, model: String, replica: u32, report: Report) {
         // A suspected worker that turns out to be alive reports `Ready` again, which is no load.
-        let loading = self.state.index_of(&model).is_some_and(|index| self.state.is_loading(index, 0));
+        let loading = self.state.index_of(&model).is_some_and(|index| self.state.is_loading(index, replica));
         self.handle.count(|counters| match &report {
             Report::Ready { load_ms, .. } if loading => {
                 let (count, seconds) = counters.loads.entry(model.clone()).or_default();
@@ -281,8 +288,7 @@ impl Scheduler {
             Report::Died { .. } => *counters.worker_deaths.entry(model.clone()).or_default() += 1,
             _ => {}
         });
-        // One worker of each model, until the supervisors can tell several apart.
-        self.apply(Event::Report { model, replica: 0, report });
+        self.apply(Event::Report { model, replica, report });
     }
 
     fn on_message(&mut self, message: Message) {
@@ -314,7 +320,7 @@ impl Scheduler {
             Message::Submit { jobs, key, reply } => self.submit(jobs, key, reply),
             Message::Cancel { number } => {
                 if let Some(stop) = self.stops.get(&number) {
-                    stop.cancel();
+                    stop.cancelled.cancel();
                 }
             }
             Message::Cancelled { model, priority, number } => {
@@ -426,8 +432,8 @@ impl Scheduler {
         let job = QueuedJob::of(id.number, id.created_ms, new, model.clone(), tenant);
         let place = self.state.reserve(&job, now)?;
         self.changed = true;
-        let cancelled = CancellationToken::new();
-        self.stops.insert(id.number, cancelled.clone());
+        let stop = Stop::default();
+        self.stops.insert(id.number, stop.clone());
         self.handle.observe_wait(0.0);
         let job = ClaimedJob {
             change: Change { number: id.number, state: JobState::Running, version: 2, seq: 2 },
@@ -444,7 +450,7 @@ impl Scheduler {
             endpoint: new.endpoint.clone(),
             body: Body::Inline(new.body.clone()),
         };
-        Some(Dispatch { job, model, place, run: None, alone: false, cancelled })
+        Some(Dispatch { job, model, place, run: None, alone: false, stop })
     }
 
     fn insert_claimed(&self, jobs: Vec<(JobId, NewJob)>, watch: Option<JobWatch>, dispatch: Dispatch, reply: Reply) {
@@ -506,10 +512,13 @@ impl Scheduler {
         for effect in effects {
             match effect {
                 Effect::Claim { model, place, run } => self.claim(&model, place, run),
-                Effect::Order { model, order, .. } => {
-                    if let Some(worker) = self.workers.get(&model) {
-                        worker.order(order);
-                    }
+                Effect::Order { model, replica, set, order } => match self.workers.get(&(model, replica)) {
+                    Some(worker) => worker.order_on(order, set),
+                    None => tracing::error!(replica, ?order, "an order for a worker that has no supervisor"),
+                },
+                Effect::Evict { numbers } => {
+                    let stops = numbers.iter().filter_map(|number| self.stops.get(number));
+                    stops.for_each(|stop| stop.evicted.cancel());
                 }
                 Effect::EndQueued { numbers, error, overdue } => self.end_queued(numbers, error, overdue),
                 Effect::TellLoading { numbers, model, eta } => self.tell_loading(numbers, model, eta),
@@ -556,7 +565,7 @@ impl Scheduler {
         let numbers: Vec<i64> = run.jobs.iter().map(|job| job.number).collect();
         let mut stops = HashMap::with_capacity(numbers.len());
         for job in &run.jobs {
-            let stop = CancellationToken::new();
+            let stop = Stop::default();
             self.stops.insert(job.number, stop.clone());
             stops.insert(job.number, stop);
             if !job.was_started {
@@ -573,14 +582,14 @@ impl Scheduler {
                     let tag = (count > 1 && place.max_batch > 1).then(|| RunTag { id: format!("run_{number}"), count });
                     for job in claims {
                         context.hub.publish(job.change.number, job.change.version, job.change.seq);
-                        let Some(cancelled) = stops.remove(&job.change.number) else { continue };
+                        let Some(stop) = stops.remove(&job.change.number) else { continue };
                         let dispatch = Dispatch {
                             job,
                             model: model.clone(),
                             place: place.clone(),
                             run: tag.clone(),
                             alone: run.alone && count == 1,
-                            cancelled,
+                            stop,
                         };
                         context.tasks.spawn("dispatch", dispatch::run(context.clone(), dispatch));
                     }
@@ -634,11 +643,12 @@ impl Scheduler {
 
     fn model_view(&self, index: usize, now: Millis) -> ModelQueueView {
         let model = &self.state.models[index];
-        let worker = self.workers.get(&*model.name).map(WorkerHandle::view);
         let holding = self.state.holding(index);
+        let lacks_gpus = model.trouble.as_ref().is_some_and(|trouble| trouble.reason == StateReason::NoGpu);
         let state = match holding {
             Holding::Draining => ModelState::Draining,
-            _ => worker.map_or(ModelState::Blocked, |w| w.state),
+            Holding::Nothing if lacks_gpus => ModelState::Blocked,
+            _ => state_of(handles(&self.workers, &model.name).map(|worker| worker.view().state)),
         };
         let reason = match &model.trouble {
             Some(trouble) => Some(trouble.reason),
@@ -665,6 +675,24 @@ impl Scheduler {
             trouble: model.trouble.as_ref().map(|t| t.text.clone()),
         }
     }
+}
+
+/// Where a model is whose workers are there: as far as the one that is nearest to serving, or else in the worst trouble.
+fn state_of(workers: impl Iterator<Item = ModelState>) -> ModelState {
+    let rank = |state: &ModelState| match state {
+        ModelState::Resident => 0,
+        ModelState::Waking => 1,
+        ModelState::Loading => 2,
+        ModelState::Fetching => 3,
+        ModelState::Draining => 4,
+        ModelState::Parking => 5,
+        ModelState::Parked => 6,
+        ModelState::Quarantined => 7,
+        ModelState::Backoff => 8,
+        ModelState::Blocked => 9,
+        ModelState::Absent => 10,
+    };
+    workers.min_by_key(rank).unwrap_or(ModelState::Blocked)
 }
 
 /// Jobs of a run that were not queued any more.

@@ -980,6 +980,7 @@ impl Sim {
                     let after = self.hop();
                     self.world(after, Ev::Orders(index));
                 }
+                Effect::Evict { numbers } => panic!("no GPU vanishes here: {numbers:?}"),
                 Effect::EndQueued { numbers, error, overdue } => {
                     self.ask(Op::EndQueued { numbers, error, overdue, pause: 200 });
                 }

@@ -2,7 +2,7 @@
 //! hold which devices, and which jobs wait for and run on them. Everything else (processes, rows) belongs to others, who
 //! tell it by events and are asked by effects.
 //!
-//! This file takes events in and steps; `turns` carries out plans and moves workers; `standing` says where a job stands;
+//! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go; `standing` says where a job stands;
 //! `model` and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -21,6 +21,8 @@ use crate::scheduler::queue::{Run, Running, To};
 use crate::store::{Learned, QueuedJob};
 use crate::worker::supervisor::Order;
 
+#[path = "devices.rs"]
+mod devices;
 #[path = "standing.rs"]
 mod standing;
 #[path = "turns.rs"]
@@ -87,6 +89,8 @@ pub enum Event {
         /// What it says.
         report: Report,
     },
+    /// The GPUs that are there now: memory in bytes, by the driver's numbers.
+    Devices(BTreeMap<u32, u64>),
     /// The server is stopping: nothing new starts.
     Stop,
 }
@@ -111,6 +115,8 @@ pub struct Place {
     pub load: i64,
     /// Most jobs in one run of its model.
     pub max_batch: u32,
+    /// The GPUs that the worker is on; `None`: on the CPU, or nobody knows.
+    pub gpus: Option<GpuSet>,
 }
 
 /// Something to be done.
@@ -135,6 +141,11 @@ pub enum Effect {
         set: GpuSet,
         /// The order.
         order: Order,
+    },
+    /// End the attempts of running jobs whose GPU has vanished: they wait again, uncharged.
+    Evict {
+        /// The jobs.
+        numbers: Vec<i64>,
     },
     /// End waiting jobs with an error: `expired` if `overdue`, else `failed`.
     EndQueued {
@@ -258,7 +269,7 @@ impl State {
     pub fn on(mut self, inventory: Inventory) -> Self {
         self.last_on = vec![None; inventory.devices().len()];
         self.inventory = inventory;
-        self.mark_too_big();
+        self.note_all_devices();
         self
     }
 
@@ -388,6 +399,7 @@ impl State {
                 Some(index) => self.on_report(index, replica, report, now),
                 None => Vec::new(),
             },
+            Event::Devices(there) => self.on_devices(&there),
             Event::Stop => {
                 self.stopping = true;
                 Vec::new()
@@ -493,6 +505,10 @@ impl State {
         let worker = self.find(index, replica);
         match report {
             Report::Loading { .. } => Vec::new(),
+            Report::Takes { device_bytes } => {
+                self.models[index].count_bytes(device_bytes);
+                Vec::new()
+            }
             Report::Ready { base_url, load_ms } => self.on_ready(index, replica, base_url, load_ms, now),
             Report::Stopped { stop_ms } => match worker.map(|worker| (worker, &self.workers[worker].phase)) {
                 Some((worker, Phase::Stopping { .. })) => {
@@ -518,12 +534,7 @@ impl State {
                 self.on_load_failed(index, worker, error, retry_at, quarantined)
             }
             Report::NoGpu => {
-                self.models[index].trouble = Some(Trouble {
-                    reason: StateReason::NoGpu,
-                    error: None,
-                    text: "needs a GPU and this box sees none; its jobs wait until one is there".to_owned(),
-                    until: None,
-                });
+                self.models[index].trouble = Some(self.models[index].lacks_gpus());
                 self.models[index].block_too_big();
                 self.give_up(worker);
                 Vec::new()
@@ -531,6 +542,7 @@ impl State {
             Report::Available => {
                 self.models[index].trouble = None;
                 self.models[index].block_too_big();
+                self.note_devices(index);
                 Vec::new()
             }
         }
@@ -685,6 +697,10 @@ fn first_line(text: &str) -> &str {
 #[cfg(test)]
 #[path = "state_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "device_tests.rs"]
+mod device_tests;
 
 #[cfg(test)]
 #[path = "box_tests.rs"]

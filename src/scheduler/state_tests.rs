@@ -33,7 +33,7 @@ pub(super) fn spec(name: &str, limit: u32) -> ModelSpec {
     }
 }
 
-fn job(number: i64, model: &str) -> QueuedJob {
+pub(super) fn job(number: i64, model: &str) -> QueuedJob {
     QueuedJob { model: Arc::from(model), ..base_job(number, 5) }
 }
 
@@ -263,7 +263,8 @@ fn a_worker_that_is_silent_for_the_models_own_limit_is_restarted() {
 #[test]
 fn a_hung_worker_is_stopped_and_not_parked() {
     let on_gpu = |name| ModelSpec { gpus: 1, memory: Some(50 << 30), park: true, ..spec(name, 1) };
-    let inventory = Inventory { gpus: vec![80 << 30], cpu: None, host: 64 << 30, one_at_a_time: false };
+    let inventory =
+        Inventory { gpus: vec![80 << 30], cpu: None, host: 64 << 30, one_at_a_time: false, gone: Default::default() };
     let mut world = World::new(&[]);
     world.state = State::new(&[on_gpu("a"), on_gpu("b")], Knobs::default(), &BTreeMap::new(), 1).on(inventory);
     world.queue(vec![job(1, "a")]);

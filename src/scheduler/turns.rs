@@ -82,18 +82,30 @@ impl State {
 
     /// Marks models that no device of this box could ever hold.
     pub(super) fn mark_too_big(&mut self) {
-        let whole = Inventory { one_at_a_time: false, ..self.inventory.clone() };
-        let view = View {
-            devices: whole.devices(),
-            gpus: whole.gpu_count(),
-            models: self.models.iter().map(|m| m.view(&whole, false, 0)).collect(),
-            ..View::default()
-        };
+        let view = self.models_on(&self.inventory.whole());
         for (index, model) in self.models.iter_mut().enumerate() {
-            if model.trouble.is_none() && !sets::fits_the_box(&view, index) {
+            let is_too_big = !sets::fits_the_box(&view, index);
+            if is_too_big && model.trouble.as_ref().is_none_or(|trouble| trouble.reason == StateReason::NoGpu) {
                 model.too_big = Some(decision::too_big(&view, index, 0));
                 model.block_too_big();
+            } else if !is_too_big && model.too_big.take().is_some() {
+                // A larger GPU has come.
+                model.trouble = None;
             }
+        }
+    }
+
+    /// The models on the devices that are there now, all empty.
+    pub(super) fn view_of_models(&self) -> View {
+        self.models_on(&self.inventory)
+    }
+
+    fn models_on(&self, inventory: &Inventory) -> View {
+        View {
+            devices: inventory.devices(),
+            gpus: inventory.gpu_count(),
+            models: self.models.iter().map(|m| m.view(inventory, false, 0)).collect(),
+            ..View::default()
         }
     }
 
@@ -203,13 +215,13 @@ impl State {
             Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Dropping => return Vec::new(),
             Phase::Waiting { .. } | Phase::Parked => return vec![self.order(place, Order::Stop)],
         };
-        let at = Place { replica, base_url, load, max_batch };
+        let gpus = (self.models[index].needs_gpus() && !self.inventory.one_at_a_time).then_some(worker.set);
+        let at = Place { replica, base_url, load, max_batch, gpus };
         worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false };
         let set = worker.set;
         self.next_load += 1;
-        let last_on = &mut self.last_on[set.first as usize..(set.first + set.count) as usize];
-        self.swaps += u64::from(last_on.iter().flatten().any(|last| *last != index));
-        last_on.fill(Some(index));
+        self.swaps += u64::from(set.gpus().any(|device| self.is_swap(index, device)));
+        self.last_on[set.first as usize..(set.first + set.count) as usize].fill(Some(index));
         for model in &mut self.models {
             model.preload = false;
         }
@@ -222,6 +234,12 @@ impl State {
             effects.push(Effect::AddLoadTime { numbers, load_ms });
         }
         effects
+    }
+
+    /// Whether a model that is loaded on a device has another one's place there, and does not stand beside it.
+    fn is_swap(&self, index: usize, device: u32) -> bool {
+        let stands = |last| self.workers.iter().any(|w| w.model == last && w.set.has(device) && w.is_on_device());
+        self.last_on[device as usize].is_some_and(|last| last != index && !stands(last))
     }
 
     /// Tells a ready worker to leave when its jobs have ended. `hung`: it has stopped answering.

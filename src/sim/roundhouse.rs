@@ -50,6 +50,7 @@ impl Roundhouse {
             cpu: None,
             host: bytes(trace.host_gb),
             one_at_a_time: false,
+            gone: Default::default(),
         };
         let models: Vec<Arc<str>> = trace.models.iter().map(|model| Arc::from(model.name.as_str())).collect();
         // What a models file would declare of its jobs.
@@ -144,7 +145,8 @@ impl Roundhouse {
                     world.leave(self.worker(world, &model, replica)?, true)?;
                 }
                 Effect::Order { model, replica, order: Order::Stop, .. } => self.stop(world, &model, replica)?,
-                // Simulated workers neither hang nor fail.
+                // Simulated workers neither hang nor fail, and no GPU vanishes.
+                Effect::Evict { .. } => {}
                 Effect::Order { order: Order::Retry | Order::Suspect, .. } => {}
                 Effect::EndQueued { numbers, .. } => {
                     for number in numbers {

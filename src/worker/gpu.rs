@@ -8,6 +8,8 @@ use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
 use serde::Deserialize;
 
+use crate::worker::fake_gpus::FakeGpus;
+
 /// One GPU as the driver sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gpu {
@@ -25,6 +27,32 @@ pub struct Gpu {
 pub trait GpuProbe: Send + Sync + 'static {
     /// The GPUs of this box; empty without driver or card.
     fn gpus(&self) -> Vec<Gpu>;
+
+    /// A worker says that it takes so many bytes on each of these GPUs; 0: it is gone. A driver knows that by itself.
+    fn hold(&self, _worker: &str, _gpus: &[u32], _bytes: u64) {}
+}
+
+/// The probe that the environment names: `ROUNDHOUSE_FAKE_GPUS` or `ROUNDHOUSE_GPU_PROBE`, by their values; the driver
+/// without either, as far as `CUDA_VISIBLE_DEVICES` shows it. An error names the variable.
+pub fn from_environment(
+    fake: Option<&str>,
+    probe: Option<&str>,
+    visible: Option<String>,
+) -> Result<Arc<dyn GpuProbe>, String> {
+    let set = |value: Option<&str>| value.is_some_and(|text| !text.trim().is_empty());
+    match fake.filter(|_| set(fake)) {
+        Some(_) if set(probe) => {
+            Err("ROUNDHOUSE_FAKE_GPUS and ROUNDHOUSE_GPU_PROBE are both set; unset one of them".to_owned())
+        }
+        Some(text) => match FakeGpus::parse(text) {
+            Ok(gpus) => Ok(Arc::new(gpus)),
+            Err(error) => Err(format!("ROUNDHOUSE_FAKE_GPUS: {error}")),
+        },
+        None if matches!(probe.map(str::trim), None | Some("" | "nvml")) => {
+            Ok(Arc::new(NvmlProbe { visible, ..NvmlProbe::default() }))
+        }
+        None => from_setting(probe).map_err(|error| format!("ROUNDHOUSE_GPU_PROBE: {error}")),
+    }
 }
 
 /// The probe that a setting names: `nvml` (the default), `none`, or `dir:<path>` for a [`FakeProbe`].
@@ -54,6 +82,14 @@ impl GpuProbe for NoGpus {
 #[derive(Debug, Default)]
 pub struct NvmlProbe {
     nvml: Mutex<Option<Nvml>>,
+    /// `CUDA_VISIBLE_DEVICES` of the server: what it hides is not for our workers either.
+    visible: Option<String>,
+}
+
+/// Whether a list of numbers and ids (or their beginnings) shows this GPU; no list shows all.
+fn is_visible(list: Option<&str>, index: u32, uuid: &str) -> bool {
+    let names = |word: &str| word == index.to_string() || (word.starts_with("GPU-") && uuid.starts_with(word));
+    list.is_none_or(|list| list.split(',').map(str::trim).any(names))
 }
 
 impl GpuProbe for NvmlProbe {
@@ -71,7 +107,7 @@ impl GpuProbe for NvmlProbe {
         let Some(loaded) = nvml.as_ref() else {
             return Vec::new();
         };
-        read_nvml(loaded).unwrap_or_else(|error| {
+        read_nvml(loaded, self.visible.as_deref()).unwrap_or_else(|error| {
             tracing::warn!("the NVIDIA driver does not tell its GPUs: {error}");
             *nvml = None;
             Vec::new()
@@ -79,14 +115,27 @@ impl GpuProbe for NvmlProbe {
     }
 }
 
-fn read_nvml(nvml: &Nvml) -> Result<Vec<Gpu>, NvmlError> {
+fn read_nvml(nvml: &Nvml, visible: Option<&str>) -> Result<Vec<Gpu>, NvmlError> {
     (0..nvml.device_count()?)
-        .map(|index| {
-            let device = nvml.device_by_index(index)?;
-            let memory = device.memory_info()?;
-            Ok(Gpu { index, name: device.name()?, total_bytes: memory.total, used_bytes: memory.used })
+        .filter_map(|index| match read_one(nvml, index, visible) {
+            // One that has fallen off the bus takes none of the others along.
+            Err(NvmlError::GpuLost | NvmlError::NotFound) => {
+                tracing::debug!(gpu = index, "the NVIDIA driver has lost a GPU");
+                None
+            }
+            read => read.transpose(),
         })
         .collect()
+}
+
+/// `None`: it is hidden.
+fn read_one(nvml: &Nvml, index: u32, visible: Option<&str>) -> Result<Option<Gpu>, NvmlError> {
+    let device = nvml.device_by_index(index)?;
+    if visible.is_some() && !is_visible(visible, index, &device.uuid()?) {
+        return Ok(None);
+    }
+    let memory = device.memory_info()?;
+    Ok(Some(Gpu { index, name: device.name()?, total_bytes: memory.total, used_bytes: memory.used }))
 }
 
 /// A folder that plays the driver, for tests. `gpus.json` lists the cards (`[{"index","name","total_bytes"}]`; no file: no
@@ -203,6 +252,27 @@ mod tests {
         assert_eq!(from_setting(Some("none")).unwrap().gpus(), []);
         let Err(refused) = from_setting(Some("rocm")) else { panic!("accepted") };
         assert!(refused.contains("`rocm`") && refused.contains("dir:<folder>"));
+    }
+
+    #[test]
+    fn what_the_server_must_not_see_is_hidden_from_workers() {
+        let seen = |list: Option<&str>| -> Vec<u32> {
+            (0..3).filter(|index| is_visible(list, *index, &format!("GPU-{index}abc"))).collect()
+        };
+        assert_eq!(seen(None), [0, 1, 2]);
+        assert_eq!(seen(Some("2, 0")), [0, 2]);
+        assert_eq!(seen(Some("GPU-1a")), [1]);
+        assert_eq!((seen(Some("")), seen(Some("-1"))), (vec![], vec![]));
+    }
+
+    #[test]
+    fn the_environment_names_one_probe() {
+        assert_eq!(from_environment(Some("2x80GiB"), Some(" "), None).unwrap().gpus().len(), 2);
+        assert_eq!(from_environment(Some(""), Some("none"), None).unwrap().gpus(), []);
+        let both = from_environment(Some("2x80GiB"), Some("none"), None).err().unwrap();
+        assert!(both.contains("both set"), "{both}");
+        let wrong = from_environment(Some("2x"), None, None).err().unwrap();
+        assert!(wrong.starts_with("ROUNDHOUSE_FAKE_GPUS: `2x` "), "{wrong}");
     }
 
     #[test]

@@ -14,8 +14,8 @@ const LIMIT_BYTES: usize = 256 << 10;
 /// How a worker says it is.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Health {
-    /// Takes jobs.
-    Ready,
+    /// Takes jobs; the device memory that it takes on each GPU, in bytes, if it says so.
+    Ready { device_bytes: Option<u64> },
     /// Lives and takes no jobs now: loading or asleep.
     NotYet { phase: Option<String>, percent: Option<f64> },
     /// Says that it has failed and why.
@@ -44,6 +44,7 @@ struct Body {
     phase: Option<String>,
     percent: Option<f64>,
     error: Option<String>,
+    device_bytes: Option<u64>,
 }
 
 impl Doctor {
@@ -63,7 +64,7 @@ impl Doctor {
     async fn exchange(&self) -> Health {
         match self.get("/health").await {
             Ok((404, _)) => match self.get("/v1/models").await {
-                Ok((200, _)) => Health::Ready,
+                Ok((200, _)) => Health::Ready { device_bytes: None },
                 Ok((status, _)) => Health::Silent(format!("/v1/models answers with status {status}")),
                 Err(lost) => unheard(&lost),
             },
@@ -94,13 +95,13 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
             return Health::Stranger;
         }
         return match body.status.as_str() {
-            "ready" if status == 200 => Health::Ready,
+            "ready" if status == 200 => Health::Ready { device_bytes: body.device_bytes },
             "failed" => Health::Failed(cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400)),
             _ => Health::NotYet { phase: body.phase, percent: body.percent },
         };
     }
     match status {
-        200..=299 => Health::Ready,
+        200..=299 => Health::Ready { device_bytes: None },
         _ => Health::Silent(format!("/health answers with status {status}")),
     }
 }
@@ -117,7 +118,9 @@ mod tests {
                 json!({"status": word, "phase": "weights", "percent": 40.0, "instance": instance, "error": "no file"});
             read(status, body.to_string().as_bytes(), "id:1")
         };
-        assert_eq!(ask(200, "ready", "id:1".into()), Health::Ready);
+        assert_eq!(ask(200, "ready", "id:1".into()), Health::Ready { device_bytes: None });
+        let tells = br#"{"status": "ready", "instance": "m", "device_bytes": 7}"#;
+        assert_eq!(read(200, tells, "m"), Health::Ready { device_bytes: Some(7) });
         let not_yet = Health::NotYet { phase: Some("weights".into()), percent: Some(40.0) };
         assert_eq!(ask(503, "loading", "id:1".into()), not_yet);
         assert_eq!(ask(503, "asleep", "id:1".into()), not_yet);
@@ -129,8 +132,8 @@ mod tests {
 
     #[test]
     fn stock_servers_are_told_by_their_status() {
-        assert_eq!(read(200, b"", "m"), Health::Ready);
-        assert_eq!(read(200, br#"{"status":"ok"}"#, "m"), Health::Ready);
+        assert_eq!(read(200, b"", "m"), Health::Ready { device_bytes: None });
+        assert_eq!(read(200, br#"{"status":"ok"}"#, "m"), Health::Ready { device_bytes: None });
         assert!(matches!(read(503, br#"{"error":{"message":"Loading model"}}"#, "m"), Health::Silent(_)));
     }
 }

@@ -15,8 +15,8 @@ const LINE_LIMIT_BYTES: usize = 8 << 10;
 /// Lines kept in memory for reasons.
 const TAIL_LINES: usize = 50;
 
-/// Where the log of a model is.
-pub(super) fn path(dir: &Path, model: &str) -> PathBuf {
+/// Where the log of a model's worker is. No name has a `+` in it, so no other model's log is there.
+pub(super) fn path(dir: &Path, model: &str, replica: u32) -> PathBuf {
     let name: String = model
         .chars()
         .map(|c| match c {
@@ -24,7 +24,10 @@ pub(super) fn path(dir: &Path, model: &str) -> PathBuf {
             _ => '_',
         })
         .collect();
-    dir.join(format!("{name}.log"))
+    match replica {
+        0 => dir.join(format!("{name}.log")),
+        _ => dir.join(format!("{name}+{replica}.log")),
+    }
 }
 
 /// The latest lines of one process. Cheap to clone.
@@ -239,8 +242,9 @@ mod tests {
 
     #[test]
     fn model_names_make_plain_file_names() {
-        let file = path(Path::new("/logs"), "a/../b c");
+        let file = path(Path::new("/logs"), "a/../b c", 0);
         assert_eq!(file, Path::new("/logs/a_.._b_c.log"));
+        assert_eq!(path(Path::new("/logs"), "m", 2), Path::new("/logs/m+2.log"));
     }
 
     #[tokio::test]

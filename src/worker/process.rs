@@ -41,6 +41,9 @@ const SECRETS: [&str; 8] = [
 /// What a start needs besides the model.
 pub(super) struct Start<'a> {
     pub(super) spec: &'a ModelSpec,
+    pub(super) replica: u32,
+    /// The GPUs that it may see, by the driver's numbers.
+    pub(super) gpus: &'a [u32],
     pub(super) lease: Lease,
     pub(super) data_dir_id: &'a str,
     pub(super) log_dir: &'a Path,
@@ -75,7 +78,7 @@ impl WorkerProcess {
             .arg("--")
             .args(&command)
             .env_clear()
-            .envs(environment(std::env::vars_os(), start.spec, &mark))
+            .envs(environment(std::env::vars_os(), start.spec, start.gpus, &mark))
             .current_dir(&start.spec.dir)
             .stdin(Stdio::piped())
             .stdout(Stdio::from(writer))
@@ -88,7 +91,12 @@ impl WorkerProcess {
         let tail = Tail::default();
         let capture = start.tasks.spawn(
             "worker log",
-            logs::capture(reader, logs::path(start.log_dir, &start.spec.name), tail.clone(), logs::FILE_LIMIT_BYTES),
+            logs::capture(
+                reader,
+                logs::path(start.log_dir, &start.spec.name, start.replica),
+                tail.clone(),
+                logs::FILE_LIMIT_BYTES,
+            ),
         );
         Ok(Self {
             guard,
@@ -252,6 +260,7 @@ fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
 fn environment(
     inherited: impl Iterator<Item = (OsString, OsString)>,
     spec: &ModelSpec,
+    gpus: &[u32],
     mark: &str,
 ) -> BTreeMap<OsString, OsString> {
     let is_secret =
@@ -264,6 +273,11 @@ fn environment(
     set("SPT_NOENV", "1");
     if spec.gpus == 0 {
         set("CUDA_VISIBLE_DEVICES", "");
+    } else if !gpus.is_empty() {
+        let numbers: Vec<String> = gpus.iter().map(u32::to_string).collect();
+        set("CUDA_VISIBLE_DEVICES", &numbers.join(","));
+        // The driver's numbers are in this order; CUDA's own order is another.
+        set("CUDA_DEVICE_ORDER", "PCI_BUS_ID");
     }
     if let Some(bytes) = spec.memory {
         set("ROUNDHOUSE_MEMORY_BYTES", &bytes.to_string());
@@ -366,6 +380,21 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_worker_sees_its_own_gpus_only() {
+        let mut spec = spec(&["x"]);
+        let seen = |spec: &ModelSpec, gpus: &[u32]| {
+            let inherited = [("CUDA_VISIBLE_DEVICES".into(), "7".into())];
+            let vars = environment(inherited.into_iter(), spec, gpus, "id:1");
+            ["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"]
+                .map(|name| vars.get(&OsString::from(name)).and_then(|v| v.to_str()).unwrap_or("-").to_owned())
+        };
+        assert_eq!(seen(&spec, &[]), ["", "-"]);
+        spec.gpus = 2;
+        assert_eq!(seen(&spec, &[2, 3]), ["2,3", "PCI_BUS_ID"]);
+        assert_eq!(seen(&spec, &[]), ["7", "-"], "nobody said which");
+    }
+
+    #[test]
     fn secrets_stay_with_the_server() {
         let inherited = [
             ("PATH", "/bin"),
@@ -380,7 +409,7 @@ pub(super) mod tests {
         spec.env =
             BTreeMap::from([("HF_HUB_OFFLINE".to_owned(), "0".to_owned()), (MARK.to_owned(), "forged".to_owned())]);
         let inherited = inherited.map(|(k, v)| (OsString::from(k), OsString::from(v)));
-        let vars = environment(inherited.into_iter(), &spec, "id:1");
+        let vars = environment(inherited.into_iter(), &spec, &[], "id:1");
         let get = |name: &str| vars.get(&OsString::from(name)).and_then(|v| v.to_str());
         assert!(vars.values().all(|v| v != "t" && v != "a:t"));
         assert_eq!(get("PATH"), Some("/bin"));

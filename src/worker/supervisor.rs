@@ -1,4 +1,4 @@
-//! One task per model, the only writer of its worker's state.
+//! One task per worker (of a model with replicas there are several), the only writer of its state.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -14,13 +14,16 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::domain::worker::{Report, WorkerView};
-use crate::domain::{ErrorCode, JobError, Millis, ModelSpec, ModelState};
+use crate::domain::{ErrorCode, GpuSet, JobError, Millis, ModelSpec, ModelState};
 use crate::lifecycle::Tasks;
-use crate::worker::gpu::GpuProbe;
+use crate::worker::gpu::{Gpu, GpuProbe};
 use crate::worker::health::{Doctor, Health};
 use crate::worker::logs::{self, Tail};
 use crate::worker::ports;
 use crate::worker::process::{self, Start, WorkerProcess};
+
+#[path = "device_memory.rs"]
+mod device_memory;
 
 /// Failed loads in a row after which a model is quarantined.
 const QUARANTINE_AFTER: u32 = 5;
@@ -30,8 +33,6 @@ const FREE_EARLY_DEATHS: u32 = 2;
 const ORDERS_LIMIT: usize = 64;
 /// Loads on other ports when a stranger answers on the chosen one.
 const PORTS_TRIED: usize = 3;
-/// Device memory that may stay in use after a stop, in bytes: other programs come and go.
-const MEMORY_SLACK_BYTES: u64 = 1 << 30;
 /// How long a guard may take to end what a dead worker left running, and to tell how the worker ended.
 const EXIT_NOTICE: Duration = Duration::from_millis(2500);
 /// How often the clock is asked whether a back-off is over.
@@ -60,10 +61,13 @@ pub struct Surroundings {
     pub backoff_max: Duration,
 }
 
+/// Where supervisors report to: (model, number of the worker, report).
+pub type Reports = mpsc::UnboundedSender<(String, u32, Report)>;
+
 /// Asks one supervisor; the answers are [`Report`]s. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct WorkerHandle {
-    orders: mpsc::Sender<Order>,
+    orders: mpsc::Sender<(Order, Option<GpuSet>)>,
     view: watch::Receiver<WorkerView>,
     has_looked: watch::Receiver<bool>,
 }
@@ -133,24 +137,21 @@ impl Default for Tempo {
 }
 
 impl WorkerHandle {
-    /// Starts the supervisor of `spec`. Reports go to `reports` as (model, report). When the last clone of the handle is
+    /// Starts the supervisor of one worker of `spec`, by its number. Reports go to `reports` as (model, number, report). When the last clone of the handle is
     /// dropped, the worker is stopped and the supervisor ends.
-    pub fn start(spec: ModelSpec, around: Surroundings, reports: mpsc::UnboundedSender<(String, Report)>) -> Self {
-        Self::start_with(spec, around, Tempo::default(), reports)
+    pub fn start(spec: ModelSpec, replica: u32, around: Surroundings, reports: Reports) -> Self {
+        Self::start_with(spec, replica, around, Tempo::default(), reports)
     }
 
     /// As [`Self::start`], at another tempo.
-    pub fn start_with(
-        spec: ModelSpec,
-        around: Surroundings,
-        tempo: Tempo,
-        reports: mpsc::UnboundedSender<(String, Report)>,
-    ) -> Self {
+    pub fn start_with(spec: ModelSpec, replica: u32, around: Surroundings, tempo: Tempo, reports: Reports) -> Self {
         let (orders, inbox) = mpsc::channel(ORDERS_LIMIT);
-        let log_path = logs::path(&around.log_dir, &spec.name);
+        let log_path = logs::path(&around.log_dir, &spec.name, replica);
         let (looked, has_looked) = watch::channel(false);
         let (view_writer, view) = watch::channel(WorkerView {
             model: spec.name.clone(),
+            replica,
+            gpus: Vec::new(),
             state: ModelState::Absent,
             phase: None,
             percent: None,
@@ -167,6 +168,8 @@ impl WorkerHandle {
         let supervisor = Supervisor {
             hard: tasks.hard().clone(),
             spec,
+            replica,
+            gpus: Vec::new(),
             around,
             tempo,
             orders: inbox,
@@ -190,7 +193,16 @@ impl WorkerHandle {
     /// Gives an order. Orders are followed in turn; one that is given in the middle of a transition is followed after it,
     /// except that `Stop` breaks a load off.
     pub fn order(&self, order: Order) {
-        if let Err(error) = self.orders.try_send(order) {
+        self.give(order, None);
+    }
+
+    /// As [`Self::order`]; a load is to be on these devices. Without any word of them a worker may see all GPUs.
+    pub fn order_on(&self, order: Order, set: GpuSet) {
+        self.give(order, Some(set));
+    }
+
+    fn give(&self, order: Order, set: Option<GpuSet>) {
+        if let Err(error) = self.orders.try_send((order, set)) {
             let model = &self.view.borrow().model;
             tracing::error!(model, ?order, "a supervisor takes no order: {error}");
         }
@@ -236,6 +248,10 @@ struct Running {
     since: Instant,
     /// Device memory in use before it was loaded, in bytes; `None` for a CPU model.
     memory_before: Option<u64>,
+    /// Device memory that it says it takes on each GPU, in bytes.
+    own: Option<u64>,
+    /// How much more device memory was in use when it was ready, in bytes.
+    grown: Option<u64>,
 }
 
 /// How one try of a load ended.
@@ -251,7 +267,9 @@ enum Try {
 
 /// What a ready worker's watch found.
 enum Pulse {
-    Alive,
+    Alive {
+        device_bytes: Option<u64>,
+    },
     Missed(String),
     /// Nobody listens: it is gone or about to be, and its guard will say how.
     Refused,
@@ -269,11 +287,15 @@ type Probe = Pin<Box<dyn Future<Output = Pulse> + Send>>;
 
 struct Supervisor {
     spec: ModelSpec,
+    /// Its number among the workers of the model.
+    replica: u32,
+    /// Where it is loaded or to be loaded, by the driver's numbers; empty: nobody said.
+    gpus: Vec<u32>,
     around: Surroundings,
     tempo: Tempo,
     hard: CancellationToken,
-    orders: mpsc::Receiver<Order>,
-    reports: mpsc::UnboundedSender<(String, Report)>,
+    orders: mpsc::Receiver<(Order, Option<GpuSet>)>,
+    reports: Reports,
     view: watch::Sender<WorkerView>,
     /// Whether the driver was asked for the first time.
     looked: watch::Sender<bool>,
@@ -334,6 +356,9 @@ impl Supervisor {
                     self.enter(ModelState::Resident);
                     let load_ms = millis(ordered_at.elapsed());
                     tracing::info!(model = self.spec.name, base_url, load_ms, "ready");
+                    if let Some(device_bytes) = running.own {
+                        self.report(Report::Takes { device_bytes });
+                    }
                     self.report(Report::Ready { base_url, load_ms });
                     return Phase::Serving(running);
                 }
@@ -371,7 +396,7 @@ impl Supervisor {
             let event = tokio::select! {
                 biased;
                 () = self.hard.cancelled() => Event::Hard,
-                order = self.orders.recv() => Event::Order(order),
+                order = self.orders.recv() => Event::Order(order.map(|(order, _)| order)),
                 how = running.process.exited() => Event::Exited(how),
                 pulse = &mut probe => Event::Pulse(pulse),
             };
@@ -388,8 +413,9 @@ impl Supervisor {
                 }
                 Event::Order(Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect)) => {}
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
-                Event::Pulse(Pulse::Alive) => {
+                Event::Pulse(Pulse::Alive { device_bytes }) => {
                     misses = 0;
+                    self.note_memory(&mut running, device_bytes);
                     if std::mem::take(&mut suspected) {
                         let base_url = format!("http://127.0.0.1:{}", running.process.port());
                         self.report(Report::Ready { base_url, load_ms: 0 });
@@ -454,10 +480,16 @@ impl Supervisor {
     }
 
     async fn blocked(&mut self) -> Phase {
-        let reason = "this model needs a GPU and the driver shows none";
+        let reason = match (self.gpus.is_empty(), self.spec.gpus) {
+            (true, 0 | 1) => "this model needs a GPU and the driver shows none".to_owned(),
+            (true, count) => format!("this model needs {count} GPUs and the driver does not show as many"),
+            (false, _) => "the driver does not show the GPUs that it was to be loaded on".to_owned(),
+        };
+        // They may be others next time.
+        self.gpus.clear();
         tracing::warn!(model = self.spec.name, "blocked: {reason}");
         self.enter(ModelState::Blocked);
-        self.view.send_modify(|v| v.reason = Some(reason.to_owned()));
+        self.view.send_modify(|v| v.reason = Some(reason));
         self.report(Report::NoGpu);
         let look_every = self.tempo.gpu_every;
         loop {
@@ -495,6 +527,7 @@ impl Supervisor {
         self.view.send_modify(|v| {
             v.pid = Some(process.pid());
             v.port = Some(process.port());
+            v.gpus.clone_from(&self.gpus);
             v.starts += 1;
         });
         tracing::info!(model = self.spec.name, process.pid = process.pid(), port = process.port(), "loading");
@@ -512,7 +545,7 @@ impl Supervisor {
                     return Try::Ended;
                 }
                 order = self.orders.recv() => {
-                    match order {
+                    match order.map(|(order, _)| order) {
                         Some(Order::Stop | Order::Park) => {
                             let ordered_at = Instant::now();
                             self.enter(ModelState::Draining);
@@ -542,8 +575,14 @@ impl Supervisor {
                 strange_since = None;
             }
             match health {
-                Health::Ready => {
-                    return Try::Ready(Box::new(Running { process, doctor, since: Instant::now(), memory_before }));
+                Health::Ready { device_bytes } => {
+                    let since = Instant::now();
+                    let mut running = Running { process, doctor, since, memory_before, own: None, grown: None };
+                    self.note_memory(&mut running, device_bytes);
+                    if let Some(before) = memory_before {
+                        running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
+                    }
+                    return Try::Ready(Box::new(running));
                 }
                 Health::NotYet { phase, percent } => self.show_progress(phase, percent),
                 Health::Failed(why) => {
@@ -567,6 +606,8 @@ impl Supervisor {
         let lease = ports::lease(self.spec.port, avoid).ok_or("no port from 8001 to 8999 is free on 127.0.0.1")?;
         WorkerProcess::start(Start {
             spec: &self.spec,
+            replica: self.replica,
+            gpus: &self.gpus,
             lease,
             data_dir_id: &self.around.data_dir_id,
             log_dir: &self.around.log_dir,
@@ -580,8 +621,10 @@ impl Supervisor {
         let ordered_at = Instant::now();
         self.enter(ModelState::Draining);
         self.note_life(running.since);
+        let free = self.free_when(&running).await;
+        self.release(&running);
         running.process.stop(self.around.grace).await;
-        self.wait_memory_free(running.memory_before).await;
+        self.wait_memory_free(free).await;
         let stop_ms = millis(ordered_at.elapsed());
         tracing::info!(model = self.spec.name, stop_ms, "stopped");
         self.enter(ModelState::Absent);
@@ -592,13 +635,16 @@ impl Supervisor {
     /// A worker that had been ready is gone or has to go.
     async fn died(&mut self, running: Running, reason: String) -> Phase {
         let lived = running.since.elapsed();
+        // A part of its memory may be free already: then what is left of the use says nothing.
+        let free = self.free_when(&running).await.max(running.memory_before);
+        self.release(&running);
         let tail = running.process.clear_away().await;
         let reason = match tail.reason() {
             Some(line) => format!("{reason}; its log says: {line}"),
             None => reason,
         };
         tracing::error!(model = self.spec.name, "the worker died: {reason}");
-        self.wait_memory_free(running.memory_before).await;
+        self.wait_memory_free(free).await;
         self.enter(ModelState::Absent);
         self.early_deaths = if lived < self.tempo.early_death { self.early_deaths + 1 } else { 0 };
         let times = self.early_deaths;
@@ -678,7 +724,7 @@ impl Supervisor {
         Box::pin(async move {
             let mut last = pulse(&doctor, limit).await;
             for _ in 0..2 {
-                if matches!(last, Pulse::Alive) {
+                if matches!(last, Pulse::Alive { .. }) {
                     break;
                 }
                 sleep(limit / 5).await;
@@ -688,54 +734,6 @@ impl Supervisor {
         })
     }
 
-    // ---- device -----------------------------------------------------------------------------------------------------
-
-    /// Device memory in use, in bytes: `Some(None)` for a CPU model, `None` if a GPU is needed and there is none.
-    async fn device_memory(&self) -> Option<Option<u64>> {
-        if self.spec.gpus == 0 {
-            return Some(None);
-        }
-        self.used_bytes().await.map(Some)
-    }
-
-    async fn sees_gpu(&self) -> bool {
-        self.used_bytes().await.is_some()
-    }
-
-    /// Of all GPUs; `None` if there is none.
-    async fn used_bytes(&self) -> Option<u64> {
-        let probe = self.around.gpus.clone();
-        let gpus = tokio::task::spawn_blocking(move || probe.gpus()).await.ok()?;
-        (!gpus.is_empty()).then(|| gpus.iter().map(|gpu| gpu.used_bytes).sum())
-    }
-
-    /// Memory is free when the driver says so, not when the process is gone.
-    async fn wait_memory_free(&self, before: Option<u64>) {
-        let Some(before) = before else {
-            return;
-        };
-        let until = Instant::now() + self.tempo.memory_limit;
-        loop {
-            let used = self.used_bytes().await.unwrap_or(0);
-            if used <= before.saturating_add(MEMORY_SLACK_BYTES) {
-                return;
-            }
-            if Instant::now() >= until {
-                tracing::warn!(
-                    model = self.spec.name,
-                    memory.used_bytes = used,
-                    memory.before_bytes = before,
-                    "the driver still shows the memory of a stopped worker in use: going on"
-                );
-                return;
-            }
-            tokio::select! {
-                () = self.hard.cancelled() => return,
-                () = sleep(Duration::from_millis(50)) => {}
-            }
-        }
-    }
-
     // ---- telling ----------------------------------------------------------------------------------------------------
 
     /// The next order; `None` when the supervisor has to end.
@@ -743,7 +741,18 @@ impl Supervisor {
         tokio::select! {
             biased;
             () = self.hard.cancelled() => None,
-            order = self.orders.recv() => order,
+            order = self.orders.recv() => {
+                let (order, set) = order?;
+                self.note_set(order, set);
+                Some(order)
+            }
+        }
+    }
+
+    /// A load goes where it is ordered to.
+    fn note_set(&mut self, order: Order, set: Option<GpuSet>) {
+        if matches!(order, Order::Load | Order::Wake) {
+            self.gpus = set.filter(|_| self.spec.gpus > 0).map_or_else(Vec::new, |set| set.gpus().collect());
         }
     }
 
@@ -781,14 +790,15 @@ impl Supervisor {
 
     /// Nobody listening means that the server is shutting down.
     fn report(&self, report: Report) {
-        drop(self.reports.send((self.spec.name.clone(), report)));
+        drop(self.reports.send((self.spec.name.clone(), self.replica, report)));
     }
 }
 
 async fn pulse(doctor: &Doctor, limit: Duration) -> Pulse {
     match doctor.ask(limit).await {
         // Asleep is alive.
-        Health::Ready | Health::NotYet { .. } => Pulse::Alive,
+        Health::Ready { device_bytes } => Pulse::Alive { device_bytes },
+        Health::NotYet { .. } => Pulse::Alive { device_bytes: None },
         Health::Failed(why) => Pulse::Missed(format!("it says that it failed: {why}")),
         Health::Stranger => Pulse::Missed("another program answers on its port".to_owned()),
         Health::Silent(why) => Pulse::Missed(why),

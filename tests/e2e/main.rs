@@ -10,6 +10,7 @@ mod auth;
 mod backups;
 mod broken_models;
 mod crashes;
+mod devices;
 mod ends;
 mod gpu;
 mod input;

@@ -374,6 +374,13 @@ class BaseService:
 
     # ---- verbs ---------------------------------------------------------------
 
+    def device_bytes(self) -> int | None:
+        """Device memory that this worker takes on each of its GPUs at most; None: not known.
+
+        The scheduler loads other models beside it in what is left.
+        """
+        return None
+
     async def health(self, request: Request) -> Response:
         """`GET /health`: 200 when requests are taken, else 503; why is in the body."""
         body: dict[str, Any] = {
@@ -383,6 +390,8 @@ class BaseService:
             "model": self.served_name,
             "instance": os.environ.get("ROUNDHOUSE_INSTANCE"),
         }
+        if (size := self.device_bytes()) is not None:
+            body["device_bytes"] = size
         if self._failure is not None:
             body |= {"error": self._failure.message, "code": self._failure.code}
         ready = self.status is Status.READY and not self._stopping.is_set()

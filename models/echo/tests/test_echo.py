@@ -238,6 +238,8 @@ def test_echo_tells_what_arrived(echo: Worker):
         "request_id": "job_9.3",
         "run": None,
         "pass_size": 1,
+        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "pid": echo.process.pid,
         "body": body,
     }
     calls = [functools.partial(echo.post, "/echo", {}, x_roundhouse_run="r7;n=5") for _ in range(5)]
@@ -344,6 +346,14 @@ def test_hang_ignores_cancelling_and_health_stays_well(path):
 
 
 # ---- faults of the process ---------------------------------------------------
+
+
+def test_health_tells_the_device_memory_if_it_is_known():
+    with Worker(SERVER, "--device-bytes", "5000", environment={"CUDA_VISIBLE_DEVICES": "2,3"}) as worker:
+        assert worker.ready().get("/health").json()["device_bytes"] == 5000
+        assert worker.post("/echo").json()["gpus"] == "2,3"
+    with Worker(SERVER) as worker:
+        assert "device_bytes" not in worker.ready().get("/health").json()
 
 
 def test_slow_loading_has_a_percentage():
