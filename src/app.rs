@@ -116,6 +116,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         learned: opened.learned,
         served: opened.served,
         weights: config.weights.clone(),
+        controls: opened.controls,
         gpus: memory,
         next_number: opened.next_number,
     })

@@ -107,6 +107,7 @@ impl Bench {
             learned: opened.learned,
             served: opened.served,
             weights: BTreeMap::new(),
+            controls: roundhouse::domain::Controls::default(),
             gpus: Vec::new(),
             next_number: opened.next_number,
         })

@@ -9,6 +9,7 @@ mod config;
 mod doctor;
 mod fetch;
 mod models;
+mod queue;
 mod serve;
 mod simulate;
 
@@ -84,9 +85,12 @@ pub enum Command {
 /// Commands that need no server of their own.
 #[derive(Debug, Subcommand)]
 pub enum ClientCommand {
-    /// Look at the models of a running server, retry a broken one, fetch weights
+    /// Look at the models of a running server, load and unload them by hand, retry a broken one, fetch weights
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Pause, resume, drain and purge the queue of a running server
+    #[command(subcommand)]
+    Queue(QueueCommand),
     /// Check a model file, print its JSON Schema
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -113,6 +117,14 @@ pub enum ModelsCommand {
         /// Name of the model
         name: String,
     },
+    /// Bring a model in as soon as others make room, whether jobs of it wait or not
+    Load(ModelArgs),
+    /// Stop a model when its running jobs have ended
+    Unload(ModelArgs),
+    /// Never let other models displace it
+    Pin(ModelArgs),
+    /// Let other models displace it
+    Unpin(ModelArgs),
     /// Fetch the weights of models from Hugging Face (HF_TOKEN is used for gated ones)
     Fetch {
         /// Model file
@@ -121,6 +133,40 @@ pub enum ModelsCommand {
         /// Names of models; without any, all that have a Hugging Face id
         names: Vec<String>,
     },
+}
+
+/// One model of a running server.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// Which server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Name of the model
+    pub name: String,
+}
+
+/// `roundhouse queue ...`
+#[derive(Debug, Subcommand)]
+pub enum QueueCommand {
+    /// Let no waiting job start; running ones go on and new ones are accepted, also after a restart
+    Pause(QueueArgs),
+    /// Undo a pause and a drain
+    Resume(QueueArgs),
+    /// Refuse new jobs and finish those that are there
+    Drain(QueueArgs),
+    /// Cancel all waiting jobs
+    Purge(QueueArgs),
+}
+
+/// Whose queue.
+#[derive(Clone, Debug, Args)]
+pub struct QueueArgs {
+    /// Which server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Only of this model
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
 }
 
 /// `roundhouse config ...`
@@ -152,6 +198,19 @@ pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Models(ModelsCommand::Retry { server, name }) => {
             models::retry(&server.connect()?, &name, &mut out).await
         }
+        ClientCommand::Models(ModelsCommand::Load(args)) => by_hand("load", &args, &mut out).await,
+        ClientCommand::Models(ModelsCommand::Unload(args)) => by_hand("unload", &args, &mut out).await,
+        ClientCommand::Models(ModelsCommand::Pin(args)) => by_hand("pin", &args, &mut out).await,
+        ClientCommand::Models(ModelsCommand::Unpin(args)) => by_hand("unpin", &args, &mut out).await,
+        ClientCommand::Queue(command) => {
+            let (word, args) = match command {
+                QueueCommand::Pause(args) => ("pause", args),
+                QueueCommand::Resume(args) => ("resume", args),
+                QueueCommand::Drain(args) => ("drain", args),
+                QueueCommand::Purge(args) => ("purge", args),
+            };
+            queue::operate(&args.server.connect()?, word, args.model.as_deref(), &mut out).await
+        }
         ClientCommand::Models(ModelsCommand::Fetch { config, names }) => fetch::fetch(&config, &names).await,
         ClientCommand::Config(ConfigCommand::Schema) => config::schema(&mut out),
         ClientCommand::Config(ConfigCommand::Check { config }) => config::check(&config, &mut out),
@@ -160,6 +219,10 @@ pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Doctor(args) => doctor::doctor(&args, &mut out),
         ClientCommand::Simulate(args) => simulate::simulate(&args, &mut out),
     }
+}
+
+async fn by_hand(word: &str, args: &ModelArgs, out: &mut dyn std::io::Write) -> anyhow::Result<ExitCode> {
+    models::operate(&args.server.connect()?, word, &args.name, out).await
 }
 
 /// An error with its causes on one line; a cause that was told already is not told again.

@@ -30,6 +30,7 @@ use crate::store::snapshots::Durability;
 
 pub mod auth;
 pub mod body;
+pub mod controls;
 pub mod error;
 pub mod idempotency;
 pub mod jobs;
@@ -209,8 +210,9 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/jobs/{id}/retry", post(jobs::retry))
         .route("/v1/queue", get(ops::queue))
+        .route("/v1/queue/{word}", post(controls::queue))
         .route("/v1/models", get(ops::models))
-        .route("/v1/models/{*name}", get(ops::model).post(ops::retry_model))
+        .route("/v1/models/{*name}", get(ops::model).post(controls::model_by_hand))
         .route("/v1/workers", get(ops::workers))
         .route("/v1/chat/completions", post(openai::call))
         .route("/v1/completions", post(openai::call))

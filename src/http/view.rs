@@ -341,6 +341,9 @@ mod tests {
 
     fn model(reason: Option<StateReason>) -> ModelQueueView {
         ModelQueueView {
+            paused: false,
+            draining: false,
+            pinned: false,
             model: "flux".into(),
             queued: 1,
             queued_interactive: 0,

@@ -335,6 +335,14 @@ impl Queue {
         keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect()
     }
 
+    /// Takes out waiting jobs, whatever they wait for, with numbers below `before`: at most so many.
+    pub(super) fn take_before(&mut self, before: i64, most: usize) -> Vec<QueuedJob> {
+        let ready = self.interactive.iter().chain(self.batch.iter()).chain(self.isolated_keys()).map(|(key, _)| *key);
+        let all = ready.chain(self.delayed.values().map(|(key, _)| *key));
+        let keys: Vec<Key> = all.filter(|key| key.number() < before).take(most).collect();
+        keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect()
+    }
+
     /// Whether jobs of a class wait that are not isolated.
     pub(super) fn has(&self, class: Class) -> bool {
         !(if class == Class::Interactive { &self.interactive } else { &self.batch }).is_empty()

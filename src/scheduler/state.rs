@@ -3,13 +3,13 @@
 //! tell it by events and are asked by effects.
 //!
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `standing` says where a job stands;
-//! `model` and `inventory` are what it keeps of models and workers.
+//! `controls` does what an operator says; `model` and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use crate::domain::worker::Report;
-use crate::domain::{Class, ErrorCode, GpuSet, JobError, Millis, ModelSpec, StateReason};
+use crate::domain::{Class, Control, Controls, ErrorCode, GpuSet, JobError, Millis, ModelSpec, StateReason};
 use crate::policy::learn::{LOAD_WEIGHT, blend};
 use crate::policy::order::Served;
 use crate::policy::plan::{Decision, Reservation};
@@ -21,6 +21,8 @@ use crate::scheduler::queue::{Run, Running, To};
 use crate::store::{Learned, QueuedJob};
 use crate::worker::supervisor::Order;
 
+#[path = "controls.rs"]
+mod controls;
 #[path = "standing.rs"]
 mod standing;
 #[path = "turns.rs"]
@@ -87,6 +89,22 @@ pub enum Event {
         /// What it says.
         report: Report,
     },
+    /// An operator says something.
+    Control(Control),
+    /// Waiting jobs with numbers below `before` are to be cancelled. Some at a time: ask again until there is no effect.
+    Purge {
+        /// Entry name; `None`: of all models.
+        model: Option<String>,
+        /// The number after the last of them.
+        before: i64,
+    },
+    /// So many were.
+    Purged {
+        /// As in `Purge`.
+        model: Option<String>,
+        /// How many.
+        removed: usize,
+    },
     /// The server is stopping: nothing new starts.
     Stop,
 }
@@ -145,6 +163,8 @@ pub enum Effect {
         /// A deadline passed.
         overdue: bool,
     },
+    /// Cancel jobs that waited; nothing else will be done with them.
+    CancelQueued(Vec<i64>),
     /// Tell waiting jobs that their model is being loaded.
     TellLoading {
         /// The jobs.
@@ -199,6 +219,7 @@ pub struct State {
     log: VecDeque<Decision>,
     /// What was last said about each pair of models.
     said: HashMap<(Option<String>, Option<String>), &'static str>,
+    controls: Controls,
     next_load: i64,
     stopping: bool,
     wake_at: Option<Millis>,
@@ -243,6 +264,7 @@ impl State {
             history: VecDeque::new(),
             log: VecDeque::new(),
             said: HashMap::new(),
+            controls: Controls::default(),
             next_load: epoch << LOAD_BITS,
             stopping: false,
             wake_at: None,
@@ -330,7 +352,7 @@ impl State {
     /// address is returned. Give it back by [`Event::Ended`].
     pub fn reserve(&mut self, job: &QueuedJob, now: Millis) -> Option<Place> {
         let index = self.index_of(&job.model)?;
-        if self.stopping || job.not_before.is_some() {
+        if self.stopping || self.models[index].held.paused || job.not_before.is_some() {
             return None;
         }
         let model = &self.models[index];
@@ -388,6 +410,9 @@ impl State {
                 Some(index) => self.on_report(index, replica, report, now),
                 None => Vec::new(),
             },
+            Event::Control(control) => self.on_control(&control, now),
+            Event::Purge { model, before } => self.on_purge(model.as_deref(), before),
+            Event::Purged { model, removed } => self.on_purged(model.as_deref(), removed, now),
             Event::Stop => {
                 self.stopping = true;
                 Vec::new()
@@ -398,7 +423,9 @@ impl State {
     /// Takes in one waiting job, as a start does.
     pub fn enqueue(&mut self, job: &QueuedJob, now: Millis) {
         let index = self.index_of(&job.model).unwrap_or_else(|| {
-            self.models.push(Model::unknown(&job.model));
+            let mut model = Model::unknown(&job.model);
+            model.held = self.controls.of(&job.model);
+            self.models.push(model);
             self.index.insert(job.model.to_string(), self.models.len() - 1);
             self.models.len() - 1
         });
@@ -501,6 +528,7 @@ impl State {
                 }
                 Some((worker, Phase::Dropping)) => {
                     self.workers.remove(worker);
+                    self.note_unloaded(index);
                     Vec::new()
                 }
                 // The answer to a stop that crossed with a death says nothing about a load that was ordered since.
@@ -525,6 +553,7 @@ impl State {
                     until: None,
                 });
                 self.models[index].block_too_big();
+                self.models[index].wanted_at = None;
                 self.give_up(worker);
                 Vec::new()
             }
@@ -549,7 +578,7 @@ impl State {
         self.give_up(worker);
         let serves = self.serves(index);
         let model = &mut self.models[index];
-        model.preload = false;
+        (model.preload, model.wanted_at) = (false, None);
         let told = (!serves).then(|| error.clone());
         model.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: told, text, until: Some(retry_at) });
         if serves {
@@ -613,7 +642,8 @@ impl State {
             return;
         }
         for index in 0..self.models.len() {
-            while self.models[index].queue.has_ready()
+            while !self.models[index].held.paused
+                && self.models[index].queue.has_ready()
                 && let Some((place, run)) = self.admit_one(index, now)
             {
                 for job in &run.jobs {
@@ -647,9 +677,9 @@ impl State {
 
     fn note_idle(&mut self, now: Millis) {
         for worker in &mut self.workers {
-            let queue = &self.models[worker.model].queue;
+            let model = &self.models[worker.model];
             if let Phase::Serving { idle_since, .. } = &mut worker.phase {
-                let busy = queue.running_on(worker.replica) > 0 || queue.pending() != (0, 0);
+                let busy = model.queue.running_on(worker.replica) > 0 || model.pending() != (0, 0);
                 *idle_since = if busy { None } else { Some(idle_since.unwrap_or(now)) };
             }
         }

@@ -48,7 +48,7 @@ pub use presence::Gone;
 pub use recovery::QueuedJob;
 pub use retention::Purged;
 pub use submit::Inserted;
-pub use verbs::{Cancelled, Change, ClaimedJob, End, GiveBack, Learned, Store};
+pub use verbs::{Cancelled, Change, ClaimedJob, End, GiveBack, Learned, Store, cancelled_by_user};
 pub use writer::OnFatal;
 
 use crate::domain::storage::shown_bytes;

@@ -27,7 +27,7 @@ use super::writer::{Kind, Session, Writer, answer};
 use crate::clock::Clock;
 use crate::domain::worker::Answer;
 use crate::domain::{
-    BatchId, ErrorCode, Face, JobError, JobId, JobKind, JobState, Millis, NewJob, StorageSettings, Token,
+    BatchId, Controls, ErrorCode, Face, JobError, JobId, JobKind, JobState, Millis, NewJob, StorageSettings, Token,
 };
 
 /// The durable queue. Cheap to clone.
@@ -379,6 +379,18 @@ impl Store {
         answer(pending).await
     }
 
+    /// Keeps what was said by hand. The order of calls is the order of commits.
+    pub fn keep_controls(&self, controls: Controls) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
+        let text = json!(controls).to_string();
+        answer(self.writer.apply(Kind::Change, 0, move |session| {
+            execute(
+                &session.c,
+                "INSERT INTO meta (key, value) VALUES ('controls', ?1) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                [&text],
+            )
+        }))
+    }
+
     /// Notes that a job's answer was handed to a client; written with the next commit. When room is needed, delivered
     /// answers go before undelivered ones, which never do.
     pub fn delivered(&self, id: JobId) {
@@ -634,6 +646,11 @@ fn cancel_error(c: &Connection, number: i64) -> Result<JobError, StoreError> {
         .query_row([number], |row| row.get(0))
         .optional()?;
     Ok(cancelled_by(code.flatten().as_deref().and_then(ErrorCode::parse)))
+}
+
+/// The error of a job that somebody cancelled.
+pub fn cancelled_by_user() -> JobError {
+    cancelled_by(Some(ErrorCode::CancelledByUser))
 }
 
 fn cancelled_by(code: Option<ErrorCode>) -> JobError {
