@@ -140,6 +140,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
             lazy: !config.storage.fsync,
             snapshots: snapshots.clone(),
         },
+        gpu_hourly_cost: config.gpu_hourly_cost,
     });
     for id in live_sync_jobs {
         state.expect_hop(id);

@@ -124,6 +124,7 @@ impl Bench {
             clock,
             url_secret: [7; 32],
             durability: roundhouse::store::snapshots::Durability::default(),
+            gpu_hourly_cost: None,
         });
         Self { router: http::router(state), handle, store, tasks, _dir: dir }
     }
@@ -180,7 +181,7 @@ impl Bench {
             usage: None,
         };
         let kept = self.store.keep(token, kind, &answer).await.expect("kept");
-        self.store.finish(token, End::Succeeded(kept)).await.expect("stored").expect("ended");
+        self.store.finish(token, End::Succeeded(kept), 0.0).await.expect("stored").expect("ended");
     }
 }
 

@@ -12,6 +12,7 @@ mod models;
 mod queue;
 mod serve;
 mod simulate;
+mod usage;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -91,6 +92,8 @@ pub enum ClientCommand {
     /// Pause, resume, drain and purge the queue of a running server
     #[command(subcommand)]
     Queue(QueueCommand),
+    /// Show who had how much of a running server's GPUs, and what swaps took
+    Usage(UsageArgs),
     /// Check a model file, print its JSON Schema
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -169,6 +172,36 @@ pub struct QueueArgs {
     pub model: Option<String>,
 }
 
+/// What of the GPUs' time is shown.
+#[derive(Clone, Debug, Args)]
+pub struct UsageArgs {
+    /// Which server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// A row for each of these
+    #[arg(long, value_enum, default_value = "model")]
+    pub by: UsageBy,
+    /// Since this time, as 2026-09-21T14:00:00Z or seconds; by model and tenant in whole hours
+    #[arg(long, value_name = "TIME")]
+    pub from: Option<String>,
+    /// Until this time
+    #[arg(long, value_name = "TIME")]
+    pub to: Option<String>,
+}
+
+/// Rows of `roundhouse usage`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum UsageBy {
+    /// Models.
+    Model,
+    /// Tenants.
+    Tenant,
+    /// Batches.
+    Batch,
+    /// Jobs.
+    Job,
+}
+
 /// `roundhouse config ...`
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
@@ -212,6 +245,15 @@ pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
             queue::operate(&args.server.connect()?, word, args.model.as_deref(), &mut out).await
         }
         ClientCommand::Models(ModelsCommand::Fetch { config, names }) => fetch::fetch(&config, &names).await,
+        ClientCommand::Usage(UsageArgs { server, by, from, to }) => {
+            let by = match by {
+                UsageBy::Model => "model",
+                UsageBy::Tenant => "tenant",
+                UsageBy::Batch => "batch",
+                UsageBy::Job => "job",
+            };
+            usage::usage(&server.connect()?, by, from.as_deref(), to.as_deref(), &mut out).await
+        }
         ClientCommand::Config(ConfigCommand::Schema) => config::schema(&mut out),
         ClientCommand::Config(ConfigCommand::Check { config }) => config::check(&config, &mut out),
         ClientCommand::Backup(args) => backup::backup(&args, &mut out),

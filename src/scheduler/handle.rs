@@ -249,6 +249,13 @@ impl Handle {
         answer.await.map_err(|_| StoreError::Stopped)
     }
 
+    /// Stores where the devices' time went until now, so that a reader finds it.
+    pub async fn keep_spent(&self) -> Result<(), StoreError> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::KeepSpent { reply });
+        answer.await.unwrap_or(Err(StoreError::Stopped))
+    }
+
     /// Watches a job from now on; read the store afterwards for what was before.
     pub fn watch(&self, id: JobId) -> JobWatch {
         self.hub.watch(id.number)

@@ -47,4 +47,17 @@ impl Scheduler {
             context.tell(Message::Purge { model, before: Some(before), removed, reply });
         });
     }
+
+    /// Keeps where the devices' time went; `reply`: whoever waits for it.
+    pub(super) fn keep_spent(&mut self, reply: Option<oneshot::Sender<Result<(), StoreError>>>) {
+        self.keep_at = Instant::now() + KEEP_SPENT_EVERY;
+        let kept = self.context.store.add_spent(self.state.take_spent(self.context.clock.now()));
+        self.context.tasks.spawn("keep spent", async move {
+            let kept = kept.await;
+            if let Err(error) = &kept {
+                tracing::warn!("where the last seconds of the devices went was not stored: {error}");
+            }
+            let _ = reply.map(|reply| reply.send(kept));
+        });
+    }
 }

@@ -38,6 +38,8 @@ mod operate;
 const MESSAGES_PER_STEP: usize = 256;
 /// Views are published at most this often.
 const VIEW_EVERY: Duration = Duration::from_millis(5);
+/// Where the devices' time went is kept this often: a server that is killed forgets no more.
+const KEEP_SPENT_EVERY: Duration = Duration::from_secs(5);
 /// Waiting jobs that are ended at once.
 const ENDED_AT_ONCE: usize = 512;
 /// Waiting jobs read at once at the start.
@@ -69,6 +71,10 @@ pub(super) enum Message {
     Control { control: Control, reply: oneshot::Sender<Result<(), StoreError>> },
     /// Cancel waiting jobs with numbers below `before`, all that wait now if it is not said; `removed`: so many were.
     Purge { model: Option<String>, before: Option<i64>, removed: usize, reply: oneshot::Sender<usize> },
+    /// An attempt is over: what did it have of the devices, in ms?
+    Settle { model: Arc<str>, number: i64, reply: oneshot::Sender<f64> },
+    /// Keep where the devices' time went until now.
+    KeepSpent { reply: oneshot::Sender<Result<(), StoreError>> },
     /// Are you there?
     Ping { reply: oneshot::Sender<()> },
 }
@@ -154,6 +160,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         view,
         changed: true,
         view_at: None,
+        keep_at: Instant::now() + KEEP_SPENT_EVERY,
         next_number,
         next_run: 1,
         names: HashMap::new(),
@@ -184,6 +191,8 @@ struct Scheduler {
     changed: bool,
     /// When the changed view is to be published; `None`: it has been.
     view_at: Option<Instant>,
+    /// When it is next kept where the devices' time went.
+    keep_at: Instant,
     next_number: i64,
     next_run: i64,
     names: HashMap<String, Arc<str>>,
@@ -203,6 +212,7 @@ enum Wake {
     Report(String, Report),
     Timer,
     View,
+    Keep,
     Soft,
     Hard,
 }
@@ -225,6 +235,10 @@ impl Scheduler {
                     self.publish();
                     continue;
                 }
+                Wake::Keep => {
+                    self.keep_spent(None);
+                    continue;
+                }
                 Wake::Timer => {}
                 Wake::Report(model, report) => self.on_report(model, report),
                 Wake::Message(message) => {
@@ -241,11 +255,16 @@ impl Scheduler {
             if std::mem::take(&mut self.changed) || timer {
                 self.step();
             }
+            // The timer comes last, and so never while messages do.
+            if self.keep_at <= Instant::now() {
+                self.keep_spent(None);
+            }
             self.view_at.get_or_insert_with(|| Instant::now() + VIEW_EVERY);
             if stopping && self.state.is_quiet() {
                 break;
             }
         }
+        self.keep_spent(None);
         // What was committed in the meantime is accepted, whatever happens here.
         self.inbox.close();
         while let Some(message) = self.inbox.recv().await {
@@ -266,6 +285,7 @@ impl Scheduler {
             Some((model, report)) = self.reports.recv() => Wake::Report(model, report),
             Some(message) = self.inbox.recv() => Wake::Message(message),
             () = until(self.view_at) => Wake::View,
+            () = tokio::time::sleep_until(self.keep_at) => Wake::Keep,
             () = until(timer) => Wake::Timer,
         }
     }
@@ -341,6 +361,10 @@ impl Scheduler {
             }
             Message::Control { control, reply } => self.control(control, reply),
             Message::Purge { model, before, removed, reply } => self.purge(model, before, removed, reply),
+            Message::Settle { model, number, reply } => {
+                let _ = reply.send(self.state.settle(&model, number, self.context.clock.now()));
+            }
+            Message::KeepSpent { reply } => self.keep_spent(Some(reply)),
             Message::Ping { reply } => {
                 let _ = reply.send(());
             }

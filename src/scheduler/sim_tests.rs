@@ -1170,7 +1170,7 @@ impl Sim {
             Verdict::Expire(error) => End::Expired(error.clone()),
             Verdict::Cancel => End::Cancelled,
             Verdict::Requeue(requeue) => {
-                let back = dispatch::given_back(&one.job, load, requeue);
+                let back = dispatch::given_back(&one.job, load, requeue, 0.0);
                 let suspicion = requeue.suspicion;
                 let Some(change) = self.disk.requeue(token, &back, now) else {
                     return Reply::NotRequeued { task };

@@ -3,7 +3,7 @@
 //! tell it by events and are asked by effects.
 //!
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `standing` says where a job stands;
-//! `controls` does what an operator says; `model` and `inventory` are what it keeps of models and workers.
+//! `controls` does what an operator says; `accounts` counts where the time goes; `model` and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -16,11 +16,14 @@ use crate::policy::plan::{Decision, Reservation};
 use crate::policy::{Knobs, admission};
 pub use crate::scheduler::inventory::Inventory;
 use crate::scheduler::inventory::{Phase, Worker, round};
+use crate::scheduler::ledger::Ledger;
 use crate::scheduler::model::{Model, Trouble};
 use crate::scheduler::queue::{Run, Running, To};
 use crate::store::{Learned, QueuedJob};
 use crate::worker::supervisor::Order;
 
+#[path = "accounts.rs"]
+mod accounts;
 #[path = "controls.rs"]
 mod controls;
 #[path = "standing.rs"]
@@ -220,6 +223,7 @@ pub struct State {
     /// What was last said about each pair of models.
     said: HashMap<(Option<String>, Option<String>), &'static str>,
     controls: Controls,
+    ledger: Ledger,
     next_load: i64,
     stopping: bool,
     wake_at: Option<Millis>,
@@ -265,6 +269,7 @@ impl State {
             log: VecDeque::new(),
             said: HashMap::new(),
             controls: Controls::default(),
+            ledger: Ledger::default(),
             next_load: epoch << LOAD_BITS,
             stopping: false,
             wake_at: None,
@@ -343,6 +348,7 @@ impl State {
         };
         if self.last_arrival.is_some_and(|last| last != index) {
             self.swaps_in_arrival_order += 1;
+            self.ledger.count_swap_in_order(index);
         }
         self.last_arrival = Some(index);
         self.models[index].count_arrival(now);
@@ -364,6 +370,7 @@ impl State {
         let worker = self.workers.iter().filter(free).min_by_key(|worker| model.queue.running_on(worker.replica))?;
         let Phase::Serving { place, .. } = &worker.phase else { return None };
         let place = place.clone();
+        self.account(now);
         self.lift(&job.tenant);
         let to = self.to(index, place.replica);
         self.count_running(&job.tenant);
@@ -379,6 +386,7 @@ impl State {
 
     /// Takes in an event. Call [`State::step`] after one or more of them.
     pub fn on_event(&mut self, event: Event, now: Millis) -> Vec<Effect> {
+        self.account(now);
         self.plan_now |= !matches!(event, Event::Queued(_));
         match event {
             Event::Queued(jobs) => {
@@ -593,6 +601,7 @@ impl State {
 
     /// Does what follows from all events so far: ends overdue jobs, fills free slots, plans.
     pub fn step(&mut self, now: Millis) -> Vec<Effect> {
+        self.account(now);
         let mut effects = self.end_overdue(now);
         self.plan_now |= !effects.is_empty();
         for model in &mut self.models {

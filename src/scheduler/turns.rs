@@ -208,8 +208,12 @@ impl State {
         let set = worker.set;
         self.next_load += 1;
         let last_on = &mut self.last_on[set.first as usize..(set.first + set.count) as usize];
-        self.swaps += u64::from(last_on.iter().flatten().any(|last| *last != index));
+        let is_swap = last_on.iter().flatten().any(|last| *last != index);
         last_on.fill(Some(index));
+        if is_swap {
+            self.swaps += 1;
+            self.ledger.count_swap(index);
+        }
         for model in &mut self.models {
             model.preload = false;
         }

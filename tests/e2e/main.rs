@@ -21,3 +21,4 @@ mod retention;
 mod streams;
 mod swaps;
 mod sync_calls;
+mod usage;
