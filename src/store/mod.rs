@@ -11,11 +11,12 @@
 //! - `retention`: what is deleted when its time has come or room is needed; `quota`: how much may be kept; `collect`: files
 //!   without rows, rows without files; `housekeeping`: the task that calls them.
 //! - `lost`: files of jobs that are lost or damaged.
-//! - `usage`: GPU time, and who had how much.
+//! - `usage`: GPU time, and who had how much; `controls`: what was said by hand.
 //! - `live`, `idempotency`: what is kept in memory beside the database; `space`, `metrics`: the disk, and figures.
 
 pub mod backup;
 mod collect;
+mod controls;
 pub mod examine;
 pub mod files;
 mod housekeeping;

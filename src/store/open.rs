@@ -15,6 +15,7 @@ use sqlx::sqlite::{
 use tokio::time::Instant;
 
 use super::StoreError;
+use super::controls;
 use super::files::{Files, hex};
 use super::idempotency::Keys;
 use super::live::Live;
@@ -122,7 +123,7 @@ pub async fn open(
     let (data_dir_id, is_new) = data_dir_id(&session.c)?;
     let learned = recovery::load_learned(&session.c).map_err(in_database)?;
     let served = recovery::load_served(&session.c).map_err(in_database)?;
-    let controls = recovery::load_controls(&session.c).map_err(in_database)?;
+    let controls = controls::load(&session.c).map_err(in_database)?;
     let next_number = recovery::next_number(&session.c).map_err(in_database)?;
     let next_batch = recovery::next_batch(&session.c).map_err(in_database)?;
     let file_bytes = session.c.query_row("SELECT coalesce(sum(bytes), 0) FROM file", [], |row| row.get::<_, i64>(0));

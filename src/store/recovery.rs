@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, params};
 
 use super::StoreError;
 use super::usage;
 use super::verbs::{self, Change, End, GiveBack, Guard, Learned};
 use super::writer::Session;
-use crate::domain::{Controls, Face, JobId, JobState, Millis, NewJob, StorageSettings, Token};
+use crate::domain::{Face, JobId, JobState, Millis, NewJob, StorageSettings, Token};
 
 /// A waiting job as the scheduler plans with it. All else is read when it is claimed.
 #[derive(Clone, Debug, PartialEq)]
@@ -231,18 +231,6 @@ pub(super) fn load_served(c: &Connection) -> Result<BTreeMap<String, f64>, Store
     let mut statement = c.prepare("SELECT name, served_ms FROM tenant WHERE served_ms > 0")?;
     let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
     Ok(rows.collect::<Result<_, _>>()?)
-}
-
-/// What was said by hand. What cannot be read holds no more: better than a server that does not start.
-pub(super) fn load_controls(c: &Connection) -> Result<Controls, StoreError> {
-    let text: Option<String> =
-        c.query_row("SELECT value FROM meta WHERE key = 'controls'", [], |row| row.get(0)).optional()?;
-    Ok(text.map_or_else(Controls::default, |text| {
-        serde_json::from_str(&text).unwrap_or_else(|error| {
-            tracing::warn!("what was paused, drained or pinned by hand cannot be read, and holds no more: {error}");
-            Controls::default()
-        })
-    }))
 }
 
 /// The number after the highest one there ever was.

@@ -28,7 +28,7 @@ use super::writer::{Kind, Session, Writer, answer};
 use crate::clock::Clock;
 use crate::domain::worker::Answer;
 use crate::domain::{
-    BatchId, Controls, ErrorCode, Face, JobError, JobId, JobKind, JobState, Millis, NewJob, StorageSettings, Token,
+    BatchId, ErrorCode, Face, JobError, JobId, JobKind, JobState, Millis, NewJob, StorageSettings, Token,
 };
 
 /// The durable queue. Cheap to clone.
@@ -381,18 +381,6 @@ impl Store {
             Ok(())
         });
         answer(pending).await
-    }
-
-    /// Keeps what was said by hand. The order of calls is the order of commits.
-    pub fn keep_controls(&self, controls: Controls) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
-        let text = json!(controls).to_string();
-        answer(self.writer.apply(Kind::Change, 0, move |session| {
-            execute(
-                &session.c,
-                "INSERT INTO meta (key, value) VALUES ('controls', ?1) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
-                [&text],
-            )
-        }))
     }
 
     /// Notes that a job's answer was handed to a client; written with the next commit. When room is needed, delivered
