@@ -112,6 +112,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         learned: opened.learned,
         served: opened.served,
         weights: config.weights.clone(),
+        controls: opened.controls,
         gpus,
         cpu_bytes: host::memory_bytes(),
         next_number: opened.next_number,
@@ -136,6 +137,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
             lazy: !config.storage.fsync,
             snapshots: snapshots.clone(),
         },
+        gpu_hourly_cost: config.gpu_hourly_cost,
     });
     for id in live_sync_jobs {
         state.expect_hop(id);

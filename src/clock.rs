@@ -97,6 +97,12 @@ pub fn rfc3339(at: Millis) -> String {
         .unwrap_or_else(|| at.to_string())
 }
 
+/// The time that a text as `2026-09-21T14:13:20.123Z` names; `None`: it is none.
+pub fn from_rfc3339(text: &str) -> Option<Millis> {
+    let at = time::OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).ok()?;
+    i64::try_from(at.unix_timestamp_nanos() / 1_000_000).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -104,6 +110,8 @@ mod tests {
     #[test]
     fn shows_rfc3339() {
         assert_eq!(rfc3339(1_790_000_000_123), "2026-09-21T14:13:20.123Z");
+        assert_eq!(from_rfc3339("2026-09-21T16:13:20.123+02:00"), Some(1_790_000_000_123));
+        assert_eq!(from_rfc3339("2026-09-21"), None);
     }
 
     #[test]

@@ -107,6 +107,7 @@ impl Bench {
             learned: opened.learned,
             served: opened.served,
             weights: BTreeMap::new(),
+            controls: roundhouse::domain::Controls::default(),
             gpus: Arc::new(roundhouse::worker::gpu::NoGpus),
             cpu_bytes: 1 << 30,
             next_number: opened.next_number,
@@ -124,6 +125,7 @@ impl Bench {
             clock,
             url_secret: [7; 32],
             durability: roundhouse::store::snapshots::Durability::default(),
+            gpu_hourly_cost: None,
         });
         Self { router: http::router(state), handle, store, tasks, _dir: dir }
     }
@@ -180,7 +182,7 @@ impl Bench {
             usage: None,
         };
         let kept = self.store.keep(token, kind, &answer).await.expect("kept");
-        self.store.finish(token, End::Succeeded(kept)).await.expect("stored").expect("ended");
+        self.store.finish(token, End::Succeeded(kept), 0.0).await.expect("stored").expect("ended");
     }
 }
 

@@ -91,7 +91,7 @@ async fn check(opened: Opened) {
     assert!(matches!(&claimed[0].body, Body::Inline(bytes) if *bytes == body));
     assert_eq!(claimed[1].token.attempt, 2);
     let kept = store.keep(claimed[1].token, claimed[1].kind, &chat).await.unwrap();
-    store.finish(claimed[1].token, End::Succeeded(kept)).await.unwrap().unwrap();
+    store.finish(claimed[1].token, End::Succeeded(kept), 0.0).await.unwrap().unwrap();
     let ended = ["job.queued", "job.loading", "job.started", "job.retrying", "job.started", "job.succeeded"];
     assert_eq!(kinds(reader, jobs[9].id).await, ended);
 }

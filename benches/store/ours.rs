@@ -193,7 +193,7 @@ impl Ours {
     async fn complete(&self, tokens: &[Token], answer: &Answer) -> anyhow::Result<()> {
         let ends = tokens.iter().map(|token| async {
             let kept = self.store.keep(*token, JobKind::Chat, answer).await?;
-            let change = self.store.finish(*token, End::Succeeded(kept)).await?;
+            let change = self.store.finish(*token, End::Succeeded(kept), 0.0).await?;
             anyhow::ensure!(change.is_some(), "job {} was not this attempt's any more", token.id.number);
             Ok(())
         });

@@ -9,6 +9,8 @@ use super::{ServerArgs, environment};
 
 /// Longest wait for an answer.
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// The same where many jobs are changed.
+const LONG_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// Longest text of an error that is no JSON, in characters.
 const ERROR_CHARS_MAX: usize = 300;
 
@@ -46,6 +48,12 @@ impl Server {
 
     pub(super) async fn post(&self, path: &str) -> anyhow::Result<Value> {
         self.send(self.http.post(format!("{}{path}", self.base))).await
+    }
+
+    /// May take long: what it does is done in small steps.
+    pub(super) async fn post_json(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let request = self.http.post(format!("{}{path}", self.base)).json(body).timeout(LONG_TIMEOUT);
+        self.send(request).await
     }
 
     async fn send(&self, request: reqwest::RequestBuilder) -> anyhow::Result<Value> {

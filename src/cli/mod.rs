@@ -9,8 +9,10 @@ mod config;
 mod doctor;
 mod fetch;
 mod models;
+mod queue;
 mod serve;
 mod simulate;
+mod usage;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -84,9 +86,14 @@ pub enum Command {
 /// Commands that need no server of their own.
 #[derive(Debug, Subcommand)]
 pub enum ClientCommand {
-    /// Look at the models of a running server, retry a broken one, fetch weights
+    /// Look at the models of a running server, load and unload them by hand, retry a broken one, fetch weights
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Pause, resume, drain and purge the queue of a running server
+    #[command(subcommand)]
+    Queue(QueueCommand),
+    /// Show who had how much of a running server's GPUs, and what swaps took
+    Usage(UsageArgs),
     /// Check a model file, print its JSON Schema
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -113,6 +120,14 @@ pub enum ModelsCommand {
         /// Name of the model
         name: String,
     },
+    /// Bring a model in as soon as others make room, whether jobs of it wait or not
+    Load(ModelArgs),
+    /// Stop a model when its running jobs have ended
+    Unload(ModelArgs),
+    /// Never let other models displace it
+    Pin(ModelArgs),
+    /// Let other models displace it
+    Unpin(ModelArgs),
     /// Fetch the weights of models from Hugging Face (HF_TOKEN is used for gated ones)
     Fetch {
         /// Model file
@@ -121,6 +136,70 @@ pub enum ModelsCommand {
         /// Names of models; without any, all that have a Hugging Face id
         names: Vec<String>,
     },
+}
+
+/// One model of a running server.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// Which server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Name of the model
+    pub name: String,
+}
+
+/// `roundhouse queue ...`
+#[derive(Debug, Subcommand)]
+pub enum QueueCommand {
+    /// Let no waiting job start; running ones go on and new ones are accepted, also after a restart
+    Pause(QueueArgs),
+    /// Undo a pause and a drain
+    Resume(QueueArgs),
+    /// Refuse new jobs and finish those that are there
+    Drain(QueueArgs),
+    /// Cancel all waiting jobs
+    Purge(QueueArgs),
+}
+
+/// Whose queue.
+#[derive(Clone, Debug, Args)]
+pub struct QueueArgs {
+    /// Which server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Only of this model
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+}
+
+/// What of the GPUs' time is shown.
+#[derive(Clone, Debug, Args)]
+pub struct UsageArgs {
+    /// Which server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// A row for each of these
+    #[arg(long, value_enum, default_value = "model")]
+    pub by: UsageBy,
+    /// Since this time, as 2026-09-21T14:00:00Z or seconds; by model and tenant in whole hours
+    #[arg(long, value_name = "TIME")]
+    pub from: Option<String>,
+    /// Until this time
+    #[arg(long, value_name = "TIME")]
+    pub to: Option<String>,
+}
+
+/// Rows of `roundhouse usage`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum UsageBy {
+    /// Models.
+    Model,
+    /// Tenants.
+    Tenant,
+    /// Batches.
+    Batch,
+    /// Jobs.
+    Job,
 }
 
 /// `roundhouse config ...`
@@ -152,7 +231,29 @@ pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Models(ModelsCommand::Retry { server, name }) => {
             models::retry(&server.connect()?, &name, &mut out).await
         }
+        ClientCommand::Models(ModelsCommand::Load(args)) => by_hand("load", &args, &mut out).await,
+        ClientCommand::Models(ModelsCommand::Unload(args)) => by_hand("unload", &args, &mut out).await,
+        ClientCommand::Models(ModelsCommand::Pin(args)) => by_hand("pin", &args, &mut out).await,
+        ClientCommand::Models(ModelsCommand::Unpin(args)) => by_hand("unpin", &args, &mut out).await,
+        ClientCommand::Queue(command) => {
+            let (word, args) = match command {
+                QueueCommand::Pause(args) => ("pause", args),
+                QueueCommand::Resume(args) => ("resume", args),
+                QueueCommand::Drain(args) => ("drain", args),
+                QueueCommand::Purge(args) => ("purge", args),
+            };
+            queue::operate(&args.server.connect()?, word, args.model.as_deref(), &mut out).await
+        }
         ClientCommand::Models(ModelsCommand::Fetch { config, names }) => fetch::fetch(&config, &names).await,
+        ClientCommand::Usage(UsageArgs { server, by, from, to }) => {
+            let by = match by {
+                UsageBy::Model => "model",
+                UsageBy::Tenant => "tenant",
+                UsageBy::Batch => "batch",
+                UsageBy::Job => "job",
+            };
+            usage::usage(&server.connect()?, by, from.as_deref(), to.as_deref(), &mut out).await
+        }
         ClientCommand::Config(ConfigCommand::Schema) => config::schema(&mut out),
         ClientCommand::Config(ConfigCommand::Check { config }) => config::check(&config, &mut out),
         ClientCommand::Backup(args) => backup::backup(&args, &mut out),
@@ -160,6 +261,10 @@ pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Doctor(args) => doctor::doctor(&args, &mut out),
         ClientCommand::Simulate(args) => simulate::simulate(&args, &mut out),
     }
+}
+
+async fn by_hand(word: &str, args: &ModelArgs, out: &mut dyn std::io::Write) -> anyhow::Result<ExitCode> {
+    models::operate(&args.server.connect()?, word, &args.name, out).await
 }
 
 /// An error with its causes on one line; a cause that was told already is not told again.

@@ -1,4 +1,4 @@
-//! `roundhouse models list` and `roundhouse models retry`.
+//! `roundhouse models list`, and what is done to models by hand.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -20,6 +20,19 @@ pub(super) async fn list(server: &Server, out: &mut dyn Write) -> anyhow::Result
 pub(super) async fn retry(server: &Server, name: &str, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
     server.post(&format!("/v1/models/{name}/retry")).await?;
     writeln!(out, "{name}: will be tried again when it has work; `roundhouse models list` shows how it goes")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Asks the server to load, unload, pin or unpin a model.
+pub(super) async fn operate(server: &Server, word: &str, name: &str, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
+    server.post(&format!("/v1/models/{name}/{word}")).await?;
+    let text = match word {
+        "load" => "is due now, and is loaded as soon as others make room; `roundhouse models list` shows how it goes",
+        "unload" => "stops when its running jobs have ended; jobs that wait bring it back unless it is paused",
+        "pin" => "is not displaced by other models any more, once it is loaded",
+        _ => "may be displaced by other models",
+    };
+    writeln!(out, "{name}: {text}")?;
     Ok(ExitCode::SUCCESS)
 }
 

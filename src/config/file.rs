@@ -156,6 +156,9 @@ pub(super) struct Scheduler {
     /// Most synchronous calls waiting at once. Default 4000.
     #[schemars(range(min = 1))]
     pub(super) waiting_sync_max: Option<At<usize>>,
+    /// What a GPU costs for an hour, in whatever money: `/v1/usage` shows costs then.
+    #[schemars(range(min = 0))]
+    pub(super) gpu_hourly_cost: Option<At<f64>>,
 }
 
 /// Target waits by class.

@@ -38,6 +38,8 @@ pub struct Config {
     pub storage: StorageSettings,
     /// `tenants:`, their weights by name; one that is not named weighs 1.
     pub weights: BTreeMap<String, f64>,
+    /// `scheduler.gpu_hourly_cost`: what a GPU costs for an hour, in whatever money.
+    pub gpu_hourly_cost: Option<f64>,
 }
 
 /// The `server:` section.
@@ -191,6 +193,7 @@ fn parse(path: &Path, text: &str, env: &dyn Fn(&str) -> Option<String>) -> (Opti
         server: sections::server(&file, env, &mut problems),
         storage: sections::storage(&file, dir, &mut problems),
         weights: sections::weights(&file, &mut problems),
+        gpu_hourly_cost: sections::gpu_hourly_cost(&file, &mut problems),
     };
     (Some(config), problems.0)
 }

@@ -23,7 +23,8 @@ pub(super) fn scheduler(file: &File, problems: &mut Problems) -> Knobs {
     let Some(section) = &file.scheduler else {
         return usual;
     };
-    let Scheduler { max_wait, max_visit, swap_budget, queued_max, queued_per_tenant_max, waiting_sync_max } = section;
+    let Scheduler { max_wait, max_visit, swap_budget, queued_max, queued_per_tenant_max, waiting_sync_max, .. } =
+        section;
     let MaxWait { interactive, batch } = max_wait.as_ref().unwrap_or(&NO_WAIT);
     let budget = swap_budget.as_ref().unwrap_or(&NO_BUDGET);
     let mut section = Section { problems };
@@ -150,6 +151,14 @@ pub(super) fn weights(file: &File, problems: &mut Problems) -> BTreeMap<String, 
         weights.insert(name.clone(), at.value);
     }
     weights
+}
+
+pub(super) fn gpu_hourly_cost(file: &File, problems: &mut Problems) -> Option<f64> {
+    let at = file.scheduler.as_ref()?.gpu_hourly_cost.as_ref()?;
+    if !(at.value >= 0.0 && at.value.is_finite()) {
+        problems.add(at.line, "scheduler.gpu_hourly_cost: must be a number, 0 or more, as 2.49");
+    }
+    Some(at.value)
 }
 
 struct Section<'a> {

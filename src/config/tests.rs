@@ -445,3 +445,17 @@ fn the_schema_knows_all_keys_and_describes_them() {
     }
     assert_eq!(schema.pointer("/$defs/Entry/additionalProperties"), Some(&serde_json::Value::Bool(false)));
 }
+
+#[test]
+fn a_gpu_may_have_a_price() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |cost: &str| {
+        let path = dir.path().join("models.yaml");
+        let yaml = format!("models:\n  m: {{type: text, command: x}}\nscheduler:\n  gpu_hourly_cost: {cost}\n");
+        std::fs::write(&path, yaml).unwrap();
+        load(&path, &|_| None)
+    };
+    assert_eq!(of("2.49").unwrap().gpu_hourly_cost, Some(2.49));
+    let error = of("-1").unwrap_err().to_string();
+    assert!(error.contains("scheduler.gpu_hourly_cost: must be a number, 0 or more"), "{error}");
+}

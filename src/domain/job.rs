@@ -287,6 +287,8 @@ pub struct Job {
     pub usage: Option<serde_json::Value>,
     /// Time its model spent loading while it waited, in ms.
     pub load_ms: i64,
+    /// What its attempts had of the devices, in ms: a worker's time is shared by the jobs that it runs at once.
+    pub gpu_ms: f64,
     /// When its answer was first handed to a client, whole; of a job that ended without one: its end.
     pub delivered_at: Option<Millis>,
     /// When what it held (body, events, answer, files) was deleted, being past its retention.

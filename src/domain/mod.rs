@@ -2,6 +2,7 @@
 //! no handles. Everything here can be rebuilt from what is stored.
 
 pub mod batch;
+pub mod control;
 pub mod error;
 pub mod gpu;
 pub mod ids;
@@ -11,6 +12,7 @@ pub mod storage;
 pub mod worker;
 
 pub use batch::BatchId;
+pub use control::{Control, Controls, Held};
 pub use error::{ErrorCode, JobError};
 pub use gpu::GpuSet;
 pub use ids::{IdError, JobId};

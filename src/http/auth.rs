@@ -14,6 +14,8 @@ use sha2::{Digest, Sha256};
 use crate::domain::{ErrorCode, Job};
 use crate::http::error::ApiError;
 
+/// The name whose key may do everything that is done by hand, and sees what concerns all.
+pub const ADMIN: &str = "admin";
 /// Whose jobs they are without keys.
 pub const DEFAULT_TENANT: &str = "default";
 const KEY_BYTES_MIN: usize = 8;
@@ -124,7 +126,7 @@ impl ApiKeys {
     /// Whose key the request carries. Takes the same time whichever key it is.
     pub fn check(&self, headers: &HeaderMap) -> Result<Caller, ApiError> {
         if self.is_open() {
-            return Ok(Caller::tenant(DEFAULT_TENANT.into()));
+            return Ok(Caller::of(DEFAULT_TENANT.into(), true));
         }
         let refused = |message: &str| ApiError::new(ErrorCode::InvalidApiKey, message);
         let header = headers
@@ -143,7 +145,9 @@ impl ApiKeys {
                 found = Some(key.tenant.clone());
             }
         }
-        found.map(Caller::tenant).ok_or_else(|| refused("the API key is wrong"))
+        // With one key, it is the owner's.
+        let is_admin = |tenant: &str| tenant == ADMIN || self.keys.len() == 1;
+        found.map(|tenant| Caller::of(tenant.clone(), is_admin(&tenant))).ok_or_else(|| refused("the API key is wrong"))
     }
 }
 
@@ -185,18 +189,30 @@ fn show_once(key: &str, path: &Path) {
 pub struct Caller {
     /// The key's name.
     pub tenant: Arc<str>,
+    /// May do what concerns all tenants: the key named `admin`, the only key, or, without keys, anybody.
+    pub admin: bool,
     /// Let in by a signature: for the one artifact that it names, whoever owns it.
     pub signed: bool,
 }
 
 impl Caller {
-    fn tenant(tenant: Arc<str>) -> Self {
-        Self { tenant, signed: false }
+    fn of(tenant: Arc<str>, admin: bool) -> Self {
+        Self { tenant, admin, signed: false }
     }
 
     /// Somebody with a valid signature and no key.
     pub fn signed() -> Self {
-        Self { tenant: Arc::from(""), signed: true }
+        Self { tenant: Arc::from(""), admin: false, signed: true }
+    }
+
+    /// Refuses whoever may not do what concerns all tenants.
+    pub fn may_operate(&self) -> Result<(), ApiError> {
+        if self.admin {
+            return Ok(());
+        }
+        let message =
+            "this concerns all tenants, so it takes the key named `admin` (ROUNDHOUSE_API_KEYS=admin:KEY,...)";
+        Err(ApiError::new(ErrorCode::Forbidden, message))
     }
 
     /// Another tenant's jobs do not exist for this caller.
@@ -275,6 +291,17 @@ mod tests {
         let basic = HeaderMap::from_iter([(header::AUTHORIZATION, "Basic secret-two".parse().unwrap())]);
         assert!(keys.check(&basic).is_err());
         assert_eq!(&*ApiKeys::none().check(&HeaderMap::new()).unwrap().tenant, "default");
+    }
+
+    #[test]
+    fn the_key_named_admin_the_only_key_and_no_keys_operate() {
+        let several = ApiKeys::parse("alice:secret-one,admin:secret-two").unwrap();
+        assert_eq!(several.check(&bearer("secret-one")).unwrap().may_operate().unwrap_err().code, ErrorCode::Forbidden);
+        assert!(several.check(&bearer("secret-two")).unwrap().may_operate().is_ok());
+        let one = ApiKeys::parse("alice:secret-one").unwrap();
+        assert!(one.check(&bearer("secret-one")).unwrap().may_operate().is_ok());
+        assert!(ApiKeys::none().check(&HeaderMap::new()).unwrap().may_operate().is_ok());
+        assert!(Caller::signed().may_operate().is_err());
     }
 
     #[test]

@@ -33,6 +33,20 @@ impl FromRequest<AppState> for JsonObject {
     }
 }
 
+/// The same where a request needs no body: none, or an empty one, is an object without fields.
+pub struct OptionalObject(pub Map<String, Value>);
+
+impl FromRequest<AppState> for OptionalObject {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
+        let (parts, body) = request.into_parts();
+        refuse_other_types(&parts.headers)?;
+        let bytes = read(&parts.headers, body, state.server.body_bytes_max).await?;
+        if bytes.trim_ascii().is_empty() { Ok(Self(Map::new())) } else { parse(&bytes).map(Self) }
+    }
+}
+
 /// The variable segments of a path. What cannot be decoded is a path that does not exist.
 pub struct Segments<T>(pub T);
 

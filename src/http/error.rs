@@ -57,7 +57,7 @@ fn meaning(code: ErrorCode) -> Meaning {
         C::UnsupportedMediaType => (415, "The body is not JSON", Retry::Unsaid),
         C::RateLimited => (429, "Too many requests", Retry::After(1)),
         C::QueueFull => (429, "The queue is full", Retry::After(5)),
-        C::Draining => (503, "The server is shutting down", Retry::After(5)),
+        C::Draining => (503, "No new jobs are accepted now", Retry::After(5)),
         C::StorageUnavailable => (503, "The store cannot be used now", Retry::After(1)),
         C::NoWorkerForModel => (503, "No worker can serve this model", Retry::Never),
         C::SyncWaitExceeded => (504, "The call waited as long as it may; its job goes on", Retry::Never),
@@ -367,7 +367,7 @@ impl From<SubmitError> for ApiError {
                 .with_details(json!({"queued": queued, "limit": limit}))
                 .after(retry_after_s),
             SubmitError::ModelLoadFailed(error) | SubmitError::TooBig(error) => Self::without_job(&error),
-            SubmitError::Draining => Self::new(ErrorCode::Draining, message),
+            SubmitError::Draining | SubmitError::Drained { .. } => Self::new(ErrorCode::Draining, message),
             SubmitError::Store(error) => error.into(),
         }
     }

@@ -165,6 +165,9 @@ mod tests {
             wait_count: 3,
         };
         let model = crate::scheduler::handle::ModelQueueView {
+            paused: false,
+            draining: false,
+            pinned: false,
             model: "flux".into(),
             queued: 7,
             queued_interactive: 0,

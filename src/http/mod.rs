@@ -30,6 +30,7 @@ use crate::store::snapshots::Durability;
 
 pub mod auth;
 pub mod body;
+pub mod controls;
 pub mod error;
 pub mod idempotency;
 pub mod jobs;
@@ -39,6 +40,7 @@ pub mod ops;
 pub mod prepare;
 pub mod server;
 pub mod submit;
+pub mod usage;
 pub mod view;
 pub mod waiters;
 
@@ -79,6 +81,8 @@ pub struct Parts {
     pub url_secret: [u8; 32],
     /// How safe accepted jobs are.
     pub durability: Durability,
+    /// What a GPU costs for an hour.
+    pub gpu_hourly_cost: Option<f64>,
 }
 
 /// What every handler has. Cheap to clone.
@@ -102,6 +106,7 @@ pub struct Shared {
     pub(crate) fetched: jobs::artifacts::Fetched,
     pub(crate) started_at: Millis,
     pub(crate) durability: Durability,
+    pub(crate) gpu_hourly_cost: Option<f64>,
     requests: AtomicU64,
 }
 
@@ -116,8 +121,19 @@ impl Deref for AppState {
 impl AppState {
     /// Connects the faces with what is behind them.
     pub fn new(parts: Parts) -> Self {
-        let Parts { handle, reader, models, server, waiting_sync_max, keys, tasks, clock, url_secret, durability } =
-            parts;
+        let Parts {
+            handle,
+            reader,
+            models,
+            server,
+            waiting_sync_max,
+            keys,
+            tasks,
+            clock,
+            url_secret,
+            durability,
+            gpu_hourly_cost,
+        } = parts;
         let canceller = handle.clone();
         let cancel: waiters::Cancel = Arc::new(move |id| {
             let handle = canceller.clone();
@@ -140,6 +156,7 @@ impl AppState {
                 fetched: jobs::artifacts::Fetched::default(),
                 started_at,
                 durability,
+                gpu_hourly_cost,
                 requests: AtomicU64::new(0),
             }),
         }
@@ -209,8 +226,10 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/jobs/{id}/retry", post(jobs::retry))
         .route("/v1/queue", get(ops::queue))
+        .route("/v1/queue/{word}", post(controls::queue))
+        .route("/v1/usage", get(usage::get))
         .route("/v1/models", get(ops::models))
-        .route("/v1/models/{*name}", get(ops::model).post(ops::retry_model))
+        .route("/v1/models/{*name}", get(ops::model).post(controls::model_by_hand))
         .route("/v1/workers", get(ops::workers))
         .route("/v1/chat/completions", post(openai::call))
         .route("/v1/completions", post(openai::call))

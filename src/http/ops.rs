@@ -29,6 +29,8 @@ fn queue_json(view: &QueueView) -> Value {
         "running": view.running,
         "decision": view.decision.as_ref().map(decision_json),
         "history": history,
+        "paused": view.paused,
+        "draining": view.draining,
         "swaps": view.swaps,
         "swaps_in_arrival_order": view.swaps_in_arrival_order,
         "models": models,
@@ -60,7 +62,7 @@ pub async fn model(State(state): State<AppState>, Segments(name): Segments<Strin
     Ok(Json(model_json(&state, spec, &state.handle.queue())).into_response())
 }
 
-fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) -> Value {
+pub(super) fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) -> Value {
     let view = queue.models.iter().find(|view| view.model == spec.name);
     json!({
         "id": spec.name,
@@ -76,24 +78,21 @@ fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) -> Value {
             "trouble": view.and_then(|view| view.trouble.as_deref()),
             "queue_depth": view.map_or(0, |view| view.queued),
             "running": view.map_or(0, |view| view.running),
+            "paused": view.is_some_and(|view| view.paused),
+            "draining": view.is_some_and(|view| view.draining),
+            "pinned": view.is_some_and(|view| view.pinned),
             "est_wait_s": view.and_then(|view| view.est_wait_s),
         },
     })
 }
 
 /// `POST /v1/models/{name}/retry`: forgets back-off and quarantine.
-pub async fn retry_model(
-    State(state): State<AppState>,
-    Segments(path): Segments<String>,
-) -> Result<Response, ApiError> {
-    let name = path.strip_suffix("/retry").ok_or_else(|| {
-        ApiError::new(ErrorCode::NotFound, "the path does not exist; a model is retried by POST /v1/models/NAME/retry")
-    })?;
+pub(super) fn retry_model(state: &AppState, name: &str) -> Result<Response, ApiError> {
     let spec = state.models.get(name)?;
     if !state.handle.retry_model(&spec.name) {
         return Err(ApiError::new(ErrorCode::NoWorkerForModel, format!("`{}` has no worker here", spec.name)));
     }
-    Ok(Json(model_json(&state, spec, &state.handle.queue())).into_response())
+    Ok(Json(model_json(state, spec, &state.handle.queue())).into_response())
 }
 
 /// `GET /v1/workers`
@@ -120,6 +119,10 @@ pub async fn health(State(state): State<AppState>) -> Response {
 pub async fn ready(State(state): State<AppState>) -> Result<Response, ApiError> {
     if state.tasks.soft().is_cancelled() {
         return Err(ApiError::new(ErrorCode::Draining, "the server is shutting down"));
+    }
+    if state.handle.queue().draining {
+        let message = "all models are being drained by hand: new jobs are refused until `roundhouse queue resume`";
+        return Err(ApiError::new(ErrorCode::Draining, message));
     }
     state.handle.is_ready().await.map_err(|reason| ApiError::new(ErrorCode::StorageUnavailable, reason))?;
     let mut degraded = degraded(&state.handle.queue());
@@ -173,6 +176,9 @@ mod tests {
     #[test]
     fn times_of_the_queue_are_shown_as_times_and_troubles_listed() {
         let model = ModelQueueView {
+            paused: false,
+            draining: false,
+            pinned: false,
             model: "flux".into(),
             queued: 2,
             queued_interactive: 1,

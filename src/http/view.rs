@@ -133,7 +133,7 @@ fn timings(job: &Job, now: Millis) -> Value {
     let started = job.started_at.filter(|_| job.state != JobState::Queued);
     let until_start = started.or(job.finished_at).unwrap_or(now);
     let run = started.map(|at| seconds(job.finished_at.unwrap_or(now) - at));
-    json!({"queue_s": seconds(until_start - job.created_at), "load_s": seconds(job.load_ms), "run_s": run})
+    json!({"queue_s": seconds(until_start - job.created_at), "load_s": seconds(job.load_ms), "run_s": run, "gpu_s": job.gpu_ms.round() / 1e3})
 }
 
 fn queue(position: &Position) -> Value {
@@ -334,6 +334,7 @@ mod tests {
             error: None,
             usage: None,
             load_ms: 1_500,
+            gpu_ms: 250.0,
             delivered_at: None,
             emptied_at: None,
         }
@@ -341,6 +342,9 @@ mod tests {
 
     fn model(reason: Option<StateReason>) -> ModelQueueView {
         ModelQueueView {
+            paused: false,
+            draining: false,
+            pinned: false,
             model: "flux".into(),
             queued: 1,
             queued_interactive: 0,
@@ -369,7 +373,7 @@ mod tests {
                 "started_at": null, "finished_at": null, "delivered_at": null, "emptied_at": null, "not_before": null, "start_deadline": null, "deadline": null,
                 "timeout_s": 300.0, "progress": null, "queue": null, "model_state": "loading",
                 "batch_id": "batch_0000000000000003", "custom_id": null, "metadata": {"run": "42"}, "usage": null,
-                "timings": {"queue_s": 2.5, "load_s": 1.5, "run_s": null}, "result": null, "artifacts": [],
+                "timings": {"queue_s": 2.5, "load_s": 1.5, "run_s": null, "gpu_s": 0.25}, "result": null, "artifacts": [],
                 "error": null, "retry_of": null,
                 "urls": {"self": format!("/v1/jobs/{id}"), "events": format!("/v1/jobs/{id}/events"),
                     "cancel": format!("/v1/jobs/{id}/cancel"), "response": format!("/v1/jobs/{id}/response")},
@@ -396,7 +400,7 @@ mod tests {
             ..job()
         };
         let shown = row(&ended, Some(&model(None)), 0);
-        assert_eq!(shown["timings"], json!({"queue_s": 1.0, "load_s": 1.5, "run_s": 3.0}));
+        assert_eq!(shown["timings"], json!({"queue_s": 1.0, "load_s": 1.5, "run_s": 3.0, "gpu_s": 0.25}));
         assert_eq!(shown["error"]["code"], "worker_oom");
         assert_eq!((&shown["model_state"], &shown["state_reason"]), (&Value::Null, &Value::Null));
     }

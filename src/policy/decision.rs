@@ -17,10 +17,11 @@ pub struct Decision {
     pub at: Millis,
     /// The GPUs it is about; empty: none in particular, or not GPUs.
     pub gpus: Vec<u32>,
-    /// `stay`, `load`, `swap`, `reserve`, `park`, `drop`, `unload`, `wait`, `refuse` or `idle`.
+    /// `stay`, `load`, `swap`, `reserve`, `park`, `drop`, `unload`, `wait`, `refuse` or `idle`; by hand also `pause`,
+    /// `resume`, `drain`, `purge`, `pin` and `unpin`.
     pub action: &'static str,
     /// `dry`, `hold`, `finish_first`, `linger`, `not_due`, `due`, `due_interactive`, `deadline`, `guest`, `reserved`,
-    /// `replica`, `fits`, `park`, `drop`, `blocked` or `too_big`.
+    /// `replica`, `fits`, `park`, `drop`, `blocked`, `too_big`, `paused` or `manual`.
     pub code: &'static str,
     /// The model it is about: the one that stays or is loaded.
     pub model: Option<String>,
@@ -137,7 +138,7 @@ impl Words<'_> {
         let (oldest, of) = match due.why {
             Why::Caller => (m.oldest_interactive?, millis(self.knobs.max_wait_interactive)),
             Why::Batch => (m.oldest_batch?, millis(self.knobs.max_wait_batch)),
-            Why::Deadline => return None,
+            Why::Deadline | Why::Hand => return None,
         };
         (oldest.saturating_add(of) == due.at)
             .then(|| format!("{} of {}", seconds((self.now - oldest) as f64), seconds(of as f64)))
@@ -161,6 +162,7 @@ impl Words<'_> {
         match (self.waited(m, due), due.why) {
             (Some(waited), _) => format!("{when} ({waited})"),
             (None, Why::Deadline) => format!("{when} (its deadline)"),
+            (None, Why::Hand) => format!("{when} (asked for by hand)"),
             (None, _) => format!("{when} (it was visited {} ago)", seconds(self.since_left(m))),
         }
     }
@@ -178,6 +180,13 @@ impl Words<'_> {
         let why = m.trouble.as_deref().unwrap_or("no device can hold it beside pinned models");
         let reason = format!("nothing can be loaded: {} ({} pending): {why}", m.name, m.pending());
         Decision::new(self.now, "wait", "blocked", reason).of(&m.name).with(&[("pending", m.pending() as f64)])
+    }
+
+    /// Nothing but paused jobs waits.
+    pub(super) fn paused(&self, m: &ModelView) -> Decision {
+        let reason =
+            format!("{} waits: it is paused with {} jobs; `roundhouse queue resume` lets them start", m.name, m.paused);
+        Decision::new(self.now, "wait", "paused", reason).of(&m.name).with(&[("paused", m.paused as f64)])
     }
 
     pub(super) fn loading(&self, worker: &WorkerView) -> Decision {
@@ -324,7 +333,8 @@ impl Words<'_> {
                 ),
             )
         } else {
-            ("due", format!("{}, {vn} has run {ran} >= its {} hold", self.is_due(m, due), seconds(w.hold_ms)))
+            let code = if due.why == Why::Hand { "manual" } else { "due" };
+            (code, format!("{}, {vn} has run {ran} >= its {} hold", self.is_due(m, due), seconds(w.hold_ms)))
         };
         Decision::new(self.now, "swap", code, format!("swap {vn} -> {mn}: {why}"))
             .of(mn)

@@ -2,7 +2,7 @@
 //!
 //! `due(m)` = when its oldest job has waited `max_wait` of its class, but not before it was away for `again` (three times
 //! `max_wait` for interactive, once for batch) since it last left, and never before it left; or the last moment that still
-//! keeps a deadline. A model is late when loading it now would be just in time, or later.
+//! keeps a deadline; or the time when somebody asked for it by hand. A model is late when loading it now would be just in time, or later.
 
 use crate::domain::Millis;
 use crate::policy::Knobs;
@@ -20,6 +20,8 @@ pub enum Why {
     Batch,
     /// A deadline.
     Deadline,
+    /// Somebody asked for it by hand.
+    Hand,
 }
 
 /// A model's turn.
@@ -32,7 +34,7 @@ pub struct Due {
 }
 
 impl ModelView {
-    /// When its turn must come; `None` without waiting jobs.
+    /// When its turn must come; `None` without waiting jobs, unless somebody asked for it.
     pub fn due(&self, knobs: &Knobs) -> Option<Due> {
         let interactive = millis(knobs.max_wait_interactive);
         let batch = millis(knobs.max_wait_batch);
@@ -44,6 +46,7 @@ impl ModelView {
             by_class(self.oldest_interactive, interactive, interactive.saturating_mul(3), Why::Caller),
             by_class(self.oldest_batch, batch, batch, Why::Batch),
             self.must_start().map(|at| Due { at, why: Why::Deadline }),
+            self.wanted_at.map(|at| Due { at, why: Why::Hand }),
         ];
         let first = due.into_iter().flatten().min_by_key(|due| due.at)?;
         Some(Due { at: first.at.max(self.left_at.unwrap_or(Millis::MIN)), why: first.why })

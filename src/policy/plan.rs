@@ -431,7 +431,11 @@ impl Round<'_> {
             words.leaving(worker, waits.filter(|w| w.set.overlaps(worker.set)))
         } else if let Some(worker) = loads.or(waits) {
             words.loading(worker)
-        } else if let Some(worker) = workers().find(|w| self.view.has_work(w)).or(workers().next()) {
+        } else if let Some(worker) = workers().find(|w| self.view.has_work(w)) {
+            words.alone(worker)
+        } else if let Some(model) = self.view.models.iter().find(|m| m.paused > 0) {
+            words.paused(model)
+        } else if let Some(worker) = workers().next() {
             words.alone(worker)
         } else if let Some(first) = blocked.first() {
             let each: Vec<_> = blocked

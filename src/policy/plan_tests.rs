@@ -6,6 +6,8 @@ use super::*;
 
 fn model(name: &str) -> ModelView {
     ModelView {
+        paused: 0,
+        wanted_at: None,
         name: Arc::from(name),
         pending_interactive: 0,
         pending_batch: 0,

@@ -76,6 +76,10 @@ pub struct ModelView {
     pub pending_interactive: usize,
     /// Waiting batch jobs, claimable now.
     pub pending_batch: usize,
+    /// Waiting jobs that are not pending, since somebody has paused the model.
+    pub paused: usize,
+    /// When somebody asked for it by hand; it is due then.
+    pub wanted_at: Option<Millis>,
     /// When the oldest waiting interactive job was accepted.
     pub oldest_interactive: Option<Millis>,
     /// The same for batch.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -164,7 +164,8 @@ async fn blame(context: &Context, dispatch: &Dispatch, outcome: Outcome, relayed
 /// Commits the verdict, tells watchers, and frees the slot whatever became of it.
 async fn conclude(context: Context, dispatch: Dispatch, verdict: Verdict, answered: bool, suspect: bool) {
     let number = dispatch.job.token.id.number;
-    let committed = commit(&context, &dispatch, verdict).await;
+    let gpu_ms = context.settle(&dispatch.model, number).await;
+    let committed = commit(&context, &dispatch, verdict, gpu_ms).await;
     let state = committed.change.map(|change| change.state);
     if let (Some(change), Some(ended)) = (committed.change, committed.ended) {
         context.hub.end(number, change.version, change.seq, ended);
@@ -194,7 +195,7 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
 }
 
 /// What a job takes back to the queue from a worker of this load.
-pub(super) fn given_back(job: &ClaimedJob, load: i64, requeue: &Requeue) -> GiveBack {
+pub(super) fn given_back(job: &ClaimedJob, load: i64, requeue: &Requeue, gpu_ms: f64) -> GiveBack {
     let crash = match requeue.suspicion {
         Suspicion::Raised => Some(load),
         Suspicion::Kept => job.crash,
@@ -206,10 +207,18 @@ pub(super) fn given_back(job: &ClaimedJob, load: i64, requeue: &Requeue) -> Give
         crash,
         not_before: requeue.not_before,
         error: requeue.error.clone(),
+        gpu_ms,
     }
 }
 
 impl Context {
+    /// What an attempt that is over had of the devices, ms. 0 if the loop has ended: nobody counts any more.
+    async fn settle(&self, model: &Arc<str>, number: i64) -> f64 {
+        let (reply, answer) = oneshot::channel();
+        self.tell(Message::Settle { model: model.clone(), number, reply });
+        answer.await.unwrap_or(0.0)
+    }
+
     /// Tells the loop; after the loop has ended there is nothing left to tell.
     pub(super) fn tell(&self, message: Message) {
         let _ = self.messages.send(message);
@@ -345,12 +354,12 @@ async fn append(context: &Context, token: Token, kind: &'static str, body: Value
 }
 
 /// Commits the verdict, trying again while the store refuses, since an accepted job must get its end.
-async fn commit(context: &Context, dispatch: &Dispatch, verdict: Verdict) -> Committed {
+async fn commit(context: &Context, dispatch: &Dispatch, verdict: Verdict, gpu_ms: f64) -> Committed {
     let mut pause = STORE_RETRY;
     // Files are written once, however often the row has to be tried.
     let mut kept = None;
     loop {
-        match try_commit(context, dispatch, &verdict, &mut kept).await {
+        match try_commit(context, dispatch, &verdict, gpu_ms, &mut kept).await {
             Ok(committed) => return committed,
             Err(StoreError::Stopped) => break,
             Err(error) => {
@@ -370,26 +379,27 @@ async fn try_commit(
     context: &Context,
     dispatch: &Dispatch,
     verdict: &Verdict,
+    gpu_ms: f64,
     kept: &mut Option<StoredAnswer>,
 ) -> Result<Committed, StoreError> {
     let token = dispatch.job.token;
     let (end, ended) = match verdict {
-        Verdict::Succeed(answer) => return succeed(context, dispatch, answer, kept).await,
+        Verdict::Succeed(answer) => return succeed(context, dispatch, answer, gpu_ms, kept).await,
         Verdict::Fail(error) => (End::Failed(error.clone()), ended(JobState::Failed, error.clone())),
         Verdict::Expire(error) => (End::Expired(error.clone()), ended(JobState::Expired, error.clone())),
-        Verdict::Cancel => return cancel(context, token).await,
+        Verdict::Cancel => return cancel(context, token, gpu_ms).await,
         Verdict::Requeue(requeue) => {
-            let back = given_back(&dispatch.job, dispatch.place.load, requeue);
+            let back = given_back(&dispatch.job, dispatch.place.load, requeue, gpu_ms);
             let waits = Back { not_before: back.not_before, crash: back.crash };
             let change = context.store.requeue(token, back).await?;
             // Asked to cancel in the meantime: then it is not tried again.
             return match change {
-                None => cancel(context, token).await,
+                None => cancel(context, token, gpu_ms).await,
                 Some(_) => Ok(Committed { change, ended: None, back: Some(waits) }),
             };
         }
     };
-    let change = context.store.finish(token, end).await?;
+    let change = context.store.finish(token, end, gpu_ms).await?;
     Ok(Committed { change, ended: Some(ended), back: None })
 }
 
@@ -397,6 +407,7 @@ async fn succeed(
     context: &Context,
     dispatch: &Dispatch,
     answer: &Answer,
+    gpu_ms: f64,
     kept: &mut Option<StoredAnswer>,
 ) -> Result<Committed, StoreError> {
     let stored = match kept.take() {
@@ -404,13 +415,13 @@ async fn succeed(
         None => context.store.keep(dispatch.job.token, dispatch.job.kind, answer).await?,
     };
     *kept = Some(stored.clone());
-    let change = context.store.finish(dispatch.job.token, End::Succeeded(stored)).await?;
+    let change = context.store.finish(dispatch.job.token, End::Succeeded(stored), gpu_ms).await?;
     let ended = Ended { state: JobState::Succeeded, answer: Some(Arc::new(answer.clone())), error: None };
     Ok(Committed { change, ended: Some(ended), back: None })
 }
 
-async fn cancel(context: &Context, token: Token) -> Result<Committed, StoreError> {
-    let change = context.store.finish(token, End::Cancelled).await?;
+async fn cancel(context: &Context, token: Token, gpu_ms: f64) -> Result<Committed, StoreError> {
+    let change = context.store.finish(token, End::Cancelled, gpu_ms).await?;
     let error = context.store.reader().job(token.id).await.ok().and_then(|job| job.error);
     let ended = Ended { state: JobState::Cancelled, answer: None, error };
     Ok(Committed { change, ended: Some(ended), back: None })

@@ -8,7 +8,9 @@ use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::domain::worker::WorkerView;
-use crate::domain::{BatchId, ErrorCode, Job, JobError, JobId, JobState, Millis, ModelState, NewJob, StateReason};
+use crate::domain::{
+    BatchId, Control, ErrorCode, Job, JobError, JobId, JobState, Millis, ModelState, NewJob, StateReason,
+};
 use crate::lifecycle::Tasks;
 pub use crate::policy::plan::Decision;
 use crate::scheduler::hub::JobWatch;
@@ -36,6 +38,14 @@ pub enum SubmitError {
     /// Nothing in this box could ever hold the model.
     #[error("{}", .0.message)]
     TooBig(Box<JobError>),
+    /// Somebody drains the model, or all of them, by hand.
+    #[error(
+        "new jobs of `{model}` are refused while it is being drained; they are accepted again after `roundhouse queue resume`"
+    )]
+    Drained {
+        /// Entry name.
+        model: String,
+    },
     /// The server is shutting down.
     #[error("the server is shutting down")]
     Draining,
@@ -84,6 +94,12 @@ pub struct ModelQueueView {
     pub state_reason: Option<StateReason>,
     /// Why it cannot be loaded now.
     pub trouble: Option<String>,
+    /// Its waiting jobs do not start: somebody has paused it, or all.
+    pub paused: bool,
+    /// New jobs of it are refused: somebody drains it, or all.
+    pub draining: bool,
+    /// It is never displaced.
+    pub pinned: bool,
 }
 
 /// The body of `GET /v1/queue`.
@@ -101,6 +117,10 @@ pub struct QueueView {
     pub swaps: u64,
     /// Swaps that arrival order would have cost for the jobs claimed so far.
     pub swaps_in_arrival_order: u64,
+    /// All models are paused by hand.
+    pub paused: bool,
+    /// All models are being drained by hand.
+    pub draining: bool,
     /// By the order of `models.yaml`.
     pub models: Vec<ModelQueueView>,
 }
@@ -221,6 +241,28 @@ impl Handle {
         let error = job.as_ref().ok().and_then(|job| job.error.clone());
         self.hub.end(id.number, change.version, change.seq, Ended { state: change.state, answer: None, error });
         job
+    }
+
+    /// Does what an operator says. When it returns, what lasts of it is durable and the view shows it.
+    pub async fn control(&self, control: Control) -> Result<(), StoreError> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::Control { control, reply });
+        answer.await.unwrap_or(Err(StoreError::Stopped))
+    }
+
+    /// Cancels the jobs that wait now, of one model or of all; returns how many. If nobody waits for the answer any more, it
+    /// goes on; if the server ends before, those that are left wait again at its next start.
+    pub async fn purge(&self, model: Option<String>) -> Result<usize, StoreError> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::Purge { model, before: None, removed: 0, reply });
+        answer.await.map_err(|_| StoreError::Stopped)
+    }
+
+    /// Stores where the devices' time went until now, so that a reader finds it.
+    pub async fn keep_spent(&self) -> Result<(), StoreError> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::KeepSpent { reply });
+        answer.await.unwrap_or(Err(StoreError::Stopped))
     }
 
     /// Watches a job from now on; read the store afterwards for what was before.

@@ -7,6 +7,7 @@ mod dispatch;
 pub mod handle;
 pub mod hub;
 mod inventory;
+mod ledger;
 mod line;
 mod model;
 mod queue;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::domain::{Class, ErrorCode, JobError, Millis, ModelKind, ModelSpec, StateReason};
+use crate::domain::{Class, ErrorCode, Held, JobError, Millis, ModelKind, ModelSpec, StateReason};
 use crate::policy::learn::{self, LOAD_WEIGHT, Rate, SERVICE_WEIGHT, blend};
 use crate::policy::plan::Decision;
 use crate::policy::tier::Parked;
@@ -52,6 +52,12 @@ pub(super) struct Model {
     pub(super) timeout_ms: i64,
     pub(super) learned: Learned,
     pub(super) preload: bool,
+    /// What was said by hand.
+    pub(super) held: Held,
+    /// When somebody asked for it by hand; `None`: nobody has since it was there last.
+    pub(super) wanted_at: Option<Millis>,
+    /// All workers of it are to leave, and to be stopped: somebody said so.
+    pub(super) unload: bool,
     /// Workers can be parked in host memory.
     pub(super) park: bool,
     gpus: u32,
@@ -115,6 +121,9 @@ impl Model {
             timeout_ms: i64::MAX,
             learned: Learned::default(),
             preload: false,
+            held: Held::default(),
+            wanted_at: None,
+            unload: false,
             park: false,
             gpus: 1,
             bytes: None,
@@ -223,6 +232,22 @@ impl Model {
         }
     }
 
+    /// Jobs that may be claimed now, by class; none while it is paused.
+    pub(super) fn pending(&self) -> (usize, usize) {
+        if self.held.paused { (0, 0) } else { self.queue.pending() }
+    }
+
+    /// Never displaced.
+    pub(super) fn is_pinned(&self) -> bool {
+        self.held.pin.unwrap_or(self.pin)
+    }
+
+    /// A pause has ended: the time until now was not spent on its jobs.
+    pub(super) fn resume(&mut self, now: Millis) {
+        self.flush();
+        self.backlogged_since = (self.queue.len() > 0).then_some(now);
+    }
+
     /// A job waits now.
     pub(super) fn count_waiting(&mut self, now: Millis) {
         self.backlogged_since.get_or_insert(now);
@@ -273,16 +298,20 @@ impl Model {
 
     /// As the policy sees it; `parked`: a worker of it waits in host memory.
     pub(super) fn view(&self, inventory: &Inventory, parked: bool, now: Millis) -> ModelView {
-        let (pending_interactive, pending_batch) = self.queue.pending();
+        let (pending_interactive, pending_batch) = self.pending();
+        // What is paused waits for nothing but the end of the pause.
+        let waiting = Some(&self.queue).filter(|_| !self.held.paused);
         let gpus = if inventory.one_at_a_time { 1 } else { self.gpus };
         ModelView {
             name: self.name.clone(),
             pending_interactive,
             pending_batch,
-            oldest_interactive: self.queue.oldest(Class::Interactive),
-            oldest_batch: self.queue.oldest(Class::Batch),
-            first_deadline: self.queue.first_deadline(),
-            last_deadline: self.queue.last_deadline(),
+            paused: if self.held.paused { self.queue.len() } else { 0 },
+            wanted_at: self.wanted_at,
+            oldest_interactive: waiting.and_then(|queue| queue.oldest(Class::Interactive)),
+            oldest_batch: waiting.and_then(|queue| queue.oldest(Class::Batch)),
+            first_deadline: waiting.and_then(Queue::first_deadline),
+            last_deadline: waiting.and_then(Queue::last_deadline),
             left_at: self.learned.left_at,
             gpus,
             bytes: self.bytes_on(inventory),
@@ -298,7 +327,7 @@ impl Model {
             trouble_until: self.trouble.as_ref().and_then(|t| t.until),
             preload: self.preload,
             idle_ttl_ms: self.idle_ttl_ms,
-            pin: self.pin,
+            pin: self.is_pinned(),
             max_replicas: self.max_replicas,
         }
     }

@@ -66,6 +66,8 @@ pub(super) struct Running {
     charged_ms: f64,
     /// The worker's shares so far when it began, ms.
     share_from: f64,
+    /// What it had of the worker, once that is settled, ms.
+    had_ms: Option<f64>,
 }
 
 /// What a worker has to do.
@@ -75,15 +77,17 @@ struct Load {
     batch: usize,
     /// Of an isolated run.
     alone: usize,
-    /// Time that each of its jobs had of the worker so far, ms: grows by 1/n while n run.
+    /// Of the jobs, those that share its time: an attempt that is over waits for its end to be stored.
+    sharing: usize,
+    /// Time that each of its jobs had of the worker so far, ms: grows by 1/n while n share it.
     share_ms: f64,
     at: Millis,
 }
 
 impl Load {
     fn count_until(&mut self, now: Millis) {
-        if self.jobs > 0 {
-            self.share_ms += (now - self.at).max(0) as f64 / self.jobs as f64;
+        if self.sharing > 0 {
+            self.share_ms += (now - self.at).max(0) as f64 / self.sharing as f64;
         }
         self.at = now;
     }
@@ -335,6 +339,14 @@ impl Queue {
         keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect()
     }
 
+    /// Takes out waiting jobs, whatever they wait for, with numbers below `before`: at most so many.
+    pub(super) fn take_before(&mut self, before: i64, most: usize) -> Vec<QueuedJob> {
+        let ready = self.interactive.iter().chain(self.batch.iter()).chain(self.isolated_keys()).map(|(key, _)| *key);
+        let all = ready.chain(self.delayed.values().map(|(key, _)| *key));
+        let keys: Vec<Key> = all.filter(|key| key.number() < before).take(most).collect();
+        keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect()
+    }
+
     /// Whether jobs of a class wait that are not isolated.
     pub(super) fn has(&self, class: Class) -> bool {
         !(if class == Class::Interactive { &self.interactive } else { &self.batch }).is_empty()
@@ -430,22 +442,50 @@ impl Queue {
         let load = self.loads.entry(to.worker).or_default();
         load.count_until(now);
         load.jobs += 1;
+        load.sharing += 1;
         load.batch += usize::from(Class::of(job.priority) == Class::Batch);
         load.alone += usize::from(alone);
         let share_from = load.share_ms;
-        let running = Running { alone, claimed_at: now, worker: to.worker, charged_ms: to.charge_ms, share_from, job };
+        let running = Running {
+            alone,
+            claimed_at: now,
+            worker: to.worker,
+            charged_ms: to.charge_ms,
+            share_from,
+            had_ms: None,
+            job,
+        };
         self.running.insert(running.job.number, running);
+    }
+
+    /// What a job had of its worker, ms: from now on it shares nothing any more. `None`: it does not run.
+    pub(super) fn settle(&mut self, number: i64, now: Millis) -> Option<f64> {
+        let running = self.running.get_mut(&number)?;
+        if let Some(had) = running.had_ms {
+            return Some(had);
+        }
+        let load = self.loads.entry(running.worker).or_default();
+        load.count_until(now);
+        load.sharing = load.sharing.saturating_sub(1);
+        let had = load.share_ms - running.share_from;
+        running.had_ms = Some(had);
+        Some(had)
+    }
+
+    /// Whether jobs share this worker's time.
+    pub(super) fn works(&self, worker: u32) -> bool {
+        self.load(worker).sharing > 0
     }
 
     /// Counts it no longer, and charges its tenant for what it had of the worker: `gpus` times its share of the time.
     pub(super) fn end(&mut self, number: i64, gpus: f64, served: &mut Served, now: Millis) -> Option<Running> {
+        let had = self.settle(number, now)? * gpus;
         let running = self.running.remove(&number)?;
         if let Some(load) = self.loads.get_mut(&running.worker) {
             load.count_until(now);
             load.jobs = load.jobs.saturating_sub(1);
             load.alone -= usize::from(running.alone).min(load.alone);
             load.batch -= usize::from(Class::of(running.job.priority) == Class::Batch).min(load.batch);
-            let had = (load.share_ms - running.share_from) * gpus;
             served.charge(&running.job.tenant, had - running.charged_ms);
             if load.jobs == 0 {
                 self.loads.remove(&running.worker);

@@ -1,5 +1,5 @@
 //! The loop that owns the scheduler's state: takes messages, lets the state machine decide, carries out its effects beside
-//! the loop, and publishes a view. Nothing here waits for a worker or for the disk.
+//! the loop, and publishes a view (`operate`: what is done by hand). Nothing here waits for a worker or for the disk.
 
 use std::collections::{BTreeMap, HashMap};
 use std::pin::pin;
@@ -14,7 +14,8 @@ use tokio::time::Instant;
 use crate::clock::Clock;
 use crate::domain::worker::Report;
 use crate::domain::{
-    Class, Face, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob, StateReason, Token,
+    Class, Control, Controls, Face, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob,
+    StateReason, Token,
 };
 use crate::lifecycle::Tasks;
 use crate::policy::Knobs;
@@ -24,14 +25,21 @@ use crate::scheduler::hub::{Ended, Hub, JobWatch};
 use crate::scheduler::queue::{Run, shared};
 use crate::scheduler::state::{Effect, Event, Holding, Inventory, Place, State};
 use crate::scheduler::watch as devices;
-use crate::store::{Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Store, StoreError};
+use crate::store::{
+    self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Store, StoreError,
+};
 use crate::worker::client::{RunTag, WorkerClient};
 use crate::worker::gpu::GpuProbe;
+
+#[path = "operate.rs"]
+mod operate;
 
 /// Messages handled before effects are carried out and the view is published.
 const MESSAGES_PER_STEP: usize = 256;
 /// Views are published at most this often.
 const VIEW_EVERY: Duration = Duration::from_millis(5);
+/// Where the devices' time went is kept this often: a server that is killed forgets no more.
+const KEEP_SPENT_EVERY: Duration = Duration::from_secs(5);
 /// Waiting jobs that are ended at once.
 const ENDED_AT_ONCE: usize = 512;
 /// Waiting jobs read at once at the start.
@@ -59,6 +67,14 @@ pub(super) enum Message {
     EndedQueued { state: JobState },
     /// Where a waiting job stands.
     Position { model: String, priority: u8, number: i64, reply: oneshot::Sender<Option<Position>> },
+    /// An operator says something; the answer comes when what lasts of it is durable.
+    Control { control: Control, reply: oneshot::Sender<Result<(), StoreError>> },
+    /// Cancel waiting jobs with numbers below `before`, all that wait now if it is not said; `removed`: so many were.
+    Purge { model: Option<String>, before: Option<i64>, removed: usize, reply: oneshot::Sender<usize> },
+    /// An attempt is over: what did it have of the devices, in ms?
+    Settle { model: Arc<str>, number: i64, reply: oneshot::Sender<f64> },
+    /// Keep where the devices' time went until now.
+    KeepSpent { reply: oneshot::Sender<Result<(), StoreError>> },
     /// Are you there?
     Ping { reply: oneshot::Sender<()> },
 }
@@ -89,6 +105,8 @@ pub struct Parts {
     pub served: BTreeMap<String, f64>,
     /// Weights of tenants by name; one that is not named weighs 1.
     pub weights: BTreeMap<String, f64>,
+    /// What was said by hand in earlier runs.
+    pub controls: Controls,
     /// Asks for GPUs. While it tells of none, no model is too big.
     pub gpus: Arc<dyn GpuProbe>,
     /// Memory for models that run on the CPU, in bytes.
@@ -112,6 +130,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         learned,
         served,
         weights,
+        controls,
         gpus,
         cpu_bytes,
         next_number,
@@ -123,7 +142,8 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
     let there = devices::look(&gpus).await;
     let mut state = State::new(&models, knobs, &learned, epoch)
         .on(Inventory::of(&there, cpu_bytes))
-        .with_tenants(&served, &weights);
+        .with_tenants(&served, &weights)
+        .with_controls(&controls);
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
     // Known before the first plan; the supervisors' own reports come later.
@@ -147,6 +167,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         view,
         changed: true,
         view_at: None,
+        keep_at: Instant::now() + KEEP_SPENT_EVERY,
         next_number,
         next_run: 1,
         names: HashMap::new(),
@@ -177,6 +198,8 @@ struct Scheduler {
     changed: bool,
     /// When the changed view is to be published; `None`: it has been.
     view_at: Option<Instant>,
+    /// When it is next kept where the devices' time went.
+    keep_at: Instant,
     next_number: i64,
     next_run: i64,
     names: HashMap<String, Arc<str>>,
@@ -196,6 +219,7 @@ enum Wake {
     Report(String, u32, Report),
     Timer,
     View,
+    Keep,
     Soft,
     Hard,
 }
@@ -218,6 +242,10 @@ impl Scheduler {
                     self.publish();
                     continue;
                 }
+                Wake::Keep => {
+                    self.keep_spent(None);
+                    continue;
+                }
                 Wake::Timer => {}
                 Wake::Report(model, replica, report) => self.on_report(model, replica, report),
                 Wake::Message(message) => {
@@ -234,11 +262,16 @@ impl Scheduler {
             if std::mem::take(&mut self.changed) || timer {
                 self.step();
             }
+            // The timer comes last, and so never while messages do.
+            if self.keep_at <= Instant::now() {
+                self.keep_spent(None);
+            }
             self.view_at.get_or_insert_with(|| Instant::now() + VIEW_EVERY);
             if stopping && self.state.is_quiet() {
                 break;
             }
         }
+        self.keep_spent(None);
         // What was committed in the meantime is accepted, whatever happens here.
         self.inbox.close();
         while let Some(message) = self.inbox.recv().await {
@@ -259,6 +292,7 @@ impl Scheduler {
             Some((model, replica, report)) = self.reports.recv() => Wake::Report(model, replica, report),
             Some(message) = self.inbox.recv() => Wake::Message(message),
             () = until(self.view_at) => Wake::View,
+            () = tokio::time::sleep_until(self.keep_at) => Wake::Keep,
             () = until(timer) => Wake::Timer,
         }
     }
@@ -331,6 +365,12 @@ impl Scheduler {
             Message::Position { model, priority, number, reply } => {
                 let _ = reply.send(self.position(&model, priority, number));
             }
+            Message::Control { control, reply } => self.control(control, reply),
+            Message::Purge { model, before, removed, reply } => self.purge(model, before, removed, reply),
+            Message::Settle { model, number, reply } => {
+                let _ = reply.send(self.state.settle(&model, number, self.context.clock.now()));
+            }
+            Message::KeepSpent { reply } => self.keep_spent(Some(reply)),
             Message::Ping { reply } => {
                 let _ = reply.send(());
             }
@@ -404,6 +444,9 @@ impl Scheduler {
     fn refuse(&mut self, jobs: &[NewJob]) -> Result<(), SubmitError> {
         if self.context.tasks.soft().is_cancelled() {
             return Err(SubmitError::Draining);
+        }
+        if let Some(job) = jobs.iter().find(|job| self.state.is_draining(&job.model)) {
+            return Err(SubmitError::Drained { model: job.model.clone() });
         }
         if self.context.store.is_full() {
             return Err(SubmitError::Store(StoreError::Full));
@@ -520,7 +563,11 @@ impl Scheduler {
                     let stops = numbers.iter().filter_map(|number| self.stops.get(number));
                     stops.for_each(|stop| stop.evicted.cancel());
                 }
-                Effect::EndQueued { numbers, error, overdue } => self.end_queued(numbers, error, overdue),
+                Effect::EndQueued { numbers, error, overdue } => {
+                    let ending = if overdue { Ending::Expired(error) } else { Ending::Failed(error) };
+                    self.end_queued(numbers, ending);
+                }
+                Effect::CancelQueued(numbers) => self.end_queued(numbers, Ending::Cancelled),
                 Effect::TellLoading { numbers, model, eta } => self.tell_loading(numbers, model, eta),
                 Effect::AddLoadTime { numbers, load_ms } => {
                     let store = self.context.store.clone();
@@ -602,13 +649,10 @@ impl Scheduler {
         });
     }
 
-    fn end_queued(&self, numbers: Vec<i64>, error: JobError, overdue: bool) {
+    fn end_queued(&self, numbers: Vec<i64>, ending: Ending) {
         let context = self.context.clone();
         self.context.tasks.spawn("end queued", async move {
-            // Together, so that they share commits.
-            for some in numbers.chunks(ENDED_AT_ONCE) {
-                join_all(some.iter().map(|number| end_one_queued(&context, *number, &error, overdue))).await;
-            }
+            end_all_queued(&context, &numbers, &ending).await;
         });
     }
 
@@ -637,6 +681,8 @@ impl Scheduler {
             history: state.history.iter().cloned().collect(),
             swaps: state.swaps,
             swaps_in_arrival_order: state.swaps_in_arrival_order,
+            paused: state.controls().all.paused,
+            draining: state.controls().all.draining,
             models: (0..state.models.len()).map(|index| self.model_view(index, now)).collect(),
         }
     }
@@ -651,6 +697,7 @@ impl Scheduler {
             _ => state_of(handles(&self.workers, &model.name).map(|worker| worker.view().state)),
         };
         let reason = match &model.trouble {
+            _ if model.held.paused => Some(StateReason::Paused),
             Some(trouble) => Some(trouble.reason),
             None if holding == Holding::Loading => Some(StateReason::ModelLoading),
             None => None,
@@ -667,12 +714,15 @@ impl Scheduler {
             running: model.queue.running().len(),
             oldest_age_s: oldest.map(|at| (now - at) as f64 / 1e3),
             resident,
-            est_wait_s: model.trouble.is_none().then_some(wait / 1e3),
+            est_wait_s: (model.trouble.is_none() && !model.held.paused).then_some(wait / 1e3),
             swap_cost_s: (load_ms + model.stop_ms()) / 1e3,
             due_at: self.state.due(index),
             state,
             state_reason: reason,
             trouble: model.trouble.as_ref().map(|t| t.text.clone()),
+            paused: model.held.paused,
+            draining: model.held.draining,
+            pinned: model.is_pinned(),
         }
     }
 }
@@ -701,29 +751,55 @@ pub(super) fn lost(run: &Run, claims: &[ClaimedJob]) -> Vec<i64> {
     run.jobs.iter().map(|job| job.number).filter(|number| !is_claimed(*number)).collect()
 }
 
-/// Ends a waiting job, trying again while the store refuses: the loop may have forgotten it already.
-async fn end_one_queued(context: &Context, number: i64, error: &JobError, overdue: bool) {
+/// How waiting jobs end.
+enum Ending {
+    Failed(JobError),
+    Expired(JobError),
+    Cancelled,
+}
+
+impl Ending {
+    fn committed(&self) -> (JobState, End, JobError) {
+        match self {
+            Self::Failed(error) => (JobState::Failed, End::Failed(error.clone()), error.clone()),
+            Self::Expired(error) => (JobState::Expired, End::Expired(error.clone()), error.clone()),
+            Self::Cancelled => (JobState::Cancelled, End::Cancelled, store::cancelled_by_user()),
+        }
+    }
+}
+
+/// Ends waiting jobs, and says how many it were.
+async fn end_all_queued(context: &Context, numbers: &[i64], ending: &Ending) -> usize {
+    let mut ended = 0;
+    // Together, so that they share commits.
+    for some in numbers.chunks(ENDED_AT_ONCE) {
+        let all = join_all(some.iter().map(|number| end_one_queued(context, *number, ending))).await;
+        ended += all.into_iter().filter(|ended| *ended).count();
+    }
+    ended
+}
+
+/// Ends a waiting job, trying again while the store refuses: the loop may have forgotten it already. False: it did not wait
+/// any more.
+async fn end_one_queued(context: &Context, number: i64, ending: &Ending) -> bool {
     let mut pause = dispatch::STORE_RETRY;
     loop {
-        let (state, end) = if overdue {
-            (JobState::Expired, End::Expired(error.clone()))
-        } else {
-            (JobState::Failed, End::Failed(error.clone()))
-        };
+        let (state, end, error) = ending.committed();
         match context.store.end_queued(number, end).await {
             Ok(Some(change)) => {
-                let ended = Ended { state, answer: None, error: Some(error.clone()) };
+                let ended = Ended { state, answer: None, error: Some(error) };
                 context.hub.end(number, change.version, change.seq, ended);
-                return context.tell(Message::EndedQueued { state });
+                context.tell(Message::EndedQueued { state });
+                return true;
             }
-            Ok(None) | Err(StoreError::Stopped) => return,
+            Ok(None) | Err(StoreError::Stopped) => return false,
             Err(error) => {
                 tracing::error!(job.number = number, "a waiting job could not be ended, trying again: {error}")
             }
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => pause = (pause * 2).min(dispatch::STORE_RETRY_MAX),
-            () = context.tasks.hard().cancelled() => return,
+            () = context.tasks.hard().cancelled() => return false,
         }
     }
 }

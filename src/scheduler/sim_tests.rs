@@ -208,10 +208,16 @@ enum Op {
         overdue: bool,
         pause: Millis,
     },
+    /// The first of `numbers` now, the others after it.
+    CancelQueued {
+        numbers: Vec<i64>,
+        pause: Millis,
+    },
     Cancel {
         id: JobId,
         code: ErrorCode,
     },
+    KeepControls(Controls),
     TellLoading {
         numbers: Vec<i64>,
     },
@@ -258,6 +264,11 @@ enum Reply {
         pause: Millis,
         ok: bool,
     },
+    CancelledQueued {
+        numbers: Vec<i64>,
+        pause: Millis,
+        ok: bool,
+    },
     Cancelled {
         number: i64,
         cancelled: Option<(JobState, String, u8)>,
@@ -290,6 +301,7 @@ enum Ev {
     GpuBack(usize),
     Arrive,
     Cancels,
+    Operates,
     Strike,
     Stale,
     Boot,
@@ -333,6 +345,8 @@ struct Seen {
     stopped_hung: usize,
     cancelled: usize,
     expired: usize,
+    controls: usize,
+    purged: usize,
     fast: usize,
     same_views: usize,
     same_plans: usize,
@@ -510,6 +524,9 @@ impl Sim {
         }
         sim.world(700, Ev::Cancels);
         sim.world(900, Ev::Stale);
+        if sim.rng.chance(500) {
+            sim.world(1_100, Ev::Operates);
+        }
         let until = sim.setup.faults_until;
         sim.world(until, Ev::Cease);
         sim
@@ -635,7 +652,10 @@ impl Sim {
         if is_void {
             return;
         }
-        if !matches!(event, Ev::Turn | Ev::Timer(_) | Ev::Commit | Ev::Cancels | Ev::Stale | Ev::Strike | Ev::Arrive) {
+        if !matches!(
+            event,
+            Ev::Turn | Ev::Timer(_) | Ev::Commit | Ev::Cancels | Ev::Operates | Ev::Stale | Ev::Strike | Ev::Arrive
+        ) {
             self.note(|| format!("{event:?}"));
         }
         match event {
@@ -679,6 +699,7 @@ impl Sim {
             }
             Ev::Arrive => self.arrive(),
             Ev::Cancels => self.cancels(),
+            Ev::Operates => self.operates(),
             Ev::Strike => self.strike(),
             Ev::Stale => self.stale(),
             Ev::Boot => self.boot(),
@@ -697,7 +718,8 @@ impl Sim {
         self.lost_time = self.lost_time.max(self.shown - now);
         self.disk.recover(now);
         let state = State::new(&self.setup.specs, self.setup.knobs.clone(), &self.disk.learned, self.disk.epoch)
-            .with_tenants(&self.disk.served, &BTreeMap::new());
+            .with_tenants(&self.disk.served, &BTreeMap::new())
+            .with_controls(&self.disk.controls);
         self.server = Some(Server {
             state,
             clock,
@@ -726,6 +748,9 @@ impl Sim {
         for id in callers {
             let after = self.hop();
             self.ours(after, Ev::AskAgain(Op::Cancel { id, code: ErrorCode::ClientDisconnected }));
+        }
+        if !self.faults {
+            self.lets_go();
         }
         self.step();
         self.end_turn();
@@ -817,8 +842,39 @@ impl Sim {
                 self.server().run_of.remove(number);
             }
         }
+        let is_control = matches!(event, Event::Control(_));
+        let purge = match &event {
+            Event::Purge { model, before } => Some((model.clone(), *before, self.purgeable(model.as_deref(), *before))),
+            _ => None,
+        };
         let effects = self.server().state.on_event(event, now);
+        if let Some((model, before, waiting)) = purge {
+            let running = self.server().run_of.keys().copied().collect::<BTreeSet<i64>>();
+            let cancelled: BTreeSet<i64> = effects
+                .iter()
+                .flat_map(|effect| match effect {
+                    Effect::CancelQueued(numbers) => numbers.clone(),
+                    _ => Vec::new(),
+                })
+                .collect();
+            assert_eq!(cancelled, waiting, "a purge ends those that wait, and no other");
+            assert!(cancelled.is_disjoint(&running), "a purge ends what runs");
+            assert!(self.purgeable(model.as_deref(), before).is_empty(), "a purge leaves somebody");
+            self.seen.purged += cancelled.len();
+        }
         self.carry_out(effects);
+        if is_control {
+            self.seen.controls += 1;
+            let controls = self.server().state.controls().clone();
+            self.ask(Op::KeepControls(controls));
+        }
+    }
+
+    /// Waiting jobs that a purge is to end.
+    fn purgeable(&self, model: Option<&str>, before: i64) -> BTreeSet<i64> {
+        let models = self.server.iter().flat_map(|server| &server.state.models);
+        let models = models.filter(|known| model.is_none_or(|model| *known.name == *model));
+        models.flat_map(|model| model.queue.recount()).map(|job| job.number).filter(|number| *number < before).collect()
     }
 
     fn step(&mut self) {
@@ -861,6 +917,7 @@ impl Sim {
         let count = jobs.len();
         let server = self.server();
         let refused = server.stopping.is_some()
+            || jobs.iter().any(|job| server.state.is_draining(&job.model))
             || server.state.admit(&jobs[0].tenant, count).is_err()
             || sync.is_some_and(|model| server.state.refusal(&model).is_some());
         if refused {
@@ -891,6 +948,7 @@ impl Sim {
             && let Some(place) = self.server().state.reserve(only, now)
         {
             self.seen.fast += 1;
+            self.check_paused(&only.model);
             let job = numbered.remove(0);
             let task = self.insert_claimed(&job, place);
             return self.ask(Op::InsertClaimed { job, task });
@@ -962,6 +1020,7 @@ impl Sim {
                         let numbers: Vec<i64> = run.jobs.iter().map(|job| job.number).collect();
                         format!("claim {model} load {} run {number} {numbers:?} alone {}", place.load, run.alone)
                     });
+                    self.check_paused(&model);
                     self.check_run(&run);
                     for job in &run.jobs {
                         self.server().run_of.insert(job.number, number);
@@ -984,6 +1043,7 @@ impl Sim {
                 Effect::EndQueued { numbers, error, overdue } => {
                     self.ask(Op::EndQueued { numbers, error, overdue, pause: 200 });
                 }
+                Effect::CancelQueued(numbers) => self.ask(Op::CancelQueued { numbers, pause: 200 }),
                 Effect::TellLoading { numbers, .. } => self.ask(Op::TellLoading { numbers }),
                 Effect::AddLoadTime { numbers, load_ms } => self.ask(Op::AddLoadTime { numbers, load_ms }),
                 Effect::Learn { model, learned } => self.ask(Op::Learn { model, learned }),
@@ -1039,8 +1099,9 @@ impl Sim {
             Op::EndQueued { numbers, error, overdue, pause } => {
                 Some(Reply::EndedQueued { numbers, error, overdue, pause, ok: false })
             }
+            Op::CancelQueued { numbers, pause } => Some(Reply::CancelledQueued { numbers, pause, ok: false }),
             Op::Cancel { id, .. } => Some(Reply::Cancelled { number: id.number, cancelled: None }),
-            Op::TellLoading { .. } | Op::AddLoadTime { .. } | Op::Learn { .. } => None,
+            Op::TellLoading { .. } | Op::AddLoadTime { .. } | Op::Learn { .. } | Op::KeepControls(_) => None,
         }
     }
 
@@ -1064,6 +1125,14 @@ impl Sim {
                 let end = if overdue { End::Expired(error.clone()) } else { End::Failed(error.clone()) };
                 self.disk.end_queued(numbers[0], &end, now);
                 Some(Reply::EndedQueued { numbers, error, overdue, pause, ok: true })
+            }
+            Op::CancelQueued { numbers, pause } => {
+                self.disk.end_queued(numbers[0], &End::Cancelled, now);
+                Some(Reply::CancelledQueued { numbers, pause, ok: true })
+            }
+            Op::KeepControls(controls) => {
+                self.disk.controls = controls;
+                None
             }
             Op::Cancel { id, code } => {
                 let (change, state) = self.disk.request_cancel(id, code, now).expect("the job exists");
@@ -1102,7 +1171,7 @@ impl Sim {
             Verdict::Expire(error) => End::Expired(error.clone()),
             Verdict::Cancel => End::Cancelled,
             Verdict::Requeue(requeue) => {
-                let back = dispatch::given_back(&one.job, load, requeue);
+                let back = dispatch::given_back(&one.job, load, requeue, 0.0);
                 let suspicion = requeue.suspicion;
                 let Some(change) = self.disk.requeue(token, &back, now) else {
                     return Reply::NotRequeued { task };
@@ -1184,6 +1253,15 @@ impl Sim {
                 numbers.remove(0);
                 if !numbers.is_empty() {
                     self.ask(Op::EndQueued { numbers, error, overdue, pause: 200 });
+                }
+            }
+            Reply::CancelledQueued { numbers, pause, ok: false } => {
+                self.ours(pause, Ev::AskAgain(Op::CancelQueued { numbers, pause: (pause * 2).min(30_000) }));
+            }
+            Reply::CancelledQueued { mut numbers, ok: true, .. } => {
+                numbers.remove(0);
+                if !numbers.is_empty() {
+                    self.ask(Op::CancelQueued { numbers, pause: 200 });
                 }
             }
             Reply::Cancelled { number, cancelled: Some((JobState::Cancelling, ..)) } => {
@@ -1621,6 +1699,45 @@ impl Sim {
         self.world(after, Ev::Cancels);
     }
 
+    /// Somebody pauses, drains, purges, loads, unloads and pins.
+    fn operates(&mut self) {
+        if !self.faults {
+            return;
+        }
+        if let Some(server) = &self.server {
+            let before = server.next_number - self.rng.range(0, 3);
+            let index = self.rng.index(self.setup.specs.len());
+            let name = self.setup.specs[index].name.clone();
+            let scope = self.rng.chance(500).then(|| name.clone());
+            let event = match self.rng.index(10) {
+                0 => Event::Control(Control::Pause(scope)),
+                1..=3 => Event::Control(Control::Resume(scope)),
+                4 => Event::Control(Control::Drain(scope)),
+                5 => Event::Control(Control::Load(name)),
+                6 => Event::Control(Control::Unload(name)),
+                7 => Event::Control(Control::Pin(name)),
+                8 => Event::Control(Control::Unpin(name)),
+                _ => Event::Purge { model: scope, before },
+            };
+            self.tell(Message::Event(event));
+        }
+        let after = self.rng.range(500, 20_000);
+        self.world(after, Ev::Operates);
+    }
+
+    /// Nothing is held by hand any more.
+    fn lets_go(&mut self) {
+        let names: Vec<String> = self.setup.specs.iter().map(|spec| spec.name.clone()).collect();
+        self.tell(Message::Event(Event::Control(Control::Resume(None))));
+        for name in names {
+            self.tell(Message::Event(Event::Control(Control::Unpin(name))));
+        }
+    }
+
+    fn check_paused(&mut self, model: &str) {
+        assert!(!self.server().state.controls().of(model).paused, "a job of {model} starts though it is paused");
+    }
+
     /// A late or a second result of an attempt that is over.
     fn stale(&mut self) {
         if !self.faults {
@@ -1746,6 +1863,9 @@ impl Sim {
         let work = attempts * (swap + limit + 2 * 4_000) + deaths * (swap + 2 * BACKOFF_MAX + limit);
         let bound = under_way + 2 * self.lost_time + work;
         self.due = Some((self.now, self.now + bound));
+        if self.server.is_some() {
+            self.lets_go();
+        }
         self.note(|| format!("faults cease; jobs have {attempts} attempts and {deaths} deaths left, and {bound} ms"));
     }
 
@@ -1848,7 +1968,7 @@ impl Sim {
         for op in server.ops.iter().chain(ops) {
             match op {
                 Op::Claim { run, .. } => found.extend(run.jobs.iter().map(|job| job.number)),
-                Op::EndQueued { numbers, .. } => found.extend(numbers),
+                Op::EndQueued { numbers, .. } | Op::CancelQueued { numbers, .. } => found.extend(numbers),
                 _ => {}
             }
         }
@@ -1857,7 +1977,9 @@ impl Sim {
                 Ev::GiveBack(_, jobs) => found.extend(jobs.iter().map(|job| job.number)),
                 Ev::Answer(Reply::Inserted { queued: Some(jobs) }) => found.extend(jobs.iter().map(|job| job.number)),
                 Ev::Answer(Reply::Claimed { run, .. }) => found.extend(run.jobs.iter().map(|job| job.number)),
-                Ev::Answer(Reply::EndedQueued { numbers, .. }) => found.extend(numbers),
+                Ev::Answer(Reply::EndedQueued { numbers, .. } | Reply::CancelledQueued { numbers, .. }) => {
+                    found.extend(numbers);
+                }
                 Ev::Answer(Reply::Cancelled { number, .. }) => {
                     found.insert(*number);
                 }
@@ -1974,11 +2096,13 @@ impl Sim {
         let server = self.server.as_ref().unwrap();
         // Not while somebody is about to tell of a change.
         let rows: Vec<i64> = self.disk.queued().map(|job| job.number).collect();
-        if !server.ops.is_empty() || !waiting.keys().eq(&rows) {
+        let kept = *server.state.controls() == self.disk.controls;
+        if !kept || !server.ops.is_empty() || !waiting.keys().eq(&rows) {
             return;
         }
         let mut rebuilt =
-            State::new(&self.setup.specs, self.setup.knobs.clone(), &self.disk.learned, self.disk.epoch + 1);
+            State::new(&self.setup.specs, self.setup.knobs.clone(), &self.disk.learned, self.disk.epoch + 1)
+                .with_controls(&self.disk.controls);
         for job in self.disk.queued() {
             // In memory, a pause has ended when the loop was awake after it.
             let ready = waiting.get(&job.number).is_some_and(|known| {
@@ -1994,7 +2118,7 @@ impl Sim {
             let nothing_runs = server.state.models[index].queue.running().is_empty();
             all &= nothing_runs;
             (our.trouble, our.trouble_until, our.rate, our.preload) = (None, None, 0.0, false);
-            (their.rate, their.preload) = (0.0, false);
+            (their.rate, their.preload, our.wanted_at) = (0.0, false, None);
             let learned = |state: &State| {
                 let known = state.models[index].learned.clone();
                 (known.load_ms, known.stop_ms, known.left_at)
@@ -2118,6 +2242,8 @@ impl Seen {
         self.stopped_hung += other.stopped_hung;
         self.cancelled += other.cancelled;
         self.expired += other.expired;
+        self.controls += other.controls;
+        self.purged += other.purged;
         self.fast += other.fast;
         self.same_views += other.same_views;
         self.same_plans += other.same_plans;
@@ -2137,6 +2263,8 @@ impl Seen {
             self.stopped_hung,
             self.cancelled,
             self.expired,
+            self.controls,
+            self.purged,
             self.fast,
             self.same_views,
             self.same_plans,

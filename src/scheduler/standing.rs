@@ -66,6 +66,10 @@ impl State {
         let index = self.index_of(model)?;
         let rank = self.models[index].queue.rank(priority, number, RANK_MAX)?;
         let own = rank as f64 * self.models[index].each_ms();
+        if self.models[index].held.paused {
+            // Nobody knows when somebody will let it go on.
+            return Some((rank, rank, 0, None));
+        }
         if self.serves(index) {
             return Some((rank, rank, 0, Some(now + round(own))));
         }

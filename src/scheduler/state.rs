@@ -2,25 +2,31 @@
 //! hold which devices, and which jobs wait for and run on them. Everything else (processes, rows) belongs to others, who
 //! tell it by events and are asked by effects.
 //!
-//! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go; `standing` says where a job stands;
-//! `model` and `inventory` are what it keeps of models and workers.
+//! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
+//! `standing` says where a job stands; `controls` does what an operator says; `accounts` counts where the time goes; `model`
+//! and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use crate::domain::worker::Report;
-use crate::domain::{Class, ErrorCode, GpuSet, JobError, Millis, ModelSpec, StateReason};
+use crate::domain::{Class, Control, Controls, ErrorCode, GpuSet, JobError, Millis, ModelSpec, StateReason};
 use crate::policy::learn::{LOAD_WEIGHT, blend};
 use crate::policy::order::Served;
 use crate::policy::plan::{Decision, Reservation};
 use crate::policy::{Knobs, admission};
 pub use crate::scheduler::inventory::Inventory;
 use crate::scheduler::inventory::{Phase, Worker, round};
+use crate::scheduler::ledger::Ledger;
 use crate::scheduler::model::{Model, Trouble};
 use crate::scheduler::queue::{Run, Running, To};
 use crate::store::{Learned, QueuedJob};
 use crate::worker::supervisor::Order;
 
+#[path = "accounts.rs"]
+mod accounts;
+#[path = "controls.rs"]
+mod controls;
 #[path = "devices.rs"]
 mod devices;
 #[path = "standing.rs"]
@@ -91,6 +97,22 @@ pub enum Event {
     },
     /// The GPUs that are there now: memory in bytes, by the driver's numbers.
     Devices(BTreeMap<u32, u64>),
+    /// An operator says something.
+    Control(Control),
+    /// Waiting jobs with numbers below `before` are to be cancelled. Some at a time: ask again until there is no effect.
+    Purge {
+        /// Entry name; `None`: of all models.
+        model: Option<String>,
+        /// The number after the last of them.
+        before: i64,
+    },
+    /// So many were.
+    Purged {
+        /// As in `Purge`.
+        model: Option<String>,
+        /// How many.
+        removed: usize,
+    },
     /// The server is stopping: nothing new starts.
     Stop,
 }
@@ -156,6 +178,8 @@ pub enum Effect {
         /// A deadline passed.
         overdue: bool,
     },
+    /// Cancel jobs that waited; nothing else will be done with them.
+    CancelQueued(Vec<i64>),
     /// Tell waiting jobs that their model is being loaded.
     TellLoading {
         /// The jobs.
@@ -210,6 +234,8 @@ pub struct State {
     log: VecDeque<Decision>,
     /// What was last said about each pair of models.
     said: HashMap<(Option<String>, Option<String>), &'static str>,
+    controls: Controls,
+    ledger: Ledger,
     next_load: i64,
     stopping: bool,
     wake_at: Option<Millis>,
@@ -254,6 +280,8 @@ impl State {
             history: VecDeque::new(),
             log: VecDeque::new(),
             said: HashMap::new(),
+            controls: Controls::default(),
+            ledger: Ledger::default(),
             next_load: epoch << LOAD_BITS,
             stopping: false,
             wake_at: None,
@@ -332,6 +360,7 @@ impl State {
         };
         if self.last_arrival.is_some_and(|last| last != index) {
             self.swaps_in_arrival_order += 1;
+            self.ledger.count_swap_in_order(index);
         }
         self.last_arrival = Some(index);
         self.models[index].count_arrival(now);
@@ -341,7 +370,7 @@ impl State {
     /// address is returned. Give it back by [`Event::Ended`].
     pub fn reserve(&mut self, job: &QueuedJob, now: Millis) -> Option<Place> {
         let index = self.index_of(&job.model)?;
-        if self.stopping || job.not_before.is_some() {
+        if self.stopping || self.models[index].held.paused || job.not_before.is_some() {
             return None;
         }
         let model = &self.models[index];
@@ -353,6 +382,7 @@ impl State {
         let worker = self.workers.iter().filter(free).min_by_key(|worker| model.queue.running_on(worker.replica))?;
         let Phase::Serving { place, .. } = &worker.phase else { return None };
         let place = place.clone();
+        self.account(now);
         self.lift(&job.tenant);
         let to = self.to(index, place.replica);
         self.count_running(&job.tenant);
@@ -368,6 +398,7 @@ impl State {
 
     /// Takes in an event. Call [`State::step`] after one or more of them.
     pub fn on_event(&mut self, event: Event, now: Millis) -> Vec<Effect> {
+        self.account(now);
         self.plan_now |= !matches!(event, Event::Queued(_));
         match event {
             Event::Queued(jobs) => {
@@ -400,6 +431,9 @@ impl State {
                 None => Vec::new(),
             },
             Event::Devices(there) => self.on_devices(&there),
+            Event::Control(control) => self.on_control(&control, now),
+            Event::Purge { model, before } => self.on_purge(model.as_deref(), before),
+            Event::Purged { model, removed } => self.on_purged(model.as_deref(), removed, now),
             Event::Stop => {
                 self.stopping = true;
                 Vec::new()
@@ -410,7 +444,9 @@ impl State {
     /// Takes in one waiting job, as a start does.
     pub fn enqueue(&mut self, job: &QueuedJob, now: Millis) {
         let index = self.index_of(&job.model).unwrap_or_else(|| {
-            self.models.push(Model::unknown(&job.model));
+            let mut model = Model::unknown(&job.model);
+            model.held = self.controls.of(&job.model);
+            self.models.push(model);
             self.index.insert(job.model.to_string(), self.models.len() - 1);
             self.models.len() - 1
         });
@@ -517,6 +553,7 @@ impl State {
                 }
                 Some((worker, Phase::Dropping)) => {
                     self.workers.remove(worker);
+                    self.note_unloaded(index);
                     Vec::new()
                 }
                 // The answer to a stop that crossed with a death says nothing about a load that was ordered since.
@@ -536,6 +573,7 @@ impl State {
             Report::NoGpu => {
                 self.models[index].trouble = Some(self.models[index].lacks_gpus());
                 self.models[index].block_too_big();
+                self.models[index].wanted_at = None;
                 self.give_up(worker);
                 Vec::new()
             }
@@ -561,7 +599,7 @@ impl State {
         self.give_up(worker);
         let serves = self.serves(index);
         let model = &mut self.models[index];
-        model.preload = false;
+        (model.preload, model.wanted_at) = (false, None);
         let told = (!serves).then(|| error.clone());
         model.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: told, text, until: Some(retry_at) });
         if serves {
@@ -576,6 +614,7 @@ impl State {
 
     /// Does what follows from all events so far: ends overdue jobs, fills free slots, plans.
     pub fn step(&mut self, now: Millis) -> Vec<Effect> {
+        self.account(now);
         let mut effects = self.end_overdue(now);
         self.plan_now |= !effects.is_empty();
         for model in &mut self.models {
@@ -625,7 +664,8 @@ impl State {
             return;
         }
         for index in 0..self.models.len() {
-            while self.models[index].queue.has_ready()
+            while !self.models[index].held.paused
+                && self.models[index].queue.has_ready()
                 && let Some((place, run)) = self.admit_one(index, now)
             {
                 for job in &run.jobs {
@@ -659,9 +699,9 @@ impl State {
 
     fn note_idle(&mut self, now: Millis) {
         for worker in &mut self.workers {
-            let queue = &self.models[worker.model].queue;
+            let model = &self.models[worker.model];
             if let Phase::Serving { idle_since, .. } = &mut worker.phase {
-                let busy = queue.running_on(worker.replica) > 0 || queue.pending() != (0, 0);
+                let busy = model.queue.running_on(worker.replica) > 0 || model.pending() != (0, 0);
                 *idle_since = if busy { None } else { Some(idle_since.unwrap_or(now)) };
             }
         }

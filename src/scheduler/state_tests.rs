@@ -470,3 +470,101 @@ fn a_gpu_that_comes_and_goes_makes_no_model_smaller() {
     world.finish_all();
     assert_eq!(world.loaded, ["b"]);
 }
+
+fn by_hand(world: &mut World, control: Control) {
+    world.event(Event::Control(control));
+}
+
+#[test]
+fn nothing_starts_while_paused_and_a_paused_model_asks_for_no_device() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    by_hand(&mut world, Control::Pause(Some("a".into())));
+    world.queue(vec![job(1, "a")]);
+    world.finish_all();
+    assert!(world.loaded.is_empty(), "{:?}", world.loaded);
+    let decision = world.state.decision.clone().unwrap();
+    assert_eq!((decision.code, decision.model.as_deref()), ("paused", Some("a")), "{decision:?}");
+    world.queue(vec![job(2, "b")]);
+    world.finish_all();
+    assert_eq!((&world.loaded[..], world.state.queued()), (&["b".to_owned()][..], 1));
+    by_hand(&mut world, Control::Pause(None));
+    let next = world.state.reserve(&job(3, "b"), world.now);
+    assert!(next.is_none(), "the fast path starts nothing either");
+    by_hand(&mut world, Control::Resume(None));
+    world.finish_all();
+    assert_eq!((world.loaded.len(), world.state.queued()), (2, 0));
+    let said: Vec<_> = world.state.history.iter().filter(|d| d.code == "manual").map(|d| d.action).collect();
+    assert_eq!(said, ["resume", "pause", "pause"], "what was done by hand is a decision");
+}
+
+#[test]
+fn a_model_asked_for_by_hand_comes_without_a_job_and_leaves_when_told_to() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    world.queue(vec![job(1, "b")]);
+    world.finish_all();
+    by_hand(&mut world, Control::Load("a".into()));
+    world.finish_all();
+    assert_eq!(world.loaded, ["b", "a"]);
+    by_hand(&mut world, Control::Load("a".into()));
+    assert!(world.orders.is_empty(), "it is there");
+    by_hand(&mut world, Control::Unload("a".into()));
+    assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
+    world.finish_all();
+    assert!(world.state.workers.is_empty(), "{:?}", world.state.workers);
+}
+
+#[test]
+fn an_unload_waits_for_running_jobs_and_for_a_load_under_way() {
+    let mut world = World::new(&[("a", 1)]);
+    world.queue(vec![job(1, "a"), job(2, "a")]);
+    by_hand(&mut world, Control::Unload("a".into()));
+    assert_eq!(world.orders, [("a".to_owned(), Order::Load)], "it is not ready yet");
+    world.orders.clear();
+    world.report("a", Report::Ready { base_url: "http://a".into(), load_ms: 2_000 });
+    assert_eq!(
+        (&world.orders[..], world.running.len()),
+        (&[("a".to_owned(), Order::Stop)][..], 0),
+        "it leaves at once"
+    );
+    world.finish_all();
+    assert_eq!(world.loaded, ["a"], "its jobs wait, so it comes back");
+    world = World::new(&[("a", 1)]);
+    world.queue(vec![job(1, "a")]);
+    world.obey();
+    by_hand(&mut world, Control::Unload("a".into()));
+    assert!(world.orders.is_empty(), "job 1 runs");
+    world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: true, suspect: false, back: None });
+    assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
+}
+
+#[test]
+fn a_pin_by_hand_keeps_others_out_until_it_is_undone() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    world.queue(vec![job(1, "a")]);
+    world.finish_all();
+    by_hand(&mut world, Control::Pin("a".into()));
+    world.queue(vec![job(2, "b")]);
+    world.now += 3_600_000;
+    world.finish_all();
+    assert_eq!(world.loaded, ["a"]);
+    by_hand(&mut world, Control::Unpin("a".into()));
+    world.finish_all();
+    assert_eq!(world.loaded, ["a", "b"]);
+}
+
+#[test]
+fn a_purge_takes_what_waits_and_nothing_that_runs_or_came_later() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    world.queue(vec![job(1, "a"), job(2, "a"), job(3, "b")]);
+    world.obey();
+    assert_eq!(world.running.len(), 1);
+    world.queue(vec![job(4, "a")]);
+    let effects = world.state.on_event(Event::Purge { model: Some("a".into()), before: 4 }, world.now);
+    assert_eq!(effects, [Effect::CancelQueued(vec![2])]);
+    assert_eq!(world.state.queued(), 2);
+    assert!(world.state.on_event(Event::Purge { model: Some("a".into()), before: 4 }, world.now).is_empty());
+    let effects = world.state.on_event(Event::Purge { model: None, before: 5 }, world.now);
+    assert_eq!(effects, [Effect::CancelQueued(vec![4, 3])]);
+    world.finish_all();
+    assert_eq!((world.state.queued(), world.state.by_tenant.len()), (0, 0));
+}

@@ -39,7 +39,7 @@ impl State {
         plan.wake_at
     }
 
-    fn announce(&mut self, decision: Decision, effects: &mut Vec<Effect>) {
+    pub(super) fn announce(&mut self, decision: Decision, effects: &mut Vec<Effect>) {
         self.history.push_front(decision.clone());
         self.history.truncate(HISTORY_MAX);
         effects.push(Effect::Announce(decision.clone()));
@@ -142,7 +142,7 @@ impl State {
                 continue;
             };
             let model = &self.models[worker.model];
-            let is_wanted = model.queue.pending() != (0, 0) || model.preload;
+            let is_wanted = model.pending() != (0, 0) || model.preload || model.wanted_at.is_some();
             if self.stopping || !is_wanted || model.trouble.is_some() {
                 // Its jobs were cancelled, or it is in trouble: the next plan decides anew.
                 self.plan_now = true;
@@ -220,18 +220,24 @@ impl State {
         worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false };
         let set = worker.set;
         self.next_load += 1;
-        self.swaps += u64::from(set.gpus().any(|device| self.is_swap(index, device)));
+        if set.gpus().any(|device| self.is_swap(index, device)) {
+            self.swaps += 1;
+            self.ledger.count_swap(index);
+        }
         self.last_on[set.first as usize..(set.first + set.count) as usize].fill(Some(index));
         for model in &mut self.models {
             model.preload = false;
         }
         let model = &mut self.models[index];
-        model.trouble = None;
+        (model.trouble, model.wanted_at) = (None, None);
         model.count_load(load_ms as f64, was_parked, now);
         let numbers = model.queue.heads(TOLD_MAX);
         let mut effects = vec![self.learn(index), self.keep_served(now)];
         if !numbers.is_empty() {
             effects.push(Effect::AddLoadTime { numbers, load_ms });
+        }
+        if self.is_unloaded(index) {
+            self.leave(place, false, now, &mut effects);
         }
         effects
     }
@@ -264,7 +270,7 @@ impl State {
             let queue = &self.models[worker.model].queue;
             let Phase::Draining { hung } = worker.phase else { continue };
             if queue.running_on(worker.replica) == 0 {
-                let park = !hung && self.parks(place, now, effects);
+                let park = !hung && !self.is_unloaded(worker.model) && self.parks(place, now, effects);
                 self.workers[place].phase = Phase::Stopping { park };
                 effects.push(self.order(place, if park { Order::Park } else { Order::Stop }));
             }
@@ -315,6 +321,7 @@ impl State {
     pub(super) fn on_left(&mut self, place: usize, now: Millis) -> Vec<Effect> {
         let index = self.workers[place].model;
         self.workers.remove(place);
+        self.note_unloaded(index);
         self.note_left(index, now);
         vec![self.learn(index)]
     }
@@ -333,7 +340,9 @@ impl State {
         }
         if !self.workers[place].is_on_device() {
             // In host memory.
+            let index = self.workers[place].model;
             self.workers.remove(place);
+            self.note_unloaded(index);
             return Vec::new();
         }
         self.on_left(place, now)
@@ -342,7 +351,9 @@ impl State {
     /// A load came to nothing.
     pub(super) fn give_up(&mut self, place: Option<usize>) {
         if let Some(place) = place {
+            let index = self.workers[place].model;
             self.workers.remove(place);
+            self.note_unloaded(index);
         }
     }
 

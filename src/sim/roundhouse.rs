@@ -154,6 +154,7 @@ impl Roundhouse {
                     }
                 }
                 Effect::Announce(_)
+                | Effect::CancelQueued(_)
                 | Effect::TellLoading { .. }
                 | Effect::AddLoadTime { .. }
                 | Effect::Learn { .. }

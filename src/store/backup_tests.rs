@@ -56,7 +56,7 @@ impl Bench {
         let body = Bytes::from(vec![u8::try_from(number % 250).unwrap(); bytes]);
         let answer = Answer { status: 200, content_type: "image/png".into(), body, usage: None };
         let stored = store.keep(token, JobKind::Image, &answer).await.unwrap();
-        store.finish(token, End::Succeeded(stored)).await.unwrap();
+        store.finish(token, End::Succeeded(stored), 0.0).await.unwrap();
         id
     }
 

@@ -11,10 +11,12 @@
 //! - `retention`: what is deleted when its time has come or room is needed; `quota`: how much may be kept; `collect`: files
 //!   without rows, rows without files; `housekeeping`: the task that calls them.
 //! - `lost`: files of jobs that are lost or damaged.
+//! - `usage`: GPU time, and who had how much; `controls`: what was said by hand.
 //! - `live`, `idempotency`: what is kept in memory beside the database; `space`, `metrics`: the disk, and figures.
 
 pub mod backup;
 mod collect;
+mod controls;
 pub mod examine;
 pub mod files;
 mod housekeeping;
@@ -35,6 +37,7 @@ mod retention;
 pub mod snapshots;
 mod space;
 mod submit;
+pub mod usage;
 mod verbs;
 mod writer;
 
@@ -48,7 +51,8 @@ pub use presence::Gone;
 pub use recovery::QueuedJob;
 pub use retention::Purged;
 pub use submit::Inserted;
-pub use verbs::{Cancelled, Change, ClaimedJob, End, GiveBack, Learned, Store};
+pub use usage::{Spent, hour_of};
+pub use verbs::{Cancelled, Change, ClaimedJob, End, GiveBack, Learned, Store, cancelled_by_user};
 pub use writer::OnFatal;
 
 use crate::domain::storage::shown_bytes;

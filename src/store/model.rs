@@ -9,7 +9,7 @@ use bytes::Bytes;
 use super::files::Body;
 use super::idempotency::{Hash, KEY_TTL_MS};
 use super::{Change, ClaimedJob, End, GiveBack, IdempotencyKey, Learned, QueuedJob};
-use crate::domain::{ErrorCode, JobError, JobId, JobKind, JobState, Millis, NewJob, Token};
+use crate::domain::{Controls, ErrorCode, JobError, JobId, JobKind, JobState, Millis, NewJob, Token};
 
 /// One job.
 #[derive(Clone, Debug)]
@@ -79,6 +79,7 @@ pub(crate) struct Rows {
     pub(crate) jobs: BTreeMap<i64, Row>,
     pub(crate) learned: BTreeMap<String, Learned>,
     pub(crate) served: BTreeMap<String, f64>,
+    pub(crate) controls: Controls,
     pub(crate) epoch: i64,
     /// Writes of old attempts that were dropped.
     pub(crate) stale: u64,

@@ -267,13 +267,16 @@ impl Bench {
                     Ending::Cancelled => (End::Cancelled, None),
                 };
                 let expected = self.rows.finish(token, &end, kept, now);
-                (changes(async move { store.finish(token, end).await }), Told::Changes(expected.into_iter().collect()))
+                (
+                    changes(async move { store.finish(token, end, 0.0).await }),
+                    Told::Changes(expected.into_iter().collect()),
+                )
             }
             Op::Requeue { which, ago, back: (failures, crashes, crash, pause, failed) } => {
                 let token = self.token(which, ago);
                 let error = failed.then(|| error(ErrorCode::WorkerOom));
                 let not_before = pause.map(|pause| now + pause);
-                let back = GiveBack { failures, crashes, crash, not_before, error };
+                let back = GiveBack { failures, crashes, crash, not_before, error, gpu_ms: 1.5 };
                 let expected = self.rows.requeue(token, &back, now);
                 (
                     changes(async move { store.requeue(token, back).await }),

@@ -15,6 +15,7 @@ use sqlx::sqlite::{
 use tokio::time::Instant;
 
 use super::StoreError;
+use super::controls;
 use super::files::{Files, hex};
 use super::idempotency::Keys;
 use super::live::Live;
@@ -27,7 +28,7 @@ use super::space::Space;
 use super::verbs::{Learned, Store};
 use super::writer::{OnFatal, Parts, Session, Writer};
 use crate::clock::Clock;
-use crate::domain::StorageSettings;
+use crate::domain::{Controls, StorageSettings};
 
 /// Oldest SQLite without the WAL-reset corruption.
 const SQLITE_MIN: i32 = 3_051_003;
@@ -56,6 +57,8 @@ pub struct Opened {
     pub learned: BTreeMap<String, Learned>,
     /// How much tenants were served in earlier runs, in weighted GPU ms.
     pub served: BTreeMap<String, f64>,
+    /// What was said by hand in earlier runs.
+    pub controls: Controls,
     /// The next job's number.
     pub next_number: i64,
     /// Jobs that were on a worker when the last run ended, and wait again now, uncharged.
@@ -120,6 +123,7 @@ pub async fn open(
     let (data_dir_id, is_new) = data_dir_id(&session.c)?;
     let learned = recovery::load_learned(&session.c).map_err(in_database)?;
     let served = recovery::load_served(&session.c).map_err(in_database)?;
+    let controls = controls::load(&session.c).map_err(in_database)?;
     let next_number = recovery::next_number(&session.c).map_err(in_database)?;
     let next_batch = recovery::next_batch(&session.c).map_err(in_database)?;
     let file_bytes = session.c.query_row("SELECT coalesce(sum(bytes), 0) FROM file", [], |row| row.get::<_, i64>(0));
@@ -171,6 +175,7 @@ pub async fn open(
         store,
         learned,
         served,
+        controls,
         next_number,
         recovered: recovered.jobs,
         was_clean: recovered.was_clean,

@@ -134,7 +134,7 @@ const JOB_COLUMNS: &str =
     job.attempt, job.failures, job.crashes, job.max_attempts, job.version, job.batch_key, job.stream, job.created_at,
     job.requeued_at, job.started_at, job.finished_at, job.not_before, job.start_deadline, job.deadline, job.timeout_ms,
     job.error, job.load_ms, job.emptied_at, job.delivered_at, request.endpoint, request.custom_id, request.metadata, request.present,
-    request.retry_of, result.usage";
+    request.retry_of, result.usage, job.gpu_ms";
 const JOB_TABLES: &str = "job JOIN model ON model.id = job.model JOIN tenant ON tenant.id = job.tenant
     LEFT JOIN request ON request.number = job.number LEFT JOIN result ON result.id = job.result";
 
@@ -180,6 +180,7 @@ fn job_of(row: &Row<'_>) -> Result<Job, StoreError> {
         error: optional(24)?.map(|text| parse("error", &text)).transpose()?,
         usage: optional(33)?.map(|text| parse("usage", &text)).transpose()?,
         load_ms: row.get(25)?,
+        gpu_ms: row.get(34)?,
         emptied_at: row.get(26)?,
         delivered_at: row.get(27)?,
     })

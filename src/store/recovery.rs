@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rusqlite::{Connection, params};
 
 use super::StoreError;
+use super::usage;
 use super::verbs::{self, Change, End, GiveBack, Guard, Learned};
 use super::writer::Session;
 use crate::domain::{Face, JobId, JobState, Millis, NewJob, StorageSettings, Token};
@@ -101,7 +102,7 @@ pub(super) fn recover(session: &mut Session, now: Millis, settings: &StorageSett
     let mut jobs = 0;
     for (token, state) in left {
         let changed = if state == JobState::Cancelling {
-            verbs::end_one(session, Guard::Cancelling(token), &End::Cancelled, now, settings)?
+            verbs::end_one(session, Guard::Cancelling(token), &End::Cancelled, 0.0, now, settings)?
         } else {
             jobs += 1;
             give_back(session, token, now)?
@@ -110,8 +111,11 @@ pub(super) fn recover(session: &mut Session, now: Millis, settings: &StorageSett
             return Err(StoreError::Corrupt(format!("{} could not be taken back from its last attempt", token.id)));
         }
     }
+    usage::add_used(&session.c, &session.used)?;
+    usage::forget_old(&session.c, now)?;
     session.c.execute_batch("COMMIT")?;
     session.touched.clear();
+    session.used.clear();
     Ok(Recovered { jobs, was_clean, epoch })
 }
 

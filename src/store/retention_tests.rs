@@ -61,7 +61,7 @@ impl House {
         let id = self.add(job).await;
         let token = self.claim(id).await;
         let kept = self.store.keep(token, JobKind::Chat, &answer(bytes)).await.unwrap();
-        self.store.finish(token, End::Succeeded(kept)).await.unwrap().unwrap();
+        self.store.finish(token, End::Succeeded(kept), 0.0).await.unwrap().unwrap();
         id
     }
 
@@ -330,7 +330,7 @@ async fn the_quota_takes_expired_then_delivered_and_never_what_nobody_has_fetche
         assert_eq!(house.store.troubles()[0].state, "quota_used_up");
         // What runs may end, and what nobody has fetched stays.
         let kept = house.store.keep(token, JobKind::Chat, &answer(size)).await.unwrap();
-        assert!(house.store.finish(token, End::Succeeded(kept)).await.unwrap().is_some());
+        assert!(house.store.finish(token, End::Succeeded(kept), 0.0).await.unwrap().is_some());
         waiting.push(running);
         tokio::time::sleep(Duration::from_millis(1_500)).await;
         for id in &waiting {
@@ -438,7 +438,7 @@ async fn files_without_rows_are_collected_and_rows_without_files_reported() {
     assert_eq!(house.files().len(), 4);
     assert!(!house.artifacts().join("00009").exists(), "an empty folder goes");
 
-    assert!(house.store.finish(token, End::Succeeded(answer)).await.unwrap().is_some());
+    assert!(house.store.finish(token, End::Succeeded(answer), 0.0).await.unwrap().is_some());
     assert!(house.has_answer(live).await && house.has_answer(kept).await);
     let error = house.store.reader().answer(lost).await.unwrap_err();
     assert!(error.is_lost_file(), "not guessed to be expired: {error}");
@@ -588,11 +588,11 @@ async fn carry_out(acts: Vec<Act>) {
                 let token = model.live.remove(&id).flatten().unwrap();
                 if how == 0 {
                     let failed = End::Failed(JobError::new(ErrorCode::WorkerError, "no", false));
-                    house.store.finish(token, failed).await.unwrap().unwrap();
+                    house.store.finish(token, failed, 0.0).await.unwrap().unwrap();
                 } else {
                     let bytes = if how == 1 { 40_000 } else { 10 };
                     let kept = house.store.keep(token, JobKind::Chat, &answer(bytes)).await.unwrap();
-                    house.store.finish(token, End::Succeeded(kept)).await.unwrap().unwrap();
+                    house.store.finish(token, End::Succeeded(kept), 0.0).await.unwrap().unwrap();
                     // The shortest time there is.
                     model.unfetched.insert(id, house.clock.now() + DAY);
                     model.answered.push(id);
@@ -609,7 +609,7 @@ async fn carry_out(acts: Vec<Act>) {
                 if let Some(id) = pick(&index, model.live.keys().copied().collect()) {
                     let after = house.store.request_cancel(id, ErrorCode::CancelledByUser).await.unwrap();
                     match model.live.remove(&id).flatten() {
-                        Some(token) => drop(house.store.finish(token, End::Cancelled).await.unwrap().unwrap()),
+                        Some(token) => drop(house.store.finish(token, End::Cancelled, 0.0).await.unwrap().unwrap()),
                         None => assert_eq!(after.state, JobState::Cancelled),
                     }
                 }

@@ -231,6 +231,7 @@ fn as_job(id: JobId, new: NewJob, claimed: bool, now: Millis) -> Job {
         error: None,
         usage: None,
         load_ms: 0,
+        gpu_ms: 0.0,
         delivered_at: None,
         emptied_at: None,
     }

@@ -116,7 +116,7 @@ pub(super) fn answer(text: &str) -> Answer {
 
 async fn succeed(store: &Store, token: Token, text: &str) -> Option<Change> {
     let kept = store.keep(token, JobKind::Chat, &answer(text)).await.unwrap();
-    store.finish(token, End::Succeeded(kept)).await.unwrap()
+    store.finish(token, End::Succeeded(kept), 0.0).await.unwrap()
 }
 
 #[tokio::test]
@@ -156,7 +156,7 @@ async fn the_first_end_wins_and_late_ones_are_dropped() {
     assert!(succeed(bench.store(), token, "\"first\"").await.is_some());
     assert!(succeed(bench.store(), token, "\"second\"").await.is_none());
     let failed = End::Failed(JobError::new(ErrorCode::WorkerError, "late", true));
-    assert_eq!(bench.store().finish(token, failed).await.unwrap(), None);
+    assert_eq!(bench.store().finish(token, failed, 0.0).await.unwrap(), None);
     assert_eq!(bench.store().reader().answer(id).await.unwrap().unwrap().body, "\"first\"");
 }
 
@@ -195,7 +195,7 @@ async fn cancelling_keeps_a_real_answer_and_never_goes_back_to_the_queue() {
     }
     assert_eq!(bench.store().requeue(ta, GiveBack { failures: 1, ..GiveBack::default() }).await.unwrap(), None);
     assert!(succeed(bench.store(), ta, "\"done\"").await.is_some());
-    assert!(bench.store().finish(tb, End::Cancelled).await.unwrap().is_some());
+    assert!(bench.store().finish(tb, End::Cancelled, 0.0).await.unwrap().is_some());
     assert_eq!(bench.store().reader().job(b).await.unwrap().error.unwrap().code, ErrorCode::ClientDisconnected);
     let again = bench.store().request_cancel(a, ErrorCode::CancelledByUser).await.unwrap();
     assert_eq!((again.change, again.state), (None, JobState::Succeeded));

@@ -23,6 +23,7 @@ use super::quota::Quota;
 use super::read::Reader;
 use super::space::Space;
 use super::submit::{self, Inserted, Submission};
+use super::usage::Used;
 use super::writer::{Kind, Session, Writer, answer};
 use crate::clock::Clock;
 use crate::domain::worker::Answer;
@@ -130,6 +131,8 @@ pub struct GiveBack {
     pub not_before: Option<Millis>,
     /// Why the attempt ended.
     pub error: Option<JobError>,
+    /// What the attempt had of the devices, ms.
+    pub gpu_ms: f64,
 }
 
 /// What was learned about a model; durable so that a restart plans as well as before.
@@ -244,8 +247,8 @@ impl Store {
         self.files.keep(token, kind, answer).await
     }
 
-    /// Ends a running job. `None`: a late result of an old attempt, dropped.
-    pub async fn finish(&self, token: Token, end: End) -> Result<Option<Change>, StoreError> {
+    /// Ends a running job, whose attempt had `gpu_ms` of the devices. `None`: a late result of an old attempt, dropped.
+    pub async fn finish(&self, token: Token, end: End, gpu_ms: f64) -> Result<Option<Change>, StoreError> {
         let (now, settings) = (self.clock.now(), self.settings.clone());
         let bytes = match &end {
             End::Succeeded(answer) => answer.body.as_ref().map_or(0, |body| body.len() as u64),
@@ -255,8 +258,9 @@ impl Store {
         // Kept here, so that the files of a dropped answer can be deleted.
         let end = Arc::new(end);
         let ending = end.clone();
-        let pending =
-            self.writer.apply(Kind::Change, bytes, move |session| end_one(session, from, &ending, now, &settings));
+        let pending = self
+            .writer
+            .apply(Kind::Change, bytes, move |session| end_one(session, from, &ending, gpu_ms, now, &settings));
         let change = answer(pending).await?;
         if change.is_none() {
             self.metrics.stale();
@@ -272,7 +276,7 @@ impl Store {
         let (now, settings) = (self.clock.now(), self.settings.clone());
         let pending = self
             .writer
-            .apply(Kind::Change, 0, move |session| end_one(session, Guard::Queued(number), &end, now, &settings));
+            .apply(Kind::Change, 0, move |session| end_one(session, Guard::Queued(number), &end, 0.0, now, &settings));
         answer(pending).await
     }
 
@@ -526,6 +530,7 @@ pub(super) fn end_one(
     session: &mut Session,
     from: Guard,
     end: &End,
+    gpu_ms: f64,
     now: Millis,
     settings: &StorageSettings,
 ) -> Result<Option<Change>, StoreError> {
@@ -547,7 +552,7 @@ pub(super) fn end_one(
     let changed = session
         .c
         .prepare_cached(
-            "UPDATE job SET state = ?4, finished_at = ?5, error = ?6, result = ?10,
+            "UPDATE job SET state = ?4, finished_at = ?5, error = ?6, result = ?10, gpu_ms = gpu_ms + ?11,
                     delivered_at = CASE WHEN ?10 IS NULL THEN ?5 END, version = version + 1, last_seq = last_seq + 1,
                     expires_at = ?5 + CASE WHEN face = 'sync' THEN ?7 WHEN batch IS NOT NULL THEN ?8 ELSE ?9 END
              WHERE number = ?1 AND attempt = ?2 AND state = ?3",
@@ -562,10 +567,14 @@ pub(super) fn end_one(
             ms(settings.sync_ttl),
             ms(settings.batch_ttl),
             ms(settings.results_ttl),
-            result
+            result,
+            gpu_ms
         ])?;
     let change = row.changed(changed, end.state())?;
     session.touched.push(row.number);
+    if row.state != JobState::Queued {
+        session.used.push(row.used(gpu_ms, true, now));
+    }
     Ok(Some(change))
 }
 
@@ -576,21 +585,32 @@ struct Seen {
     attempt: i64,
     version: i64,
     last_seq: i64,
+    model: i64,
+    tenant: i64,
 }
 
 impl Seen {
     fn of(c: &Connection, number: i64) -> Result<Option<Self>, StoreError> {
-        Ok(c.prepare_cached("SELECT number, state, attempt, version, last_seq FROM job WHERE number = ?1")?
-            .query_row([number], |row| {
-                Ok(Self {
-                    number,
-                    state: state_of(row, 1)?,
-                    attempt: row.get(2)?,
-                    version: row.get(3)?,
-                    last_seq: row.get(4)?,
-                })
+        Ok(c.prepare_cached(
+            "SELECT number, state, attempt, version, last_seq, model, tenant FROM job WHERE number = ?1",
+        )?
+        .query_row([number], |row| {
+            Ok(Self {
+                number,
+                state: state_of(row, 1)?,
+                attempt: row.get(2)?,
+                version: row.get(3)?,
+                last_seq: row.get(4)?,
+                model: row.get(5)?,
+                tenant: row.get(6)?,
             })
-            .optional()?)
+        })
+        .optional()?)
+    }
+
+    /// What its attempt had; `ended`: it was the last.
+    fn used(&self, gpu_ms: f64, ended: bool, now: Millis) -> Used {
+        Used { at: now, model: self.model, tenant: self.tenant, gpu_ms, ended }
     }
 
     /// The change that an update of this row made; `changed`: how many rows it says it changed.
@@ -634,6 +654,11 @@ fn cancel_error(c: &Connection, number: i64) -> Result<JobError, StoreError> {
         .query_row([number], |row| row.get(0))
         .optional()?;
     Ok(cancelled_by(code.flatten().as_deref().and_then(ErrorCode::parse)))
+}
+
+/// The error of a job that somebody cancelled.
+pub fn cancelled_by_user() -> JobError {
+    cancelled_by(Some(ErrorCode::CancelledByUser))
 }
 
 fn cancelled_by(code: Option<ErrorCode>) -> JobError {
@@ -739,11 +764,22 @@ pub(super) fn requeue_one(
         .c
         .prepare_cached(
             "UPDATE job SET state = 'queued', failures = ?3, crashes = ?4, crash = ?5, not_before = ?6, requeued_at = ?7,
-                    error = ?8, started_seq = NULL, run = NULL, version = version + 1, last_seq = last_seq + 1
+                    error = ?8, gpu_ms = gpu_ms + ?9, started_seq = NULL, run = NULL, version = version + 1, last_seq = last_seq + 1
              WHERE number = ?1 AND attempt = ?2 AND state = 'running'",
         )?
-        .execute(params![number, token.attempt, back.failures, back.crashes, back.crash, back.not_before, now, error])?;
+        .execute(params![
+            number,
+            token.attempt,
+            back.failures,
+            back.crashes,
+            back.crash,
+            back.not_before,
+            now,
+            error,
+            back.gpu_ms
+        ])?;
     let change = row.changed(changed, JobState::Queued)?;
+    session.used.push(row.used(back.gpu_ms, false, now));
     session.touched.push(number);
     record(&session.c, change, token.attempt, "job.retrying", now, &retrying(token.attempt, back, change.seq))?;
     Ok(Some(change))
@@ -778,7 +814,7 @@ fn cancel_one(
     let change = match state {
         JobState::Queued => {
             asked("UPDATE job SET cancel_code = ?2 WHERE number = ?1 AND state = 'queued'")?;
-            end_one(session, Guard::Queued(id.number), &End::Cancelled, now, settings)?
+            end_one(session, Guard::Queued(id.number), &End::Cancelled, 0.0, now, settings)?
         }
         JobState::Running => {
             asked(

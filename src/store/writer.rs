@@ -24,6 +24,7 @@ use super::metrics::Metrics;
 use super::presence::{self, Presence};
 use super::quota::Quota;
 use super::space::Space;
+use super::usage::{self, Used};
 
 /// Operations in one transaction at most, and bytes of bodies and answers.
 const GROUP_MAX: usize = 1_024;
@@ -43,13 +44,15 @@ pub(super) struct Session {
     pub(super) keys: Keys,
     /// Jobs that this transaction changes; their copies in memory are dropped when it has been committed.
     pub(super) touched: Vec<i64>,
+    /// What attempts that this transaction ends had; added to the sums before it is committed.
+    pub(super) used: Vec<Used>,
     models: HashMap<String, i64>,
     tenants: HashMap<String, i64>,
 }
 
 impl Session {
     pub(super) fn new(c: Connection, keys: Keys) -> Self {
-        Self { c, keys, touched: Vec::new(), models: HashMap::new(), tenants: HashMap::new() }
+        Self { c, keys, touched: Vec::new(), used: Vec::new(), models: HashMap::new(), tenants: HashMap::new() }
     }
 
     /// The small integer of a model's name.
@@ -65,11 +68,13 @@ impl Session {
     fn committed(&mut self) {
         self.keys.committed();
         self.touched.clear();
+        self.used.clear();
     }
 
-    /// What an operation had added that was rolled back alone; `keys`: the mark before it.
-    fn operation_rolled_back(&mut self, keys: usize) {
+    /// What an operation had added that was rolled back alone; `keys`, `used`: the marks before it.
+    fn operation_rolled_back(&mut self, keys: usize, used: usize) {
         self.keys.back_to(keys);
+        self.used.truncate(used);
         self.models.clear();
         self.tenants.clear();
     }
@@ -78,6 +83,7 @@ impl Session {
     fn rolled_back(&mut self) {
         self.keys.rolled_back();
         self.touched.clear();
+        self.used.clear();
         self.models.clear();
         self.tenants.clear();
     }
@@ -388,7 +394,7 @@ impl Thread {
                 continue;
             }
             run(&self.parts.session.c, "SAVEPOINT operation")?;
-            let keys = self.parts.session.keys.mark();
+            let (keys, used) = (self.parts.session.keys.mark(), self.parts.session.used.len());
             operation.run(&mut self.parts.session);
             // Some errors (a full disk, an I/O error) make SQLite roll the whole transaction back: then nothing more may be
             // written, or it would commit one by one.
@@ -404,7 +410,7 @@ impl Thread {
                     return Err(Stop::NotCommitted(error));
                 }
                 run(&self.parts.session.c, "ROLLBACK TO operation")?;
-                self.parts.session.operation_rolled_back(keys);
+                self.parts.session.operation_rolled_back(keys, used);
             }
             run(&self.parts.session.c, "RELEASE operation")?;
         }
@@ -432,7 +438,8 @@ impl Thread {
             self.parts.session.rolled_back();
             return Err(Stop::NotCommitted(rolled_back_within()));
         }
-        run(&self.parts.session.c, "COMMIT").map_err(|error| {
+        let session = &self.parts.session;
+        usage::add_used(&session.c, &session.used).and_then(|()| run(&session.c, "COMMIT")).map_err(|error| {
             self.roll_back();
             Stop::NotCommitted(error)
         })

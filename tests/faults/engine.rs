@@ -62,12 +62,12 @@ impl Engine {
             usage: None,
         };
         let kept = self.store.keep(token, JobKind::Chat, &answer).await?;
-        self.must_change(self.store.finish(token, End::Succeeded(kept)).await?.is_some(), token)
+        self.must_change(self.store.finish(token, End::Succeeded(kept), 0.0).await?.is_some(), token)
     }
 
     pub(crate) async fn fail(&self, token: Token) -> Result<(), StoreError> {
         let error = JobError::new(ErrorCode::WorkerError, "on purpose", false);
-        self.must_change(self.store.finish(token, End::Failed(error)).await?.is_some(), token)
+        self.must_change(self.store.finish(token, End::Failed(error), 0.0).await?.is_some(), token)
     }
 
     pub(crate) async fn requeue(&self, token: Token, failures: u32) -> Result<(), StoreError> {
@@ -82,7 +82,7 @@ impl Engine {
     }
 
     pub(crate) async fn finish_cancelled(&self, token: Token) -> Result<(), StoreError> {
-        self.must_change(self.store.finish(token, End::Cancelled).await?.is_some(), token)
+        self.must_change(self.store.finish(token, End::Cancelled, 0.0).await?.is_some(), token)
     }
 
     /// A verb that changed nothing: the workload has only one hand on each job.

@@ -1,0 +1,54 @@
+//! `roundhouse queue`: pause, resume, drain and purge by hand.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+use super::api::Server;
+
+/// Posts `word` about one model or all, and says what holds now.
+pub(super) async fn operate(
+    server: &Server,
+    word: &str,
+    model: Option<&str>,
+    out: &mut dyn Write,
+) -> anyhow::Result<ExitCode> {
+    let body = model.map_or_else(|| json!({}), |model| json!({"model": model}));
+    let answer = server.post_json(&format!("/v1/queue/{word}"), &body).await?;
+    let whose = model.unwrap_or("all models");
+    let text = match word {
+        "pause" => format!("{whose}: paused; what runs goes on, and `roundhouse queue resume` lets the others start"),
+        "drain" => format!(
+            "{whose}: new jobs are refused; {} wait and {} run still",
+            sum(&answer, model, "queued"),
+            sum(&answer, model, "running")
+        ),
+        "purge" => format!("{whose}: {} waiting jobs cancelled", answer["removed"]),
+        _ => match answer["paused"] == true && model.is_some() {
+            true => format!(
+                "{whose}: still paused, since all models are; `roundhouse queue resume` without --model ends that"
+            ),
+            false => format!("{whose}: jobs are accepted and start"),
+        },
+    };
+    writeln!(out, "{text}")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A figure of the queue, of one model or of all.
+fn sum(queue: &Value, model: Option<&str>, field: &str) -> u64 {
+    let models = queue["models"].as_array().into_iter().flatten();
+    models.filter(|view| model.is_none_or(|model| view["model"] == model)).filter_map(|view| view[field].as_u64()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_of_one_model_or_of_all() {
+        let queue = json!({"models": [{"model": "a", "queued": 2}, {"model": "b", "queued": 3}]});
+        assert_eq!((sum(&queue, Some("a"), "queued"), sum(&queue, None, "queued")), (2, 5));
+    }
+}
