@@ -48,6 +48,10 @@ impl Server {
         self.send(self.http.post(format!("{}{path}", self.base))).await
     }
 
+    pub(super) async fn post_json(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        self.send(self.http.post(format!("{}{path}", self.base)).json(body)).await
+    }
+
     async fn send(&self, request: reqwest::RequestBuilder) -> anyhow::Result<Value> {
         let request = match &self.key {
             Some(key) => request.bearer_auth(key),
