@@ -14,6 +14,7 @@ import array
 import asyncio
 import dataclasses
 import hashlib
+import heapq
 import io
 import math
 import os
@@ -150,7 +151,9 @@ class EchoService(rw.BaseService):
 
         whole = parser.add_argument_group("what the process does")
         whole.add_argument("--concurrency", type=int, default=256, help="text requests worked on at once")
+        whole.add_argument("--share-alpha", type=float, metavar="A", help="n text requests share: each at 1/(1+A(n-1))")
         whole.add_argument("--load-s", type=float, default=0.0, help="how long loading takes")
+        whole.add_argument("--load-from-start", action="store_true", help="--load-s counts from the process's start")
         whole.add_argument("--load-fail", metavar="TEXT", help="fail to load, with this text")
         whole.add_argument("--fail-item", type=int, default=0, metavar="K", help="the K-th request fails")
         whole.add_argument("--crash-after", type=int, default=0, metavar="N", help="the N-th request crashes it")
@@ -173,6 +176,7 @@ class EchoService(rw.BaseService):
         super().__init__(options)
         self._plan = Plan(**{name: getattr(options, name) for name in _PLAN_DEFAULTS})
         self._slots = asyncio.Semaphore(max(1, options.concurrency))
+        self._share = None if options.share_alpha is None else Share(options.share_alpha)
         self._taken = 0
         self._device = DeviceMemory(options.device_memory_dir, options.release_delay_s)
 
@@ -184,6 +188,8 @@ class EchoService(rw.BaseService):
                 raise ValueError(f"--{name.replace('_', '-')} cannot be {value}")
         if self.options.concurrency < 1:
             raise ValueError(f"--concurrency must be at least 1, not {self.options.concurrency}")
+        if self.options.share_alpha is not None and not 0 <= self.options.share_alpha < math.inf:
+            raise ValueError(f"--share-alpha must be at least 0, not {self.options.share_alpha}")
         directory = self.options.device_memory_dir
         if directory is not None and not directory.is_dir():
             raise ValueError(f"--device-memory-dir {directory} is no directory")
@@ -194,7 +200,7 @@ class EchoService(rw.BaseService):
     def initialize(self, loading: rw.Loading) -> None:
         """Take the device's memory, spend `--load-s`, fail if told to."""
         self._device.hold(self.options.device_memory_bytes, total=self.options.device_total_bytes)
-        started = time.monotonic()
+        started = time.monotonic() - (_age_s() if self.options.load_from_start else 0.0)
         while (spent := time.monotonic() - started) < self.options.load_s:
             loading("weights", round(100 * spent / self.options.load_s, 1))
             time.sleep(min(NAP_S, self.options.load_s - spent))
@@ -254,7 +260,7 @@ class EchoService(rw.BaseService):
         """Text is answered here, many at a time; the rest goes through passes."""
         if item.endpoint not in (CHAT, COMPLETIONS):
             return await super().answer(item)
-        answer = Answer(self._slots, item)
+        answer = Answer(self._slots, self._share, item)
         chat = item.endpoint == CHAT
         if item.body.get("stream") is True:
             make = rw.chat_stream if chat else rw.completion_stream
@@ -284,8 +290,9 @@ class EchoService(rw.BaseService):
 class Answer:
     """One text answer: its pieces, and what is to be said at their end."""
 
-    def __init__(self, slots: asyncio.Semaphore, item: rw.Item) -> None:
+    def __init__(self, slots: asyncio.Semaphore, share: Share | None, item: rw.Item) -> None:
         self._slots = slots
+        self._share = share
         self._item = item
         self._wanted: Wanted = item.params
         self._words, self._cut = _words(self._wanted)
@@ -320,7 +327,9 @@ class Answer:
         """The delay, in steps, and the failures that come before any text."""
         if plan.hang:
             await _hang_task()
-        if plan.delay_s:
+        if plan.delay_s and self._share is not None:
+            await self._share.spend(plan.delay_s)
+        elif plan.delay_s:
             for step in range(1, plan.steps + 1):
                 await asyncio.sleep(plan.delay_s / plan.steps)
                 self._item.report(step, plan.steps)
@@ -328,6 +337,70 @@ class Answer:
             _strike(plan)
         if failure := _failure(plan):
             raise failure
+
+
+class Share:
+    """A device that its requests share: each of n runs at 1 / (1 + alpha (n - 1)) of the speed that it has alone.
+
+    All go equally fast, so one clock is enough: it counts the work that each of
+    those on the device has had, and a request ends when it has had its own.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self._alpha = alpha
+        self._done_s = 0.0
+        self._looked_at = 0.0
+        self._ends: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._count = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def spend(self, work_s: float) -> None:
+        """Come back when this much work was done."""
+        self._look()
+        self._count += 1
+        end = (self._done_s + work_s, self._count, asyncio.get_running_loop().create_future())
+        heapq.heappush(self._ends, end)
+        self._wait()
+        try:
+            await end[2]
+        finally:
+            if end in self._ends:  # cancelled
+                self._look()
+                self._ends.remove(end)
+                heapq.heapify(self._ends)
+                self._wait()
+
+    @property
+    def _slowness(self) -> float:
+        return 1 + self._alpha * max(0, len(self._ends) - 1)
+
+    def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._done_s += (now - self._looked_at) / self._slowness
+        self._looked_at = now
+
+    def _wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._ends:
+            left_s = (self._ends[0][0] - self._done_s) * self._slowness
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, left_s), self._end_some)
+
+    def _end_some(self) -> None:
+        self._look()
+        while self._ends and self._ends[0][0] <= self._done_s + 1e-6:
+            _, _, end = heapq.heappop(self._ends)
+            if not end.done():
+                end.set_result(None)
+        self._wait()
+
+
+def _age_s() -> float:
+    """How long ago this process was started, or took another's place by exec."""
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    ticks = int(after_name[19])  # starttime, field 22
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 class DeviceMemory:

@@ -10,6 +10,7 @@ mod doctor;
 mod fetch;
 mod models;
 mod queue;
+mod replay;
 mod serve;
 mod simulate;
 mod usage;
@@ -21,6 +22,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use backup::{BackupArgs, RestoreArgs};
 pub use doctor::DoctorArgs;
+pub use replay::ReplayArgs;
 pub use serve::ServeArgs;
 pub use simulate::SimulateArgs;
 
@@ -105,6 +107,8 @@ pub enum ClientCommand {
     Doctor(DoctorArgs),
     /// Play a trace of jobs through the scheduler on simulated workers, and measure how it did
     Simulate(SimulateArgs),
+    /// Play a trace of jobs on a real server with echo workers, faster by a factor, and compare it with the simulation
+    Replay(ReplayArgs),
 }
 
 /// `roundhouse models ...`
@@ -260,6 +264,7 @@ pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Restore(args) => backup::restore(&args, &mut out),
         ClientCommand::Doctor(args) => doctor::doctor(&args, &mut out),
         ClientCommand::Simulate(args) => simulate::simulate(&args, &mut out),
+        ClientCommand::Replay(args) => replay::replay(&args, &mut out).await,
     }
 }
 

@@ -97,7 +97,7 @@ fn named(file: &Path, trace: &str, policy: &str) -> PathBuf {
 }
 
 /// One line a measure, one column a policy; behind each value what the reference simulator got with the same policy.
-fn table(trace: &Trace, rows: &[Measures], known: &[Measures]) -> String {
+pub(super) fn table(trace: &Trace, rows: &[Measures], known: &[Measures]) -> String {
     let mut text = format!(
         "{}: {} jobs, {} models, {} GPUs of {} GB, {} GB of host memory\n",
         trace.name,

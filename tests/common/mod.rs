@@ -11,7 +11,7 @@ mod server;
 pub(crate) use client::{Api, EventStream, Frame, Reply, check_history, echo_job, is_terminal};
 pub(crate) use procs::Proc;
 pub(crate) use proxy::CuttingProxy;
-pub(crate) use server::{Server, Site, echo, free_port, with};
+pub(crate) use server::{Server, Site, echo, free_port, python, with};
 
 use std::future::Future;
 use std::time::Duration;

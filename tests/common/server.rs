@@ -312,7 +312,7 @@ pub(crate) fn with(mut entry: Value, more: Value) -> Value {
 }
 
 /// An interpreter that has starlette and uvicorn.
-fn python(root: &Path) -> String {
+pub(crate) fn python(root: &Path) -> String {
     if let Ok(python) = std::env::var("ROUNDHOUSE_TEST_PYTHON") {
         return python;
     }

@@ -17,6 +17,7 @@ mod gpu;
 mod input;
 mod limits;
 mod messages;
+mod replay;
 mod restarts;
 mod retention;
 mod streams;

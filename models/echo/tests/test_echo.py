@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import functools
+import importlib.util
 import io
 import json
 import os
 import signal
 import struct
+import sys
 import time
 import wave
 import zlib
@@ -466,3 +470,66 @@ def test_a_keep_alive_connection_serves_many_requests(echo: Worker):
     bodies = [json.loads(echo.post(CHAT, said(str(i))).text) for i in range(200)]
     texts = [body["choices"][0]["message"]["content"] for body in bodies]
     assert texts == [f"echo: {i}" for i in range(200)]
+
+
+# ---- a shared device ---------------------------------------------------------
+
+
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time jumps to the next timer instead of waiting for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        select = self._selector.select
+
+        def jump(timeout: float | None = None) -> list:
+            self.now_s += timeout or 0.0
+            return select(0)
+
+        self._selector.select = jump
+
+    def time(self) -> float:
+        return self.now_s
+
+
+def shared(alpha: float, *jobs: tuple[float, float, float]) -> list[float]:
+    """When jobs end: each begins at a time, has some seconds of work, and is cancelled at a time."""
+    spec = importlib.util.spec_from_file_location("echo_server", SERVER)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["echo_server"] = module
+    spec.loader.exec_module(module)
+    share = module.Share(alpha)
+
+    async def one(begin: float, work: float, cancel: float) -> float:
+        await asyncio.sleep(begin)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(share.spend(work), cancel - begin)
+        return asyncio.get_running_loop().time()
+
+    async def every() -> list[float]:
+        return await asyncio.gather(*(one(*job) for job in jobs))
+
+    loop = JumpingLoop()
+    try:
+        return loop.run_until_complete(every())
+    finally:
+        loop.close()
+
+
+def test_requests_that_share_a_device_slow_each_other_down():
+    assert shared(1, (0, 3, 99)) == pytest.approx([3])
+    # Each at half the speed until the short one has had its second; then the long one has two left, alone.
+    assert shared(1, (0, 3, 99), (0, 1, 99)) == pytest.approx([4, 2])
+    assert shared(0.5, (0, 2, 99), (1, 2, 99), (1, 2, 99)) == pytest.approx([3, 4.5, 4.5])
+    assert shared(0, (0, 3, 99), (0, 3, 99)) == pytest.approx([3, 3])
+
+
+def test_a_cancelled_request_gives_its_share_back():
+    assert shared(1, (0, 3, 99), (1, 60, 2)) == pytest.approx([3.5, 2])
+
+
+def test_a_request_of_a_shared_device_is_answered():
+    with Worker(SERVER, "--share-alpha", "0.5", "--load-from-start", "--load-s", "0.01") as worker:
+        answer = worker.ready().post(CHAT, said("x", echo={"delay_ms": 20}))
+        assert answer.json()["choices"][0]["message"]["content"] == "echo: x"
