@@ -79,12 +79,11 @@ async fn live(trace: &Trace, args: &ReplayArgs) -> anyhow::Result<Record> {
         played = client::play(trace, &server, args.factor) => played,
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted; its server is stopped")),
     };
-    let played = match played {
-        Ok(played) => Ok(played),
-        Err(error) => Err(error.context(server.last_words())),
-    };
-    server.stop().await?;
+    let played = played.map_err(|error| error.context(server.last_words()));
+    let stopped = server.stop().await;
+    // Why it was not played matters more than how its server ended.
     let played = played?;
+    stopped?;
     Ok(record(trace, &played))
 }
 
