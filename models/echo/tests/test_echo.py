@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import os
+import selectors
 import signal
 import struct
 import sys
@@ -475,27 +476,32 @@ def test_a_keep_alive_connection_serves_many_requests(echo: Worker):
 # ---- a shared device ---------------------------------------------------------
 
 
+class JumpingSelector(selectors.DefaultSelector):
+    """A selector whose clock jumps to the next timer instead of waiting for it."""
+
+    now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.now_s += timeout or 0.0
+        return super().select(0)
+
+
 class JumpingLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time jumps to the next timer instead of waiting for it."""
+    """An event loop in which no time passes but what its timers wait for."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now_s = 0.0
-        select = self._selector.select
-
-        def jump(timeout: float | None = None) -> list:
-            self.now_s += timeout or 0.0
-            return select(0)
-
-        self._selector.select = jump
+        self.jumping = JumpingSelector()
+        super().__init__(self.jumping)
 
     def time(self) -> float:
-        return self.now_s
+        return self.jumping.now_s
 
 
 def shared(alpha: float, *jobs: tuple[float, float, float]) -> list[float]:
     """When jobs end: each begins at a time, has some seconds of work, and is cancelled at a time."""
     spec = importlib.util.spec_from_file_location("echo_server", SERVER)
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["echo_server"] = module
     spec.loader.exec_module(module)
