@@ -104,6 +104,14 @@ note() {
     [ "$f" = 0 ] || broken+="$name "
 }
 
+# What failed in a step, from its log: the tests' names, or the last lines if no test is named.
+failures() {
+    local log=$1 names
+    names=$(grep -aE '^(test .* \.\.\. FAILED|FAILED .*|ERROR .*)$' "$log" | sort -u | head -n 12 || true)
+    [ -n "$names" ] || names=$(tail -n 6 "$log")
+    cut -c1-200 <<<"$names"
+}
+
 # Starts the step if it does not run already, waits for it, and counts.
 finish_step() {
     local name what kind needs status=0 p f s
@@ -161,6 +169,12 @@ for line in "${STEPS[@]}"; do finish_step "$line"; done
 say
 step "summary"
 printf '    %s\n' "${report[@]}" >&2
+for name in $broken; do
+    [ -f "$LANE_LOGS/$name.log" ] || continue
+    say
+    say "    $name:"
+    failures "$LANE_LOGS/$name.log" | sed 's/^/      /' >&2
+done
 [ "$skipped" = 0 ] || say "    $skipped tests were skipped; the logs in ${LANE_LOGS#"$ROOT"/}/ say why"
 say
 echo "$passed passed, $failed failed"

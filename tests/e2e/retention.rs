@@ -176,10 +176,11 @@ async fn jobs_that_wait_are_told_of_when_they_take_the_room() {
     let site = Site::new().storage("quota", "1MiB").model("never", echo("custom", &["--load-s", "600"]));
     let server = site.start().await;
     let api = &server.api;
-    let large = json!({"endpoint": "/echo", "body": {"model": "never", "text": "x".repeat(400_000)}});
+    // Much smaller than a tenth of the quota: what is refused because of its own size does not use the quota up.
+    let small = json!({"endpoint": "/echo", "body": {"model": "never", "text": "x".repeat(40_000)}});
     let (refused, ready) = eventually(LIMIT, "new jobs are refused, and it is said", || async {
         let ready = api.get("/readyz").await.is(200).json();
-        let reply = api.post("/v1/jobs", &large).await;
+        let reply = api.post("/v1/jobs", &small).await;
         (reply.status == 503 && ready["degraded"][0]["store"] == "quota_used_up").then(|| (reply.text(), ready))
     })
     .await;
