@@ -83,6 +83,27 @@ async fn sixty_interleaved_jobs_cost_two_swaps() {
 }
 
 #[tokio::test]
+async fn two_callers_in_turns_do_not_cost_a_swap_for_each_request() {
+    let site = Site::new();
+    let mut args = site.whole_device();
+    args.extend(["--load-s", "4", "--delay-ms", "100"].map(str::to_owned));
+    let site = ["a", "b"]
+        .iter()
+        .fold(site, |site, name| site.model(name, with(echo("text", &args), json!({"startup_time": 4}))));
+    let server = site.start().await;
+    // Each sends its next request when the last one is answered, without any think time.
+    let caller = async |model: &str| {
+        for _ in 0..8 {
+            let body = json!({"model": model, "messages": [{"role": "user", "content": "hi"}]});
+            server.api.following().post("/v1/chat/completions", &body).await.is(200);
+        }
+    };
+    tokio::join!(caller("a"), caller("b"));
+    let swaps = server.api.queue().await["swaps"].as_u64().unwrap();
+    assert!((1..=6).contains(&swaps), "{swaps} swaps for 16 requests");
+}
+
+#[tokio::test]
 async fn two_models_are_never_on_the_device_at_once() {
     let site = Site::new();
     let mut args = site.whole_device();
