@@ -61,7 +61,8 @@ pub(super) struct Model {
     /// Workers can be parked in host memory.
     pub(super) park: bool,
     gpus: u32,
-    bytes: Option<u64>,
+    /// Memory that it takes on each device, as models.yaml says.
+    declared_bytes: Option<u64>,
     /// Its memory is for it to tell: neither declared nor all of the device.
     tells_bytes: bool,
     pin: bool,
@@ -89,7 +90,7 @@ impl Model {
             preload: spec.preload,
             park: spec.park,
             gpus: spec.gpus,
-            bytes: spec.memory.filter(|_| !spec.exclusive),
+            declared_bytes: spec.memory.filter(|_| !spec.exclusive),
             tells_bytes: spec.memory.is_none() && !spec.exclusive,
             pin: spec.pin,
             max_replicas: spec.max_replicas.max(1),
@@ -126,7 +127,7 @@ impl Model {
             unload: false,
             park: false,
             gpus: 1,
-            bytes: None,
+            declared_bytes: None,
             tells_bytes: false,
             pin: false,
             max_replicas: 1,
@@ -152,7 +153,7 @@ impl Model {
     /// A worker of it tells the memory that it takes on each device.
     pub(super) fn count_bytes(&mut self, device_bytes: u64) {
         if self.tells_bytes {
-            self.bytes = Some(device_bytes);
+            self.learned.device_bytes = Some(device_bytes);
         }
     }
 
@@ -215,7 +216,7 @@ impl Model {
     /// Host memory that a parked worker takes.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes are far below 2^53 bytes")]
     pub(super) fn parked(&self, now: Millis) -> Parked {
-        let bytes = self.bytes.unwrap_or(0).saturating_mul(u64::from(self.gpus));
+        let bytes = self.bytes().unwrap_or(0).saturating_mul(u64::from(self.gpus));
         Parked {
             rate: self.rate.per_ms(now),
             cold_ms: self.cold_ms(),
@@ -291,9 +292,16 @@ impl Model {
         }
     }
 
-    /// Memory that it takes on each device; `None`: the whole device.
+    /// Memory that it takes on each device, as declared, else as it told last; `None`: the whole device.
+    fn bytes(&self) -> Option<u64> {
+        self.declared_bytes.or_else(|| self.learned.device_bytes.filter(|_| self.tells_bytes))
+    }
+
+    /// As [`Self::bytes`], on these devices. What it told on a larger device than any of these says nothing here.
     pub(super) fn bytes_on(&self, inventory: &Inventory) -> Option<u64> {
-        self.bytes.filter(|_| !inventory.one_at_a_time)
+        let device = if self.needs_gpus() { inventory.gpus.iter().copied().max() } else { inventory.cpu };
+        let fits = |bytes: &u64| self.declared_bytes.is_some() || device.is_none_or(|device| *bytes <= device);
+        self.bytes().filter(fits).filter(|_| !inventory.one_at_a_time)
     }
 
     /// As the policy sees it; `parked`: a worker of it waits in host memory.

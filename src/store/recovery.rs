@@ -208,7 +208,7 @@ fn names(c: &Connection, sql: &str) -> Result<BTreeMap<i64, Arc<str>>, StoreErro
 
 /// What earlier runs learned.
 pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, StoreError> {
-    let mut statement = c.prepare("SELECT name, load_ms, stop_ms, service_ms, each_ms, left_at, wake_ms, reload_ms, gap_ms, waiting_at_load FROM model")?;
+    let mut statement = c.prepare("SELECT name, load_ms, stop_ms, service_ms, each_ms, left_at, wake_ms, reload_ms, gap_ms, waiting_at_load, device_bytes FROM model")?;
     let rows = statement.query_map([], |row| {
         let learned = Learned {
             load_ms: row.get(1)?,
@@ -220,6 +220,7 @@ pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, 
             reload_ms: row.get(7)?,
             gap_ms: row.get(8)?,
             waiting_at_load: row.get(9)?,
+            device_bytes: row.get::<_, Option<i64>>(10)?.map(i64::unsigned_abs),
         };
         Ok((row.get(0)?, learned))
     })?;

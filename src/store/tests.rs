@@ -279,6 +279,7 @@ async fn learned_costs_outlive_a_restart() {
         reload_ms: Some(900.0),
         gap_ms: Some(4.0),
         waiting_at_load: Some(7.0),
+        device_bytes: Some(20 << 30),
     };
     bench.store().learn("echo".into(), learned.clone()).await.unwrap();
     let bench = bench.restart().await;

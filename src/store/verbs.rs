@@ -156,6 +156,8 @@ pub struct Learned {
     pub gap_ms: Option<f64>,
     /// Jobs that waited when it got ready.
     pub waiting_at_load: Option<f64>,
+    /// Memory that a worker of it took on each of its devices, as it told last, bytes.
+    pub device_bytes: Option<u64>,
 }
 
 /// What became of a wish to cancel.
@@ -349,12 +351,12 @@ impl Store {
             execute(
                 &session.c,
                 "INSERT INTO model (name, load_ms, stop_ms, service_ms, each_ms, left_at, wake_ms, reload_ms, gap_ms,
-                     waiting_at_load)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
+                     waiting_at_load, device_bytes)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
                  ON CONFLICT (name) DO UPDATE SET load_ms = excluded.load_ms, stop_ms = excluded.stop_ms,
                      service_ms = excluded.service_ms, each_ms = excluded.each_ms, left_at = excluded.left_at,
                      wake_ms = excluded.wake_ms, reload_ms = excluded.reload_ms, gap_ms = excluded.gap_ms,
-                     waiting_at_load = excluded.waiting_at_load",
+                     waiting_at_load = excluded.waiting_at_load, device_bytes = excluded.device_bytes",
                 params![
                     model,
                     learned.load_ms,
@@ -365,7 +367,8 @@ impl Store {
                     learned.wake_ms,
                     learned.reload_ms,
                     learned.gap_ms,
-                    learned.waiting_at_load
+                    learned.waiting_at_load,
+                    learned.device_bytes.map(int)
                 ],
             )
         });

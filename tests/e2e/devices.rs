@@ -122,6 +122,31 @@ async fn models_share_a_gpu_when_their_memory_fits() {
     }
 }
 
+#[tokio::test]
+async fn what_a_model_took_is_remembered_and_says_nothing_about_a_smaller_gpu() {
+    let site = |gpus: &str, site: Site| site.env("ROUNDHOUSE_FAKE_GPUS", gpus).server("worker_grace", "1s");
+    let box_of = site("1x80GiB", Site::new().model("a", taking(30)).model("b", taking(40)));
+    let mut server = box_of.start().await;
+    for model in ["a", "b"] {
+        gpus_of(&server.api, model).await;
+    }
+    assert_eq!(residents(&server.api).await, names(&["b"]), "until it has told, a model has the GPU to itself");
+    server.kill();
+    server.forget_processes();
+    let mut server = box_of.start().await;
+    for model in ["a", "b"] {
+        gpus_of(&server.api, model).await;
+    }
+    assert_eq!(residents(&server.api).await, names(&["a", "b"]), "it is known that both fit");
+    server.kill();
+    server.forget_processes();
+    // The same data dir on another box: `b` cannot take 40 GiB there.
+    let server = site("1x35GiB", box_of).start().await;
+    for model in ["b", "a"] {
+        gpus_of(&server.api, model).await;
+    }
+}
+
 async fn two_replicas(args: &[&str]) -> (Site, Server) {
     let model = with(on_gpus(1, args), json!({"max_replicas": 2}));
     let site = Site::new().model("r", model).env("ROUNDHOUSE_FAKE_GPUS", "2x80GiB");
