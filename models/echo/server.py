@@ -162,8 +162,11 @@ class EchoService(rw.BaseService):
         whole.add_argument("--ignore-sigterm", action="store_true")
         whole.add_argument("--park-s", type=float, default=0.0, help="how long /sleep takes")
         whole.add_argument("--wake-s", type=float, default=0.0, help="how long /wake_up takes")
+        whole.add_argument("--park-lie", action="store_true", help="say that it sleeps, and keep the device's memory")
+        whole.add_argument("--park-crash", action="store_true", help="SIGKILL itself in /sleep")
         whole.add_argument("--park-fail", metavar="TEXT", help="fail to park, with this text")
         whole.add_argument("--wake-fail", metavar="TEXT", help="fail to wake, with this text")
+        whole.add_argument("--wake-broken", metavar="TEXT", help="every request after a wake fails, with this text")
 
         device = parser.add_argument_group("a device's memory, as a directory with a file <pid> for each process")
         device.add_argument("--device-memory-dir", type=Path, metavar="DIR")
@@ -178,6 +181,7 @@ class EchoService(rw.BaseService):
         self._slots = asyncio.Semaphore(max(1, options.concurrency))
         self._share = None if options.share_alpha is None else Share(options.share_alpha)
         self._taken = 0
+        self._woken = False
         self._device = DeviceMemory(options.device_memory_dir, options.release_delay_s)
 
     def check(self) -> dict[str, Any]:
@@ -210,9 +214,12 @@ class EchoService(rw.BaseService):
     def park(self, level: int) -> None:
         """Shrink to `--device-parked-bytes`."""
         time.sleep(self.options.park_s)
+        if self.options.park_crash:
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.options.park_fail is not None:
             raise RuntimeError(self.options.park_fail)
-        self._device.hold(self.options.device_parked_bytes)
+        if not self.options.park_lie:
+            self._device.hold(self.options.device_parked_bytes)
 
     def wake(self) -> None:
         """Grow back to `--device-memory-bytes`."""
@@ -220,6 +227,7 @@ class EchoService(rw.BaseService):
         if self.options.wake_fail is not None:
             raise RuntimeError(self.options.wake_fail)
         self._device.hold(self.options.device_memory_bytes, total=self.options.device_total_bytes)
+        self._woken = True
 
     def request_shutdown(self, signal_name: str) -> None:
         """Stop, unless told to ignore SIGTERM."""
@@ -229,7 +237,10 @@ class EchoService(rw.BaseService):
             super().request_shutdown(signal_name)
 
     def device_bytes(self) -> int | None:
-        """As `--device-bytes` says."""
+        """As `--device-bytes` says; while it sleeps, `--device-parked-bytes`."""
+        asleep = self.status.value == "asleep" and not self.options.park_lie
+        if asleep and self.options.device_bytes is not None:
+            return self.options.device_parked_bytes
         return self.options.device_bytes
 
     async def health(self, request: Request) -> Response:
@@ -248,6 +259,8 @@ class EchoService(rw.BaseService):
             plan = dataclasses.replace(plan, fail=f"request {self._taken} fails")
         if self._taken == self.options.crash_after:
             plan = dataclasses.replace(plan, crash=True)
+        if self._woken and self.options.wake_broken is not None:
+            plan = dataclasses.replace(plan, fail=self.options.wake_broken)
         if plan.status:
             raise rw.WorkerError(f"status {plan.status} was asked for", status=plan.status, code="echo_status")
         return _PARSERS[item.endpoint](item.body, plan)

@@ -436,6 +436,44 @@ def test_device_memory_follows_parking_and_ends_with_the_process(tmp_path: Path)
         until(lambda: held(tmp_path) == {})
 
 
+def test_what_it_tells_of_its_memory_follows_parking():
+    with Worker(SERVER, "--device-bytes", "5000", "--device-parked-bytes", "70") as worker:
+        worker.ready()
+        told = [worker.get("/health").json()["device_bytes"]]
+        for verb in ("/sleep", "/wake_up"):
+            worker.post(verb)
+            told.append(worker.get("/health").json()["device_bytes"])
+        assert told == [5000, 70, 5000]
+
+
+def test_a_lying_sleeper_keeps_the_memory(tmp_path: Path):
+    flags = ("--device-memory-dir", str(tmp_path), "--device-memory-bytes", "5000", "--device-bytes", "5000")
+    with Worker(SERVER, *flags, "--park-lie") as worker:
+        worker.ready()
+        assert worker.post("/sleep").status_code == 200
+        assert worker.get("/is_sleeping").json() == {"is_sleeping": True}
+        assert list(held(tmp_path).values()) == [5000]
+        assert worker.get("/health").json()["device_bytes"] == 5000
+
+
+def test_requests_after_a_wake_can_fail():
+    with Worker(SERVER, "--wake-broken", "damaged weights") as worker:
+        worker.ready()
+        assert worker.post(CHAT, said("hello")).status_code == 200
+        worker.post("/sleep")
+        worker.post("/wake_up")
+        answer = worker.post(CHAT, said("hello"))
+        assert (answer.status_code, answer.json()["error"]["message"]) == (500, "damaged weights")
+
+
+def test_it_can_die_in_its_sleep():
+    with Worker(SERVER, "--park-crash") as worker:
+        worker.ready()
+        with pytest.raises(httpx.HTTPError):
+            worker.post("/sleep")
+        assert worker.wait_exit() == -signal.SIGKILL
+
+
 def test_device_memory_is_released_late_even_after_sigkill(tmp_path: Path):
     flags = ("--device-memory-dir", str(tmp_path), "--device-memory-bytes", "5", "--release-delay-s", "0.5")
     with Worker(SERVER, *flags) as worker:
