@@ -36,6 +36,8 @@ flags.add_argument("--strange-on", type=int)
 flags.add_argument("--ignore-term", action="store_true")
 flags.add_argument("--escape", action="store_true")
 flags.add_argument("--hang-file")
+flags.add_argument("--sleepless", action="store_true")
+flags.add_argument("--wake-hangs", action="store_true")
 flags.add_argument("--memory-dir")
 flags.add_argument("--memory-bytes", type=int, default=0)
 args = flags.parse_args()
@@ -57,6 +59,8 @@ if args.memory_dir:
     with open(os.path.join(args.memory_dir, str(os.getpid())), "w") as file:
         file.write(str(args.memory_bytes))
 
+sleeping = False
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -69,11 +73,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if args.stock:
             self.answer(200 if self.path == "/v1/models" else 404, {})
             return
+        if self.path == "/is_sleeping":
+            self.answer(200, {"is_sleeping": sleeping})
+            return
         done = min(1, (time.monotonic() - started) / args.load_s) if args.load_s else 1
-        status = "failed" if args.fail else "ready" if done == 1 else "loading"
+        status = "asleep" if sleeping else "failed" if args.fail else "ready" if done == 1 else "loading"
         instance = "another" if args.strange_on == args.port else os.environ.get("ROUNDHOUSE_INSTANCE")
         body = {"status": status, "phase": "weights", "percent": int(done * 4) * 25, "instance": instance}
         self.answer(200 if status == "ready" else 503, body | ({"error": args.fail} if args.fail else {}))
+
+    def do_POST(self):
+        global sleeping
+        while args.wake_hangs and self.path == "/wake_up":
+            time.sleep(0.05)
+        if not args.sleepless:
+            sleeping = self.path == "/sleep?level=1"
+        if args.memory_dir and not args.sleepless:
+            with open(os.path.join(args.memory_dir, str(os.getpid())), "w") as file:
+                file.write("700000000" if sleeping else str(args.memory_bytes))
+        self.answer(200, {})
 
     def answer(self, status, body):
         data = json.dumps(body).encode()
@@ -233,6 +251,13 @@ impl Worker {
         self.handle.order(Order::Stop);
         let report = self.settled().await;
         assert!(matches!(report, Report::Stopped { .. }), "{report:?}");
+    }
+
+    async fn park(&mut self) {
+        self.handle.order(Order::Park);
+        let report = self.settled().await;
+        assert!(matches!(report, Report::Parked { .. }), "{report:?}");
+        assert_eq!(self.handle.view().state, ModelState::Parked);
     }
 
     async fn death(&mut self) -> String {
@@ -638,6 +663,112 @@ async fn a_stop_is_over_when_the_driver_shows_the_memory_free() {
     assert!(worker.reports.try_recv().is_err(), "memory is still in use");
     std::fs::remove_file(gpus.path().join(toy.to_string())).unwrap();
     assert!(matches!(worker.settled().await, Report::Stopped { stop_ms } if stop_ms >= 500));
+}
+
+#[tokio::test]
+async fn a_parked_worker_wakes_where_it_was_and_can_be_stopped() {
+    let bench = Bench::new();
+    let mut worker = bench.worker(&[]);
+    let base_url = worker.load().await;
+    for order in [Order::Wake, Order::Load] {
+        worker.park().await;
+        let view = worker.handle.view();
+        assert!(view.pid.is_some() && view.port.is_some(), "{view:?}");
+        worker.handle.order(order);
+        let report = worker.next().await;
+        assert!(matches!(&report, Report::Ready { base_url: url, .. } if *url == base_url), "no load: {report:?}");
+        assert_eq!((worker.handle.view().state, worker.handle.view().starts), (ModelState::Resident, 1));
+    }
+    worker.park().await;
+    worker.stop().await;
+    assert_eq!(worker.handle.view().state, ModelState::Absent);
+    bench.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn a_worker_that_stays_awake_or_does_not_know_how_to_sleep_is_stopped_instead() {
+    let bench = Bench::new();
+    for flag in ["--sleepless", "--stock"] {
+        let mut worker = bench.worker(&[flag]);
+        worker.load().await;
+        worker.handle.order(Order::Park);
+        let report = worker.settled().await;
+        assert!(matches!(report, Report::Stopped { .. }), "{flag}: {report:?}");
+        bench.assert_nothing_left();
+    }
+}
+
+#[tokio::test]
+async fn a_worker_that_does_not_wake_is_killed_and_loaded_anew_within_the_same_order() {
+    let mut bench = Bench::new();
+    bench.tempo.wake_limit = Duration::from_millis(300);
+    let mut worker = bench.worker(&["--wake-hangs"]);
+    worker.load().await;
+    let first = bench.toys();
+    worker.park().await;
+    worker.handle.order(Order::Wake);
+    let report = worker.next().await;
+    assert!(matches!(report, Report::Loading { .. }), "it says that it loads: {report:?}");
+    assert!(matches!(worker.settled().await, Report::Ready { .. }));
+    assert_eq!(worker.handle.view().starts, 2);
+    assert!(!is_alive(first[0]), "the first is gone");
+}
+
+#[tokio::test]
+async fn a_parked_worker_that_dies_is_reported_and_its_next_load_waits_for_nothing() {
+    let bench = Bench::new();
+    let mut worker = bench.worker(&[]);
+    for deaths in 1..=4 {
+        worker.load().await;
+        worker.park().await;
+        let alive: Vec<i32> = bench.toys().into_iter().filter(|pid| is_alive(*pid)).collect();
+        kill(Pid::from_raw(alive[0]), Signal::SIGKILL).unwrap();
+        let reason = worker.death().await;
+        assert!(reason.contains("while it was parked"), "{reason}");
+        assert_eq!((worker.handle.view().state, worker.handle.view().starts), (ModelState::Absent, deaths));
+    }
+    bench.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn parked_means_that_the_driver_shows_the_memory_back() {
+    let gpus = tempfile::tempdir().unwrap();
+    let card = r#"[{"index":0,"name":"Fake","total_bytes":80000000000}]"#;
+    std::fs::write(gpus.path().join("gpus.json"), card).unwrap();
+    let mut bench = Bench::with_gpus(Some(&format!("dir:{}", gpus.path().display())));
+    bench.tempo.park_memory_limit = Duration::from_millis(200);
+    bench.tempo.memory_limit = Duration::from_millis(200);
+    let memory_dir = gpus.path().display().to_string();
+    let mut spec = bench.spec(&["--memory-dir", &memory_dir, "--memory-bytes", "5000000000"]);
+    spec.gpus = 1;
+    let mut worker = bench.supervise(spec.clone());
+    worker.load().await;
+    // It keeps 0.7 GB, as a process with a CUDA context does.
+    worker.park().await;
+    worker.handle.order(Order::Wake);
+    assert!(matches!(worker.settled().await, Report::Ready { .. }));
+    let toy = bench.toys().into_iter().find(|pid| is_alive(*pid)).unwrap();
+    worker.stop().await;
+    std::fs::remove_file(gpus.path().join(toy.to_string())).unwrap();
+    // One that says that it sleeps and keeps everything.
+    spec.args = ["--memory-dir", &memory_dir, "--memory-bytes", "700000000"].map(str::to_owned).to_vec();
+    let mut worker = bench.supervise(spec);
+    worker.load().await;
+    worker.handle.order(Order::Park);
+    let report = worker.settled().await;
+    assert!(matches!(report, Report::Stopped { .. }), "{report:?}");
+    bench.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn the_hard_stage_ends_a_parked_worker() {
+    let bench = Bench::new();
+    let mut worker = bench.worker(&[]);
+    worker.load().await;
+    worker.park().await;
+    bench.around.tasks.hard().cancel();
+    assert!(bench.around.tasks.wait(Duration::from_secs(20)).await);
+    bench.assert_nothing_left();
 }
 
 #[tokio::test]

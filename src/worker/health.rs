@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use hyper::Method;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -17,7 +18,7 @@ pub(super) enum Health {
     /// Takes jobs; the device memory that it takes on each GPU, in bytes, if it says so.
     Ready { device_bytes: Option<u64> },
     /// Lives and takes no jobs now: loading or asleep.
-    NotYet { phase: Option<String>, percent: Option<f64> },
+    NotYet { phase: Option<String>, percent: Option<f64>, device_bytes: Option<u64> },
     /// Says that it has failed and why.
     Failed(String),
     /// Another worker answers on this port.
@@ -61,6 +62,33 @@ impl Doctor {
         }
     }
 
+    /// Has it go to sleep, which it is to say itself afterwards; an error says why it does not sleep.
+    pub(super) async fn put_to_sleep(&self) -> Result<(), String> {
+        self.tell("/sleep?level=1").await?;
+        let answer = self.get("/is_sleeping").await.map_err(|lost| lost.to_string())?;
+        let says: Value = serde_json::from_slice(&answer.1).unwrap_or_default();
+        let sleeps = answer.0 == 200 && says.get("is_sleeping") == Some(&Value::Bool(true));
+        if sleeps { Ok(()) } else { Err(format!("/is_sleeping answers with status {} that it is awake", answer.0)) }
+    }
+
+    /// Wakes it; it may need some more time to be ready.
+    pub(super) async fn wake_up(&self) -> Result<(), String> {
+        self.tell("/wake_up").await
+    }
+
+    async fn tell(&self, path: &str) -> Result<(), String> {
+        let ask = Ask { method: Method::POST, ..Ask::get(path) };
+        let mut reply = self.pool.call(&self.authority, &ask).await.map_err(|lost| lost.to_string())?;
+        let status = reply.status;
+        let body = reply.whole(LIMIT_BYTES).await.map_err(|lost| lost.to_string())?.unwrap_or_default();
+        if (200..300).contains(&status) {
+            self.pool.give_back(&self.authority, reply);
+            return Ok(());
+        }
+        let text = cut(String::from_utf8_lossy(&body).into_owned(), 400);
+        Err(format!("{path} answers with status {status}: {text}"))
+    }
+
     async fn exchange(&self) -> Health {
         match self.get("/health").await {
             Ok((404, _)) => match self.get("/v1/models").await {
@@ -97,7 +125,7 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
         return match body.status.as_str() {
             "ready" if status == 200 => Health::Ready { device_bytes: body.device_bytes },
             "failed" => Health::Failed(cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400)),
-            _ => Health::NotYet { phase: body.phase, percent: body.percent },
+            _ => Health::NotYet { phase: body.phase, percent: body.percent, device_bytes: body.device_bytes },
         };
     }
     match status {
@@ -121,7 +149,7 @@ mod tests {
         assert_eq!(ask(200, "ready", "id:1".into()), Health::Ready { device_bytes: None });
         let tells = br#"{"status": "ready", "instance": "m", "device_bytes": 7}"#;
         assert_eq!(read(200, tells, "m"), Health::Ready { device_bytes: Some(7) });
-        let not_yet = Health::NotYet { phase: Some("weights".into()), percent: Some(40.0) };
+        let not_yet = Health::NotYet { phase: Some("weights".into()), percent: Some(40.0), device_bytes: None };
         assert_eq!(ask(503, "loading", "id:1".into()), not_yet);
         assert_eq!(ask(503, "asleep", "id:1".into()), not_yet);
         assert_eq!(ask(503, "ready", "id:1".into()), not_yet, "ready but stopping");

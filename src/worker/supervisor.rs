@@ -24,6 +24,8 @@ use crate::worker::process::{self, Start, WorkerProcess};
 
 #[path = "device_memory.rs"]
 mod device_memory;
+#[path = "parking.rs"]
+mod parking;
 
 /// Failed loads in a row after which a model is quarantined.
 const QUARANTINE_AFTER: u32 = 5;
@@ -77,9 +79,9 @@ pub struct WorkerHandle {
 pub enum Order {
     /// Get it ready: `Loading`, then `Ready`, `LoadFailed` or `NoGpu`. While it is ready or loading: nothing.
     Load,
-    /// Bring it back from host memory. Nothing is parked yet: as `Load`.
+    /// Bring it back from host memory to where it was: `Ready`. If it does not come back, or is to be elsewhere: as `Load`.
     Wake,
-    /// Leave it in host memory: `Parked` when its device memory is free. Nothing is parked yet: as `Stop`.
+    /// Leave it in host memory: `Parked` when its device memory is free. If it cannot be parked, or is not ready: as `Stop`.
     Park,
     /// End it: `Stopped` when its device memory is free. While absent: `Stopped` at once.
     Stop,
@@ -113,6 +115,12 @@ pub struct Tempo {
     pub early_death: Duration,
     /// Longest wait for the driver to show the memory free.
     pub memory_limit: Duration,
+    /// Longest time in which a worker has to fall asleep.
+    pub park_limit: Duration,
+    /// Longest wait for the driver to show the memory of a worker free that says it sleeps.
+    pub park_memory_limit: Duration,
+    /// Longest time in which a sleeping worker has to be ready again.
+    pub wake_limit: Duration,
     /// Shortest limit of a load; the limit is 10 times the model's `startup_time`, if that is longer.
     pub load_limit_min: Duration,
 }
@@ -130,6 +138,10 @@ impl Default for Tempo {
             gpu_every: Duration::from_secs(5),
             early_death: Duration::from_secs(10),
             memory_limit: Duration::from_secs(10),
+            // The first time, a worker may have to lock the pages of its host copy: 10 s for vLLM with 8B.
+            park_limit: Duration::from_secs(60),
+            park_memory_limit: Duration::from_secs(3),
+            wake_limit: Duration::from_secs(30),
             // A first vLLM start compiles for minutes, and a cold disk reads 0.5 GB/s.
             load_limit_min: Duration::from_secs(600),
         }
@@ -236,6 +248,7 @@ enum Phase {
     Absent,
     Loading,
     Serving(Box<Running>),
+    Parked(Box<Running>),
     BackingOff { error: JobError, until: Millis },
     Blocked,
     Ended,
@@ -315,6 +328,7 @@ impl Supervisor {
                 Phase::Absent => self.absent().await,
                 Phase::Loading => self.load().await,
                 Phase::Serving(running) => self.serve(*running).await,
+                Phase::Parked(running) => self.lie_parked(*running).await,
                 Phase::BackingOff { error, until } => self.back_off(error, until).await,
                 Phase::Blocked => self.blocked().await,
                 Phase::Ended => break,
@@ -406,7 +420,8 @@ impl Supervisor {
                     running.process.stop(self.around.grace).await;
                     return Phase::Ended;
                 }
-                Event::Order(Some(Order::Stop | Order::Park)) => return self.stop(running).await,
+                Event::Order(Some(Order::Stop)) => return self.stop(running).await,
+                Event::Order(Some(Order::Park)) => return self.park(running).await,
                 Event::Order(Some(Order::Suspect)) if !suspected => {
                     suspected = true;
                     probe = self.suspect_probe(&running.doctor);
@@ -584,7 +599,7 @@ impl Supervisor {
                     }
                     return Try::Ready(Box::new(running));
                 }
-                Health::NotYet { phase, percent } => self.show_progress(phase, percent),
+                Health::NotYet { phase, percent, .. } => self.show_progress(phase, percent),
                 Health::Failed(why) => {
                     let tail = process.stop(self.around.grace).await;
                     return Try::Failed(format!("its worker says: {why}"), tail);
@@ -768,7 +783,8 @@ impl Supervisor {
             v.reason = None;
             v.phase = None;
             v.percent = None;
-            if !matches!(state, ModelState::Resident | ModelState::Draining) {
+            use ModelState::{Draining, Parked, Parking, Resident, Waking};
+            if !matches!(state, Resident | Draining | Parking | Parked | Waking) {
                 v.pid = None;
                 v.port = None;
             }

@@ -1,0 +1,233 @@
+//! A worker in host memory: how it gets there, lies there, and comes back. Whatever does not work out ends its process, and
+//! the next load is a cold one.
+
+use super::*;
+
+/// Device memory that a sleeping process may keep (its context, its engine's buffers), in bytes; never more than half of what
+/// it had.
+const RESIDUE_BYTES: u64 = 2 << 30;
+
+/// How something that a worker was told to do came out.
+enum Turn<T> {
+    Done(T),
+    Failed(String),
+    /// It is to be stopped instead.
+    Stopped,
+    Ended,
+}
+
+impl Supervisor {
+    /// Its jobs have ended: it sleeps, and its device memory is seen to be free.
+    pub(super) async fn park(&mut self, mut running: Running) -> Phase {
+        let ordered_at = Instant::now();
+        self.enter(ModelState::Parking);
+        self.note_life(running.since);
+        let free = self.free_when(&running).await;
+        let at_most = self.parked_use(free).await;
+        let (doctor, limit) = (running.doctor.clone(), self.tempo.park_limit);
+        let fall_asleep = async move {
+            timeout(limit, doctor.put_to_sleep())
+                .await
+                .unwrap_or_else(|_| Err(format!("it was not asleep within {} s", limit.as_secs_f64())))
+        };
+        let failed = match self.meanwhile(&mut running, fall_asleep).await {
+            Turn::Done(()) => match self.shows_back(&running, at_most).await {
+                Ok(()) => {
+                    let park_ms = millis(ordered_at.elapsed());
+                    tracing::info!(model = self.spec.name, park_ms, "parked");
+                    self.enter(ModelState::Parked);
+                    self.report(Report::Parked { park_ms });
+                    return Phase::Parked(Box::new(running));
+                }
+                Err(why) => why,
+            },
+            Turn::Failed(why) => why,
+            Turn::Stopped => return self.leave(running, free, ordered_at).await,
+            Turn::Ended => return self.end(running).await,
+        };
+        tracing::warn!(model = self.spec.name, "could not be parked, so it is stopped: {failed}");
+        self.leave(running, free, ordered_at).await
+    }
+
+    /// In host memory, until it is wanted again or has to go.
+    pub(super) async fn lie_parked(&mut self, mut running: Running) -> Phase {
+        let mut misses = 0;
+        let mut probe = self.watch_probe(&running.doctor);
+        loop {
+            let pulse = tokio::select! {
+                biased;
+                () = self.hard.cancelled() => return self.end(running).await,
+                order = self.orders.recv() => {
+                    let Some((order, set)) = order else { return self.end(running).await };
+                    match order {
+                        Order::Load | Order::Wake => return self.wake(running, order, set).await,
+                        Order::Stop => return self.leave(running, None, Instant::now()).await,
+                        Order::Park => self.report(Report::Parked { park_ms: 0 }),
+                        Order::Retry => self.forget_failures(),
+                        Order::Suspect => {} // Nothing runs on it.
+                    }
+                    continue;
+                }
+                how = running.process.exited() => return self.lost(running, &format!("it {how}")).await,
+                pulse = &mut probe => pulse,
+            };
+            match pulse {
+                Pulse::Alive { .. } => misses = 0,
+                Pulse::Missed(_) | Pulse::Refused => misses += 1,
+            }
+            if misses >= self.tempo.watch_misses {
+                return self.lost(running, "it stopped answering health probes").await;
+            }
+            probe = self.watch_probe(&running.doctor);
+        }
+    }
+
+    /// Back to the device where it was; else its process is ended, and a cold load follows.
+    async fn wake(&mut self, mut running: Running, order: Order, set: Option<GpuSet>) -> Phase {
+        let ordered_at = Instant::now();
+        let was_on = self.gpus.clone();
+        self.note_set(order, set);
+        let wanted_on = std::mem::replace(&mut self.gpus, was_on);
+        let failed = if wanted_on == self.gpus {
+            let Some(before) = self.device_memory().await else {
+                self.kill(running).await;
+                return Phase::Loading; // Which finds that the GPU is not there.
+            };
+            self.enter(ModelState::Waking);
+            let woken = self.come_back(&running.doctor);
+            match self.meanwhile(&mut running, woken).await {
+                Turn::Done(device_bytes) => {
+                    self.note_memory(&mut running, device_bytes);
+                    (running.since, running.memory_before) = (Instant::now(), before);
+                    if let Some(before) = before {
+                        running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
+                    }
+                    let base_url = format!("http://127.0.0.1:{}", running.process.port());
+                    let load_ms = millis(ordered_at.elapsed());
+                    self.enter(ModelState::Resident);
+                    tracing::info!(model = self.spec.name, base_url, load_ms, "awake");
+                    self.report(Report::Ready { base_url, load_ms });
+                    return Phase::Serving(Box::new(running));
+                }
+                Turn::Failed(why) => why,
+                Turn::Stopped => return self.leave(running, before, ordered_at).await,
+                Turn::Ended => return self.end(running).await,
+            }
+        } else {
+            format!("it lies where GPUs {:?} are its own, and is wanted on {wanted_on:?}", self.gpus)
+        };
+        tracing::warn!(model = self.spec.name, "could not be woken, so it is loaded anew: {failed}");
+        let free = running.memory_before;
+        self.kill(running).await;
+        self.wait_memory_free(free).await;
+        self.gpus = wanted_on;
+        Phase::Loading
+    }
+
+    fn come_back(&self, doctor: &Doctor) -> impl Future<Output = Result<Option<u64>, String>> + use<> {
+        let (doctor, tempo) = (doctor.clone(), self.tempo.clone());
+        async move {
+            let awake = async {
+                doctor.wake_up().await?;
+                loop {
+                    match doctor.ask(tempo.probe_limit).await {
+                        Health::Ready { device_bytes } => return Ok(device_bytes),
+                        Health::Failed(why) => return Err(format!("it says: {why}")),
+                        _ => sleep(tempo.probe_every).await,
+                    }
+                }
+            };
+            let late = || Err(format!("it was not ready within {} s", tempo.wake_limit.as_secs_f64()));
+            timeout(tempo.wake_limit, awake).await.unwrap_or_else(|_| late())
+        }
+    }
+
+    /// Waits for something that the worker was told to do; its end, or an order to stop, breaks that off.
+    async fn meanwhile<T>(&mut self, running: &mut Running, what: impl Future<Output = Result<T, String>>) -> Turn<T> {
+        let mut what = std::pin::pin!(what);
+        loop {
+            tokio::select! {
+                biased;
+                () = self.hard.cancelled() => return Turn::Ended,
+                order = self.orders.recv() => match order {
+                    None => return Turn::Ended,
+                    Some((Order::Stop, _)) => return Turn::Stopped,
+                    Some(_) => {}
+                },
+                how = running.process.exited() => return Turn::Failed(format!("it {how}")),
+                done = &mut what => return done.map_or_else(Turn::Failed, Turn::Done),
+            }
+        }
+    }
+
+    // ---- its device memory ------------------------------------------------------------------------------------------
+
+    /// The use of device memory, in bytes, with which a worker is parked without which `free` is used; `None`: on the CPU.
+    async fn parked_use(&self, free: Option<u64>) -> Option<u64> {
+        let free = free?;
+        let now = self.used_bytes().await?;
+        Some(free.saturating_add(RESIDUE_BYTES.min(now.saturating_sub(free) / 2)))
+    }
+
+    /// Whether the driver shows that it has given its memory back.
+    async fn shows_back(&self, running: &Running, at_most: Option<u64>) -> Result<(), String> {
+        let Some(at_most) = at_most else { return Ok(()) };
+        if let Health::NotYet { device_bytes: Some(bytes), .. } = running.doctor.ask(self.tempo.watch_limit).await {
+            self.around.gpus.hold(running.process.mark(), &self.gpus, bytes);
+        }
+        let until = Instant::now() + self.tempo.park_memory_limit;
+        loop {
+            let Some(used) = self.used_bytes().await else { return Err("its GPU is gone".to_owned()) };
+            if used <= at_most {
+                return Ok(());
+            }
+            if Instant::now() >= until || self.hard.is_cancelled() {
+                return Err(format!(
+                    "it says that it sleeps, and the driver shows {used} bytes of its GPUs in use, not {at_most} or less"
+                ));
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    // ---- ends -------------------------------------------------------------------------------------------------------
+
+    /// Stopped, from wherever it was.
+    async fn leave(&mut self, running: Running, free: Option<u64>, ordered_at: Instant) -> Phase {
+        self.enter(ModelState::Draining);
+        self.release(&running);
+        running.process.stop(self.around.grace).await;
+        self.wait_memory_free(free).await;
+        let stop_ms = millis(ordered_at.elapsed());
+        tracing::info!(model = self.spec.name, stop_ms, "stopped");
+        self.enter(ModelState::Absent);
+        self.report(Report::Stopped { stop_ms });
+        Phase::Absent
+    }
+
+    /// Nothing ran on it, so nobody is to blame, and its next load is not kept waiting.
+    async fn lost(&mut self, running: Running, reason: &str) -> Phase {
+        self.release(&running);
+        let tail = running.process.clear_away().await;
+        let reason = match tail.reason() {
+            Some(line) => format!("{reason} while it was parked; its log says: {line}"),
+            None => format!("{reason} while it was parked"),
+        };
+        tracing::error!(model = self.spec.name, "the worker died: {reason}");
+        self.enter(ModelState::Absent);
+        self.report(Report::Died { reason });
+        Phase::Absent
+    }
+
+    /// The server ends.
+    async fn end(&mut self, running: Running) -> Phase {
+        self.enter(ModelState::Draining);
+        running.process.stop(self.around.grace).await;
+        Phase::Ended
+    }
+
+    async fn kill(&self, running: Running) {
+        self.release(&running);
+        running.process.clear_away().await;
+    }
+}
