@@ -115,6 +115,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         controls: opened.controls,
         gpus,
         cpu_bytes: host::memory_bytes(),
+        park_bytes: config.scheduler.park_ram.of(host::memory_bytes()),
         next_number: opened.next_number,
     })
     .await?;

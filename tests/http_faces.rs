@@ -110,6 +110,7 @@ impl Bench {
             controls: roundhouse::domain::Controls::default(),
             gpus: Arc::new(roundhouse::worker::gpu::NoGpus),
             cpu_bytes: 1 << 30,
+            park_bytes: 0,
             next_number: opened.next_number,
         })
         .await

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::file::{At, Entry, File};
+use super::file::{At, Entry, File, Park};
 use super::units::Command;
 use super::{Problems, is_hub_id};
 use crate::domain::{Launch, ModelKind, ModelSpec};
@@ -108,7 +108,7 @@ impl Reader<'_> {
             max_replicas,
             pin: entry.pin.unwrap_or(false),
             exclusive: entry.exclusive.unwrap_or(false),
-            park: false,
+            park: self.park(),
             upstream_model: entry.upstream_model.as_ref().map_or(&self.name.value, |at| &at.value).clone(),
             dir: self.dir.to_path_buf(),
         })
@@ -323,6 +323,14 @@ impl Reader<'_> {
             self.problem(at.line, "max_replicas", &format!("{wanted} is too many; take one of 1-{REPLICAS_MAX}"));
         }
         wanted
+    }
+
+    fn park(&mut self) -> bool {
+        let Some(at) = self.entry.park.as_ref().filter(|at| at.value == Park::Ram) else { return false };
+        if self.entry.gpus.as_ref().is_some_and(|gpus| gpus.value == 0) {
+            self.problem(at.line, "park", "a model on the CPU (gpus: 0) lies in host memory anyway; remove it");
+        }
+        true
     }
 
     fn env(&mut self) -> BTreeMap<String, String> {

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_saphyr::{MessageFormatter, Spanned};
 
-use super::units::{Command, Period, Share, Size, Word};
+use super::units::{Command, Period, Room, Share, Size, Word};
 use crate::domain::ModelKind;
 
 /// Models and settings of a Roundhouse server.
@@ -105,6 +105,9 @@ pub(super) struct Entry {
     pub(super) pin: Option<bool>,
     /// Shares its GPUs with no other model, whatever their memory. Default false.
     pub(super) exclusive: Option<bool>,
+    /// Where it goes when others need its GPUs: `ram` keeps it in host memory, from which it comes back in about a second (its
+    /// worker answers `POST /sleep` and `/wake_up`; see `scheduler.park_ram`), `off` ends its worker. Default off.
+    pub(super) park: Option<At<Park>>,
     /// Interpreter of `service_script`, if not the one of its `.venv`.
     pub(super) python: Option<At<String>>,
     /// The `model` field of requests as the worker sees it. Default: the entry's name.
@@ -124,6 +127,17 @@ pub(super) enum Kind {
     Audio,
     /// Anything else behind its endpoint.
     Custom,
+}
+
+/// Where a model goes when others need its GPUs.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub(super) enum Park {
+    /// To host memory.
+    Ram,
+    /// Nowhere: its worker ends.
+    Off,
 }
 
 impl From<Kind> for ModelKind {
@@ -147,6 +161,9 @@ pub(super) struct Scheduler {
     pub(super) max_visit: Option<At<Period>>,
     /// Share of device time that early swaps may cost.
     pub(super) swap_budget: Option<SwapBudget>,
+    /// Host memory that parked models may take together, as a size or as a share of all of it (or of the container's limit);
+    /// 0: none is parked. Default 60%.
+    pub(super) park_ram: Option<At<Room>>,
     /// Most jobs queued in all. Default 2000000.
     #[schemars(range(min = 1))]
     pub(super) queued_max: Option<At<usize>>,

@@ -1,4 +1,4 @@
-//! Misspelt, doubled and not yet supported keys, found by walking the file beside its JSON Schema: one list of known keys.
+//! Misspelt and doubled keys, found by walking the file beside its JSON Schema: one list of known keys.
 
 use std::cell::Cell;
 use std::fmt;
@@ -9,9 +9,6 @@ use serde_json::Value;
 
 use super::Problems;
 use super::file::{At, File, options};
-
-/// Settled keys whose effect does not exist yet: refused, since a limit that does nothing is worse than none.
-const LATER: &[(&str, &str)] = &[("models.*", "park")];
 
 /// A piece of the file as it was written, without its values.
 #[derive(Debug)]
@@ -134,13 +131,6 @@ fn doubled(entries: &[(At<String>, Node)], path: &[String], problems: &mut Probl
 
 fn refusal(key: &str, path: &[String], schema: &Value) -> String {
     let here = place(path);
-    let general = match path {
-        [first, _] if first == "models" => "models.*".to_owned(),
-        path => path.join("."),
-    };
-    if LATER.contains(&(general.as_str(), key)) {
-        return format!("`{key}` in {here} is not supported yet; remove it");
-    }
     let names = schema.get("properties").and_then(Value::as_object);
     let nearest = names
         .into_iter()

@@ -5,10 +5,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::file::{At, File, MaxWait, Scheduler, Server, Storage, SwapBudget};
-use super::units::{Period, Share, Size, shown_period};
+use super::units::{Period, Room, Share, Size, shown_period};
 use super::{DEFAULT_LISTEN, Problems, ServerSettings};
 use crate::domain::StorageSettings;
 use crate::policy::Knobs;
+use crate::policy::knobs::ParkRam;
 
 /// Smallest useful limit of a request body.
 const BODY_BYTES_MIN: u64 = 1024;
@@ -23,8 +24,16 @@ pub(super) fn scheduler(file: &File, problems: &mut Problems) -> Knobs {
     let Some(section) = &file.scheduler else {
         return usual;
     };
-    let Scheduler { max_wait, max_visit, swap_budget, queued_max, queued_per_tenant_max, waiting_sync_max, .. } =
-        section;
+    let Scheduler {
+        max_wait,
+        max_visit,
+        swap_budget,
+        park_ram,
+        queued_max,
+        queued_per_tenant_max,
+        waiting_sync_max,
+        ..
+    } = section;
     let MaxWait { interactive, batch } = max_wait.as_ref().unwrap_or(&NO_WAIT);
     let budget = swap_budget.as_ref().unwrap_or(&NO_BUDGET);
     let mut section = Section { problems };
@@ -42,6 +51,7 @@ pub(super) fn scheduler(file: &File, problems: &mut Problems) -> Knobs {
             usual.swap_budget_interactive,
         ),
         swap_budget_other: section.share("scheduler.swap_budget.other", budget.other.as_ref(), usual.swap_budget_other),
+        park_ram: section.room(park_ram.as_ref(), usual.park_ram),
         queued_max: section.count("scheduler.queued_max", queued_max.as_ref(), usual.queued_max),
         queued_per_tenant_max: section.count(
             "scheduler.queued_per_tenant_max",
@@ -179,6 +189,14 @@ impl Section<'_> {
         if !(at.value.0 > 0.0 && at.value.0 < 1.0) {
             let help = format!("{key}: must lie between 0 and 1, as 0.5 or 50% do");
             self.problems.add(at.line, help);
+        }
+        at.value.0
+    }
+
+    fn room(&mut self, at: Option<&At<Room>>, usual: ParkRam) -> ParkRam {
+        let Some(at) = at else { return usual };
+        if matches!(at.value.0, ParkRam::Share(share) if share > 1.0) {
+            self.problems.add(at.line, "scheduler.park_ram: must be at most 100%; write 60% or 64GiB");
         }
         at.value.0
     }

@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use super::{Config, is_hub_id, load, schema};
 use crate::domain::{Launch, ModelKind, ModelSpec};
+use crate::policy::Knobs;
 
 fn no_env(_: &str) -> Option<String> {
     None
@@ -222,9 +223,31 @@ fn an_empty_section_is_one_without_settings() {
 }
 
 #[test]
-fn keys_of_later_are_refused() {
-    let error = entry("    type: text\n    park: ram\n").unwrap_err();
-    assert_eq!(error, "models.yaml:5: `park` in models.m is not supported yet; remove it");
+fn a_model_is_parked_in_host_memory_if_it_says_so() {
+    assert!(!entry("    type: text\n").unwrap().park, "its worker has to know how");
+    assert!(!entry("    type: text\n    park: off\n").unwrap().park);
+    assert!(entry("    type: text\n    park: ram\n").unwrap().park);
+    let error = entry("    type: text\n    park: disk\n").unwrap_err();
+    assert!(error.starts_with("models.yaml:5: models.m.park: ") && error.contains("ram"), "{error}");
+    let error = entry("    type: text\n    gpus: 0\n    park: ram\n").unwrap_err();
+    assert!(error.starts_with("models.yaml:6: models.m.park: a model on the CPU"), "{error}");
+}
+
+#[test]
+fn room_for_parked_models_is_a_size_or_a_share() {
+    let room = |value: &str| {
+        let yaml = format!("models:\n  m: {{type: text, command: x}}\nscheduler:\n  park_ram: {value}\n");
+        read(&yaml).map(|config| config.scheduler.park_ram)
+    };
+    let of_10_gib = |value: &str| room(value).unwrap().of(10 << 30);
+    assert_eq!(of_10_gib("50%"), 5 << 30);
+    assert_eq!(of_10_gib("0.5"), 5 << 30);
+    assert_eq!(of_10_gib("3GiB"), 3 << 30);
+    assert_eq!(of_10_gib("0"), 0);
+    assert_eq!(Knobs::default().park_ram.of(10 << 30), 6 << 30);
+    assert_eq!(Knobs::default().park_ram.of(u64::MAX), 0, "of nobody knows how much");
+    let error = room("120%").unwrap_err();
+    assert_eq!(error, "models.yaml:4: scheduler.park_ram: must be at most 100%; write 60% or 64GiB");
 }
 
 #[test]

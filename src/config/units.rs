@@ -6,6 +6,8 @@ use std::time::Duration;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
 
+use crate::policy::knobs::ParkRam;
+
 /// A duration: a bare number is seconds, else `500ms`, `90s`, `15m`, `2h`, `7d`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Period(pub(super) Duration);
@@ -17,6 +19,10 @@ pub(super) struct Size(pub(super) u64);
 /// A share: `0.5` or `50%`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Share(pub(super) f64);
+
+/// Room in host memory: a size, or a share of all of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Room(pub(super) ParkRam);
 
 /// A word of a command line or a value of the environment: text, number or boolean, as it is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,6 +98,15 @@ fn share(text: &str) -> Result<f64, String> {
     }
 }
 
+fn room(text: &str) -> Result<ParkRam, String> {
+    let is_share = number_and_unit(text)
+        .is_some_and(|(number, unit)| unit == "%" || (unit.is_empty() && 0.0 < number && number < 1.0));
+    match is_share {
+        true => share(text).map(ParkRam::Share),
+        false => size(text).map(ParkRam::Bytes),
+    }
+}
+
 /// `18 GiB` -> (18.0, "GiB").
 fn number_and_unit(text: &str) -> Option<(f64, &str)> {
     let text = text.trim();
@@ -163,6 +178,10 @@ scalar!(Size, size, "a size: bytes, or a number with KiB, MiB, GiB, TiB, KB, MB,
 });
 scalar!(Share, share, "a share: 0.5 or 50%", {
     "type": ["number", "string"], "exclusiveMinimum": 0, "exclusiveMaximum": 1, "pattern": r"^[0-9.]+ *%?$"
+});
+
+scalar!(Room, room, "a size (64GiB), or a share of the memory (60%)", {
+    "type": ["number", "string"], "minimum": 0, "pattern": r"^[0-9.]+ *(%|([kKmMgGtT][iI]?)?[bB]?)$"
 });
 
 impl<'de> Deserialize<'de> for Word {

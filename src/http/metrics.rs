@@ -7,12 +7,13 @@ use crate::scheduler::handle::{Counters, QueueView};
 use crate::store::StoreMetrics;
 
 /// Name, type and help of every series.
-pub const SERIES: [(&str, &str, &str); 26] = [
+pub const SERIES: [(&str, &str, &str); 27] = [
     ("roundhouse_jobs", "gauge", "Jobs that have not ended, by model and state."),
     ("roundhouse_jobs_ended_total", "counter", "Jobs that ended since the server started, by state."),
     ("roundhouse_swaps_total", "counter", "Loads of a model after another one had held the device."),
     ("roundhouse_swaps_in_arrival_order_total", "counter", "Swaps that arrival order would have cost."),
-    ("roundhouse_load_seconds", "summary", "Time of loads until ready, by model."),
+    ("roundhouse_load_seconds", "summary", "Time of cold loads until ready, by model."),
+    ("roundhouse_wake_seconds", "summary", "Time of wakes from host memory until ready, by model."),
     ("roundhouse_failed_loads_total", "counter", "Loads that failed, by model."),
     ("roundhouse_worker_deaths_total", "counter", "Times a ready worker died, by model."),
     ("roundhouse_stale_results_total", "counter", "Results of old attempts that were dropped."),
@@ -60,6 +61,13 @@ pub fn render(seen: &Seen<'_>) -> String {
     out
 }
 
+fn timed_by_model(out: &mut String, name: &str, counts: &std::collections::BTreeMap<String, (u64, f64)>) {
+    for (model, (count, seconds)) in counts {
+        sample(out, &format!("{name}_sum"), &[("model", model)], seconds);
+        sample(out, &format!("{name}_count"), &[("model", model)], count);
+    }
+}
+
 fn samples(name: &str, seen: &Seen<'_>, out: &mut String) {
     let Seen { queue, counters, store, .. } = seen;
     match name {
@@ -77,12 +85,8 @@ fn samples(name: &str, seen: &Seen<'_>, out: &mut String) {
         }
         "roundhouse_swaps_total" => sample(out, name, &[], queue.swaps),
         "roundhouse_swaps_in_arrival_order_total" => sample(out, name, &[], queue.swaps_in_arrival_order),
-        "roundhouse_load_seconds" => {
-            for (model, (count, seconds)) in &counters.loads {
-                sample(out, "roundhouse_load_seconds_sum", &[("model", model)], seconds);
-                sample(out, "roundhouse_load_seconds_count", &[("model", model)], count);
-            }
-        }
+        "roundhouse_load_seconds" => timed_by_model(out, name, &counters.loads),
+        "roundhouse_wake_seconds" => timed_by_model(out, name, &counters.wakes),
         "roundhouse_failed_loads_total" => by_model(out, name, &counters.failed_loads),
         "roundhouse_worker_deaths_total" => by_model(out, name, &counters.worker_deaths),
         "roundhouse_stale_results_total" => sample(out, name, &[], counters.stale_results),
@@ -157,6 +161,7 @@ mod tests {
         let counters = Counters {
             ended: [(JobState::Succeeded, 3)].into(),
             loads: [("a\"b".to_owned(), (2, 3.5))].into(),
+            wakes: [("flux".to_owned(), (2, 0.5))].into(),
             failed_loads: [("flux".to_owned(), 1)].into(),
             worker_deaths: [("flux".to_owned(), 4)].into(),
             stale_results: 5,

@@ -15,12 +15,35 @@ pub struct Knobs {
     pub swap_budget_interactive: f64,
     /// The same for all other early swaps; 0 < b < 1.
     pub swap_budget_other: f64,
+    /// Host memory for parked models.
+    pub park_ram: ParkRam,
     /// Most jobs queued in all.
     pub queued_max: usize,
     /// Most jobs queued per tenant.
     pub queued_per_tenant_max: usize,
     /// Most sync calls waiting at once.
     pub waiting_sync_max: usize,
+}
+
+/// How much host memory parked models may take together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ParkRam {
+    /// Of all that this program and its workers may use; from 0 to 1.
+    Share(f64),
+    /// So many bytes; 0: nothing is parked.
+    Bytes(u64),
+}
+
+impl ParkRam {
+    /// In bytes, of this much memory; of an unknown amount (`u64::MAX`) no share is taken.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes are far below 2^53 bytes")]
+    pub fn of(self, memory_bytes: u64) -> u64 {
+        match self {
+            Self::Share(_) if memory_bytes == u64::MAX => 0,
+            Self::Share(share) => (memory_bytes as f64 * share) as u64,
+            Self::Bytes(bytes) => bytes,
+        }
+    }
 }
 
 impl Default for Knobs {
@@ -31,6 +54,7 @@ impl Default for Knobs {
             max_visit: Duration::from_secs(5 * 60),
             swap_budget_interactive: 0.50,
             swap_budget_other: 0.15,
+            park_ram: ParkRam::Share(0.6),
             queued_max: 2_000_000,
             queued_per_tenant_max: 500_000,
             waiting_sync_max: 4_000,

@@ -22,6 +22,8 @@ pub struct Attempt {
     pub cancelling: bool,
     /// The server is stopping: nothing is charged.
     pub stopping: bool,
+    /// Its worker was woken and has answered nobody since.
+    pub canary: bool,
     /// Output has been relayed to a caller who cannot be asked to forget it.
     pub relayed: bool,
     /// Its own deadline, not its timeout, ended the attempt.
@@ -84,6 +86,10 @@ pub const BACKOFF_MIN_MS: i64 = 100;
 
 /// Judges the end of an attempt.
 pub fn judge(outcome: Outcome, attempt: &Attempt, now: Millis) -> Verdict {
+    if blames_wake(&outcome, attempt) {
+        let error = if let Outcome::Failed { error, .. } = outcome { Some(error) } else { None };
+        return requeue(attempt, error);
+    }
     match outcome {
         Outcome::Answered(answer) => Verdict::Succeed(answer),
         _ if attempt.deadline_passed => Verdict::Expire(JobError::new(
@@ -100,6 +106,14 @@ pub fn judge(outcome: Outcome, attempt: &Attempt, now: Millis) -> Verdict {
         Outcome::WorkerLost { reason, .. } => judge_crash(&reason, attempt),
         Outcome::Failed { error, retriable: true } => judge_failure(error, attempt, now),
     }
+}
+
+/// Whether it is put down to the worker, which was woken and has answered nobody since: the job runs again uncharged, on one
+/// that was loaded from nothing.
+pub fn blames_wake(outcome: &Outcome, attempt: &Attempt) -> bool {
+    let is_over = attempt.relayed || attempt.deadline_passed || attempt.cancelling || attempt.stopping;
+    let failed = matches!(outcome, Outcome::Failed { retriable: true, .. } | Outcome::WorkerLost { reached: true, .. });
+    attempt.canary && failed && !is_over
 }
 
 fn requeue(attempt: &Attempt, error: Option<JobError>) -> Verdict {
@@ -159,6 +173,7 @@ mod tests {
             isolated: false,
             cancelling: false,
             stopping: false,
+            canary: false,
             relayed: false,
             deadline_passed: false,
             deadline: None,
@@ -210,6 +225,19 @@ mod tests {
     fn a_server_stop_charges_nothing() {
         let stopping = Attempt { stopping: true, isolated: true, ..attempt() };
         assert!(matches!(judge(lost(), &stopping, 0), Verdict::Requeue(r) if r.failures == 0 && r.crashes == 0));
+    }
+
+    #[test]
+    fn the_first_failure_after_a_wake_is_the_wakes() {
+        let canary = Attempt { canary: true, failures: 2, isolated: true, crashes: 1, ..attempt() };
+        for outcome in [oom(), lost()] {
+            let Verdict::Requeue(r) = judge(outcome, &canary, 0) else { panic!("charged") };
+            assert_eq!((r.failures, r.crashes, r.suspicion, r.not_before), (2, 1, Suspicion::Kept, None));
+        }
+        let own = Outcome::Failed { error: JobError::new(ErrorCode::InvalidRequest, "no", false), retriable: false };
+        assert!(matches!(judge(own, &canary, 0), Verdict::Fail(_)), "its own fault");
+        assert!(matches!(judge(oom(), &Attempt { relayed: true, ..canary.clone() }, 0), Verdict::Fail(_)));
+        assert_eq!(judge(oom(), &Attempt { cancelling: true, ..canary }, 0), Verdict::Cancel);
     }
 
     #[test]

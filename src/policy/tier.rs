@@ -84,7 +84,9 @@ impl Tier {
 
     /// A worker that leaves its devices is not parked, though the tier is on.
     pub fn stop(&self, name: &str, it: &Parked) -> Decision {
-        let reason = if it.bytes > self.host {
+        let reason = if it.bytes == 0 {
+            format!("stop {name} without parking it: nobody has told yet how much host memory it would take")
+        } else if it.bytes > self.host {
             format!("stop {name} without parking it: it takes {}, and host memory is {}", gib(it.bytes), gib(self.host))
         } else {
             format!("stop {name} without parking it: {}", self.worth(it))

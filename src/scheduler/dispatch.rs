@@ -128,7 +128,12 @@ async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
     if silent {
         context.tell(Message::Event(Event::Silent { model: dispatch.model.clone(), number: token.id.number, since }));
     }
-    let verdict = retry::judge(outcome, &judged(&context, &dispatch, relayed, deadline_passed), context.clock.now());
+    let judged = judged(&context, &dispatch, relayed, deadline_passed);
+    if retry::blames_wake(&outcome, &judged) {
+        tracing::warn!(job.id = %token.id, model = %dispatch.model, "failed on a worker just woken, which is loaded anew: {outcome:?}");
+        context.tell(Message::Event(Event::CanaryFailed { model: dispatch.model.clone(), number: token.id.number }));
+    }
+    let verdict = retry::judge(outcome, &judged, context.clock.now());
     tracing::debug!(
         job.id = %token.id, job.attempt = token.attempt, elapsed_ms = started.elapsed().as_millis(), "attempt ended"
     );
@@ -183,6 +188,7 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
         crashes: job.crashes,
         max_attempts: job.max_attempts,
         isolated: dispatch.alone,
+        canary: dispatch.place.canary,
         cancelling: dispatch.stop.cancelled.is_cancelled(),
         stopping: context.tasks.hard().is_cancelled(),
         // A caller on the line has the output already and cannot be asked to forget it; readers of events can.

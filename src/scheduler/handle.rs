@@ -145,8 +145,10 @@ pub struct Position {
 pub struct Counters {
     /// Terminal jobs by state since start.
     pub ended: BTreeMap<JobState, u64>,
-    /// Loads by model: (count, seconds in all).
+    /// Loads from nothing by model: (count, seconds in all).
     pub loads: BTreeMap<String, (u64, f64)>,
+    /// Wakes of parked workers, in the same way.
+    pub wakes: BTreeMap<String, (u64, f64)>,
     /// Failed loads by model.
     pub failed_loads: BTreeMap<String, u64>,
     /// Times a ready worker died, by model.

@@ -304,6 +304,12 @@ impl Model {
         self.bytes().filter(fits).filter(|_| !inventory.one_at_a_time)
     }
 
+    /// A wake that comes to nothing costs a load from nothing.
+    pub(super) fn count_failed_wake(&mut self) {
+        let cold_ms = self.cold_ms();
+        blend(&mut self.learned.wake_ms, cold_ms, LOAD_WEIGHT);
+    }
+
     /// As the policy sees it; `parked`: a worker of it waits in host memory.
     pub(super) fn view(&self, inventory: &Inventory, parked: bool, now: Millis) -> ModelView {
         let (pending_interactive, pending_batch) = self.pending();

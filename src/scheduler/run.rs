@@ -111,6 +111,8 @@ pub struct Parts {
     pub gpus: Arc<dyn GpuProbe>,
     /// Memory for models that run on the CPU, in bytes.
     pub cpu_bytes: u64,
+    /// Memory for parked workers, in bytes.
+    pub park_bytes: u64,
     /// Number of the next job.
     pub next_number: i64,
 }
@@ -133,6 +135,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         controls,
         gpus,
         cpu_bytes,
+        park_bytes,
         next_number,
     } = parts;
     let (messages, inbox) = mpsc::unbounded_channel();
@@ -141,9 +144,10 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
     let handle = Handle::new(messages.clone(), hub.clone(), store.clone(), workers.clone(), viewed, tasks.clone());
     let there = devices::look(&gpus).await;
     let mut state = State::new(&models, knobs, &learned, epoch)
-        .on(Inventory::of(&there, cpu_bytes))
+        .on(Inventory { host: park_bytes, ..Inventory::of(&there, cpu_bytes) })
         .with_tenants(&served, &weights)
         .with_controls(&controls);
+    state.tell_parking(clock.now());
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
     // Known before the first plan; the supervisors' own reports come later.
@@ -311,10 +315,13 @@ impl Scheduler {
     /// The supervisors log what they report; here it is only counted and decided on.
     fn on_report(&mut self, model: String, replica: u32, report: Report) {
         // A suspected worker that turns out to be alive reports `Ready` again, which is no load.
-        let loading = self.state.index_of(&model).is_some_and(|index| self.state.is_loading(index, replica));
+        let index = self.state.index_of(&model);
+        let loading = index.is_some_and(|index| self.state.is_loading(index, replica));
+        let waking = index.is_some_and(|index| self.state.is_waking(index, replica));
         self.handle.count(|counters| match &report {
             Report::Ready { load_ms, .. } if loading => {
-                let (count, seconds) = counters.loads.entry(model.clone()).or_default();
+                let tier = if waking { &mut counters.wakes } else { &mut counters.loads };
+                let (count, seconds) = tier.entry(model.clone()).or_default();
                 *count += 1;
                 *seconds += *load_ms as f64 / 1e3;
             }

@@ -450,6 +450,7 @@ fn setup(rng: &mut Rng) -> Setup {
         });
     }
     let knobs = Knobs {
+        park_ram: crate::policy::knobs::ParkRam::Bytes(0),
         max_wait_interactive: Duration::from_secs(rng.pick(&[2, 20, 60])),
         max_wait_batch: Duration::from_secs(rng.pick(&[10, 120, 900])),
         max_visit: Duration::from_secs(rng.pick(&[10, 300])),
@@ -1406,6 +1407,7 @@ impl Sim {
         #[expect(clippy::cast_precision_loss, reason = "less than a thousand")]
         let jitter = self.rng.range(0, 999) as f64 / 1_000.0;
         let attempt = Attempt {
+            canary: false,
             failures: one.job.failures,
             crashes: one.job.crashes,
             max_attempts: one.job.max_attempts,

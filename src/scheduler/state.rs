@@ -67,6 +67,13 @@ pub enum Event {
         /// The job waits again; committed.
         back: Option<Back>,
     },
+    /// A job failed on a worker that was woken and has answered nobody since, and is about to go back uncharged.
+    CanaryFailed {
+        /// Entry name.
+        model: Arc<str>,
+        /// Its number; it counts as running until `Ended`.
+        number: i64,
+    },
     /// An attempt ran into its time limit and showed no progress for the last half of it: its worker may hang, though its
     /// health is well.
     Silent {
@@ -139,6 +146,8 @@ pub struct Place {
     pub max_batch: u32,
     /// The GPUs that the worker is on; `None`: on the CPU, or nobody knows.
     pub gpus: Option<GpuSet>,
+    /// It was woken and has answered nobody since: a failure is not the job's.
+    pub canary: bool,
 }
 
 /// Something to be done.
@@ -415,6 +424,7 @@ impl State {
                 Vec::new()
             }
             Event::Silent { model, number, since } => self.on_silent(&model, number, since, now),
+            Event::CanaryFailed { model, number } => self.on_canary_failed(&model, number, now),
             Event::Ended { model, number, answered, suspect, back } => {
                 self.on_ended(&model, number, answered, suspect, back, now)
             }
@@ -499,6 +509,20 @@ impl State {
         effects
     }
 
+    /// A worker has not served the first job since it was woken: it is stopped, so that it comes back by a cold load.
+    fn on_canary_failed(&mut self, model: &str, number: i64, now: Millis) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let Some(index) = self.index_of(model) else { return effects };
+        let running = self.models[index].queue.running().get(&number);
+        let worker = running.map(|running| running.worker).and_then(|replica| self.find(index, replica));
+        if let Some(worker) = worker
+            && matches!(&self.workers[worker].phase, Phase::Serving { place, .. } if place.canary)
+        {
+            self.leave(worker, true, now, &mut effects);
+        }
+        effects
+    }
+
     /// The place of a worker.
     fn find(&self, model: usize, replica: u32) -> Option<usize> {
         self.workers.iter().position(|worker| worker.model == model && worker.replica == replica)
@@ -527,20 +551,27 @@ impl State {
         if let Some(Back { not_before, crash }) = back {
             self.enqueue(&QueuedJob { was_started: true, not_before, crash, ..running.job }, now);
         }
-        let Some(worker) = self.find(index, running.worker).filter(|_| suspect) else {
+        let Some(worker) = self.find(index, running.worker) else {
             return Vec::new();
         };
-        let Phase::Serving { suspect, .. } = &mut self.workers[worker].phase else {
+        let Phase::Serving { suspect: is_suspected, place, .. } = &mut self.workers[worker].phase else {
             return Vec::new();
         };
+        place.canary &= !answered;
+        if !suspect {
+            return Vec::new();
+        }
         // Once: a worker that dies takes up to `limit` jobs along, and each of them says so.
-        if std::mem::replace(suspect, true) { Vec::new() } else { vec![self.order(worker, Order::Suspect)] }
+        if std::mem::replace(is_suspected, true) { Vec::new() } else { vec![self.order(worker, Order::Suspect)] }
     }
 
     fn on_report(&mut self, index: usize, replica: u32, report: Report, now: Millis) -> Vec<Effect> {
         let worker = self.find(index, replica);
         match report {
-            Report::Loading { .. } => Vec::new(),
+            Report::Loading { .. } => {
+                worker.into_iter().for_each(|worker| self.note_cold(worker));
+                Vec::new()
+            }
             Report::Takes { device_bytes } => {
                 self.models[index].count_bytes(device_bytes);
                 Vec::new()

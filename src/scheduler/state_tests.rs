@@ -283,6 +283,96 @@ fn a_hung_worker_is_stopped_and_not_parked() {
     assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
 }
 
+/// `a` was ordered to come back from host memory for job 3, and `b` is parked in its stead.
+fn waking() -> World {
+    let on_gpu = |name| ModelSpec { gpus: 1, memory: Some(50 << 30), park: true, ..spec(name, 1) };
+    let inventory =
+        Inventory { gpus: vec![80 << 30], cpu: None, host: 64 << 30, one_at_a_time: false, gone: Default::default() };
+    let mut world = World::new(&[]);
+    world.state = State::new(&[on_gpu("a"), on_gpu("b")], Knobs::default(), &BTreeMap::new(), 1).on(inventory);
+    world.queue(vec![job(1, "a")]);
+    world.finish_all();
+    for (number, model, other) in [(2, "b", "a"), (3, "a", "b")] {
+        world.queue(vec![job(number, model)]);
+        assert_eq!(std::mem::take(&mut world.orders), [(other.to_owned(), Order::Park)]);
+        world.report(other, Report::Parked { park_ms: 10 });
+        if model == "b" {
+            world.finish_all();
+        }
+    }
+    assert_eq!(std::mem::take(&mut world.orders), [("a".to_owned(), Order::Wake)]);
+    assert!(world.state.is_waking(0, 0));
+    world
+}
+
+fn ready(load_ms: i64) -> Report {
+    Report::Ready { base_url: "http://a".into(), load_ms }
+}
+
+#[test]
+fn a_worker_that_fails_first_after_its_wake_is_loaded_from_nothing() {
+    let mut world = waking();
+    world.report("a", ready(20));
+    let failed = Event::CanaryFailed { model: Arc::from("a"), number: 3 };
+    let back =
+        Event::Ended { model: Arc::from("a"), number: 3, answered: false, suspect: false, back: Some(Back::default()) };
+    world.event(failed.clone());
+    world.event(back);
+    assert_eq!(std::mem::take(&mut world.orders), [("a".to_owned(), Order::Stop)], "not parked again");
+    world.report("a", Report::Stopped { stop_ms: 1 });
+    assert_eq!(std::mem::take(&mut world.orders), [("a".to_owned(), Order::Load)]);
+    world.report("a", ready(2_000));
+    assert_eq!(world.running.len(), 2, "job 3 runs for the second time");
+    world.event(failed);
+    assert_eq!(world.orders, [], "that worker was not woken");
+}
+
+#[test]
+fn a_worker_that_has_answered_since_its_wake_is_as_good_as_any() {
+    let mut world = waking();
+    world.report("a", ready(20));
+    world.event(Event::Ended { model: Arc::from("a"), number: 3, answered: true, suspect: false, back: None });
+    world.queue(vec![job(4, "a")]);
+    world.event(Event::CanaryFailed { model: Arc::from("a"), number: 4 });
+    assert_eq!(world.orders, []);
+}
+
+#[test]
+fn a_parked_worker_that_died_before_it_heard_that_it_is_wanted_is_loaded_by_the_same_order() {
+    let mut world = waking();
+    world.report("a", Report::Died { reason: "killed".into() });
+    assert_eq!(world.orders, [], "its supervisor follows the order to wake");
+    assert!(world.state.is_loading(0, 0) && !world.state.is_waking(0, 0));
+    world.report("a", ready(2_000));
+    assert_eq!(world.running, [(Arc::from("a"), 3)]);
+}
+
+#[test]
+fn a_wake_that_turns_into_a_cold_load_counts_as_one() {
+    let mut world = waking();
+    let before = world.state.models[0].load_ms(true);
+    world.report("a", Report::Loading { phase: None, percent: None });
+    assert!(!world.state.is_waking(0, 0));
+    world.report("a", ready(2_000));
+    assert!(world.state.models[0].load_ms(true) >= before, "a wake is not expected to be quick for that");
+    assert_eq!(world.running, [(Arc::from("a"), 3)]);
+}
+
+#[test]
+fn a_model_of_which_nobody_knows_the_size_is_not_parked() {
+    let on_gpu = |name| ModelSpec { gpus: 1, memory: None, park: true, ..spec(name, 1) };
+    let inventory =
+        Inventory { gpus: vec![80 << 30], cpu: None, host: 64 << 30, one_at_a_time: false, gone: Default::default() };
+    let mut world = World::new(&[]);
+    world.state = State::new(&[on_gpu("a"), on_gpu("b")], Knobs::default(), &BTreeMap::new(), 1).on(inventory);
+    world.queue(vec![job(1, "a")]);
+    world.finish_all();
+    world.queue(vec![job(2, "b")]);
+    assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
+    let said = world.state.history.iter().any(|decision| decision.reason.contains("nobody has told yet"));
+    assert!(said, "{:?}", world.state.history);
+}
+
 #[test]
 fn overdue_jobs_end_with_the_code_that_tells_whether_they_were_started() {
     let mut world = World::new(&[("a", 1)]);

@@ -216,7 +216,7 @@ impl State {
             Phase::Waiting { .. } | Phase::Parked => return vec![self.order(place, Order::Stop)],
         };
         let gpus = (self.models[index].needs_gpus() && !self.inventory.one_at_a_time).then_some(worker.set);
-        let at = Place { replica, base_url, load, max_batch, gpus };
+        let at = Place { replica, base_url, load, max_batch, gpus, canary: was_parked };
         worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false };
         let set = worker.set;
         self.next_load += 1;
@@ -297,12 +297,16 @@ impl State {
             all.into_iter().zip(sizes).partition(|(w, _)| *w == place || self.workers[*w].phase == Phase::Parked);
         let fixed: u64 = fixed.iter().map(|(_, size)| size.bytes).sum();
         let sizes: Vec<tier::Parked> = movable.iter().map(|(_, size)| *size).collect();
-        let gone = tier::to_drop(&sizes, self.inventory.host.saturating_sub(fixed));
+        let own = movable.iter().position(|(worker, _)| *worker == place).unwrap_or(0);
+        // Of what nobody knows the size of, nobody can say whether it fits.
+        let gone = match sizes[own].bytes {
+            0 => vec![own],
+            _ => tier::to_drop(&sizes, self.inventory.host.saturating_sub(fixed)),
+        };
         let name = |which: usize| self.models[self.workers[movable[which].0].model].name.clone();
         let stay = (0..sizes.len()).filter(|which| !gone.contains(which));
         let used = fixed + stay.map(|which| sizes[which].bytes).sum::<u64>();
         let tier = tier::Tier { host: self.inventory.host, used, now };
-        let own = movable.iter().position(|(worker, _)| *worker == place).unwrap_or(0);
         let parks = !gone.contains(&own);
         let mut said: Vec<Decision> = gone
             .iter()
@@ -338,6 +342,11 @@ impl State {
             // The old one of this number, of which nothing is left.
             return Vec::new();
         }
+        if let Phase::Loading { since, was_parked: true } = self.workers[place].phase {
+            // It died in host memory before it heard that it is wanted: it will, and be loaded from nothing.
+            self.workers[place].phase = Phase::Loading { since, was_parked: false };
+            return Vec::new();
+        }
         if !self.workers[place].is_on_device() {
             // In host memory.
             let index = self.workers[place].model;
@@ -346,6 +355,15 @@ impl State {
             return Vec::new();
         }
         self.on_left(place, now)
+    }
+
+    /// A worker loads from nothing, though it was to be woken.
+    pub(super) fn note_cold(&mut self, place: usize) {
+        if let Phase::Loading { was_parked, .. } = &mut self.workers[place].phase
+            && std::mem::take(was_parked)
+        {
+            self.models[self.workers[place].model].count_failed_wake();
+        }
     }
 
     /// A load came to nothing.

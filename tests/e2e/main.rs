@@ -17,6 +17,7 @@ mod gpu;
 mod input;
 mod limits;
 mod messages;
+mod parking;
 mod replay;
 mod restarts;
 mod retention;
