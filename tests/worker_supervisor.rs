@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use roundhouse::clock::SystemClock;
 use roundhouse::domain::worker::Report;
-use roundhouse::domain::{ErrorCode, Launch, ModelKind, ModelSpec, ModelState};
+use roundhouse::domain::{ErrorCode, GpuSet, Launch, ModelKind, ModelSpec, ModelState};
 use roundhouse::lifecycle::Tasks;
 use roundhouse::worker::gpu::{self, Gpu, GpuProbe};
 use roundhouse::worker::supervisor::{Order, Surroundings, Tempo, WorkerHandle, end_orphans};
@@ -757,6 +757,24 @@ async fn parked_means_that_the_driver_shows_the_memory_back() {
     worker.handle.order(Order::Park);
     let report = worker.settled().await;
     assert!(matches!(report, Report::Stopped { .. }), "{report:?}");
+    bench.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn a_parked_worker_that_is_wanted_on_another_gpu_is_loaded_there_from_nothing() {
+    let gpus = tempfile::tempdir().unwrap();
+    let card = |index: u32| serde_json::json!({"index": index, "name": "Fake", "total_bytes": 80_000_000_000_u64});
+    std::fs::write(gpus.path().join("gpus.json"), serde_json::json!([card(0), card(1)]).to_string()).unwrap();
+    let bench = Bench::with_gpus(Some(&format!("dir:{}", gpus.path().display())));
+    let mut worker = bench.supervise(ModelSpec { gpus: 1, ..bench.spec(&[]) });
+    for (order, gpu, starts) in [(Order::Load, 0, 1), (Order::Wake, 0, 1), (Order::Wake, 1, 2)] {
+        worker.handle.order_on(order, GpuSet::one(gpu));
+        assert!(matches!(worker.settled().await, Report::Ready { .. }));
+        let view = worker.handle.view();
+        assert_eq!((view.gpus, view.starts), (vec![gpu], starts));
+        worker.park().await;
+    }
+    worker.stop().await;
     bench.assert_nothing_left();
 }
 

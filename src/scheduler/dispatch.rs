@@ -130,7 +130,7 @@ async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
     }
     let judged = judged(&context, &dispatch, relayed, deadline_passed);
     if retry::blames_wake(&outcome, &judged) {
-        tracing::warn!(job.id = %token.id, model = %dispatch.model, "failed on a worker just woken, which is loaded anew: {outcome:?}");
+        tracing::warn!(job.id = %token.id, model = %dispatch.model, "failed on a worker just woken, which is loaded anew");
         context.tell(Message::Event(Event::CanaryFailed { model: dispatch.model.clone(), number: token.id.number }));
     }
     let verdict = retry::judge(outcome, &judged, context.clock.now());

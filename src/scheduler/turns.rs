@@ -119,8 +119,10 @@ impl State {
 
     /// Gives a set to a new worker of a model, or to a parked one, to be loaded when those who leave have left.
     fn assign(&mut self, model: usize, set: GpuSet, guest_until: Option<Millis>) {
-        let parked = self.workers.iter().position(|w| w.model == model && w.phase == Phase::Parked);
-        if let Some(parked) = parked {
+        let is_parked = |worker: &Worker| worker.model == model && worker.phase == Phase::Parked;
+        // One wakes only where it was; elsewhere it is loaded from nothing.
+        let there = self.workers.iter().position(|worker| is_parked(worker) && worker.set == set);
+        if let Some(parked) = there.or_else(|| self.workers.iter().position(is_parked)) {
             let worker = &mut self.workers[parked];
             (worker.set, worker.guest_until) = (set, guest_until);
             worker.phase = Phase::Waiting { was_parked: true };
