@@ -160,6 +160,8 @@ struct Boxed {
     /// Callers who send their next request when the last was answered: requests left and think time, by model.
     callers: BTreeMap<usize, (usize, Millis)>,
     next_number: i64,
+    /// Device time that jobs had, as they were told, ms.
+    had_ms: f64,
 }
 
 impl Boxed {
@@ -184,6 +186,7 @@ impl Boxed {
             parking: Vec::new(),
             callers: BTreeMap::new(),
             next_number: 1_000_000,
+            had_ms: 0.0,
             setup,
         };
         for (at, jobs) in arrivals {
@@ -202,6 +205,7 @@ impl Boxed {
         let mut idle_wakes = 0;
         for _ in 0..EVENTS_MAX {
             if self.open == 0 {
+                self.check_accounts();
                 return;
             }
             let wake = self.state.wake_at();
@@ -278,6 +282,7 @@ impl Boxed {
             Ev::Back(model, number) => {
                 let name = self.state.models[model].name.clone();
                 if self.end(number) {
+                    self.had_ms += self.state.settle(&name, number, self.now);
                     let back = Some(Back::default());
                     self.tell(Event::Ended { model: name, number, answered: false, suspect: false, back });
                 }
@@ -289,6 +294,7 @@ impl Boxed {
                     return;
                 }
                 self.open -= 1;
+                self.had_ms += self.state.settle(&name, number, self.now);
                 self.tell(Event::Ended { model: name, number, answered: true, suspect: false, back: None });
                 self.send_next(model);
             }
@@ -441,6 +447,12 @@ impl Boxed {
         }
         let reasons: Vec<Decision> = self.state.decisions().take(2).cloned().collect();
         reasons.iter().for_each(|decision| self.check_reason(decision));
+    }
+
+    /// The time that devices worked is the time that jobs had of them, whoever shared what with whom.
+    fn check_accounts(&mut self) {
+        let worked: f64 = self.state.take_spent(self.now).iter().map(|spent| spent.work_ms).sum();
+        assert!((worked - self.had_ms).abs() < 1.0, "devices worked {worked} ms, jobs had {} ms", self.had_ms);
     }
 
     fn check_memory(&self) {

@@ -66,8 +66,19 @@ pub(super) struct Running {
     charged_ms: f64,
     /// The worker's shares so far when it began, ms.
     share_from: f64,
-    /// What it had of the worker, once that is settled, ms.
-    had_ms: Option<f64>,
+    /// The worker's device shares so far when it began, ms.
+    device_from: f64,
+    /// What it had of the worker and of its devices, once that is settled.
+    had: Option<Had>,
+}
+
+/// What a job had, ms.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Had {
+    /// Of its worker's time.
+    worker_ms: f64,
+    /// Of its devices' time, all of them together.
+    pub(super) device_ms: f64,
 }
 
 /// What a worker has to do.
@@ -81,6 +92,8 @@ struct Load {
     sharing: usize,
     /// Time that each of its jobs had of the worker so far, ms: grows by 1/n while n share it.
     share_ms: f64,
+    /// Time that each of its jobs had of the devices so far, ms: their keeper says how much the worker has had.
+    device_share_ms: f64,
     at: Millis,
 }
 
@@ -445,30 +458,41 @@ impl Queue {
         load.sharing += 1;
         load.batch += usize::from(Class::of(job.priority) == Class::Batch);
         load.alone += usize::from(alone);
-        let share_from = load.share_ms;
+        let (share_from, device_from) = (load.share_ms, load.device_share_ms);
         let running = Running {
             alone,
             claimed_at: now,
             worker: to.worker,
             charged_ms: to.charge_ms,
             share_from,
-            had_ms: None,
+            device_from,
+            had: None,
             job,
         };
         self.running.insert(running.job.number, running);
     }
 
-    /// What a job had of its worker, ms: from now on it shares nothing any more. `None`: it does not run.
-    pub(super) fn settle(&mut self, number: i64, now: Millis) -> Option<f64> {
+    /// A worker has worked for so much time of its devices, ms, which is what its jobs had.
+    pub(super) fn credit(&mut self, worker: u32, device_ms: f64) {
+        if let Some(load) = self.loads.get_mut(&worker).filter(|load| load.sharing > 0) {
+            load.device_share_ms += device_ms / load.sharing as f64;
+        }
+    }
+
+    /// What a job had: from now on it shares nothing any more. `None`: it does not run.
+    pub(super) fn settle(&mut self, number: i64, now: Millis) -> Option<Had> {
         let running = self.running.get_mut(&number)?;
-        if let Some(had) = running.had_ms {
+        if let Some(had) = running.had {
             return Some(had);
         }
         let load = self.loads.entry(running.worker).or_default();
         load.count_until(now);
         load.sharing = load.sharing.saturating_sub(1);
-        let had = load.share_ms - running.share_from;
-        running.had_ms = Some(had);
+        let had = Had {
+            worker_ms: load.share_ms - running.share_from,
+            device_ms: load.device_share_ms - running.device_from,
+        };
+        running.had = Some(had);
         Some(had)
     }
 
@@ -479,7 +503,7 @@ impl Queue {
 
     /// Counts it no longer, and charges its tenant for what it had of the worker: `gpus` times its share of the time.
     pub(super) fn end(&mut self, number: i64, gpus: f64, served: &mut Served, now: Millis) -> Option<Running> {
-        let had = self.settle(number, now)? * gpus;
+        let had = self.settle(number, now)?.worker_ms * gpus;
         let running = self.running.remove(&number)?;
         if let Some(load) = self.loads.get_mut(&running.worker) {
             load.count_until(now);

@@ -26,7 +26,7 @@ use crate::scheduler::queue::{Run, shared};
 use crate::scheduler::state::{Effect, Event, Holding, Inventory, Place, State};
 use crate::scheduler::watch as devices;
 use crate::store::{
-    self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Store, StoreError,
+    self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Spent, Store, StoreError,
 };
 use crate::worker::client::{RunTag, WorkerClient};
 use crate::worker::gpu::GpuProbe;
@@ -54,29 +54,71 @@ pub(super) enum Message {
     /// Something for the state machine.
     Event(Event),
     /// An attempt is over; `state`: what was committed, `None` for a late result.
-    Ended { event: Event, state: Option<JobState> },
+    Ended {
+        event: Event,
+        state: Option<JobState>,
+    },
     /// Committed jobs that wait now; the reply says so, and where the only one stands.
-    Accepted { queued: Vec<QueuedJob>, accepted: Accepted, reply: Reply },
+    Accepted {
+        queued: Vec<QueuedJob>,
+        accepted: Accepted,
+        reply: Reply,
+    },
     /// Commit new jobs.
-    Submit { jobs: Vec<NewJob>, key: Option<IdempotencyKey>, reply: Reply },
+    Submit {
+        jobs: Vec<NewJob>,
+        key: Option<IdempotencyKey>,
+        reply: Reply,
+    },
     /// A running job is to be cancelled; its row says so already.
-    Cancel { number: i64 },
+    Cancel {
+        number: i64,
+    },
     /// A waiting job was cancelled.
-    Cancelled { model: String, priority: u8, number: i64 },
+    Cancelled {
+        model: String,
+        priority: u8,
+        number: i64,
+    },
     /// A waiting job that the loop had given up ended.
-    EndedQueued { state: JobState },
+    EndedQueued {
+        state: JobState,
+    },
     /// Where a waiting job stands.
-    Position { model: String, priority: u8, number: i64, reply: oneshot::Sender<Option<Position>> },
+    Position {
+        model: String,
+        priority: u8,
+        number: i64,
+        reply: oneshot::Sender<Option<Position>>,
+    },
     /// An operator says something; the answer comes when what lasts of it is durable.
-    Control { control: Control, reply: oneshot::Sender<Result<(), StoreError>> },
+    Control {
+        control: Control,
+        reply: oneshot::Sender<Result<(), StoreError>>,
+    },
     /// Cancel waiting jobs with numbers below `before`, all that wait now if it is not said; `removed`: so many were.
-    Purge { model: Option<String>, before: Option<i64>, removed: usize, reply: oneshot::Sender<usize> },
+    /// Where the devices' time went could not be stored.
+    PutBackSpent(Vec<Spent>),
+    Purge {
+        model: Option<String>,
+        before: Option<i64>,
+        removed: usize,
+        reply: oneshot::Sender<usize>,
+    },
     /// An attempt is over: what did it have of the devices, in ms?
-    Settle { model: Arc<str>, number: i64, reply: oneshot::Sender<f64> },
+    Settle {
+        model: Arc<str>,
+        number: i64,
+        reply: oneshot::Sender<f64>,
+    },
     /// Keep where the devices' time went until now.
-    KeepSpent { reply: oneshot::Sender<Result<(), StoreError>> },
+    KeepSpent {
+        reply: oneshot::Sender<Result<(), StoreError>>,
+    },
     /// Are you there?
-    Ping { reply: oneshot::Sender<()> },
+    Ping {
+        reply: oneshot::Sender<()>,
+    },
 }
 
 /// What the scheduler is built from.
@@ -366,6 +408,7 @@ impl Scheduler {
                 let _ = reply.send(self.position(&model, priority, number));
             }
             Message::Control { control, reply } => self.control(control, reply),
+            Message::PutBackSpent(spent) => self.state.put_back_spent(spent),
             Message::Purge { model, before, removed, reply } => self.purge(model, before, removed, reply),
             Message::Settle { model, number, reply } => {
                 let _ = reply.send(self.state.settle(&model, number, self.context.clock.now()));

@@ -17,7 +17,7 @@ use crate::policy::plan::{Decision, Reservation};
 use crate::policy::{Knobs, admission};
 pub use crate::scheduler::inventory::Inventory;
 use crate::scheduler::inventory::{Phase, Worker, round};
-use crate::scheduler::ledger::Ledger;
+use crate::scheduler::ledger::{ArrivalOrder, Ledger};
 use crate::scheduler::model::{Model, Trouble};
 use crate::scheduler::queue::{Run, Running, To};
 use crate::store::{Learned, QueuedJob};
@@ -226,7 +226,7 @@ pub struct State {
     running_of: HashMap<Arc<str>, usize>,
     /// The model last loaded on each device.
     last_on: Vec<Option<usize>>,
-    last_arrival: Option<usize>,
+    arrival_order: ArrivalOrder,
     pub(super) swaps: u64,
     pub(super) swaps_in_arrival_order: u64,
     pub(super) decision: Option<Decision>,
@@ -273,7 +273,7 @@ impl State {
             served_changed: false,
             by_tenant: HashMap::new(),
             running_of: HashMap::new(),
-            last_arrival: None,
+            arrival_order: ArrivalOrder::default(),
             swaps: 0,
             swaps_in_arrival_order: 0,
             decision: None,
@@ -358,11 +358,10 @@ impl State {
         let Some(index) = self.index_of(model) else {
             return;
         };
-        if self.last_arrival.is_some_and(|last| last != index) {
+        if self.swaps_in_order(index) {
             self.swaps_in_arrival_order += 1;
             self.ledger.count_swap_in_order(index);
         }
-        self.last_arrival = Some(index);
         self.models[index].count_arrival(now);
     }
 
