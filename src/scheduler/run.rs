@@ -281,9 +281,9 @@ impl Scheduler {
     }
 
     async fn next(&mut self, stopping: bool) -> Wake {
-        let now = self.context.clock.now();
-        let timer =
-            self.state.wake_at().map(|at| Instant::now() + Duration::from_millis(u64::try_from(at - now).unwrap_or(0)));
+        let clock = &self.context.clock;
+        let left = |at: Millis| Duration::from_millis(u64::try_from(at - clock.now()).unwrap_or(0));
+        let timer = self.state.wake_at().map(|at| Instant::now() + clock.really(left(at)));
         let tasks = &self.context.tasks;
         tokio::select! {
             biased;

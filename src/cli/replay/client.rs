@@ -121,7 +121,7 @@ impl Player<'_> {
             json!({"kind": "custom", "model": model.name, "input": body, "priority": priority})
         };
         if let Some(deadline) = job.deadline_s {
-            request["deadline_s"] = json!(((deadline - self.now_s()) / self.factor).max(0.001));
+            request["deadline_s"] = json!((deadline - self.now_s()).max(0.001));
         }
         request
     }
@@ -183,14 +183,14 @@ impl Player<'_> {
         for (job, planned) in jobs.iter().zip(&self.trace.jobs) {
             let created = at_s(job, "created_at")?.context("a job without created_at")?;
             // No job was submitted before its time, and the promptest one right on it.
-            begin = begin.min(created - planned.arrival_s / self.factor);
+            begin = begin.min(created - planned.arrival_s);
         }
         let life = |job: &Value| {
             let state = job["state"].as_str().unwrap_or_default();
             if !matches!(state, "succeeded" | "expired") {
                 bail!("{} ended as {state}: {}", job["id"], job["error"]);
             }
-            let since = |name: &str| anyhow::Ok(at_s(job, name)?.map(|at| (at - begin) * self.factor));
+            let since = |name: &str| anyhow::Ok(at_s(job, name)?.map(|at| at - begin));
             let start_s = if state == "succeeded" { since("started_at")? } else { None };
             Ok(JobLife { start_s, end_s: since("finished_at")?, worker: None })
         };
