@@ -17,9 +17,14 @@ pub trait Clock: Send + Sync + 'static {
         1.0
     }
 
-    /// How long it really is until this clock has gone on by `time`.
+    /// How long a `time` by this clock really is.
     fn really(&self, time: Duration) -> Duration {
         if self.pace() > 1.0 { time.div_f64(self.pace()) } else { time }
+    }
+
+    /// How long it really is until this clock shows `at`; zero if it has.
+    fn until(&self, at: Millis) -> Duration {
+        self.really(Duration::from_millis(u64::try_from(at - self.now()).unwrap_or(0)))
     }
 
     /// By how many milliseconds this clock goes on in a real `time`.
@@ -169,6 +174,8 @@ mod tests {
         assert_eq!(clock.really(Duration::from_millis(1_500)), Duration::from_millis(30));
         let begun = clock.begun.elapsed();
         assert!(clock.now() - clock.since >= clock.millis_in(begun));
+        assert!(clock.until(clock.since + 50_000_000) <= Duration::from_secs(1_000));
+        assert_eq!(clock.until(clock.since), Duration::ZERO);
         let plain = SystemClock::default();
         assert_eq!(plain.millis_in(Duration::from_millis(30)), 30);
         assert_eq!(plain.really(Duration::from_micros(1_500)), Duration::from_micros(1_500));

@@ -1,6 +1,9 @@
 //! `roundhouse replay`: a trace against the real server, with echo workers and everything faster by a factor, and the same
 //! measures as `simulate` beside those of the simulation.
 //!
+//! The server's clock is a fast one (`ROUNDHOUSE_CLOCK_FACTOR`), so that its models, knobs, constants and all that it learns
+//! are in the trace's own time. Only its workers, and what HTTP, the disk and the system take, are in real time.
+//!
 //! `server` starts and ends a server of its own in a folder of its own; `client` submits and reads what became of the jobs.
 
 mod client;
@@ -19,7 +22,8 @@ use crate::sim::measure::{COLUMNS, Measures};
 use crate::sim::record::{JobLife, Record, Visit};
 use crate::sim::{self, PolicyName, Trace};
 
-/// What the live row is called.
+/// What the two rows are called.
+const SIMULATED: &str = "simulated";
 const LIVE: &str = "live";
 
 /// Flags of `replay`.
@@ -28,7 +32,7 @@ pub struct ReplayArgs {
     /// Trace files; tests/traces/README.md describes the format
     #[arg(required = true, value_name = "TRACE")]
     pub traces: Vec<PathBuf>,
-    /// How much faster than the trace: all its times are divided by this, and what is measured is multiplied by it
+    /// How much faster than the trace: the server's clock goes that much faster, and its workers load and work so
     #[arg(long, default_value_t = 60.0, value_name = "N")]
     pub factor: f64,
     /// Print rows with the columns of reference.csv instead of a table
@@ -59,15 +63,14 @@ pub(super) async fn replay(args: &ReplayArgs, out: &mut dyn Write) -> anyhow::Re
     }
     for trace in &traces {
         let record = live(trace, args).await.with_context(|| format!("replay of {}", trace.name))?;
-        let live = Measures::of(trace, LIVE, &record);
-        if args.csv {
-            writeln!(out, "{}", live.csv())?;
-            continue;
-        }
         let policy = PolicyName::Roundhouse;
         let simulated = sim::simulate(trace, policy, &Knobs::default())
             .with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
-        let rows = [Measures::of(trace, "simulated", &simulated), live];
+        let rows = [Measures::of(trace, SIMULATED, &simulated), Measures::of(trace, LIVE, &record)];
+        if args.csv {
+            rows.iter().try_for_each(|row| writeln!(out, "{}", row.csv()))?;
+            continue;
+        }
         out.write_all(simulate::table(trace, &rows, &[]).as_bytes())?;
     }
     Ok(ExitCode::SUCCESS)

@@ -282,8 +282,7 @@ impl Scheduler {
 
     async fn next(&mut self, stopping: bool) -> Wake {
         let clock = &self.context.clock;
-        let left = |at: Millis| Duration::from_millis(u64::try_from(at - clock.now()).unwrap_or(0));
-        let timer = self.state.wake_at().map(|at| Instant::now() + clock.really(left(at)));
+        let timer = self.state.wake_at().map(|at| Instant::now() + clock.until(at));
         let tasks = &self.context.tasks;
         tokio::select! {
             biased;

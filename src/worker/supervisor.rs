@@ -454,8 +454,7 @@ impl Supervisor {
                 self.report(Report::Available);
                 return Phase::Absent;
             }
-            let left = Duration::from_millis(left.unsigned_abs());
-            let nap = self.around.clock.really(left).min(BACKOFF_LOOK_EVERY);
+            let nap = Duration::from_millis(left.unsigned_abs()).min(BACKOFF_LOOK_EVERY);
             let order = tokio::select! {
                 biased;
                 order = self.next_order() => order,
