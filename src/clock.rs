@@ -95,7 +95,7 @@ pub struct FastClock {
 
 impl FastClock {
     /// Most that a clock may be faster: at more, a millisecond of real time is ten seconds.
-    const PACE_MAX: f64 = 10_000.0;
+    pub const PACE_MAX: f64 = 10_000.0;
 
     /// From the value of `ROUNDHOUSE_CLOCK_FACTOR`; an error says what is wrong with it.
     #[expect(clippy::disallowed_methods, reason = "the one place that reads the clocks")]

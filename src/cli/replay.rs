@@ -17,6 +17,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 
 use super::simulate;
+use crate::clock::FastClock;
 use crate::policy::Knobs;
 use crate::sim::measure::{COLUMNS, Measures};
 use crate::sim::record::{JobLife, Record, Visit};
@@ -51,8 +52,8 @@ pub struct ReplayArgs {
 
 /// Replays traces one after the other. Nothing is started if one of them cannot be read or replayed.
 pub(super) async fn replay(args: &ReplayArgs, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
-    if !(args.factor.is_finite() && args.factor >= 1.0) {
-        bail!("--factor: {} must be a number from 1", args.factor);
+    if !(1.0..=FastClock::PACE_MAX).contains(&args.factor) {
+        bail!("--factor: {} must be a number from 1 to {}", args.factor, FastClock::PACE_MAX);
     }
     let traces: Vec<Trace> = args.traces.iter().map(|path| Ok(Trace::read(path)?)).collect::<anyhow::Result<_>>()?;
     for trace in &traces {
