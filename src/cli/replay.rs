@@ -23,8 +23,9 @@ use crate::sim::measure::{COLUMNS, Measures};
 use crate::sim::record::{JobLife, Record, Visit};
 use crate::sim::{self, PolicyName, Trace};
 
-/// What the two rows are called.
+/// What the rows are called. `retimed`: the simulation of a trace whose loads take as long as the live ones did in the end.
 const SIMULATED: &str = "simulated";
+const RETIMED: &str = "retimed";
 const LIVE: &str = "live";
 
 /// Flags of `replay`.
@@ -63,11 +64,12 @@ pub(super) async fn replay(args: &ReplayArgs, out: &mut dyn Write) -> anyhow::Re
         writeln!(out, "{}", COLUMNS.join(","))?;
     }
     for trace in &traces {
-        let record = live(trace, args).await.with_context(|| format!("replay of {}", trace.name))?;
-        let policy = PolicyName::Roundhouse;
-        let simulated = sim::simulate(trace, policy, &Knobs::default())
-            .with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
-        let rows = [Measures::of(trace, SIMULATED, &simulated), Measures::of(trace, LIVE, &record)];
+        let (record, swap_s) = live(trace, args).await.with_context(|| format!("replay of {}", trace.name))?;
+        let mut retimed = trace.clone();
+        for (model, swap_s) in retimed.models.iter_mut().zip(swap_s) {
+            model.cold_s = (swap_s - model.stop_s).max(0.0);
+        }
+        let rows = [simulated(SIMULATED, trace)?, simulated(RETIMED, &retimed)?, Measures::of(trace, LIVE, &record)];
         if args.csv {
             rows.iter().try_for_each(|row| writeln!(out, "{}", row.csv()))?;
             continue;
@@ -77,7 +79,15 @@ pub(super) async fn replay(args: &ReplayArgs, out: &mut dyn Write) -> anyhow::Re
     Ok(ExitCode::SUCCESS)
 }
 
-async fn live(trace: &Trace, args: &ReplayArgs) -> anyhow::Result<Record> {
+fn simulated(row: &str, trace: &Trace) -> anyhow::Result<Measures> {
+    let policy = PolicyName::Roundhouse;
+    let record = sim::simulate(trace, policy, &Knobs::default())
+        .with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
+    Ok(Measures::of(trace, row, &record))
+}
+
+/// What was seen, and what a swap to each model cost in the end, in seconds.
+async fn live(trace: &Trace, args: &ReplayArgs) -> anyhow::Result<(Record, Vec<f64>)> {
     let server = server::Server::start(trace, args).await?;
     let played = tokio::select! {
         played = client::play(trace, &server, args.factor) => played,
@@ -88,7 +98,7 @@ async fn live(trace: &Trace, args: &ReplayArgs) -> anyhow::Result<Record> {
     // Why it was not played matters more than how its server ended.
     let played = played?;
     stopped?;
-    Ok(record(trace, &played))
+    Ok((record(trace, &played), played.swap_s))
 }
 
 /// What was seen, as a simulation leaves it behind. When its workers came and went is not known, only how many loads there

@@ -33,6 +33,8 @@ pub(super) struct Played {
     pub(super) jobs: Vec<JobLife>,
     /// By the trace's models.
     pub(super) loads: Vec<usize>,
+    /// What ending a worker and loading one took together, as the server has learned it; by the trace's models.
+    pub(super) swap_s: Vec<f64>,
 }
 
 /// Plays a trace. Fails if a job does not end well, except by its deadline.
@@ -43,7 +45,7 @@ pub(super) async fn play(trace: &Trace, server: &Server, factor: f64) -> anyhow:
         Player { trace, tenants, factor, begun: Instant::now(), said: Instant::now(), ids: HashMap::new() };
     player.submit_all().await?;
     let jobs = player.ended_jobs().await?;
-    Ok(Played { jobs: player.lives(&jobs)?, loads: player.loads().await? })
+    Ok(Played { jobs: player.lives(&jobs)?, loads: player.loads().await?, swap_s: player.swap_s().await? })
 }
 
 struct Player<'a> {
@@ -195,6 +197,17 @@ impl Player<'_> {
             Ok(JobLife { start_s, end_s: since("finished_at")?, worker: None })
         };
         jobs.iter().map(life).collect()
+    }
+
+    /// What a swap to each model costs, by what the server has learned.
+    async fn swap_s(&self) -> anyhow::Result<Vec<f64>> {
+        let queue = self.tenants[0].get("/v1/queue").await?;
+        let models = queue["models"].as_array().context("no `models` in /v1/queue")?;
+        let of = |name: &str| {
+            let own = models.iter().find(|model| model["model"] == name);
+            own.and_then(|model| model["swap_cost_s"].as_f64()).with_context(|| format!("no swap_cost_s of {name}"))
+        };
+        self.trace.models.iter().map(|model| of(&model.name)).collect()
     }
 
     /// Loads of each model after which a worker was ready.
