@@ -323,9 +323,8 @@ impl Scheduler {
     }
 
     async fn next(&mut self, stopping: bool) -> Wake {
-        let now = self.context.clock.now();
-        let timer =
-            self.state.wake_at().map(|at| Instant::now() + Duration::from_millis(u64::try_from(at - now).unwrap_or(0)));
+        let clock = &self.context.clock;
+        let timer = self.state.wake_at().map(|at| Instant::now() + clock.until(at));
         let tasks = &self.context.tasks;
         tokio::select! {
             biased;
