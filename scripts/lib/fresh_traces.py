@@ -1,8 +1,9 @@
 """Makes traces of the kinds a to h and small, alike in law to those in tests/traces and different in every draw.
 
-Models and the box are those of the public trace of the kind. Arrivals are fitted to it: Poisson streams as dense as its
-own (d: bursts of 90 s on average, 900 s apart), work is lognormal, half the jobs are interactive, half of the others
-are due in 30 minutes. Small traces come with their optima: the least makespan and total wait of any schedule in hindsight.
+Models and the box are those of the public trace of the kind. Arrivals are fitted to it: Poisson streams as dense as
+its own (d: bursts of 90 s on average, 900 s apart). Work is lognormal, half the jobs are interactive, half of the
+others are due in 30 minutes. Small traces come with their optima: the least makespan and total wait of any schedule
+in hindsight.
 """
 
 from __future__ import annotations
