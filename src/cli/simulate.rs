@@ -5,10 +5,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use clap::Args;
 
-use crate::policy::Knobs;
+use crate::config;
 use crate::sim::measure::{COLUMNS, Measures};
 use crate::sim::{self, PolicyName, Trace, picture};
 
@@ -24,6 +24,9 @@ pub struct SimulateArgs {
     /// Policies to play each trace with: roundhouse, fifo, exhaustive, llama-swap, or all
     #[arg(long, value_delimiter = ',', default_value = "roundhouse", value_name = "NAME,...")]
     pub policy: Vec<String>,
+    /// Knobs of the policy roundhouse, as they are named under `scheduler:` in models.yaml: max_wait.interactive=120s
+    #[arg(long, value_delimiter = ',', value_name = "KEY=VALUE,...")]
+    pub set: Vec<String>,
     /// Print rows with the columns of reference.csv instead of a table
     #[arg(long)]
     pub csv: bool,
@@ -35,6 +38,7 @@ pub struct SimulateArgs {
 /// Plays traces and prints the measures. Nothing is printed of a trace that cannot be read.
 pub(super) fn simulate(args: &SimulateArgs, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
     let policies = policies(&args.policy)?;
+    let knobs = config::knobs(&args.set).map_err(|error| anyhow!("--set: {error}"))?;
     let traces: Vec<(PathBuf, Trace)> =
         args.traces.iter().map(|path| Ok((path.clone(), Trace::read(path)?))).collect::<anyhow::Result<_>>()?;
     if args.csv {
@@ -44,7 +48,7 @@ pub(super) fn simulate(args: &SimulateArgs, out: &mut dyn Write) -> anyhow::Resu
         let known = if args.csv { Vec::new() } else { reference(path, &trace.name)? };
         let mut rows = Vec::new();
         for policy in &policies {
-            let record = sim::simulate(trace, *policy, &Knobs::default())
+            let record = sim::simulate(trace, *policy, &knobs)
                 .with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
             let measures = Measures::of(trace, policy.as_str(), &record);
             if let Some(file) = &args.picture {
@@ -145,7 +149,8 @@ mod tests {
     }
 
     fn args(traces: &[PathBuf]) -> SimulateArgs {
-        SimulateArgs { traces: traces.to_vec(), policy: vec!["roundhouse".to_owned()], csv: true, picture: None }
+        let policy = vec!["roundhouse".to_owned()];
+        SimulateArgs { traces: traces.to_vec(), policy, set: Vec::new(), csv: true, picture: None }
     }
 
     fn printed(args: &SimulateArgs) -> String {
@@ -190,6 +195,32 @@ mod tests {
         std::fs::copy(traces().join("small-201.csv"), &alone).unwrap();
         args.traces = vec![alone];
         assert!(printed(&args).contains("  swaps                17.00\n"), "no reference beside it, no column");
+    }
+
+    #[test]
+    fn knobs_are_set_and_mistakes_in_them_told() {
+        let mut args = args(&[traces().join("e-bulk50k-21.csv")]);
+        let usual = printed(&args);
+        let swaps = |text: &str| -> f64 {
+            let mut lines = text.lines().map(|line| line.split(',').collect::<Vec<_>>());
+            let column = lines.next().unwrap().iter().position(|name| *name == "swaps").unwrap();
+            lines.next().unwrap()[column].parse().unwrap()
+        };
+        let all = ["max_wait.interactive=60", "max_wait.batch=15m", "max_visit=5m"];
+        args.set =
+            all.into_iter().chain(["swap_budget.interactive=50%", "swap_budget.other=0.15"]).map(Into::into).collect();
+        assert_eq!(printed(&args), usual, "the defaults, said");
+        args.set = vec!["max_wait.interactive=5m".to_owned()];
+        assert!(swaps(&printed(&args)) < swaps(&usual), "callers wait longer, so there are fewer swaps");
+        for (wrong, told) in [
+            ("max_wait", "`max_wait`: write a key and its value, as max_wait.interactive=120s"),
+            ("max_wait=5", "`max_wait` is unknown; known are max_wait.interactive, max_wait.batch"),
+            ("max_visit=0", "max_visit: must be more than 0"),
+            ("swap_budget.other=100%", "swap_budget.other: must lie between 0 and 1"),
+        ] {
+            args.set = vec![wrong.to_owned()];
+            assert!(refused(&args).starts_with(&format!("--set: {told}")), "{}", refused(&args));
+        }
     }
 
     #[test]
