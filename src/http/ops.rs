@@ -37,7 +37,7 @@ fn queue_json(view: &QueueView) -> Value {
     })
 }
 
-fn decision_json(decision: &Decision) -> Value {
+pub(super) fn decision_json(decision: &Decision) -> Value {
     let mut shown = json!(decision);
     shown["at"] = json!(rfc3339(decision.at));
     shown

@@ -143,6 +143,7 @@ fn queue(position: &Position) -> Value {
         "swaps_ahead": position.swaps_ahead,
         "eta_start": position.eta_start.map(rfc3339),
         "eta_confidence": Some(position.eta_confidence).filter(|text| !text.is_empty()),
+        "reason": position.reason,
     })
 }
 

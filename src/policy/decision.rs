@@ -71,6 +71,27 @@ impl Decision {
     pub fn is_change(&self) -> bool {
         matches!(self.action, "load" | "swap" | "unload" | "park" | "drop")
     }
+
+    /// Whether something is done, by the policy or by hand, and not only said.
+    pub fn is_done(&self) -> bool {
+        !matches!(self.action, "stay" | "wait" | "reserve" | "refuse" | "idle")
+    }
+
+    /// Whether it only tells how things are: nothing is done, and nobody is made to wait.
+    pub fn is_status(&self) -> bool {
+        self.action == "idle" || (self.action == "stay" && (self.other.is_none() || self.code == "drop"))
+    }
+
+    /// The models whose waiting jobs it tells why they wait, or wait no longer.
+    pub fn explains(&self) -> impl Iterator<Item = &str> {
+        let (model, other) = match self.action {
+            "stay" => (None, self.other.as_deref()),
+            "swap" => (self.model.as_deref(), self.other.as_deref()),
+            "wait" | "reserve" | "load" => (self.model.as_deref(), None),
+            _ => (None, None),
+        };
+        model.into_iter().chain(other)
+    }
 }
 
 /// A job of a model that no device of this box could ever hold.

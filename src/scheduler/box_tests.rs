@@ -345,7 +345,8 @@ impl Boxed {
                 Effect::Announce(decision) => {
                     self.check_reason(&decision);
                     let is_of_host = matches!(decision.action, "park" | "drop");
-                    self.parking.extend(decision.model.filter(|_| is_of_host).map(|model| (model, decision.action)));
+                    self.parking
+                        .extend(decision.model.clone().filter(|_| is_of_host).map(|model| (model, decision.action)));
                 }
                 _ => {}
             }

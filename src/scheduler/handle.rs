@@ -15,6 +15,7 @@ use crate::lifecycle::Tasks;
 pub use crate::policy::plan::Decision;
 use crate::scheduler::hub::JobWatch;
 use crate::scheduler::hub::{Ended, Hub};
+pub use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::run::Message;
 use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics, Trouble};
 use crate::worker::supervisor::{Order, WorkerHandle};
@@ -138,6 +139,8 @@ pub struct Position {
     pub eta_start: Option<Millis>,
     /// `low`, `medium` or `high`; empty without an estimate.
     pub eta_confidence: &'static str,
+    /// Why it waits, in words: those of the latest decision about its model, if one is.
+    pub reason: Option<String>,
 }
 
 /// Counters for `/metrics`, cumulative since start.
@@ -273,6 +276,13 @@ impl Handle {
     /// The latest view of the queue; a few ms old at most.
     pub fn queue(&self) -> Arc<QueueView> {
         self.view.borrow().clone()
+    }
+
+    /// What was decided of late, and why; nothing after the scheduler's end.
+    pub async fn decisions(&self, filter: DecisionFilter) -> DecisionPage {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::Decisions { filter, reply });
+        answer.await.unwrap_or_default()
     }
 
     /// Where a queued job stands in the current plan; all `None` for one that is not queued.

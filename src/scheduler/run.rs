@@ -22,6 +22,7 @@ use crate::policy::Knobs;
 use crate::scheduler::dispatch::{self, Context, Dispatch, Stop};
 use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, QueueView, SubmitError, Workers, handles};
 use crate::scheduler::hub::{Ended, Hub, JobWatch};
+use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::queue::{Run, shared};
 use crate::scheduler::state::{Effect, Event, Holding, Inventory, Place, State};
 use crate::scheduler::watch as devices;
@@ -75,6 +76,8 @@ pub(super) enum Message {
     Settle { model: Arc<str>, number: i64, reply: oneshot::Sender<f64> },
     /// Keep where the devices' time went until now.
     KeepSpent { reply: oneshot::Sender<Result<(), StoreError>> },
+    /// What was decided, and why?
+    Decisions { filter: DecisionFilter, reply: oneshot::Sender<DecisionPage> },
     /// Are you there?
     Ping { reply: oneshot::Sender<()> },
 }
@@ -371,6 +374,9 @@ impl Scheduler {
                 let _ = reply.send(self.state.settle(&model, number, self.context.clock.now()));
             }
             Message::KeepSpent { reply } => self.keep_spent(Some(reply)),
+            Message::Decisions { filter, reply } => {
+                let _ = reply.send(self.state.decision_page(&filter));
+            }
             Message::Ping { reply } => {
                 let _ = reply.send(());
             }
@@ -403,6 +409,7 @@ impl Scheduler {
             swaps_ahead,
             eta_start: eta,
             eta_confidence,
+            reason: self.state.why(model),
         })
     }
 

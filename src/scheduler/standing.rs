@@ -54,6 +54,15 @@ impl State {
         self.models[index].view(&self.inventory, false, 0).due(&self.knobs).map(|due| due.at)
     }
 
+    /// Why jobs of a model wait, in the words of the latest decision about them; `None`: they wait for nothing but their turn.
+    pub fn why(&self, model: &str) -> Option<String> {
+        let index = self.index_of(model)?;
+        if self.serves(index) {
+            return None;
+        }
+        self.journal.about(model).map(|decision| decision.reason.clone())
+    }
+
     /// Where a waiting job stands: (jobs the plan starts first, jobs of its own model before it, swaps before its start,
     /// expected start, if its model can be loaded). `None`: not waiting, or too far back to count.
     pub fn standing(

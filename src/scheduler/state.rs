@@ -17,6 +17,7 @@ use crate::policy::plan::{Decision, Reservation};
 use crate::policy::{Knobs, admission};
 pub use crate::scheduler::inventory::Inventory;
 use crate::scheduler::inventory::{Phase, Worker, round};
+use crate::scheduler::journal::{DecisionFilter, DecisionPage, Journal};
 use crate::scheduler::ledger::Ledger;
 use crate::scheduler::model::{Model, Trouble};
 use crate::scheduler::queue::{Run, Running, To};
@@ -205,8 +206,8 @@ pub enum Effect {
     },
     /// Keep how much tenants were served: weighted GPU ms by name.
     Served(Vec<(String, f64)>),
-    /// Log a decision that starts or ends something.
-    Announce(Decision),
+    /// Log a decision that was made, or a reason to wait that is a new one: all that is kept of them.
+    Announce(Arc<Decision>),
 }
 
 /// All of it.
@@ -231,9 +232,7 @@ pub struct State {
     pub(super) swaps_in_arrival_order: u64,
     pub(super) decision: Option<Decision>,
     pub(super) history: VecDeque<Decision>,
-    log: VecDeque<Decision>,
-    /// What was last said about each pair of models.
-    said: HashMap<(Option<String>, Option<String>), &'static str>,
+    journal: Journal,
     controls: Controls,
     ledger: Ledger,
     next_load: i64,
@@ -278,8 +277,7 @@ impl State {
             swaps_in_arrival_order: 0,
             decision: None,
             history: VecDeque::new(),
-            log: VecDeque::new(),
-            said: HashMap::new(),
+            journal: Journal::default(),
             controls: Controls::default(),
             ledger: Ledger::default(),
             next_load: epoch << LOAD_BITS,
@@ -338,7 +336,12 @@ impl State {
 
     /// The latest decisions and changed reasons to wait, newest first, at most 10 000.
     pub fn decisions(&self) -> impl Iterator<Item = &Decision> {
-        self.log.iter()
+        self.journal.latest().map(|(_, decision)| &**decision)
+    }
+
+    /// A part of them.
+    pub fn decision_page(&self, filter: &DecisionFilter) -> DecisionPage {
+        self.journal.page(filter)
     }
 
     /// Whether new jobs may come in; `sync` callers are told at once when their model does not load.

@@ -165,7 +165,7 @@ impl Roundhouse {
     }
 
     fn note(&mut self, decision: &Decision) {
-        if let Some(model) = &decision.model {
+        if let Some(model) = decision.model.as_ref().filter(|_| decision.is_change()) {
             self.reasons.insert(model.clone(), decision.reason.clone());
         }
     }
