@@ -153,7 +153,28 @@ def main() -> int:
     unknown = sorted(set(kinds) - {target.kind for target in TARGETS})
     if unknown:
         print(f"no targets for traces named {', '.join(f'{kind}-' for kind in unknown)}", file=sys.stderr)
-    return judge(kinds)
+    code = judge(kinds)
+    print(f"\n{'trace':<16} jobs that started within the range they were told when they came; its width over the wait, median")
+    for name, line in told(options.binary, traces):
+        print(f"{name:<16} {line}")
+    return code
+
+
+def told(binary: Path, traces: list[Path]) -> Iterator[tuple[str, str]]:
+    """How good the announced starts were: for each trace a line in words."""
+    command = [str(binary), "simulate", *map(str, traces)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{binary} simulate failed: it says why above")
+    for block in done.stdout.strip().split("\n\n"):
+        name, _, rest = block.partition(":")
+        got = {words[0]: words[1] for words in map(str.split, rest.splitlines()) if len(words) > 1}
+        parts = (
+            f"{what} {got[key + '_in_range%']:>6} % ({got[key + '_range/wait']} x)"
+            for what, key in (("interactive", "int"), ("batch", "bat"))
+            if got.get(key + "_in_range%", "-") != "-"
+        )
+        yield name, "  ".join(parts)
 
 
 def judge(kinds: dict[str, list[Played]]) -> int:

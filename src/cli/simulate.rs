@@ -8,9 +8,10 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use clap::Args;
 
+use crate::domain::Class;
 use crate::policy::Knobs;
 use crate::sim::measure::{COLUMNS, Measures};
-use crate::sim::{self, PolicyName, Trace, picture};
+use crate::sim::{self, PolicyName, Told, Trace, picture};
 
 /// Of the file with known measures beside a trace.
 const REFERENCE: &str = "reference.csv";
@@ -42,10 +43,15 @@ pub(super) fn simulate(args: &SimulateArgs, out: &mut dyn Write) -> anyhow::Resu
     }
     for (path, trace) in &traces {
         let known = if args.csv { Vec::new() } else { reference(path, &trace.name)? };
-        let mut rows = Vec::new();
+        let (mut rows, mut told) = (Vec::new(), Vec::new());
         for policy in &policies {
-            let record = sim::simulate(trace, *policy, &Knobs::default())
-                .with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
+            let tells = !args.csv && *policy == PolicyName::Roundhouse;
+            let played = if tells {
+                sim::simulate_told(trace, &Knobs::default())
+            } else {
+                sim::simulate(trace, *policy, &Knobs::default())
+            };
+            let record = played.with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
             let measures = Measures::of(trace, policy.as_str(), &record);
             if let Some(file) = &args.picture {
                 let several = traces.len() * policies.len() > 1;
@@ -56,10 +62,11 @@ pub(super) fn simulate(args: &SimulateArgs, out: &mut dyn Write) -> anyhow::Resu
             if args.csv {
                 writeln!(out, "{}", measures.csv())?;
             }
+            told.push([Class::Interactive, Class::Batch].map(|class| Told::of(trace, &record, class)));
             rows.push(measures);
         }
         if !args.csv {
-            out.write_all(table(trace, &rows, &known).as_bytes())?;
+            out.write_all(table(trace, &rows, &known, &told).as_bytes())?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -96,8 +103,12 @@ fn named(file: &Path, trace: &str, policy: &str) -> PathBuf {
     file.with_file_name(format!("{stem}-{trace}-{policy}.{ending}"))
 }
 
-/// One line a measure, one column a policy; behind each value what the reference simulator got with the same policy.
-pub(super) fn table(trace: &Trace, rows: &[Measures], known: &[Measures]) -> String {
+/// How good the ranges were that jobs of both classes were told for their start.
+type ToldBoth = [Option<Told>; 2];
+
+/// One line a measure, one column a policy; behind each value what the reference simulator got with the same policy. `told`:
+/// by policy, if jobs were told when they should start.
+pub(super) fn table(trace: &Trace, rows: &[Measures], known: &[Measures], told: &[ToldBoth]) -> String {
     let mut text = format!(
         "{}: {} jobs, {} models, {} GPUs of {} GB, {} GB of host memory\n",
         trace.name,
@@ -127,6 +138,24 @@ pub(super) fn table(trace: &Trace, rows: &[Measures], known: &[Measures]) -> Str
             }
         }
         text.push('\n');
+    }
+    if told.iter().flatten().any(Option::is_some) {
+        let lines: [(&str, fn(&ToldBoth) -> Option<f64>); 4] = [
+            ("int_in_range%", |told| Some(told[0]?.within_percent)),
+            ("int_range/wait", |told| Some(told[0]?.width)),
+            ("bat_in_range%", |told| Some(told[1]?.within_percent)),
+            ("bat_range/wait", |told| Some(told[1]?.width)),
+        ];
+        for (name, value) in lines {
+            let _ = write!(text, "  {name:<14}");
+            for told in told {
+                let _ = write!(text, "{:>12}", shown(value(told)));
+                if has_reference {
+                    let _ = write!(text, "{:>12}", "");
+                }
+            }
+            text.push('\n');
+        }
     }
     text.push('\n');
     text

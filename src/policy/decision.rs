@@ -205,8 +205,7 @@ impl Words<'_> {
 
     /// Nothing but paused jobs waits.
     pub(super) fn paused(&self, m: &ModelView) -> Decision {
-        let reason =
-            format!("{} waits: it is paused with {} jobs; `roundhouse queue resume` lets them start", m.name, m.paused);
+        let reason = is_paused(&m.name, m.paused);
         Decision::new(self.now, "wait", "paused", reason).of(&m.name).with(&[("paused", m.paused as f64)])
     }
 
@@ -486,20 +485,36 @@ pub(super) fn in_gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
+/// Why jobs of a model wait that somebody has paused.
+pub(crate) fn is_paused(model: &str, jobs: usize) -> String {
+    format!("{model} waits: it is paused with {jobs} jobs; `roundhouse queue resume` lets them start")
+}
+
+/// `1st`, `2nd`, `11th`.
+pub(crate) fn nth(n: usize) -> String {
+    let ending = match (n % 10, n % 100) {
+        (1, last) if last != 11 => "st",
+        (2, last) if last != 12 => "nd",
+        (3, last) if last != 13 => "rd",
+        _ => "th",
+    };
+    format!("{n}{ending}")
+}
+
 /// `24 GiB`.
 pub(super) fn gib(bytes: u64) -> String {
     format!("{} GiB", short(in_gib(bytes) * 1e3))
 }
 
 /// `41`, `4`, `2.9`: one digit after the point below 10.
-pub(super) fn short(ms: f64) -> String {
+pub(crate) fn short(ms: f64) -> String {
     let s = ms / 1e3;
     let tenths = (s * 10.0).round() / 10.0;
     if s.abs() < 9.95 && tenths.fract() != 0.0 { format!("{tenths:.1}") } else { format!("{s:.0}") }
 }
 
 /// `41 s`.
-pub(super) fn seconds(ms: f64) -> String {
+pub(crate) fn seconds(ms: f64) -> String {
     format!("{} s", short(ms))
 }
 

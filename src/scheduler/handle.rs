@@ -17,6 +17,7 @@ use crate::scheduler::hub::JobWatch;
 use crate::scheduler::hub::{Ended, Hub};
 pub use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::run::Message;
+pub use crate::scheduler::state::Expected;
 use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics, Trouble};
 use crate::worker::supervisor::{Order, WorkerHandle};
 
@@ -136,10 +137,12 @@ pub struct Position {
     /// Swaps before its model is loaded.
     pub swaps_ahead: usize,
     /// Estimate of its start, ms since the epoch.
-    pub eta_start: Option<Millis>,
+    pub eta_start: Option<Expected>,
+    /// Estimate of its end.
+    pub eta_finish: Option<Expected>,
     /// `low`, `medium` or `high`; empty without an estimate.
     pub eta_confidence: &'static str,
-    /// Why it waits, in words: those of the latest decision about its model, if one is.
+    /// Why it waits, in words: those of the latest decision about its model, or where it stands.
     pub reason: Option<String>,
 }
 

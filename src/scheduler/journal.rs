@@ -15,13 +15,16 @@ const AGAIN_AFTER_MS: i64 = 30_000;
 /// Whom a reason to wait is about.
 type Pair = (Option<String>, Option<String>);
 
+/// Which sentence it is: sentences of one code differ in how many figures they have.
+type Sentence = (&'static str, usize);
+
 /// Kept decisions, newest first, by ids that count from 1.
 #[derive(Debug, Default)]
 pub(super) struct Journal {
     kept: VecDeque<Arc<Decision>>,
     total: u64,
     /// What was last said about each pair of models, and when.
-    said: HashMap<Pair, (&'static str, Millis)>,
+    said: HashMap<Pair, (Sentence, Millis)>,
     /// By model: the latest one that says why its jobs wait, or wait no longer.
     about: HashMap<String, Arc<Decision>>,
 }
@@ -60,14 +63,15 @@ impl Journal {
         } else {
             let who = (decision.model.clone(), decision.other.clone());
             let before = self.said.get(&who);
-            let stands = |(code, at): &(&str, Millis)| *code == decision.code && decision.at < at + AGAIN_AFTER_MS;
+            let sentence = (decision.code, decision.numbers.len());
+            let stands = |(said, at): &(Sentence, Millis)| *said == sentence && decision.at < at + AGAIN_AFTER_MS;
             if before.is_some_and(stands) {
                 return None;
             }
             if self.said.len() >= KEPT_MAX {
                 self.said.clear();
             }
-            self.said.insert(who, (decision.code, decision.at));
+            self.said.insert(who, (sentence, decision.at));
         }
         let decision = Arc::new(decision);
         for model in decision.explains() {

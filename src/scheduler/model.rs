@@ -198,6 +198,11 @@ impl Model {
         self.learned.each_ms.or_else(seen).unwrap_or(self.service_ms() / share)
     }
 
+    /// Whether that is more than a guess.
+    pub(super) fn has_measured_each(&self) -> bool {
+        self.learned.each_ms.is_some() || self.group.is_some()
+    }
+
     pub(super) fn stop_ms(&self) -> f64 {
         self.learned.stop_ms.unwrap_or(1_000.0)
     }

@@ -391,25 +391,30 @@ impl Scheduler {
         });
     }
 
-    fn position(&self, model: &str, priority: u8, number: i64) -> Option<Position> {
+    fn position(&mut self, model: &str, priority: u8, number: i64) -> Option<Position> {
         let now = self.context.clock.now();
-        let (position, ahead, swaps_ahead, eta) = self.state.standing(model, priority, number, now)?;
-        let eta_confidence = if eta.is_none() {
-            ""
-        } else if swaps_ahead == 0 {
-            "high"
-        } else if swaps_ahead == 1 {
-            "medium"
-        } else {
-            "low"
+        if !self.state.waits(model, priority, number) {
+            return None;
+        }
+        let standing = self.state.standing(model, priority, number);
+        let expected = self.state.expected(model, priority, number, now);
+        let (position, ahead) = (standing.map(|s| s.0), standing.map(|s| s.1));
+        let swaps_ahead = standing.map_or(0, |s| s.2);
+        let eta_confidence = match (expected, swaps_ahead) {
+            (None, _) => "",
+            (Some(_), _) if standing.is_none() => "low",
+            (Some(_), 0) => "high",
+            (Some(_), 1) => "medium",
+            (Some(_), _) => "low",
         };
         Some(Position {
-            position: Some(position),
-            ahead_same_model: Some(ahead),
+            position,
+            ahead_same_model: ahead,
             swaps_ahead,
-            eta_start: eta,
+            eta_start: expected,
+            eta_finish: expected.map(|at| self.state.finish_of(model, at)),
             eta_confidence,
-            reason: self.state.why(model),
+            reason: self.state.why(model, ahead, expected, now),
         })
     }
 

@@ -30,10 +30,13 @@ mod accounts;
 mod controls;
 #[path = "devices.rs"]
 mod devices;
+#[path = "eta.rs"]
+mod eta;
 #[path = "standing.rs"]
 mod standing;
 #[path = "turns.rs"]
 mod turns;
+pub use eta::Expected;
 pub(super) use standing::Holding;
 
 /// How long a plan stands while only more of the same arrives.
@@ -235,6 +238,7 @@ pub struct State {
     journal: Journal,
     controls: Controls,
     ledger: Ledger,
+    eta: eta::Eta,
     next_load: i64,
     stopping: bool,
     wake_at: Option<Millis>,
@@ -280,6 +284,7 @@ impl State {
             journal: Journal::default(),
             controls: Controls::default(),
             ledger: Ledger::default(),
+            eta: eta::Eta::default(),
             next_load: epoch << LOAD_BITS,
             stopping: false,
             wake_at: None,
@@ -675,6 +680,7 @@ impl State {
                     self.forget_tenant(&job.tenant);
                     self.count_running(&job.tenant);
                 }
+                run.jobs.iter().for_each(|job| self.eta.started(job.number, now));
                 effects.push(Effect::Claim { model: self.models[index].name.clone(), place, run });
             }
         }

@@ -50,7 +50,7 @@ impl State {
     }
 
     /// The view, and the place among our workers of each of its workers.
-    fn view_with_places(&self, now: Millis) -> (View, Vec<usize>) {
+    pub(super) fn view_with_places(&self, now: Millis) -> (View, Vec<usize>) {
         let parked = |index: usize| self.workers.iter().any(|w| w.model == index && w.phase == Phase::Parked);
         let models = self.models.iter().enumerate().map(|(i, m)| m.view(&self.inventory, parked(i), now)).collect();
         let seen = self.workers.iter().enumerate().filter_map(|(place, worker)| {

@@ -34,6 +34,18 @@ async fn the_log_the_decisions_and_the_job_say_the_same_words() {
     assert!(about[0]["numbers"]["price_s"].as_f64().unwrap() > 0.0, "{about:?}");
     assert!(decisions(&server, "?model=none").await.is_empty());
 
+    let queue = api.job(&waiting).await["queue"].clone();
+    let times = |field: &str| queue[field].as_array().map(|pair| [pair[0].clone(), pair[1].clone()]).unwrap();
+    let [from, to] = times("eta_start").map(|at| at.as_str().unwrap().to_owned());
+    assert!(from <= to && times("eta_finish")[1].as_str().unwrap() > to.as_str(), "{queue}");
+    let behind = api.submit_echo("a", json!({"delay_ms": 60_000})).await;
+    let behind_why = api.job(&behind).await["queue"]["reason"].clone();
+    assert!(
+        behind_why.as_str().unwrap().starts_with("job queued: 1st for a; a is loaded; expected start in "),
+        "{behind_why}"
+    );
+    api.poke(&format!("/v1/jobs/{behind}/cancel")).await.is(200);
+
     api.poke(&format!("/v1/jobs/{long}/cancel")).await.is(200);
     api.succeeded(&waiting).await;
     let all = decisions(&server, "").await;
