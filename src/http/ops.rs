@@ -29,6 +29,7 @@ fn queue_json(view: &QueueView) -> Value {
         "running": view.running,
         "decision": view.decision.as_ref().map(decision_json),
         "history": history,
+        "overload": view.overload,
         "paused": view.paused,
         "draining": view.draining,
         "swaps": view.swaps,

@@ -21,7 +21,7 @@ pub struct Decision {
     /// `resume`, `drain`, `purge`, `pin` and `unpin`.
     pub action: &'static str,
     /// `dry`, `hold`, `finish_first`, `linger`, `not_due`, `due`, `due_interactive`, `deadline`, `guest`, `reserved`,
-    /// `replica`, `fits`, `park`, `drop`, `blocked`, `too_big`, `paused` or `manual`.
+    /// `replica`, `fits`, `park`, `drop`, `blocked`, `too_big`, `paused`, `overloaded` or `manual`.
     pub code: &'static str,
     /// The model it is about: the one that stays or is loaded.
     pub model: Option<String>,

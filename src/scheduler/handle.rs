@@ -119,6 +119,8 @@ pub struct QueueView {
     pub swaps: u64,
     /// Swaps that arrival order would have cost for the jobs claimed so far.
     pub swaps_in_arrival_order: u64,
+    /// What is asked for of what the box can do, while it has been too much for long.
+    pub overload: Option<f64>,
     /// All models are paused by hand.
     pub paused: bool,
     /// All models are being drained by hand.

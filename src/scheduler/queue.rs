@@ -408,6 +408,11 @@ impl Queue {
         }
     }
 
+    /// Jobs that were taken to workers so far.
+    pub(super) fn admitted(&self) -> u64 {
+        self.admitted
+    }
+
     /// Whether this job waits for its turn.
     pub(super) fn waits(&self, priority: u8, number: i64) -> bool {
         let key = Key::new(priority, number);

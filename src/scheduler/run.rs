@@ -693,6 +693,7 @@ impl Scheduler {
             history: state.history.iter().cloned().collect(),
             swaps: state.swaps,
             swaps_in_arrival_order: state.swaps_in_arrival_order,
+            overload: state.overload(now),
             paused: state.controls().all.paused,
             draining: state.controls().all.draining,
             models: (0..state.models.len()).map(|index| self.model_view(index, now)).collect(),

@@ -3,7 +3,7 @@
 //! tell it by events and are asked by effects.
 //!
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
-//! `standing` says where a job stands; `controls` does what an operator says; `accounts` counts where the time goes; `model`
+//! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an operator says; `accounts` counts where the time goes; `model`
 //! and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -32,6 +32,8 @@ mod controls;
 mod devices;
 #[path = "eta.rs"]
 mod eta;
+#[path = "hints.rs"]
+mod hints;
 #[path = "standing.rs"]
 mod standing;
 #[path = "turns.rs"]
@@ -239,6 +241,8 @@ pub struct State {
     controls: Controls,
     ledger: Ledger,
     eta: eta::Eta,
+    turns: hints::Turns,
+    overloaded: hints::Overload,
     next_load: i64,
     stopping: bool,
     wake_at: Option<Millis>,
@@ -285,6 +289,8 @@ impl State {
             controls: Controls::default(),
             ledger: Ledger::default(),
             eta: eta::Eta::default(),
+            turns: hints::Turns::default(),
+            overloaded: hints::Overload::default(),
             next_load: epoch << LOAD_BITS,
             stopping: false,
             wake_at: None,

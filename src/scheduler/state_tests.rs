@@ -431,6 +431,32 @@ fn a_waiting_job_says_why_and_when_it_should_start() {
 }
 
 #[test]
+fn more_work_than_the_box_can_do_is_said_when_it_lasts() {
+    let mut world = World::new(&[("a", 1)]);
+    let arrive = |world: &mut World, n: i64| {
+        world.now += 1_000;
+        world.state.count_arrival("a", world.now);
+        world.queue(vec![job(n, "a")]);
+        world.obey();
+    };
+    (0..600).for_each(|n| arrive(&mut world, n));
+    assert_eq!(world.state.overload(world.now), None, "not for long");
+    (600..1_200).for_each(|n| arrive(&mut world, n));
+    let asked = world.state.overload(world.now).unwrap();
+    assert!((2.0..3.5).contains(&asked), "3 s of work come each second: {asked}");
+    let said: Vec<_> = world.state.decisions().filter(|decision| decision.code == "overloaded").collect();
+    assert_eq!(said.len(), 1, "once");
+    assert!(
+        said[0].reason.starts_with("overloaded: 2.") || said[0].reason.starts_with("overloaded: 3"),
+        "{}",
+        said[0].reason
+    );
+    world.now += 3_600_000;
+    world.queue(vec![job(2_000, "a")]);
+    assert_eq!(world.state.overload(world.now), None, "nothing has come for an hour");
+}
+
+#[test]
 fn ranges_are_as_wide_as_estimates_were_wrong() {
     let mut world = World::new(&[("a", 1)]);
     world.queue((1..=200).map(|n| job(n, "a")).collect());

@@ -24,8 +24,10 @@ impl State {
                 }
                 Action::Unload(worker) => gone.push(places[worker]),
             }
+            let decision = if decision.action == "swap" { self.with_hint(decision) } else { decision };
             self.announce(decision, effects);
         }
+        self.note_overload(now, effects);
         // Not before: it changes nobody's place, but a worker that stops at once may be parked, and so be asked for again.
         for worker in gone {
             self.leave(worker, false, now, effects);
