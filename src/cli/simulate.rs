@@ -105,6 +105,8 @@ fn named(file: &Path, trace: &str, policy: &str) -> PathBuf {
 
 /// How good the ranges were that jobs of both classes were told for their start.
 type ToldBoth = [Option<Told>; 2];
+/// One of its figures.
+type Value<'a> = &'a dyn Fn(&ToldBoth) -> Option<f64>;
 
 /// One line a measure, one column a policy; behind each value what the reference simulator got with the same policy. `told`:
 /// by policy, if jobs were told when they should start.
@@ -140,11 +142,13 @@ pub(super) fn table(trace: &Trace, rows: &[Measures], known: &[Measures], told: 
         text.push('\n');
     }
     if told.iter().flatten().any(Option::is_some) {
-        let lines: [(&str, fn(&ToldBoth) -> Option<f64>); 4] = [
-            ("int_in_range%", |told| Some(told[0]?.within_percent)),
-            ("int_range/wait", |told| Some(told[0]?.width)),
-            ("bat_in_range%", |told| Some(told[1]?.within_percent)),
-            ("bat_range/wait", |told| Some(told[1]?.width)),
+        let within = |class: usize| move |told: &ToldBoth| Some(told[class]?.within_percent);
+        let width = |class: usize| move |told: &ToldBoth| Some(told[class]?.width);
+        let lines: [(&str, Value); 4] = [
+            ("int_in_range%", &within(0)),
+            ("int_range/wait", &width(0)),
+            ("bat_in_range%", &within(1)),
+            ("bat_range/wait", &width(1)),
         ];
         for (name, value) in lines {
             let _ = write!(text, "  {name:<14}");
@@ -214,6 +218,11 @@ mod tests {
         let text = printed(&args);
         assert!(text.contains("fifo   reference\n"), "{text}");
         assert!(text.contains("  swaps                17.00       17.00\n"), "{text}");
+        assert!(!text.contains("in_range"), "only our own policy tells a start");
+        args.policy = vec!["roundhouse".to_owned()];
+        let own = printed(&args);
+        assert!(own.contains("  int_in_range%") && own.contains("  int_range/wait"), "{own}");
+        args.policy = vec!["fifo".to_owned()];
         let dir = tempfile::tempdir().unwrap();
         let alone = dir.path().join("small-201.csv");
         std::fs::copy(traces().join("small-201.csv"), &alone).unwrap();
