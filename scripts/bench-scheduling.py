@@ -154,7 +154,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1000, help="of the first new trace; the others have the next ones")
     options = parser.parse_args()
     if options.fresh is None:
-        return judge(by_kind(options.binary, options.traces or public_traces()))
+        traces = options.traces or public_traces()
+        code = judge(by_kind(options.binary, traces))
+        print(f"\n{'trace':<22} started within the range told at arrival (width of the range / wait, median)")
+        for name, line in told(options.binary, traces):
+            print(f"{name:<22} {line}")
+        return code
     if options.traces or options.fresh < 1:
         parser.error("--fresh N: N is at least 1, and no TRACE is named beside it")
     with tempfile.TemporaryDirectory() as folder:
@@ -171,6 +176,23 @@ def by_kind(binary: Path, traces: list[Path]) -> dict[str, list[Played]]:
     if unknown:
         print(f"no targets for traces named {', '.join(f'{kind}-' for kind in unknown)}", file=sys.stderr)
     return kinds
+
+
+def told(binary: Path, traces: list[Path]) -> Iterator[tuple[str, str]]:
+    """How good the announced starts were: for each trace a line in words."""
+    command = [str(binary), "simulate", *map(str, traces)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{binary} simulate failed: it says why above")
+    for block in done.stdout.strip().split("\n\n"):
+        name, _, rest = block.partition(":")
+        got = {words[0]: words[1] for words in map(str.split, rest.splitlines()) if len(words) > 1}
+        parts = (
+            f"{what} {got[key + '_in_range%']:>6} % ({got[key + '_range/wait']} x)"
+            for what, key in (("interactive", "int"), ("batch", "bat"))
+            if got.get(key + "_in_range%", "-") != "-"
+        )
+        yield name, "  ".join(parts)
 
 
 def judge(kinds: dict[str, list[Played]], medians: bool = False) -> int:

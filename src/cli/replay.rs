@@ -74,7 +74,7 @@ pub(super) async fn replay(args: &ReplayArgs, out: &mut dyn Write) -> anyhow::Re
             rows.iter().try_for_each(|row| writeln!(out, "{}", row.csv()))?;
             continue;
         }
-        out.write_all(simulate::table(trace, &rows, &[]).as_bytes())?;
+        out.write_all(simulate::table(trace, &rows, &[], &[]).as_bytes())?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn time_that_jobs_share_is_busy_once() {
-        let job = |start, end| JobLife { start_s: Some(start), end_s: Some(end), worker: None };
+        let job = |start, end| JobLife { start_s: Some(start), end_s: Some(end), worker: None, told_s: None };
         assert_eq!(busy_s(&[job(5.0, 6.0), job(0.0, 3.0), job(1.0, 2.0), job(2.5, 4.0)]), 5.0);
         assert_eq!(busy_s(&[JobLife::default()]), 0.0);
     }

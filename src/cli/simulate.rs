@@ -9,8 +9,9 @@ use anyhow::{Context as _, anyhow, bail};
 use clap::Args;
 
 use crate::config;
+use crate::domain::Class;
 use crate::sim::measure::{COLUMNS, Measures};
-use crate::sim::{self, PolicyName, Trace, picture};
+use crate::sim::{self, PolicyName, Told, Trace, picture};
 
 /// Of the file with known measures beside a trace.
 const REFERENCE: &str = "reference.csv";
@@ -46,10 +47,11 @@ pub(super) fn simulate(args: &SimulateArgs, out: &mut dyn Write) -> anyhow::Resu
     }
     for (path, trace) in &traces {
         let known = if args.csv { Vec::new() } else { reference(path, &trace.name)? };
-        let mut rows = Vec::new();
+        let (mut rows, mut told) = (Vec::new(), Vec::new());
         for policy in &policies {
-            let record = sim::simulate(trace, *policy, &knobs)
-                .with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
+            let tells = !args.csv && *policy == PolicyName::Roundhouse;
+            let played = if tells { sim::simulate_told(trace, &knobs) } else { sim::simulate(trace, *policy, &knobs) };
+            let record = played.with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
             let measures = Measures::of(trace, policy.as_str(), &record);
             if let Some(file) = &args.picture {
                 let several = traces.len() * policies.len() > 1;
@@ -60,10 +62,11 @@ pub(super) fn simulate(args: &SimulateArgs, out: &mut dyn Write) -> anyhow::Resu
             if args.csv {
                 writeln!(out, "{}", measures.csv())?;
             }
+            told.push([Class::Interactive, Class::Batch].map(|class| Told::of(trace, &record, class)));
             rows.push(measures);
         }
         if !args.csv {
-            out.write_all(table(trace, &rows, &known).as_bytes())?;
+            out.write_all(table(trace, &rows, &known, &told).as_bytes())?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -100,8 +103,14 @@ fn named(file: &Path, trace: &str, policy: &str) -> PathBuf {
     file.with_file_name(format!("{stem}-{trace}-{policy}.{ending}"))
 }
 
-/// One line a measure, one column a policy; behind each value what the reference simulator got with the same policy.
-pub(super) fn table(trace: &Trace, rows: &[Measures], known: &[Measures]) -> String {
+/// How good the ranges were that jobs of both classes were told for their start.
+type ToldBoth = [Option<Told>; 2];
+/// One of its figures.
+type Value<'a> = &'a dyn Fn(&ToldBoth) -> Option<f64>;
+
+/// One line a measure, one column a policy; behind each value what the reference simulator got with the same policy. `told`:
+/// by policy, if jobs were told when they should start.
+pub(super) fn table(trace: &Trace, rows: &[Measures], known: &[Measures], told: &[ToldBoth]) -> String {
     let mut text = format!(
         "{}: {} jobs, {} models, {} GPUs of {} GB, {} GB of host memory\n",
         trace.name,
@@ -131,6 +140,26 @@ pub(super) fn table(trace: &Trace, rows: &[Measures], known: &[Measures]) -> Str
             }
         }
         text.push('\n');
+    }
+    if told.iter().flatten().any(Option::is_some) {
+        let within = |class: usize| move |told: &ToldBoth| Some(told[class]?.within_percent);
+        let width = |class: usize| move |told: &ToldBoth| Some(told[class]?.width);
+        let lines: [(&str, Value); 4] = [
+            ("int_in_range%", &within(0)),
+            ("int_range/wait", &width(0)),
+            ("bat_in_range%", &within(1)),
+            ("bat_range/wait", &width(1)),
+        ];
+        for (name, value) in lines {
+            let _ = write!(text, "  {name:<14}");
+            for told in told {
+                let _ = write!(text, "{:>12}", shown(value(told)));
+                if has_reference {
+                    let _ = write!(text, "{:>12}", "");
+                }
+            }
+            text.push('\n');
+        }
     }
     text.push('\n');
     text
@@ -190,6 +219,11 @@ mod tests {
         let text = printed(&args);
         assert!(text.contains("fifo   reference\n"), "{text}");
         assert!(text.contains("  swaps                17.00       17.00\n"), "{text}");
+        assert!(!text.contains("in_range"), "only our own policy tells a start");
+        args.policy = vec!["roundhouse".to_owned()];
+        let own = printed(&args);
+        assert!(own.contains("  int_in_range%") && own.contains("  int_range/wait"), "{own}");
+        args.policy = vec!["fifo".to_owned()];
         let dir = tempfile::tempdir().unwrap();
         let alone = dir.path().join("small-201.csv");
         std::fs::copy(traces().join("small-201.csv"), &alone).unwrap();

@@ -58,7 +58,7 @@ impl Scheduler {
             let kept = kept.await;
             if let Err(error) = &kept {
                 tracing::warn!("where the last seconds of the devices went was not stored, it is tried again: {error}");
-                context.tell(Message::PutBackSpent(spent));
+                context.tell(Message::PutBackSpent { spent });
             }
             let _ = reply.map(|reply| reply.send(kept));
         });

@@ -20,6 +20,8 @@ use crate::store::QueuedJob;
 
 /// How many waiting jobs of a tenant are looked at to fill a run with equal batch keys.
 const RUN_SCAN_MAX: usize = 256;
+/// How many places from either end of a tenant's jobs are counted; others are guessed.
+const RANK_SCAN_MAX: usize = 1_000;
 
 /// What few jobs have.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -417,6 +419,24 @@ impl Queue {
         } else {
             self.isolated_keys().position(|(other, _)| *other == key)
         }
+    }
+
+    /// Jobs that were taken to workers so far.
+    pub(super) fn admitted(&self) -> u64 {
+        self.admitted
+    }
+
+    /// Whether this job waits for its turn.
+    pub(super) fn waits(&self, priority: u8, number: i64) -> bool {
+        let key = Key::new(priority, number);
+        self.line(key.class()).has(key) || self.isolated_keys().any(|(other, _)| *other == key)
+    }
+
+    /// About how many jobs of its class start before `number`, however many; `None`: not waiting, or isolated, or delayed.
+    pub(super) fn ahead_in_class(&self, priority: u8, number: i64) -> Option<usize> {
+        let key = Key::new(priority, number);
+        let line = self.line(key.class());
+        line.rank(key, RANK_SCAN_MAX).or_else(|| line.rank_about(key))
     }
 
     /// Jobs on workers.

@@ -194,7 +194,7 @@ impl Player<'_> {
             }
             let since = |name: &str| anyhow::Ok(at_s(job, name)?.map(|at| at - begin));
             let start_s = if state == "succeeded" { since("started_at")? } else { None };
-            Ok(JobLife { start_s, end_s: since("finished_at")?, worker: None })
+            Ok(JobLife { start_s, end_s: since("finished_at")?, worker: None, told_s: None })
         };
         jobs.iter().map(life).collect()
     }
