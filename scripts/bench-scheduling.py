@@ -8,11 +8,16 @@ import io
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts/lib"))
+
+import fresh_traces  # noqa: E402  (beside common.sh)
+
 POLICIES = ("roundhouse", "fifo", "exhaustive", "llama-swap")
 SEVERAL = 5
 """Targets for the median or mean of several traces of a kind count from this many on."""
@@ -145,39 +150,78 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/roundhouse")
     parser.add_argument("traces", nargs="*", type=Path, metavar="TRACE")
+    parser.add_argument("--fresh", type=int, metavar="N", help="make and play N new traces of each kind")
+    parser.add_argument("--seed", type=int, default=1000, help="of the first new trace; the others have the next ones")
     options = parser.parse_args()
-    traces: list[Path] = options.traces or public_traces()
+    if options.fresh is None:
+        traces = options.traces or public_traces()
+        code = judge(by_kind(options.binary, traces))
+        print(f"\n{'trace':<22} started within the range told at arrival (width of the range / wait, median)")
+        for name, line in told(options.binary, traces):
+            print(f"{name:<22} {line}")
+        return code
+    if options.traces or options.fresh < 1:
+        parser.error("--fresh N: N is at least 1, and no TRACE is named beside it")
+    with tempfile.TemporaryDirectory() as folder:
+        made = fresh_traces.make(ROOT / "tests/traces", Path(folder), options.fresh, options.seed)
+        return judge(by_kind(options.binary, made), medians=True)
+
+
+def by_kind(binary: Path, traces: list[Path]) -> dict[str, list[Played]]:
+    """What was played, by the kind that a trace's name tells."""
     kinds: dict[str, list[Played]] = {}
-    for played in play(options.binary, traces):
+    for played in play(binary, traces):
         kinds.setdefault(played.name.split("-")[0], []).append(played)
     unknown = sorted(set(kinds) - {target.kind for target in TARGETS})
     if unknown:
         print(f"no targets for traces named {', '.join(f'{kind}-' for kind in unknown)}", file=sys.stderr)
-    return judge(kinds)
+    return kinds
 
 
-def judge(kinds: dict[str, list[Played]]) -> int:
-    """Prints a line for each target; the exit code."""
-    print(f"{'trace':<16} {'measure':<36} {'target':>9} {'got':>9}")
+def told(binary: Path, traces: list[Path]) -> Iterator[tuple[str, str]]:
+    """How good the announced starts were: for each trace a line in words."""
+    command = [str(binary), "simulate", *map(str, traces)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{binary} simulate failed: it says why above")
+    for block in done.stdout.strip().split("\n\n"):
+        name, _, rest = block.partition(":")
+        got = {words[0]: words[1] for words in map(str.split, rest.splitlines()) if len(words) > 1}
+        parts = (
+            f"{what} {got[key + '_in_range%']:>6} % ({got[key + '_range/wait']} x)"
+            for what, key in (("interactive", "int"), ("batch", "bat"))
+            if got.get(key + "_in_range%", "-") != "-"
+        )
+        yield name, "  ".join(parts)
+
+
+def judge(kinds: dict[str, list[Played]], medians: bool = False) -> int:
+    """Prints a line for each target; the exit code. With `medians`, traces of a kind are judged together."""
+    print(f"{'trace':<22} {'measure':<36} {'target':>9} {'got':>9}")
     judged = missed = 0
     for target in TARGETS:
         all_played = kinds.get(target.kind, [])
-        for name, got, note in values(target, all_played):
+        for name, got, note in values(target, all_played, medians):
             ok = target.meets(got)
             judged += 1
             missed += not ok
             sign = ">=" if target.at_least else "<="
             bound = f"{sign} {target.limit:g}"
-            print(f"{name:<16} {target.what:<36} {bound:>9} {got:>9.3f}  {'ok' if ok else 'MISSED'}{note}")
+            print(f"{name:<22} {target.what:<36} {bound:>9} {got:>9.3f}  {'ok' if ok else 'MISSED'}{note}")
     print(f"\n{judged - missed} of {judged} met" + ("" if judged else ": nothing was compared"))
     return 1 if missed or not judged else 0
 
 
-def values(target: Target, all_played: list[Played]) -> Iterator[tuple[str, float, str]]:
-    """What a target is compared with: name, value, note."""
+def values(target: Target, all_played: list[Played], medians: bool) -> Iterator[tuple[str, float, str]]:
+    """What a target is compared with: name, value, note. With `medians` the note has the range of the traces."""
     usable = [played for played in all_played if target.kind != "small" or played.optimum is not None]
     note = "  (to our own baselines)" if "/" in target.what and any(played.is_own for played in usable) else ""
-    if target.among == "each":
+    if medians and usable and target.kind == "small":
+        sets = [usable[at : at + fresh_traces.SMALL_SET] for at in range(0, len(usable), fresh_traces.SMALL_SET)]
+        yield middle_of(target, [statistics.fmean(map(target.measure, each)) for each in sets], "small sets")
+    elif medians and usable and (target.among == "each" or len(usable) >= SEVERAL):
+        yield middle_of(target, [target.measure(played) for played in usable], target.kind)
+    elif target.among == "each":
         for played in usable:
             own_note = note if played.is_own else ""
             yield played.name, target.measure(played), own_note
@@ -185,6 +229,15 @@ def values(target: Target, all_played: list[Played]) -> Iterator[tuple[str, floa
         each = [target.measure(played) for played in usable]
         middle = statistics.fmean(each) if target.among == "mean" else statistics.median(each)
         yield f"{target.among} of {len(each)} {target.kind}", middle, note
+
+
+def middle_of(target: Target, each: list[float], what: str) -> tuple[str, float, str]:
+    """The median (or the mean, if the target is one of traces), and how far the traces reach."""
+    is_mean = target.among == "mean" and target.kind != "small"
+    middle = statistics.fmean(each) if is_mean else statistics.median(each)
+    missed = sum(not target.meets(value) for value in each)
+    note = f"  ({min(each):.3f} to {max(each):.3f}" + (f"; {missed} beyond)" if missed else ")")
+    return f"{'mean' if is_mean else 'median'} of {len(each)} {what}", middle, note
 
 
 def play(binary: Path, traces: list[Path]) -> Iterator[Played]:

@@ -4,9 +4,13 @@
 #
 #   scripts/bench-scheduling.sh              the public traces in tests/traces
 #   scripts/bench-scheduling.sh TRACE...     these; what they are is told by the beginning of their names (a- to h-, small-)
+#   scripts/bench-scheduling.sh --fresh N [--seed S]
+#                                            N new traces of each kind a to h and N sets of 12 small ones, seeds from S
+#                                            (1000) on: the median of each measure, its range, and how many are beyond
 #
 # Ratios are to the policies of the reference simulator on the same trace, from the reference.csv beside the trace. A trace
-# that is not in it is compared with our own versions of these policies, and the line says so.
+# that is not in it is compared with our own versions of these policies, and the line says so. New traces
+# (scripts/lib/fresh_traces.py) are compared with our own versions throughout.
 #
 # Builds nothing: plays with target/release/roundhouse, else target/debug/roundhouse, or the binary ROUNDHOUSE_BIN names.
 set -euo pipefail

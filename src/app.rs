@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::clock::{Clock, SystemClock};
+use crate::clock::{Clock, FastClock, SystemClock};
 use crate::config::{Config, ServerSettings};
 use crate::domain::StorageSettings;
 use crate::http::auth::ApiKeys;
@@ -54,7 +54,7 @@ pub struct Serve {
 pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     let Serve { mut config, data_dir, listen, allow_network_fs } = serve;
     let tasks = Tasks::new();
-    let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
+    let clock = clock()?;
     let listener = listen_on(&listen).await.map_err(|error| anyhow::anyhow!(not_listening(&listen, &error)))?;
     let address = listener.local_addr().context("the address that is listened on cannot be told")?;
     let on_fatal = {
@@ -155,6 +155,19 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         tracing::warn!("the database was not closed in order: {error}");
     }
     Ok(is_kept && !tasks.has_failed())
+}
+
+/// The system's clock, or the fast one that `replay` asks for.
+fn clock() -> anyhow::Result<Arc<dyn Clock>> {
+    let Ok(factor) = std::env::var("ROUNDHOUSE_CLOCK_FACTOR") else {
+        return Ok(Arc::new(SystemClock::default()));
+    };
+    let clock = FastClock::parse(&factor).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_CLOCK_FACTOR: {error}"))?;
+    tracing::warn!(
+        "ROUNDHOUSE_CLOCK_FACTOR: the clock goes {} times too fast; for replays and tests only, never for real jobs",
+        clock.pace()
+    );
+    Ok(Arc::new(clock))
 }
 
 async fn again(signal: &mut Option<Signal>) -> Option<()> {

@@ -2,14 +2,36 @@
 
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::domain::Millis;
 
-/// Says what time it is. Wall-clock milliseconds are stored and shown; durations are measured with `tokio::time`.
+/// Says what time it is. Wall-clock milliseconds are stored and shown; durations are measured with `tokio::time`, and
+/// converted where they are compared with this clock, which may be a fast one.
 pub trait Clock: Send + Sync + 'static {
     /// Milliseconds since the Unix epoch.
     fn now(&self) -> Millis;
+
+    /// How many times faster than real time it goes.
+    fn pace(&self) -> f64 {
+        1.0
+    }
+
+    /// How long a `time` by this clock really is.
+    fn really(&self, time: Duration) -> Duration {
+        if self.pace() > 1.0 { time.div_f64(self.pace()) } else { time }
+    }
+
+    /// How long it really is until this clock shows `at`; zero if it has.
+    fn until(&self, at: Millis) -> Duration {
+        self.really(Duration::from_millis(u64::try_from(at - self.now()).unwrap_or(0)))
+    }
+
+    /// By how many milliseconds this clock goes on in a real `time`.
+    fn millis_in(&self, time: Duration) -> Millis {
+        let time = if self.pace() > 1.0 { time.mul_f64(self.pace()) } else { time };
+        i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
+    }
 }
 
 /// The system's clock, held so that it never steps back within one run of the program, and never stands still: see
@@ -63,6 +85,37 @@ impl Held {
     }
 }
 
+/// A clock that goes faster than time from where the system's clock was when it was made. For `replay`.
+#[derive(Debug)]
+pub struct FastClock {
+    begun: Instant,
+    since: Millis,
+    pace: f64,
+}
+
+impl FastClock {
+    /// Most that a clock may be faster: at more, a millisecond of real time is ten seconds.
+    pub const PACE_MAX: f64 = 10_000.0;
+
+    /// From the value of `ROUNDHOUSE_CLOCK_FACTOR`; an error says what is wrong with it.
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the clocks")]
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let pace = text.trim().parse().ok().filter(|pace| (1.0..=Self::PACE_MAX).contains(pace));
+        let pace = pace.ok_or_else(|| format!("`{text}` is no number from 1 to {}", Self::PACE_MAX))?;
+        Ok(Self { begun: Instant::now(), since: SystemClock::default().now(), pace })
+    }
+}
+
+impl Clock for FastClock {
+    fn now(&self) -> Millis {
+        self.since.saturating_add(self.millis_in(self.begun.elapsed()))
+    }
+
+    fn pace(&self) -> f64 {
+        self.pace
+    }
+}
+
 /// A clock that moves when it is told to. For tests.
 #[derive(Debug, Default)]
 pub struct ManualClock {
@@ -112,6 +165,24 @@ mod tests {
         assert_eq!(rfc3339(1_790_000_000_123), "2026-09-21T14:13:20.123Z");
         assert_eq!(from_rfc3339("2026-09-21T16:13:20.123+02:00"), Some(1_790_000_000_123));
         assert_eq!(from_rfc3339("2026-09-21"), None);
+    }
+
+    #[test]
+    fn a_fast_clock_goes_on_by_its_factor() {
+        let clock = FastClock::parse(" 50 ").unwrap();
+        assert_eq!(clock.millis_in(Duration::from_millis(30)), 1_500);
+        assert_eq!(clock.really(Duration::from_millis(1_500)), Duration::from_millis(30));
+        let begun = clock.begun.elapsed();
+        assert!(clock.now() - clock.since >= clock.millis_in(begun));
+        assert!(clock.until(clock.since + 50_000_000) <= Duration::from_secs(1_000));
+        assert_eq!(clock.until(clock.since), Duration::ZERO);
+        let plain = SystemClock::default();
+        assert_eq!(plain.millis_in(Duration::from_millis(30)), 30);
+        assert_eq!(plain.really(Duration::from_micros(1_500)), Duration::from_micros(1_500));
+        for wrong in ["", "fast", "0.5", "NaN", "inf"] {
+            let error = FastClock::parse(wrong).unwrap_err();
+            assert_eq!(error, format!("`{wrong}` is no number from 1 to 10000"));
+        }
     }
 
     #[test]

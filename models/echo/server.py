@@ -160,6 +160,7 @@ class EchoService(rw.BaseService):
         whole.add_argument("--device-bytes", type=int, metavar="N", help="device memory that /health tells")
         whole.add_argument("--hang-health", action="store_true", help="/health hangs after the first request")
         whole.add_argument("--ignore-sigterm", action="store_true")
+        whole.add_argument("--end-at-once", action="store_true", help="no orderly end: gone on the first signal")
         whole.add_argument("--park-s", type=float, default=0.0, help="how long /sleep takes")
         whole.add_argument("--wake-s", type=float, default=0.0, help="how long /wake_up takes")
         whole.add_argument("--park-lie", action="store_true", help="say that it sleeps, and keep the device's memory")
@@ -230,7 +231,9 @@ class EchoService(rw.BaseService):
         self._woken = True
 
     def request_shutdown(self, signal_name: str) -> None:
-        """Stop, unless told to ignore SIGTERM."""
+        """Stop, unless told to ignore SIGTERM; without finishing anything if told so."""
+        if self.options.end_at_once:
+            os._exit(0)
         if self.options.ignore_sigterm and signal_name == "SIGTERM":
             print(f"ignored stop.signal={signal_name}", file=sys.stderr, flush=True)
         else:

@@ -20,16 +20,22 @@ pub(super) async fn operate(
     let text = match word {
         "pause" => format!("{whose}: paused; what runs goes on, and `roundhouse queue resume` lets the others start"),
         "drain" => format!(
-            "{whose}: new jobs are refused; {} wait and {} run still",
+            "{whose}: new jobs are refused; {} wait and {} run still{}",
             sum(&answer, model, "queued"),
-            sum(&answer, model, "running")
+            sum(&answer, model, "running"),
+            if answer["paused"] == true {
+                "; those that wait are paused with all models until `roundhouse queue resume`"
+            } else {
+                ""
+            }
         ),
         "purge" => format!("{whose}: {} waiting jobs cancelled", answer["removed"]),
-        _ => match answer["paused"] == true && model.is_some() {
-            true => format!(
-                "{whose}: still paused, since all models are; `roundhouse queue resume` without --model ends that"
+        _ => match (answer["paused"] == true, answer["draining"] == true) {
+            (false, false) => format!("{whose}: jobs are accepted and start"),
+            (paused, _) => format!(
+                "{whose}: still {}, since all models are; `roundhouse queue resume` without --model ends that",
+                if paused { "paused" } else { "drained, new jobs are refused" }
             ),
-            false => format!("{whose}: jobs are accepted and start"),
         },
     };
     writeln!(out, "{text}")?;

@@ -1,6 +1,9 @@
 //! `roundhouse replay`: a trace against the real server, with echo workers and everything faster by a factor, and the same
 //! measures as `simulate` beside those of the simulation.
 //!
+//! The server's clock is a fast one (`ROUNDHOUSE_CLOCK_FACTOR`), so that its models, knobs, constants and all that it learns
+//! are in the trace's own time. Only its workers, and what HTTP, the disk and the system take, are in real time.
+//!
 //! `server` starts and ends a server of its own in a folder of its own; `client` submits and reads what became of the jobs.
 
 mod client;
@@ -14,12 +17,15 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 
 use super::simulate;
+use crate::clock::FastClock;
 use crate::policy::Knobs;
 use crate::sim::measure::{COLUMNS, Measures};
 use crate::sim::record::{JobLife, Record, Visit};
 use crate::sim::{self, PolicyName, Trace};
 
-/// What the live row is called.
+/// What the rows are called. `retimed`: the simulation of a trace whose loads take as long as the live ones did in the end.
+const SIMULATED: &str = "simulated";
+const RETIMED: &str = "retimed";
 const LIVE: &str = "live";
 
 /// Flags of `replay`.
@@ -28,7 +34,7 @@ pub struct ReplayArgs {
     /// Trace files; tests/traces/README.md describes the format
     #[arg(required = true, value_name = "TRACE")]
     pub traces: Vec<PathBuf>,
-    /// How much faster than the trace: all its times are divided by this, and what is measured is multiplied by it
+    /// How much faster than the trace: the server's clock goes that much faster, and its workers load and work so
     #[arg(long, default_value_t = 60.0, value_name = "N")]
     pub factor: f64,
     /// Print rows with the columns of reference.csv instead of a table
@@ -47,8 +53,8 @@ pub struct ReplayArgs {
 
 /// Replays traces one after the other. Nothing is started if one of them cannot be read or replayed.
 pub(super) async fn replay(args: &ReplayArgs, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
-    if !(args.factor.is_finite() && args.factor >= 1.0) {
-        bail!("--factor: {} must be a number from 1", args.factor);
+    if !(1.0..=FastClock::PACE_MAX).contains(&args.factor) {
+        bail!("--factor: {} must be a number from 1 to {}", args.factor, FastClock::PACE_MAX);
     }
     let traces: Vec<Trace> = args.traces.iter().map(|path| Ok(Trace::read(path)?)).collect::<anyhow::Result<_>>()?;
     for trace in &traces {
@@ -58,22 +64,30 @@ pub(super) async fn replay(args: &ReplayArgs, out: &mut dyn Write) -> anyhow::Re
         writeln!(out, "{}", COLUMNS.join(","))?;
     }
     for trace in &traces {
-        let record = live(trace, args).await.with_context(|| format!("replay of {}", trace.name))?;
-        let live = Measures::of(trace, LIVE, &record);
+        let (record, swap_s) = live(trace, args).await.with_context(|| format!("replay of {}", trace.name))?;
+        let mut retimed = trace.clone();
+        for (model, swap_s) in retimed.models.iter_mut().zip(swap_s) {
+            model.cold_s = (swap_s - model.stop_s).max(0.0);
+        }
+        let rows = [simulated(SIMULATED, trace)?, simulated(RETIMED, &retimed)?, Measures::of(trace, LIVE, &record)];
         if args.csv {
-            writeln!(out, "{}", live.csv())?;
+            rows.iter().try_for_each(|row| writeln!(out, "{}", row.csv()))?;
             continue;
         }
-        let policy = PolicyName::Roundhouse;
-        let simulated = sim::simulate(trace, policy, &Knobs::default())
-            .with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
-        let rows = [Measures::of(trace, "simulated", &simulated), live];
-        out.write_all(simulate::table(trace, &rows, &[]).as_bytes())?;
+        out.write_all(simulate::table(trace, &rows, &[], &[]).as_bytes())?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-async fn live(trace: &Trace, args: &ReplayArgs) -> anyhow::Result<Record> {
+fn simulated(row: &str, trace: &Trace) -> anyhow::Result<Measures> {
+    let policy = PolicyName::Roundhouse;
+    let record = sim::simulate(trace, policy, &Knobs::default())
+        .with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
+    Ok(Measures::of(trace, row, &record))
+}
+
+/// What was seen, and what a swap to each model cost in the end, in seconds.
+async fn live(trace: &Trace, args: &ReplayArgs) -> anyhow::Result<(Record, Vec<f64>)> {
     let server = server::Server::start(trace, args).await?;
     let played = tokio::select! {
         played = client::play(trace, &server, args.factor) => played,
@@ -84,7 +98,7 @@ async fn live(trace: &Trace, args: &ReplayArgs) -> anyhow::Result<Record> {
     // Why it was not played matters more than how its server ended.
     let played = played?;
     stopped?;
-    Ok(record(trace, &played))
+    Ok((record(trace, &played), played.swap_s))
 }
 
 /// What was seen, as a simulation leaves it behind. When its workers came and went is not known, only how many loads there
@@ -127,7 +141,7 @@ mod tests {
 
     #[test]
     fn time_that_jobs_share_is_busy_once() {
-        let job = |start, end| JobLife { start_s: Some(start), end_s: Some(end), worker: None };
+        let job = |start, end| JobLife { start_s: Some(start), end_s: Some(end), worker: None, told_s: None };
         assert_eq!(busy_s(&[job(5.0, 6.0), job(0.0, 3.0), job(1.0, 2.0), job(2.5, 4.0)]), 5.0);
         assert_eq!(busy_s(&[JobLife::default()]), 0.0);
     }

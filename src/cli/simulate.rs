@@ -5,12 +5,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use clap::Args;
 
-use crate::policy::Knobs;
+use crate::config;
+use crate::domain::Class;
 use crate::sim::measure::{COLUMNS, Measures};
-use crate::sim::{self, PolicyName, Trace, picture};
+use crate::sim::{self, PolicyName, Told, Trace, picture};
 
 /// Of the file with known measures beside a trace.
 const REFERENCE: &str = "reference.csv";
@@ -24,6 +25,9 @@ pub struct SimulateArgs {
     /// Policies to play each trace with: roundhouse, fifo, exhaustive, llama-swap, or all
     #[arg(long, value_delimiter = ',', default_value = "roundhouse", value_name = "NAME,...")]
     pub policy: Vec<String>,
+    /// Knobs of the policy roundhouse, as they are named under `scheduler:` in models.yaml: max_wait.interactive=120s
+    #[arg(long, value_delimiter = ',', value_name = "KEY=VALUE,...")]
+    pub set: Vec<String>,
     /// Print rows with the columns of reference.csv instead of a table
     #[arg(long)]
     pub csv: bool,
@@ -35,6 +39,7 @@ pub struct SimulateArgs {
 /// Plays traces and prints the measures. Nothing is printed of a trace that cannot be read.
 pub(super) fn simulate(args: &SimulateArgs, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
     let policies = policies(&args.policy)?;
+    let knobs = config::knobs(&args.set).map_err(|error| anyhow!("--set: {error}"))?;
     let traces: Vec<(PathBuf, Trace)> =
         args.traces.iter().map(|path| Ok((path.clone(), Trace::read(path)?))).collect::<anyhow::Result<_>>()?;
     if args.csv {
@@ -42,10 +47,11 @@ pub(super) fn simulate(args: &SimulateArgs, out: &mut dyn Write) -> anyhow::Resu
     }
     for (path, trace) in &traces {
         let known = if args.csv { Vec::new() } else { reference(path, &trace.name)? };
-        let mut rows = Vec::new();
+        let (mut rows, mut told) = (Vec::new(), Vec::new());
         for policy in &policies {
-            let record = sim::simulate(trace, *policy, &Knobs::default())
-                .with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
+            let tells = !args.csv && *policy == PolicyName::Roundhouse;
+            let played = if tells { sim::simulate_told(trace, &knobs) } else { sim::simulate(trace, *policy, &knobs) };
+            let record = played.with_context(|| format!("{} under {}", trace.name, policy.as_str()))?;
             let measures = Measures::of(trace, policy.as_str(), &record);
             if let Some(file) = &args.picture {
                 let several = traces.len() * policies.len() > 1;
@@ -56,10 +62,11 @@ pub(super) fn simulate(args: &SimulateArgs, out: &mut dyn Write) -> anyhow::Resu
             if args.csv {
                 writeln!(out, "{}", measures.csv())?;
             }
+            told.push([Class::Interactive, Class::Batch].map(|class| Told::of(trace, &record, class)));
             rows.push(measures);
         }
         if !args.csv {
-            out.write_all(table(trace, &rows, &known).as_bytes())?;
+            out.write_all(table(trace, &rows, &known, &told).as_bytes())?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -96,8 +103,14 @@ fn named(file: &Path, trace: &str, policy: &str) -> PathBuf {
     file.with_file_name(format!("{stem}-{trace}-{policy}.{ending}"))
 }
 
-/// One line a measure, one column a policy; behind each value what the reference simulator got with the same policy.
-pub(super) fn table(trace: &Trace, rows: &[Measures], known: &[Measures]) -> String {
+/// How good the ranges were that jobs of both classes were told for their start.
+type ToldBoth = [Option<Told>; 2];
+/// One of its figures.
+type Value<'a> = &'a dyn Fn(&ToldBoth) -> Option<f64>;
+
+/// One line a measure, one column a policy; behind each value what the reference simulator got with the same policy. `told`:
+/// by policy, if jobs were told when they should start.
+pub(super) fn table(trace: &Trace, rows: &[Measures], known: &[Measures], told: &[ToldBoth]) -> String {
     let mut text = format!(
         "{}: {} jobs, {} models, {} GPUs of {} GB, {} GB of host memory\n",
         trace.name,
@@ -128,6 +141,26 @@ pub(super) fn table(trace: &Trace, rows: &[Measures], known: &[Measures]) -> Str
         }
         text.push('\n');
     }
+    if told.iter().flatten().any(Option::is_some) {
+        let within = |class: usize| move |told: &ToldBoth| Some(told[class]?.within_percent);
+        let width = |class: usize| move |told: &ToldBoth| Some(told[class]?.width);
+        let lines: [(&str, Value); 4] = [
+            ("int_in_range%", &within(0)),
+            ("int_range/wait", &width(0)),
+            ("bat_in_range%", &within(1)),
+            ("bat_range/wait", &width(1)),
+        ];
+        for (name, value) in lines {
+            let _ = write!(text, "  {name:<14}");
+            for told in told {
+                let _ = write!(text, "{:>12}", shown(value(told)));
+                if has_reference {
+                    let _ = write!(text, "{:>12}", "");
+                }
+            }
+            text.push('\n');
+        }
+    }
     text.push('\n');
     text
 }
@@ -145,7 +178,8 @@ mod tests {
     }
 
     fn args(traces: &[PathBuf]) -> SimulateArgs {
-        SimulateArgs { traces: traces.to_vec(), policy: vec!["roundhouse".to_owned()], csv: true, picture: None }
+        let policy = vec!["roundhouse".to_owned()];
+        SimulateArgs { traces: traces.to_vec(), policy, set: Vec::new(), csv: true, picture: None }
     }
 
     fn printed(args: &SimulateArgs) -> String {
@@ -185,11 +219,42 @@ mod tests {
         let text = printed(&args);
         assert!(text.contains("fifo   reference\n"), "{text}");
         assert!(text.contains("  swaps                17.00       17.00\n"), "{text}");
+        assert!(!text.contains("in_range"), "only our own policy tells a start");
+        args.policy = vec!["roundhouse".to_owned()];
+        let own = printed(&args);
+        assert!(own.contains("  int_in_range%") && own.contains("  int_range/wait"), "{own}");
+        args.policy = vec!["fifo".to_owned()];
         let dir = tempfile::tempdir().unwrap();
         let alone = dir.path().join("small-201.csv");
         std::fs::copy(traces().join("small-201.csv"), &alone).unwrap();
         args.traces = vec![alone];
         assert!(printed(&args).contains("  swaps                17.00\n"), "no reference beside it, no column");
+    }
+
+    #[test]
+    fn knobs_are_set_and_mistakes_in_them_told() {
+        let mut args = args(&[traces().join("e-bulk50k-21.csv")]);
+        let usual = printed(&args);
+        let swaps = |text: &str| -> f64 {
+            let mut lines = text.lines().map(|line| line.split(',').collect::<Vec<_>>());
+            let column = lines.next().unwrap().iter().position(|name| *name == "swaps").unwrap();
+            lines.next().unwrap()[column].parse().unwrap()
+        };
+        let all = ["max_wait.interactive=60", "max_wait.batch=15m", "max_visit=5m"];
+        args.set =
+            all.into_iter().chain(["swap_budget.interactive=50%", "swap_budget.other=0.15"]).map(Into::into).collect();
+        assert_eq!(printed(&args), usual, "the defaults, said");
+        args.set = vec!["max_wait.interactive=5m".to_owned()];
+        assert!(swaps(&printed(&args)) < swaps(&usual), "callers wait longer, so there are fewer swaps");
+        for (wrong, told) in [
+            ("max_wait", "`max_wait`: write a key and its value, as max_wait.interactive=120s"),
+            ("max_wait=5", "`max_wait` is unknown; known are max_wait.interactive, max_wait.batch"),
+            ("max_visit=0", "max_visit: must be more than 0"),
+            ("swap_budget.other=100%", "swap_budget.other: must lie between 0 and 1"),
+        ] {
+            args.set = vec![wrong.to_owned()];
+            assert!(refused(&args).starts_with(&format!("--set: {told}")), "{}", refused(&args));
+        }
     }
 
     #[test]

@@ -206,6 +206,34 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// The usual knobs, changed by `key=value` as `max_wait.interactive=120s`: the keys of `scheduler:` that decide about swaps,
+/// with values as they are written in the file. Errors name the key and what to write.
+pub fn knobs(settings: &[String]) -> Result<Knobs, String> {
+    let mut knobs = Knobs::default();
+    for setting in settings {
+        let (key, value) = setting
+            .split_once('=')
+            .ok_or_else(|| format!("`{setting}`: write a key and its value, as max_wait.interactive=120s"))?;
+        let named = |error| format!("{key}: {error}");
+        let period = || duration(value).map_err(named);
+        let share = || units::share_within(value).map_err(named);
+        match key {
+            "max_wait.interactive" => knobs.max_wait_interactive = period()?,
+            "max_wait.batch" => knobs.max_wait_batch = period()?,
+            "max_visit" => knobs.max_visit = period()?,
+            "swap_budget.interactive" => knobs.swap_budget_interactive = share()?,
+            "swap_budget.other" => knobs.swap_budget_other = share()?,
+            _ => {
+                return Err(format!(
+                    "`{key}` is unknown; known are max_wait.interactive, max_wait.batch, max_visit, \
+                     swap_budget.interactive and swap_budget.other"
+                ));
+            }
+        }
+    }
+    Ok(knobs)
+}
+
 /// Whether a `model:` value is a Hugging Face id (`org/name` or `name`), not a folder.
 pub fn is_hub_id(model: &str) -> bool {
     let part = |part: &str| {

@@ -107,6 +107,14 @@ fn room(text: &str) -> Result<ParkRam, String> {
     }
 }
 
+/// A share that is neither nothing nor all.
+pub(super) fn share_within(text: &str) -> Result<f64, String> {
+    match share(text)? {
+        within if within > 0.0 && within < 1.0 => Ok(within),
+        _ => Err("must lie between 0 and 1, as 0.5 or 50% do".to_owned()),
+    }
+}
+
 /// `18 GiB` -> (18.0, "GiB").
 fn number_and_unit(text: &str) -> Option<(f64, &str)> {
     let text = text.trim();

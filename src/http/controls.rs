@@ -58,7 +58,10 @@ pub async fn model_by_hand(
 ) -> Result<Response, ApiError> {
     let (name, word) = path.rsplit_once('/').unwrap_or_default();
     let control: fn(String) -> Control = match word {
-        "retry" => return ops::retry_model(&state, name),
+        "retry" => {
+            caller.may_operate()?;
+            return ops::retry_model(&state, name);
+        }
         "load" => Control::Load,
         "unload" => Control::Unload,
         "pin" => Control::Pin,

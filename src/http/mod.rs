@@ -31,6 +31,7 @@ use crate::store::snapshots::Durability;
 pub mod auth;
 pub mod body;
 pub mod controls;
+pub mod decisions;
 pub mod error;
 pub mod idempotency;
 pub mod jobs;
@@ -226,6 +227,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/jobs/{id}/retry", post(jobs::retry))
         .route("/v1/queue", get(ops::queue))
+        .route("/v1/queue/decisions", get(decisions::list))
         .route("/v1/queue/{word}", post(controls::queue))
         .route("/v1/usage", get(usage::get))
         .route("/v1/models", get(ops::models))

@@ -29,6 +29,7 @@ fn queue_json(view: &QueueView) -> Value {
         "running": view.running,
         "decision": view.decision.as_ref().map(decision_json),
         "history": history,
+        "overload": view.overload,
         "paused": view.paused,
         "draining": view.draining,
         "swaps": view.swaps,
@@ -37,7 +38,7 @@ fn queue_json(view: &QueueView) -> Value {
     })
 }
 
-fn decision_json(decision: &Decision) -> Value {
+pub(super) fn decision_json(decision: &Decision) -> Value {
     let mut shown = json!(decision);
     shown["at"] = json!(rfc3339(decision.at));
     shown

@@ -20,6 +20,8 @@ use crate::http::error::ApiError;
 use crate::store::usage::{OfModel, OfTenant, UsageFilter};
 
 const HOUR_MS: i64 = 3_600_000;
+/// Latest time that can be asked for: the last one that has a year of four digits.
+const TIME_MAX: Millis = 253_402_300_799_999;
 /// Jobs or batches that are shown, if it is not said, and at most.
 const LIMIT_DEFAULT: u64 = 100;
 const LIMIT_MAX: u64 = 1_000;
@@ -65,11 +67,12 @@ impl Time {
 }
 
 fn seconds(ms: f64) -> f64 {
-    ms.round() / 1e3
+    // Never minus zero.
+    ms.round() / 1e3 + 0.0
 }
 
 fn cost(ms: f64, price: f64) -> f64 {
-    (ms / HOUR_MS as f64 * price * 1e6).round() / 1e6
+    (ms / HOUR_MS as f64 * price * 1e6).round() / 1e6 + 0.0
 }
 
 /// All that was read of a period.
@@ -204,10 +207,14 @@ pub async fn get(
         }
     };
     let whole = if caller.admin { books.by_model() } else { books.by(tenant.as_deref(), |row| &row.tenant) };
-    let mut total = Time::default();
-    whole.iter().for_each(|(_, time)| total.add(time));
-    let data: Vec<Value> = rows.into_iter().map(|(named, time)| merged(named, time.json(price))).collect();
     let by_hours = !matches!(by, "batch" | "job");
+    let mut total = Time::default();
+    // Rows of jobs and batches are of an exact time, and not all that happened: their total is their own.
+    match by_hours {
+        true => whole.iter().for_each(|(_, time)| total.add(time)),
+        false => rows.iter().for_each(|(_, time)| total.add(time)),
+    }
+    let data: Vec<Value> = rows.into_iter().map(|(named, time)| merged(named, time.json(price))).collect();
     Ok(Json(json!({
         "object": "usage",
         "by": by,
@@ -235,6 +242,7 @@ fn time(query: &[(String, String)], name: &str) -> Result<Option<Millis>, ApiErr
         Ok(seconds) => seconds.checked_mul(1_000),
         Err(_) => crate::clock::from_rfc3339(text),
     };
+    let parsed = parsed.filter(|at| (0..=TIME_MAX).contains(at));
     let message = || format!("{name} must be a time as 2026-09-21T14:00:00Z or seconds, not `{}`", shortened(text));
     parsed.map(Some).ok_or_else(|| ApiError::invalid(name, message()))
 }
@@ -296,6 +304,7 @@ mod tests {
         let of = |text: &str| time(&[("from".into(), text.into())], "from");
         assert_eq!(of("1790000000"), Ok(Some(1_790_000_000_000)));
         assert_eq!(of("2026-09-21T14:13:20Z"), Ok(Some(1_790_000_000_000)));
+        assert!(of("-1").is_err() && of("9223372036854775").is_err());
         assert!(of("yesterday").is_err() && of("").is_ok_and(|at| at.is_none()));
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use crate::clock::rfc3339;
 use crate::domain::{Job, JobId, JobKind, JobState, Millis, StateReason};
 use crate::http::{AppState, JOB_ID};
-use crate::scheduler::handle::{ModelQueueView, Position};
+use crate::scheduler::handle::{Expected, ModelQueueView, Position};
 use crate::store::read::Artifact;
 
 /// How long a signed URL is good for.
@@ -38,7 +38,7 @@ pub async fn full(state: &AppState, job: &Job, position: Option<Position>) -> Jo
                 Some(position) => position,
                 None => state.handle.position(job).await,
             };
-            poll_after_s = Some(poll_after(position.eta_start, now));
+            poll_after_s = Some(poll_after(position.eta_start.map(|eta| eta.about), now));
             object.insert("queue".into(), queue(&position));
         }
         JobState::Running | JobState::Cancelling => {
@@ -141,9 +141,16 @@ fn queue(position: &Position) -> Value {
         "position": position.position,
         "ahead_same_model": position.ahead_same_model,
         "swaps_ahead": position.swaps_ahead,
-        "eta_start": position.eta_start.map(rfc3339),
+        "eta_start": range(position.eta_start),
+        "eta_finish": range(position.eta_finish),
         "eta_confidence": Some(position.eta_confidence).filter(|text| !text.is_empty()),
+        "reason": position.reason,
     })
+}
+
+/// Times between which something should happen.
+pub fn range(expected: Option<Expected>) -> Value {
+    json!(expected.map(|at| [rfc3339(at.from), rfc3339(at.to)]))
 }
 
 /// A queued job is worth a look after a quarter of its wait.

@@ -21,7 +21,7 @@ pub struct Decision {
     /// `resume`, `drain`, `purge`, `pin` and `unpin`.
     pub action: &'static str,
     /// `dry`, `hold`, `finish_first`, `linger`, `not_due`, `due`, `due_interactive`, `deadline`, `guest`, `reserved`,
-    /// `replica`, `fits`, `park`, `drop`, `blocked`, `too_big`, `paused` or `manual`.
+    /// `replica`, `fits`, `park`, `drop`, `blocked`, `too_big`, `paused`, `overloaded` or `manual`.
     pub code: &'static str,
     /// The model it is about: the one that stays or is loaded.
     pub model: Option<String>,
@@ -70,6 +70,27 @@ impl Decision {
     /// Whether it starts or ends something.
     pub fn is_change(&self) -> bool {
         matches!(self.action, "load" | "swap" | "unload" | "park" | "drop")
+    }
+
+    /// Whether something is done, by the policy or by hand, and not only said.
+    pub fn is_done(&self) -> bool {
+        !matches!(self.action, "stay" | "wait" | "reserve" | "refuse" | "idle")
+    }
+
+    /// Whether it only tells how things are: nothing is done, and nobody is made to wait.
+    pub fn is_status(&self) -> bool {
+        self.action == "idle" || (self.action == "stay" && (self.other.is_none() || self.code == "drop"))
+    }
+
+    /// The models whose waiting jobs it tells why they wait, or wait no longer.
+    pub fn explains(&self) -> impl Iterator<Item = &str> {
+        let (model, other) = match self.action {
+            "stay" => (None, self.other.as_deref()),
+            "swap" => (self.model.as_deref(), self.other.as_deref()),
+            "wait" | "reserve" | "load" => (self.model.as_deref(), None),
+            _ => (None, None),
+        };
+        model.into_iter().chain(other)
     }
 }
 
@@ -184,8 +205,7 @@ impl Words<'_> {
 
     /// Nothing but paused jobs waits.
     pub(super) fn paused(&self, m: &ModelView) -> Decision {
-        let reason =
-            format!("{} waits: it is paused with {} jobs; `roundhouse queue resume` lets them start", m.name, m.paused);
+        let reason = is_paused(&m.name, m.paused);
         Decision::new(self.now, "wait", "paused", reason).of(&m.name).with(&[("paused", m.paused as f64)])
     }
 
@@ -465,20 +485,36 @@ pub(super) fn in_gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
+/// Why jobs of a model wait that somebody has paused.
+pub(crate) fn is_paused(model: &str, jobs: usize) -> String {
+    format!("{model} waits: it is paused with {jobs} jobs; `roundhouse queue resume` lets them start")
+}
+
+/// `1st`, `2nd`, `11th`.
+pub(crate) fn nth(n: usize) -> String {
+    let ending = match (n % 10, n % 100) {
+        (1, last) if last != 11 => "st",
+        (2, last) if last != 12 => "nd",
+        (3, last) if last != 13 => "rd",
+        _ => "th",
+    };
+    format!("{n}{ending}")
+}
+
 /// `24 GiB`.
 pub(super) fn gib(bytes: u64) -> String {
     format!("{} GiB", short(in_gib(bytes) * 1e3))
 }
 
 /// `41`, `4`, `2.9`: one digit after the point below 10.
-pub(super) fn short(ms: f64) -> String {
+pub(crate) fn short(ms: f64) -> String {
     let s = ms / 1e3;
     let tenths = (s * 10.0).round() / 10.0;
     if s.abs() < 9.95 && tenths.fract() != 0.0 { format!("{tenths:.1}") } else { format!("{s:.0}") }
 }
 
 /// `41 s`.
-pub(super) fn seconds(ms: f64) -> String {
+pub(crate) fn seconds(ms: f64) -> String {
     format!("{} s", short(ms))
 }
 

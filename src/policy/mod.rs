@@ -9,6 +9,7 @@
 pub mod admission;
 pub mod decision;
 pub mod due;
+pub mod forecast;
 pub mod hold;
 pub mod knobs;
 pub mod learn;

@@ -465,4 +465,4 @@ fn is_less(a: (f64, bool, u64), b: (f64, bool, u64)) -> bool {
 
 #[cfg(test)]
 #[path = "plan_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn model(name: &str) -> ModelView {
+pub(crate) fn model(name: &str) -> ModelView {
     ModelView {
         paused: 0,
         wanted_at: None,
@@ -35,20 +35,20 @@ fn model(name: &str) -> ModelView {
     }
 }
 
-fn callers(mut m: ModelView, count: usize, oldest: Millis) -> ModelView {
+pub(crate) fn callers(mut m: ModelView, count: usize, oldest: Millis) -> ModelView {
     m.pending_interactive = count;
     m.oldest_interactive = Some(oldest);
     m
 }
 
-fn batch(mut m: ModelView, count: usize, oldest: Millis) -> ModelView {
+pub(crate) fn batch(mut m: ModelView, count: usize, oldest: Millis) -> ModelView {
     m.pending_batch = count;
     m.oldest_batch = Some(oldest);
     m
 }
 
 /// A worker of this model, with nothing running, on the first device.
-fn serving(model: usize, since: Millis) -> WorkerView {
+pub(crate) fn serving(model: usize, since: Millis) -> WorkerView {
     WorkerView {
         model,
         set: GpuSet::one(0),
@@ -65,7 +65,7 @@ fn on(worker: WorkerView, first: u32, count: u32) -> WorkerView {
     WorkerView { set: GpuSet { first, count }, ..worker }
 }
 
-fn one_device(models: Vec<ModelView>, workers: Vec<WorkerView>) -> View {
+pub(crate) fn one_device(models: Vec<ModelView>, workers: Vec<WorkerView>) -> View {
     View { devices: vec![1], gpus: 1, models, workers, reservations: Vec::new() }
 }
 

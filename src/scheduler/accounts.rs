@@ -11,8 +11,11 @@ impl State {
         if elapsed == 0 {
             return;
         }
-        let (workers, models) = (&self.workers, &self.models);
         for device in 0..self.counted_devices() {
+            if self.inventory.gone.contains(&device) {
+                continue;
+            }
+            let (workers, models) = (&self.workers, &self.models);
             let here = workers.iter().filter(|worker| worker.is_on_device() && worker.set.has(device));
             let doing = here.map(|worker| {
                 let doing = match worker.phase {
@@ -22,7 +25,12 @@ impl State {
                 };
                 (worker.model, doing)
             });
-            self.ledger.spend(elapsed, doing);
+            let each = self.ledger.spend(elapsed, doing);
+            for worker in
+                self.workers.iter().filter(|worker| each > 0.0 && worker.is_on_device() && worker.set.has(device))
+            {
+                self.models[worker.model].queue.credit(worker.replica, each);
+            }
         }
     }
 
@@ -38,14 +46,7 @@ impl State {
     pub fn settle(&mut self, model: &str, number: i64, now: Millis) -> f64 {
         self.account(now);
         let Some(index) = self.index_of(model) else { return 0.0 };
-        let queue = &mut self.models[index].queue;
-        let Some(replica) = queue.running().get(&number).map(|running| running.worker) else { return 0.0 };
-        let had = queue.settle(number, now).unwrap_or(0.0);
-        let counted = self.counted_devices();
-        let set = self.find(index, replica).map(|worker| self.workers[worker].set);
-        // Of a worker that is gone already: one device, as most have.
-        let devices = set.map_or(1, |set| set.gpus().filter(|device| *device < counted).count());
-        had * devices as f64
+        self.models[index].queue.settle(number, now).map_or(0.0, |had| had.device_ms)
     }
 
     /// Takes out where the time went since the last call.
@@ -53,5 +54,28 @@ impl State {
         self.account(now);
         let models = &self.models;
         self.ledger.take(|model| models[model].name.to_string())
+    }
+
+    /// What was taken out could not be kept.
+    pub fn put_back_spent(&mut self, spent: Vec<Spent>) {
+        let index = &self.index;
+        self.ledger.put_back(spent, |name| index.get(name).copied());
+    }
+
+    /// Whether serving in arrival order would have to swap for a job of this model.
+    pub(super) fn swaps_in_order(&mut self, model: usize) -> bool {
+        let (models, inventory) = (&self.models, &self.inventory);
+        let room: u64 = inventory.gpus.iter().sum();
+        let largest = inventory.gpus.iter().copied().max().unwrap_or(0);
+        let fit = |there: &[usize]| {
+            let of = |on_gpus: bool| there.iter().map(|m| &models[*m]).filter(move |m| m.needs_gpus() == on_gpus);
+            let used: u64 =
+                of(true).map(|m| m.bytes_on(inventory).unwrap_or(largest) * u64::from(m.weight() as u32)).sum();
+            let alone = inventory.one_at_a_time || (largest == 0 && inventory.cpu.is_none());
+            let cpu = inventory.cpu.unwrap_or(0);
+            let on_cpu: u64 = of(false).map(|m| m.bytes_on(inventory).unwrap_or(cpu)).sum();
+            if alone { there.len() <= 1 } else { used <= room && on_cpu <= cpu.max(1) }
+        };
+        self.arrival_order.arrive(model, fit)
     }
 }

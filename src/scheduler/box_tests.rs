@@ -18,7 +18,8 @@ const GPU: u64 = 80 * GB;
 /// Events of one box; more: it never ends.
 const EVENTS_MAX: usize = 60_000;
 const IDLE_WAKES_MAX: usize = 300;
-const CODES: [&str; 15] = [
+const CODES: [&str; 16] = [
+    "overloaded",
     "dry",
     "hold",
     "finish_first",
@@ -160,6 +161,8 @@ struct Boxed {
     /// Callers who send their next request when the last was answered: requests left and think time, by model.
     callers: BTreeMap<usize, (usize, Millis)>,
     next_number: i64,
+    /// Device time that jobs had, as they were told, ms.
+    had_ms: f64,
 }
 
 impl Boxed {
@@ -184,6 +187,7 @@ impl Boxed {
             parking: Vec::new(),
             callers: BTreeMap::new(),
             next_number: 1_000_000,
+            had_ms: 0.0,
             setup,
         };
         for (at, jobs) in arrivals {
@@ -202,6 +206,7 @@ impl Boxed {
         let mut idle_wakes = 0;
         for _ in 0..EVENTS_MAX {
             if self.open == 0 {
+                self.check_accounts();
                 return;
             }
             let wake = self.state.wake_at();
@@ -278,6 +283,7 @@ impl Boxed {
             Ev::Back(model, number) => {
                 let name = self.state.models[model].name.clone();
                 if self.end(number) {
+                    self.had_ms += self.state.settle(&name, number, self.now);
                     let back = Some(Back::default());
                     self.tell(Event::Ended { model: name, number, answered: false, suspect: false, back });
                 }
@@ -289,6 +295,7 @@ impl Boxed {
                     return;
                 }
                 self.open -= 1;
+                self.had_ms += self.state.settle(&name, number, self.now);
                 self.tell(Event::Ended { model: name, number, answered: true, suspect: false, back: None });
                 self.send_next(model);
             }
@@ -345,7 +352,8 @@ impl Boxed {
                 Effect::Announce(decision) => {
                     self.check_reason(&decision);
                     let is_of_host = matches!(decision.action, "park" | "drop");
-                    self.parking.extend(decision.model.filter(|_| is_of_host).map(|model| (model, decision.action)));
+                    self.parking
+                        .extend(decision.model.clone().filter(|_| is_of_host).map(|model| (model, decision.action)));
                 }
                 _ => {}
             }
@@ -439,8 +447,30 @@ impl Boxed {
         if !self.state.plan_soon && !self.state.plan_now {
             self.check_work_conserving();
         }
+        self.check_explained();
         let reasons: Vec<Decision> = self.state.decisions().take(2).cloned().collect();
         reasons.iter().for_each(|decision| self.check_reason(decision));
+    }
+
+    /// The time that devices worked is the time that jobs had of them, whoever shared what with whom.
+    fn check_accounts(&mut self) {
+        let worked: f64 = self.state.take_spent(self.now).iter().map(|spent| spent.work_ms).sum();
+        assert!((worked - self.had_ms).abs() < 1.0, "devices worked {worked} ms, jobs had {} ms", self.had_ms);
+    }
+
+    /// Each model that waits without a worker has been told why, with figures.
+    fn check_explained(&self) {
+        if self.state.plan_soon || self.state.plan_now {
+            return;
+        }
+        for (index, model) in self.state.models.iter().enumerate() {
+            let has_worker = self.state.workers.iter().any(|w| w.model == index && w.is_on_device());
+            if model.queue.pending() != (0, 0) && model.trouble.is_none() && !has_worker {
+                let why = self.state.journal.about(&model.name);
+                let is_said = why.is_some_and(|decision| !decision.numbers.is_empty() && !decision.reason.is_empty());
+                assert!(is_said, "{} waits and nobody says why: {why:?}", model.name);
+            }
+        }
     }
 
     fn check_memory(&self) {
@@ -569,8 +599,8 @@ proptest! {
     }
 }
 
-/// Loads that `requests` of each of two callers cost, who use a model each and send one request after the other.
-fn closed_loops(requests: usize, think: Millis, work: Millis, load: Millis) -> usize {
+/// A box after `requests` of each of two callers, who use a model each and send one request after the other.
+fn closed_loops(requests: usize, think: Millis, work: Millis, load: Millis) -> Boxed {
     let specs = [0, 1].map(|index| ModelSpec {
         gpus: 1,
         startup_time: Duration::from_millis(load.unsigned_abs()),
@@ -591,7 +621,7 @@ fn closed_loops(requests: usize, think: Millis, work: Millis, load: Millis) -> u
         boxed.send_next(model);
     }
     boxed.run();
-    boxed.loads
+    boxed
 }
 
 #[test]
@@ -599,9 +629,12 @@ fn two_callers_who_send_one_request_after_the_other_do_not_cost_a_swap_for_each(
     for (think, work, load) in
         [(0, 1_000, 10_000), (2, 1_000, 10_000), (2, 5_000, 40_000), (2, 50, 2_000), (1_000, 1_000, 20_000)]
     {
-        let loads = closed_loops(8, think, work, load);
+        let loads = closed_loops(8, think, work, load).loads;
         assert!(loads <= 6, "{loads} loads for 16 requests: think {think}, work {work}, load {load} ms");
     }
     // Who thinks longer than a swap takes is not waited for.
-    assert!(closed_loops(8, 60_000, 1_000, 2_000) > 6);
+    let apart = closed_loops(8, 60_000, 1_000, 2_000);
+    assert!(apart.loads > 6);
+    let hints = apart.state.decisions().filter(|decision| decision.reason.contains("turns of one job each")).count();
+    assert!(hints >= 3 && hints < apart.loads - 3, "{hints} hints on what would help, {} loads", apart.loads);
 }

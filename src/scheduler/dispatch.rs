@@ -244,7 +244,7 @@ async fn attempt(context: &Context, dispatch: &Dispatch, body: Bytes) -> (Outcom
         body,
         stream: dispatch.job.stream,
         run: dispatch.run.clone(),
-        timeout,
+        timeout: context.clock.really(timeout),
     };
     let work = context.client.run(call, sender, stop.clone());
     let relay = relay(context, dispatch.job.token, receiver);

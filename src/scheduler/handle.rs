@@ -15,7 +15,9 @@ use crate::lifecycle::Tasks;
 pub use crate::policy::plan::Decision;
 use crate::scheduler::hub::JobWatch;
 use crate::scheduler::hub::{Ended, Hub};
+pub use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::run::Message;
+pub use crate::scheduler::state::Expected;
 use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics, Trouble};
 use crate::worker::supervisor::{Order, WorkerHandle};
 
@@ -117,6 +119,8 @@ pub struct QueueView {
     pub swaps: u64,
     /// Swaps that arrival order would have cost for the jobs claimed so far.
     pub swaps_in_arrival_order: u64,
+    /// What is asked for of what the box can do, while it has been too much for long.
+    pub overload: Option<f64>,
     /// All models are paused by hand.
     pub paused: bool,
     /// All models are being drained by hand.
@@ -135,9 +139,13 @@ pub struct Position {
     /// Swaps before its model is loaded.
     pub swaps_ahead: usize,
     /// Estimate of its start, ms since the epoch.
-    pub eta_start: Option<Millis>,
+    pub eta_start: Option<Expected>,
+    /// Estimate of its end.
+    pub eta_finish: Option<Expected>,
     /// `low`, `medium` or `high`; empty without an estimate.
     pub eta_confidence: &'static str,
+    /// Why it waits, in words: those of the latest decision about its model, or where it stands.
+    pub reason: Option<String>,
 }
 
 /// Counters for `/metrics`, cumulative since start.
@@ -275,6 +283,13 @@ impl Handle {
     /// The latest view of the queue; a few ms old at most.
     pub fn queue(&self) -> Arc<QueueView> {
         self.view.borrow().clone()
+    }
+
+    /// What was decided of late, and why; nothing after the scheduler's end.
+    pub async fn decisions(&self, filter: DecisionFilter) -> DecisionPage {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::Decisions { filter, reply });
+        answer.await.unwrap_or_default()
     }
 
     /// Where a queued job stands in the current plan; all `None` for one that is not queued.

@@ -36,14 +36,16 @@ impl Ledger {
         (now - before).max(0)
     }
 
-    /// One device spent `elapsed` ms; `there`: who is on it, and what for.
-    pub(super) fn spend(&mut self, elapsed: i64, there: impl Iterator<Item = (usize, Doing)> + Clone) {
+    /// One device spent `elapsed` ms; `there`: who is on it, and what for. Returns how much of it each of those had who
+    /// worked, ms.
+    pub(super) fn spend(&mut self, elapsed: i64, there: impl Iterator<Item = (usize, Doing)> + Clone) -> f64 {
         let most = there.clone().map(|(_, doing)| doing).max();
         let count = there.clone().filter(|(_, doing)| Some(*doing) == most).count();
         let Some(most) = most else {
             self.sum(None).idle_ms += elapsed as f64;
-            return;
+            return 0.0;
         };
+        let each = elapsed as f64 / count as f64;
         for (model, _) in there.filter(|(_, doing)| *doing == most) {
             let sum = self.sum(Some(model));
             let part = match most {
@@ -51,7 +53,20 @@ impl Ledger {
                 Doing::Swap => &mut sum.swap_ms,
                 Doing::Work => &mut sum.work_ms,
             };
-            *part += elapsed as f64 / count as f64;
+            *part += each;
+        }
+        if most == Doing::Work { each } else { 0.0 }
+    }
+
+    /// What was taken out could not be kept; `place`: of a model.
+    pub(super) fn put_back(&mut self, spent: Vec<Spent>, place: impl Fn(&str) -> Option<usize>) {
+        for one in spent {
+            let sum = self.sums.entry((one.hour, one.model.as_deref().and_then(&place))).or_default();
+            sum.work_ms += one.work_ms;
+            sum.swap_ms += one.swap_ms;
+            sum.idle_ms += one.idle_ms;
+            sum.swaps += one.swaps;
+            sum.swaps_in_order += one.swaps_in_order;
         }
     }
 
@@ -77,9 +92,44 @@ impl Ledger {
     }
 }
 
+/// Which models a box would hold that served in arrival order, the last used first: what leaves when another one needs its
+/// room is the one that was used longest ago.
+#[derive(Debug, Default)]
+pub(super) struct ArrivalOrder {
+    there: Vec<usize>,
+}
+
+impl ArrivalOrder {
+    /// A job of this model arrives; `fit`: whether such models have room together. Returns whether it costs a swap.
+    pub(super) fn arrive(&mut self, model: usize, fit: impl Fn(&[usize]) -> bool) -> bool {
+        let is_there = self.there.iter().position(|there| *there == model);
+        if let Some(place) = is_there {
+            self.there[..=place].rotate_right(1);
+            return false;
+        }
+        self.there.insert(0, model);
+        let count = self.there.len();
+        while self.there.len() > 1 && !fit(&self.there) {
+            self.there.pop();
+        }
+        self.there.len() < count
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn in_arrival_order_who_fits_stays() {
+        let cost = |room: usize, arrivals: &[usize]| {
+            let mut order = ArrivalOrder::default();
+            arrivals.iter().filter(|model| order.arrive(**model, |there| there.len() <= room)).count()
+        };
+        assert_eq!(cost(1, &[0, 1, 0, 1, 1, 0]), 4);
+        assert_eq!(cost(2, &[0, 1, 0, 1, 1, 0]), 0, "side by side");
+        assert_eq!(cost(2, &[0, 1, 0, 2, 0, 1]), 2, "the one used longest ago leaves");
+    }
 
     #[test]
     fn all_time_is_somebodys_and_work_comes_first() {
@@ -103,5 +153,8 @@ mod tests {
         );
         assert_eq!((of(Some("m1")).swap_ms, of(Some("m2")).work_ms), (0.0, 2_000.0));
         assert!(spent.iter().all(|s| s.hour == 1) && ledger.take(|_| String::new()).is_empty());
+        // What could not be kept is taken out again the next time.
+        ledger.put_back(spent.clone(), |name| name[1..].parse().ok());
+        assert_eq!(ledger.take(|model| format!("m{model}")), spent);
     }
 }

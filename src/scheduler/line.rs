@@ -164,6 +164,17 @@ impl Line {
         Some(own + others.sum::<usize>())
     }
 
+    /// The same for a job of any place, as if the jobs of its tenant had come in even steps.
+    pub(super) fn rank_about(&self, key: Key) -> Option<usize> {
+        let tenant = self.arrival(key)?.tenant();
+        let jobs = self.tenants.get(&tenant)?;
+        let (first, last) = (jobs.first_key_value()?.0.0, jobs.last_key_value()?.0.0);
+        let part = (key.0 - first) as f64 / (last - first).max(1) as f64;
+        let own = usize::try_from(crate::policy::view::round(part * (jobs.len() - 1) as f64)).unwrap_or(0);
+        let others = self.tenants().filter(|(other, _)| *other != tenant).map(|(_, jobs)| jobs.len().min(own));
+        Some(own + others.sum::<usize>())
+    }
+
     /// Whether this job waits here.
     pub(super) fn has(&self, key: Key) -> bool {
         self.arrival(key).is_some()

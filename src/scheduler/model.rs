@@ -199,6 +199,16 @@ impl Model {
         self.learned.each_ms.or_else(seen).unwrap_or(self.service_ms() / share)
     }
 
+    /// Of the time of one device, how much of late arrivals ask for.
+    pub(super) fn asked(&self, now: Millis) -> f64 {
+        if self.trouble.is_some() { 0.0 } else { self.rate.per_ms(now) * self.each_ms() * self.weight() }
+    }
+
+    /// Whether that is more than a guess.
+    pub(super) fn has_measured_each(&self) -> bool {
+        self.learned.each_ms.is_some() || self.group.is_some()
+    }
+
     pub(super) fn stop_ms(&self) -> f64 {
         self.learned.stop_ms.unwrap_or(1_000.0)
     }

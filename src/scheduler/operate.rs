@@ -51,11 +51,14 @@ impl Scheduler {
     /// Keeps where the devices' time went; `reply`: whoever waits for it.
     pub(super) fn keep_spent(&mut self, reply: Option<oneshot::Sender<Result<(), StoreError>>>) {
         self.keep_at = Instant::now() + KEEP_SPENT_EVERY;
-        let kept = self.context.store.add_spent(self.state.take_spent(self.context.clock.now()));
+        let spent = self.state.take_spent(self.context.clock.now());
+        let kept = self.context.store.add_spent(spent.clone());
+        let context = self.context.clone();
         self.context.tasks.spawn("keep spent", async move {
             let kept = kept.await;
             if let Err(error) = &kept {
-                tracing::warn!("where the last seconds of the devices went was not stored: {error}");
+                tracing::warn!("where the last seconds of the devices went was not stored, it is tried again: {error}");
+                context.tell(Message::PutBackSpent { spent });
             }
             let _ = reply.map(|reply| reply.send(kept));
         });

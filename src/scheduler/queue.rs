@@ -20,6 +20,8 @@ use crate::store::QueuedJob;
 
 /// How many waiting jobs of a tenant are looked at to fill a run with equal batch keys.
 const RUN_SCAN_MAX: usize = 256;
+/// How many places from either end of a tenant's jobs are counted; others are guessed.
+const RANK_SCAN_MAX: usize = 1_000;
 
 /// What few jobs have.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -66,8 +68,19 @@ pub(super) struct Running {
     charged_ms: f64,
     /// The worker's shares so far when it began, ms.
     share_from: f64,
-    /// What it had of the worker, once that is settled, ms.
-    had_ms: Option<f64>,
+    /// The worker's device shares so far when it began, ms.
+    device_from: f64,
+    /// What it had of the worker and of its devices, once that is settled.
+    had: Option<Had>,
+}
+
+/// What a job had, ms.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Had {
+    /// Of its worker's time.
+    worker_ms: f64,
+    /// Of its devices' time, all of them together.
+    pub(super) device_ms: f64,
 }
 
 /// What a worker has to do.
@@ -81,6 +94,8 @@ struct Load {
     sharing: usize,
     /// Time that each of its jobs had of the worker so far, ms: grows by 1/n while n share it.
     share_ms: f64,
+    /// Time that each of its jobs had of the devices so far, ms: their keeper says how much the worker has had.
+    device_share_ms: f64,
     at: Millis,
 }
 
@@ -406,6 +421,24 @@ impl Queue {
         }
     }
 
+    /// Jobs that were taken to workers so far.
+    pub(super) fn admitted(&self) -> u64 {
+        self.admitted
+    }
+
+    /// Whether this job waits for its turn.
+    pub(super) fn waits(&self, priority: u8, number: i64) -> bool {
+        let key = Key::new(priority, number);
+        self.line(key.class()).has(key) || self.isolated_keys().any(|(other, _)| *other == key)
+    }
+
+    /// About how many jobs of its class start before `number`, however many; `None`: not waiting, or isolated, or delayed.
+    pub(super) fn ahead_in_class(&self, priority: u8, number: i64) -> Option<usize> {
+        let key = Key::new(priority, number);
+        let line = self.line(key.class());
+        line.rank(key, RANK_SCAN_MAX).or_else(|| line.rank_about(key))
+    }
+
     /// Jobs on workers.
     pub(super) fn running(&self) -> &BTreeMap<i64, Running> {
         &self.running
@@ -445,30 +478,41 @@ impl Queue {
         load.sharing += 1;
         load.batch += usize::from(Class::of(job.priority) == Class::Batch);
         load.alone += usize::from(alone);
-        let share_from = load.share_ms;
+        let (share_from, device_from) = (load.share_ms, load.device_share_ms);
         let running = Running {
             alone,
             claimed_at: now,
             worker: to.worker,
             charged_ms: to.charge_ms,
             share_from,
-            had_ms: None,
+            device_from,
+            had: None,
             job,
         };
         self.running.insert(running.job.number, running);
     }
 
-    /// What a job had of its worker, ms: from now on it shares nothing any more. `None`: it does not run.
-    pub(super) fn settle(&mut self, number: i64, now: Millis) -> Option<f64> {
+    /// A worker has worked for so much time of its devices, ms, which is what its jobs had.
+    pub(super) fn credit(&mut self, worker: u32, device_ms: f64) {
+        if let Some(load) = self.loads.get_mut(&worker).filter(|load| load.sharing > 0) {
+            load.device_share_ms += device_ms / load.sharing as f64;
+        }
+    }
+
+    /// What a job had: from now on it shares nothing any more. `None`: it does not run.
+    pub(super) fn settle(&mut self, number: i64, now: Millis) -> Option<Had> {
         let running = self.running.get_mut(&number)?;
-        if let Some(had) = running.had_ms {
+        if let Some(had) = running.had {
             return Some(had);
         }
         let load = self.loads.entry(running.worker).or_default();
         load.count_until(now);
         load.sharing = load.sharing.saturating_sub(1);
-        let had = load.share_ms - running.share_from;
-        running.had_ms = Some(had);
+        let had = Had {
+            worker_ms: load.share_ms - running.share_from,
+            device_ms: load.device_share_ms - running.device_from,
+        };
+        running.had = Some(had);
         Some(had)
     }
 
@@ -479,7 +523,7 @@ impl Queue {
 
     /// Counts it no longer, and charges its tenant for what it had of the worker: `gpus` times its share of the time.
     pub(super) fn end(&mut self, number: i64, gpus: f64, served: &mut Served, now: Millis) -> Option<Running> {
-        let had = self.settle(number, now)? * gpus;
+        let had = self.settle(number, now)?.worker_ms * gpus;
         let running = self.running.remove(&number)?;
         if let Some(load) = self.loads.get_mut(&running.worker) {
             load.count_until(now);

@@ -22,11 +22,12 @@ use crate::policy::Knobs;
 use crate::scheduler::dispatch::{self, Context, Dispatch, Stop};
 use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, QueueView, SubmitError, Workers, handles};
 use crate::scheduler::hub::{Ended, Hub, JobWatch};
+use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::queue::{Run, shared};
 use crate::scheduler::state::{Effect, Event, Holding, Inventory, Place, State};
 use crate::scheduler::watch as devices;
 use crate::store::{
-    self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Store, StoreError,
+    self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Spent, Store, StoreError,
 };
 use crate::worker::client::{RunTag, WorkerClient};
 use crate::worker::gpu::GpuProbe;
@@ -75,6 +76,10 @@ pub(super) enum Message {
     Settle { model: Arc<str>, number: i64, reply: oneshot::Sender<f64> },
     /// Keep where the devices' time went until now.
     KeepSpent { reply: oneshot::Sender<Result<(), StoreError>> },
+    /// Where the devices' time went could not be stored.
+    PutBackSpent { spent: Vec<Spent> },
+    /// What was decided, and why?
+    Decisions { filter: DecisionFilter, reply: oneshot::Sender<DecisionPage> },
     /// Are you there?
     Ping { reply: oneshot::Sender<()> },
 }
@@ -285,9 +290,8 @@ impl Scheduler {
     }
 
     async fn next(&mut self, stopping: bool) -> Wake {
-        let now = self.context.clock.now();
-        let timer =
-            self.state.wake_at().map(|at| Instant::now() + Duration::from_millis(u64::try_from(at - now).unwrap_or(0)));
+        let clock = &self.context.clock;
+        let timer = self.state.wake_at().map(|at| Instant::now() + clock.until(at));
         let tasks = &self.context.tasks;
         tokio::select! {
             biased;
@@ -373,11 +377,15 @@ impl Scheduler {
                 let _ = reply.send(self.position(&model, priority, number));
             }
             Message::Control { control, reply } => self.control(control, reply),
+            Message::PutBackSpent { spent } => self.state.put_back_spent(spent),
             Message::Purge { model, before, removed, reply } => self.purge(model, before, removed, reply),
             Message::Settle { model, number, reply } => {
                 let _ = reply.send(self.state.settle(&model, number, self.context.clock.now()));
             }
             Message::KeepSpent { reply } => self.keep_spent(Some(reply)),
+            Message::Decisions { filter, reply } => {
+                let _ = reply.send(self.state.decision_page(&filter));
+            }
             Message::Ping { reply } => {
                 let _ = reply.send(());
             }
@@ -392,24 +400,30 @@ impl Scheduler {
         });
     }
 
-    fn position(&self, model: &str, priority: u8, number: i64) -> Option<Position> {
+    fn position(&mut self, model: &str, priority: u8, number: i64) -> Option<Position> {
         let now = self.context.clock.now();
-        let (position, ahead, swaps_ahead, eta) = self.state.standing(model, priority, number, now)?;
-        let eta_confidence = if eta.is_none() {
-            ""
-        } else if swaps_ahead == 0 {
-            "high"
-        } else if swaps_ahead == 1 {
-            "medium"
-        } else {
-            "low"
+        if !self.state.waits(model, priority, number) {
+            return None;
+        }
+        let standing = self.state.standing(model, priority, number);
+        let expected = self.state.expected(model, priority, number, now);
+        let (position, ahead) = (standing.map(|s| s.0), standing.map(|s| s.1));
+        let swaps_ahead = standing.map_or(0, |s| s.2);
+        let eta_confidence = match (expected, swaps_ahead) {
+            (None, _) => "",
+            (Some(_), _) if standing.is_none() => "low",
+            (Some(_), 0) => "high",
+            (Some(_), 1) => "medium",
+            (Some(_), _) => "low",
         };
         Some(Position {
-            position: Some(position),
-            ahead_same_model: Some(ahead),
+            position,
+            ahead_same_model: ahead,
             swaps_ahead,
-            eta_start: eta,
+            eta_start: expected,
+            eta_finish: expected.map(|at| self.state.finish_of(model, at)),
             eta_confidence,
+            reason: self.state.why(model, ahead, expected, now),
         })
     }
 
@@ -688,6 +702,7 @@ impl Scheduler {
             history: state.history.iter().cloned().collect(),
             swaps: state.swaps,
             swaps_in_arrival_order: state.swaps_in_arrival_order,
+            overload: state.overload(now),
             paused: state.controls().all.paused,
             draining: state.controls().all.draining,
             models: (0..state.models.len()).map(|index| self.model_view(index, now)).collect(),

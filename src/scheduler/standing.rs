@@ -81,24 +81,13 @@ impl State {
         self.models[index].view(&self.inventory, false, 0).due(&self.knobs).map(|due| due.at)
     }
 
-    /// Where a waiting job stands: (jobs the plan starts first, jobs of its own model before it, swaps before its start,
-    /// expected start, if its model can be loaded). `None`: not waiting, or too far back to count.
-    pub fn standing(
-        &self,
-        model: &str,
-        priority: u8,
-        number: i64,
-        now: Millis,
-    ) -> Option<(usize, usize, usize, Option<Millis>)> {
+    /// Where a waiting job stands: (jobs the plan starts first, jobs of its own model before it, swaps before its start).
+    /// `None`: not waiting, or too far back to count.
+    pub fn standing(&self, model: &str, priority: u8, number: i64) -> Option<(usize, usize, usize)> {
         let index = self.index_of(model)?;
         let rank = self.models[index].queue.rank(priority, number, RANK_MAX)?;
-        let own = rank as f64 * self.models[index].each_ms();
-        if self.models[index].held.paused {
-            // Nobody knows when somebody will let it go on.
-            return Some((rank, rank, 0, None));
-        }
-        if self.serves(index) {
-            return Some((rank, rank, 0, Some(now + round(own))));
+        if self.models[index].held.paused || self.serves(index) {
+            return Some((rank, rank, 0));
         }
         let due = |index: usize| self.due(index).unwrap_or(i64::MAX);
         let mine = (due(index), index);
@@ -106,21 +95,14 @@ impl State {
         let backlog = |index: usize| self.models[index].queue.len() as f64 * self.models[index].each_ms();
         let holders = self.workers.iter().filter(|w| w.is_on_device() && w.model != index).map(|w| w.model);
         let first = holders.clone().min_by(|a, b| backlog(*a).total_cmp(&backlog(*b)));
-        let mut ahead: Vec<(i64, usize)> = (0..self.models.len())
+        let ahead: Vec<usize> = (0..self.models.len())
             .filter(|i| *i != index && self.models[*i].trouble.is_none() && self.models[*i].queue.len() > 0)
             .filter(|i| Some(*i) == first || !holders.clone().any(|holder| holder == *i))
-            .map(|i| (if Some(i) == first { i64::MIN } else { due(i) }, i))
-            .filter(|other| *other < mine)
+            .filter(|i| Some(*i) == first || (due(*i), *i) < mine)
             .collect();
-        ahead.sort_unstable();
         let loading_mine = self.holding(index) == Holding::Loading;
-        let before: usize = ahead.iter().map(|(_, i)| self.models[*i].queue.len()).sum();
-        let wait: f64 =
-            ahead.iter().map(|(_, i)| backlog(*i) + if Some(*i) == first { 0.0 } else { self.load_ms(*i) }).sum();
-        let swaps = ahead.iter().filter(|(_, i)| Some(*i) != first).count() + usize::from(!loading_mine);
-        let start = now + round(wait + self.load_ms(index) + own);
-        // Of a model that cannot be loaded nobody knows.
-        let start = self.models[index].trouble.is_none().then_some(start);
-        Some((before + rank, rank, swaps, start))
+        let before: usize = ahead.iter().map(|i| self.models[*i].queue.len()).sum();
+        let swaps = ahead.iter().filter(|i| Some(**i) != first).count() + usize::from(!loading_mine);
+        Some((before + rank, rank, swaps))
     }
 }

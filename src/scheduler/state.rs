@@ -3,7 +3,7 @@
 //! tell it by events and are asked by effects.
 //!
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
-//! `standing` says where a job stands; `controls` does what an operator says; `accounts` counts where the time goes; `model`
+//! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an operator says; `accounts` counts where the time goes; `model`
 //! and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -17,7 +17,8 @@ use crate::policy::plan::{Decision, Reservation};
 use crate::policy::{Knobs, admission};
 pub use crate::scheduler::inventory::Inventory;
 use crate::scheduler::inventory::{Phase, Worker, round};
-use crate::scheduler::ledger::Ledger;
+use crate::scheduler::journal::{DecisionFilter, DecisionPage, Journal};
+use crate::scheduler::ledger::{ArrivalOrder, Ledger};
 use crate::scheduler::model::{Model, Trouble};
 use crate::scheduler::queue::{Run, Running, To};
 use crate::store::{Learned, QueuedJob};
@@ -29,10 +30,15 @@ mod accounts;
 mod controls;
 #[path = "devices.rs"]
 mod devices;
+#[path = "eta.rs"]
+mod eta;
+#[path = "hints.rs"]
+mod hints;
 #[path = "standing.rs"]
 mod standing;
 #[path = "turns.rs"]
 mod turns;
+pub use eta::Expected;
 pub(super) use standing::Holding;
 
 /// How long a plan stands while only more of the same arrives.
@@ -214,8 +220,8 @@ pub enum Effect {
     },
     /// Keep how much tenants were served: weighted GPU ms by name.
     Served(Vec<(String, f64)>),
-    /// Log a decision that starts or ends something.
-    Announce(Decision),
+    /// Log a decision that was made, or a reason to wait that is a new one: all that is kept of them.
+    Announce(Arc<Decision>),
 }
 
 /// All of it.
@@ -235,16 +241,17 @@ pub struct State {
     running_of: HashMap<Arc<str>, usize>,
     /// The model last loaded on each device.
     last_on: Vec<Option<usize>>,
-    last_arrival: Option<usize>,
+    arrival_order: ArrivalOrder,
     pub(super) swaps: u64,
     pub(super) swaps_in_arrival_order: u64,
     pub(super) decision: Option<Decision>,
     pub(super) history: VecDeque<Decision>,
-    log: VecDeque<Decision>,
-    /// What was last said about each pair of models.
-    said: HashMap<(Option<String>, Option<String>), &'static str>,
+    journal: Journal,
     controls: Controls,
     ledger: Ledger,
+    eta: eta::Eta,
+    turns: hints::Turns,
+    overloaded: hints::Overload,
     next_load: i64,
     stopping: bool,
     wake_at: Option<Millis>,
@@ -282,15 +289,17 @@ impl State {
             served_changed: false,
             by_tenant: HashMap::new(),
             running_of: HashMap::new(),
-            last_arrival: None,
+            arrival_order: ArrivalOrder::default(),
             swaps: 0,
             swaps_in_arrival_order: 0,
             decision: None,
             history: VecDeque::new(),
-            log: VecDeque::new(),
-            said: HashMap::new(),
+            journal: Journal::default(),
             controls: Controls::default(),
             ledger: Ledger::default(),
+            eta: eta::Eta::default(),
+            turns: hints::Turns::default(),
+            overloaded: hints::Overload::default(),
             next_load: epoch << LOAD_BITS,
             stopping: false,
             wake_at: None,
@@ -347,7 +356,12 @@ impl State {
 
     /// The latest decisions and changed reasons to wait, newest first, at most 10 000.
     pub fn decisions(&self) -> impl Iterator<Item = &Decision> {
-        self.log.iter()
+        self.journal.latest().map(|(_, decision)| &**decision)
+    }
+
+    /// A part of them.
+    pub fn decision_page(&self, filter: &DecisionFilter) -> DecisionPage {
+        self.journal.page(filter)
     }
 
     /// Whether new jobs may come in; `sync` callers are told at once when their model does not load.
@@ -367,11 +381,10 @@ impl State {
         let Some(index) = self.index_of(model) else {
             return;
         };
-        if self.last_arrival.is_some_and(|last| last != index) {
+        if self.swaps_in_order(index) {
             self.swaps_in_arrival_order += 1;
             self.ledger.count_swap_in_order(index);
         }
-        self.last_arrival = Some(index);
         self.models[index].count_arrival(now);
     }
 
@@ -703,6 +716,7 @@ impl State {
                     self.forget_tenant(&job.tenant);
                     self.count_running(&job.tenant);
                 }
+                run.jobs.iter().for_each(|job| self.eta.started(job.number, now));
                 effects.push(Effect::Claim { model: self.models[index].name.clone(), place, run });
             }
         }

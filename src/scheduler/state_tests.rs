@@ -425,13 +425,9 @@ fn standing_counts_the_jobs_and_swaps_before() {
     let mut world = World::new(&[("a", 1), ("b", 1)]);
     world.queue(vec![job(1, "a"), job(2, "a"), job(3, "a"), job(4, "b")]);
     world.obey();
-    assert_eq!(
-        world.state.standing("a", 5, 3, world.now).map(|s| (s.0, s.1, s.2)),
-        Some((1, 1, 0)),
-        "job 1 runs, job 2 is before"
-    );
-    assert_eq!(world.state.standing("b", 5, 4, world.now).map(|s| (s.0, s.1, s.2)), Some((2, 0, 1)));
-    assert_eq!(world.state.standing("a", 5, 99, world.now), None);
+    assert_eq!(world.state.standing("a", 5, 3), Some((1, 1, 0)), "job 1 runs, job 2 is before");
+    assert_eq!(world.state.standing("b", 5, 4), Some((2, 0, 1)));
+    assert_eq!(world.state.standing("a", 5, 99), None);
 }
 
 #[test]
@@ -501,13 +497,85 @@ fn a_clock_that_jumps_takes_no_job_from_its_worker_and_loses_no_pause() {
 }
 
 #[test]
+fn a_waiting_job_says_why_and_when_it_should_start() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    world.queue((1..=30).map(|n| job(n, "a")).chain([job(40, "b")]).collect());
+    let told = |world: &mut World, model: &str, number: i64| {
+        let ahead = world.state.standing(model, 5, number).map(|standing| standing.1);
+        let expected = world.state.expected(model, 5, number, world.now);
+        (expected, world.state.why(model, ahead, expected, world.now).unwrap())
+    };
+    let (loading, why) = told(&mut world, "a", 2);
+    assert_eq!(why, "load a: the device is free; 30 pending");
+    assert!(loading.unwrap().about > world.now, "a load is before it");
+    world.obey();
+    let (third, why) = told(&mut world, "a", 4);
+    assert!(why.starts_with("job queued: 3rd for a; a is loaded; expected start in "), "{why}");
+    let (last, _) = told(&mut world, "a", 30);
+    let (other, why) = told(&mut world, "b", 40);
+    assert!(why.starts_with("stay on a: 29 pending, swap costs "), "the latest decision about it: {why}");
+    let (third, last, other) = (third.unwrap(), last.unwrap(), other.unwrap());
+    assert!(third.from <= third.about && third.about <= third.to);
+    assert!(third.about < last.about && last.about < other.about, "{third:?} {last:?} {other:?}");
+    assert_eq!(world.state.expected("b", 5, 41, world.now), None, "no such job");
+}
+
+#[test]
+fn more_work_than_the_box_can_do_is_said_when_it_lasts() {
+    let mut world = World::new(&[("a", 1)]);
+    let arrive = |world: &mut World, n: i64| {
+        world.now += 1_000;
+        world.state.count_arrival("a", world.now);
+        world.queue(vec![job(n, "a")]);
+        world.obey();
+    };
+    (0..600).for_each(|n| arrive(&mut world, n));
+    assert_eq!(world.state.overload(world.now), None, "not for long");
+    (600..1_200).for_each(|n| arrive(&mut world, n));
+    let asked = world.state.overload(world.now).unwrap();
+    assert!((2.0..3.5).contains(&asked), "3 s of work come each second: {asked}");
+    let said: Vec<_> = world.state.decisions().filter(|decision| decision.code == "overloaded").collect();
+    assert_eq!(said.len(), 1, "once");
+    assert!(
+        said[0].reason.starts_with("overloaded: 2.") || said[0].reason.starts_with("overloaded: 3"),
+        "{}",
+        said[0].reason
+    );
+    world.now += 3_600_000;
+    world.queue(vec![job(2_000, "a")]);
+    assert_eq!(world.state.overload(world.now), None, "nothing has come for an hour");
+}
+
+#[test]
+fn ranges_are_as_wide_as_estimates_were_wrong() {
+    let mut world = World::new(&[("a", 1)]);
+    world.queue((1..=200).map(|n| job(n, "a")).collect());
+    world.obey();
+    let width = |world: &mut World| {
+        let at = world.state.expected("a", 5, world.running[0].1 + 3, world.now).unwrap();
+        (at.to - at.from) as f64 / (at.about - world.now) as f64
+    };
+    let before = width(&mut world);
+    // All take the same time: estimates hold.
+    for _ in 0..150 {
+        let next = world.running[0].1 + 3;
+        world.state.expected("a", 5, next, world.now);
+        let (model, number) = world.running.remove(0);
+        world.now += 3_000;
+        world.event(Event::Ended { model, number, answered: true, suspect: false, back: None });
+    }
+    let after = width(&mut world);
+    assert!(after < before / 2.0, "{before} {after}");
+}
+
+#[test]
 fn nobody_knows_when_a_model_without_a_gpu_starts_its_jobs() {
     let mut world = World::new(&[("a", 1), ("b", 1)]);
     world.queue(vec![job(1, "a"), job(2, "b")]);
-    assert!(world.state.standing("b", 5, 2, world.now).unwrap().3.is_some());
+    assert!(world.state.expected("b", 5, 2, world.now).is_some());
     world.report("b", Report::NoGpu);
-    let standing = world.state.standing("b", 5, 2, world.now).unwrap();
-    assert_eq!((standing.1, standing.3), (0, None));
+    let standing = world.state.standing("b", 5, 2).unwrap();
+    assert_eq!((standing.1, world.state.expected("b", 5, 2, world.now)), (0, None));
 }
 
 #[test]

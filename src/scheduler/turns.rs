@@ -6,8 +6,6 @@ use crate::policy::{decision, sets, tier};
 
 /// Decisions that changed something, kept for a person to look back on.
 const HISTORY_MAX: usize = 50;
-/// Decisions kept, with the reasons to wait.
-const LOG_MAX: usize = 10_000;
 /// Waiting jobs that are told when their model is being loaded.
 const TOLD_MAX: usize = 256;
 
@@ -26,15 +24,17 @@ impl State {
                 }
                 Action::Unload(worker) => gone.push(places[worker]),
             }
+            let decision = if decision.action == "swap" { self.with_hint(decision) } else { decision };
             self.announce(decision, effects);
         }
+        self.note_overload(now, effects);
         // Not before: it changes nobody's place, but a worker that stops at once may be parked, and so be asked for again.
         for worker in gone {
             self.leave(worker, false, now, effects);
         }
         self.load_where_free(now, effects);
         for decision in plan.stays {
-            self.log(decision);
+            effects.extend(self.journal.keep(decision).map(Effect::Announce));
         }
         plan.wake_at
     }
@@ -42,21 +42,7 @@ impl State {
     pub(super) fn announce(&mut self, decision: Decision, effects: &mut Vec<Effect>) {
         self.history.push_front(decision.clone());
         self.history.truncate(HISTORY_MAX);
-        effects.push(Effect::Announce(decision.clone()));
-        self.log(decision);
-    }
-
-    /// Keeps a decision; a reason to wait only if it is another one than before.
-    fn log(&mut self, decision: Decision) {
-        let who = (decision.model.clone(), decision.other.clone());
-        let before = self.said.insert(who, decision.code);
-        if decision.is_change() || before != Some(decision.code) {
-            self.log.push_front(decision);
-            self.log.truncate(LOG_MAX);
-        }
-        if self.said.len() > LOG_MAX {
-            self.said.clear();
-        }
+        effects.extend(self.journal.keep(decision).map(Effect::Announce));
     }
 
     /// As the policy sees it.
@@ -66,7 +52,7 @@ impl State {
     }
 
     /// The view, and the place among our workers of each of its workers.
-    fn view_with_places(&self, now: Millis) -> (View, Vec<usize>) {
+    pub(super) fn view_with_places(&self, now: Millis) -> (View, Vec<usize>) {
         let parked = |index: usize| self.workers.iter().any(|w| w.model == index && w.phase == Phase::Parked);
         let models = self.models.iter().enumerate().map(|(i, m)| m.view(&self.inventory, parked(i), now)).collect();
         let seen = self.workers.iter().enumerate().filter_map(|(place, worker)| {
@@ -113,7 +99,7 @@ impl State {
     pub fn refuse_too_big(&mut self, model: &str, now: Millis) -> Option<JobError> {
         let decision = self.models[self.index_of(model)?].too_big.clone()?;
         let error = JobError::new(ErrorCode::NoWorkerForModel, decision.reason.clone(), false);
-        self.log(Decision { at: now, ..decision });
+        self.journal.keep(Decision { at: now, ..decision });
         Some(error)
     }
 

@@ -6,6 +6,8 @@ use crate::domain::Class;
 
 /// How long after the last arrival the tenants' shares are compared.
 const SHARES_AFTER_S: f64 = 60.0;
+/// What the clock of the state machine cannot tell.
+const CLOCK_S: f64 = 0.002;
 /// The tenant that `sparse_p99` leaves out.
 const FLOODING: &str = "t0";
 
@@ -101,6 +103,36 @@ impl Measures {
         let (trace, policy) = (fields.next()?.to_owned(), fields.next()?.to_owned());
         let values: Vec<f64> = fields.map(|field| field.parse().ok()).collect::<Option<_>>()?;
         Some(Self { trace, policy, values: values.try_into().ok()? })
+    }
+}
+
+/// How good the ranges were that jobs of a class were told for their start when they arrived. Jobs that started in the same
+/// moment do not count.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Told {
+    /// Jobs that were told one, and started.
+    pub jobs: usize,
+    /// Of these, how many started within it, in percent.
+    pub within_percent: f64,
+    /// Width of the range over the wait, the median.
+    pub width: f64,
+}
+
+impl Told {
+    /// Compares what was told with what came; `None`: nobody was told anything.
+    pub fn of(trace: &Trace, record: &Record, class: Class) -> Option<Self> {
+        let mut within = 0;
+        let mut widths = Vec::new();
+        for (job, life) in trace.jobs.iter().zip(&record.jobs) {
+            let (Some((from, to)), Some(start)) = (life.told_s, life.start_s) else { continue };
+            if job.class == class && start > job.arrival_s + CLOCK_S {
+                within += usize::from(from - CLOCK_S <= start && start <= to + CLOCK_S);
+                widths.push((to - from) / (start - job.arrival_s));
+            }
+        }
+        widths.sort_by(f64::total_cmp);
+        let width = *widths.get(widths.len() / 2)?;
+        Some(Self { jobs: widths.len(), within_percent: 100.0 * within as f64 / widths.len() as f64, width })
     }
 }
 

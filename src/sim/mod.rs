@@ -16,7 +16,7 @@ pub mod world;
 
 use baseline::{Baseline, Rule};
 pub use engine::SimError;
-pub use measure::Measures;
+pub use measure::{Measures, Told};
 use record::Record;
 use roundhouse::Roundhouse;
 pub use trace::Trace;
@@ -55,6 +55,11 @@ impl PolicyName {
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|policy| policy.as_str() == name)
     }
+}
+
+/// As [`simulate`] by the server's own policy, which tells some of the jobs when they should start.
+pub fn simulate_told(trace: &Trace, knobs: &Knobs) -> Result<Record, SimError> {
+    engine::run(trace, &mut Roundhouse::new(trace, knobs.clone()).telling(trace))
 }
 
 /// Plays a trace through a policy. The same trace always gives the same record. Fails if the policy makes a mistake that no

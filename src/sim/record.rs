@@ -39,6 +39,8 @@ pub struct JobLife {
     pub end_s: Option<f64>,
     /// Where it was served.
     pub worker: Option<WorkerId>,
+    /// The range of time for its start that was told when it arrived, if it had to wait.
+    pub told_s: Option<(f64, f64)>,
 }
 
 /// What a simulation leaves behind.

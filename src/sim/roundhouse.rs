@@ -23,6 +23,10 @@ use crate::worker::supervisor::Order;
 
 /// Where the state machine's clock stands when the trace begins.
 const BEGIN_MS: Millis = 1_800_000_000_000;
+/// Of jobs that are submitted together, so many are told when they should start.
+const TOLD_OF_BULK: usize = 32;
+/// About so many submissions are.
+const TOLD_SUBMISSIONS: usize = 600;
 /// Priorities of the two classes: what the API gives to a call on the line, and to one job that is looked up later.
 const PRIORITY_INTERACTIVE: u8 = 7;
 const PRIORITY_BATCH: u8 = 5;
@@ -39,6 +43,9 @@ pub struct Roundhouse {
     numbers: HashMap<WorkerId, u32>,
     /// Why a model is loaded next.
     reasons: HashMap<String, String>,
+    /// Every so many-th submission is told when its jobs should start; 0: none.
+    told_every: usize,
+    submissions: usize,
 }
 
 impl Roundhouse {
@@ -70,7 +77,17 @@ impl Roundhouse {
             workers: HashMap::new(),
             numbers: HashMap::new(),
             reasons: HashMap::new(),
+            told_every: 0,
+            submissions: 0,
         }
+    }
+
+    /// Tells some of the jobs when they should start.
+    #[must_use]
+    pub fn telling(mut self, trace: &Trace) -> Self {
+        let submissions = trace.jobs.chunk_by(|a, b| a == b).count();
+        self.told_every = submissions.div_ceil(TOLD_SUBMISSIONS).max(1);
+        self
     }
 
     /// Jobs that arrive together and are alike are submitted together, as one bulk request; others one by one.
@@ -89,7 +106,21 @@ impl Roundhouse {
             };
             match place {
                 Some((only, place)) => self.start(world, &only.model, place.replica, only.number)?,
-                None => self.tell(world, Event::Queued(queued))?,
+                None => {
+                    self.submissions += 1;
+                    let is_told = self.told_every > 0 && self.submissions.is_multiple_of(self.told_every);
+                    let asked = if is_told { TOLD_OF_BULK.min(alike) } else { 0 };
+                    let numbers: Vec<(i64, u8, Arc<str>)> = (0..asked)
+                        .map(|n| &queued[n * (alike - 1) / (asked - 1).max(1)])
+                        .map(|job| (job.number, job.priority, job.model.clone()))
+                        .collect();
+                    self.tell(world, Event::Queued(queued))?;
+                    for (number, priority, model) in numbers {
+                        if let Some(told) = self.state.expected(&model, priority, number, now) {
+                            world.tell_start(job_of(number), seconds(told.from), seconds(told.to));
+                        }
+                    }
+                }
             }
         }
         Ok(())
@@ -165,7 +196,7 @@ impl Roundhouse {
     }
 
     fn note(&mut self, decision: &Decision) {
-        if let Some(model) = &decision.model {
+        if let Some(model) = decision.model.as_ref().filter(|_| decision.is_change()) {
             self.reasons.insert(model.clone(), decision.reason.clone());
         }
     }

@@ -311,3 +311,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn most_jobs_start_within_the_range_they_were_told() {
+    for (name, least, widest) in [("c-alternate-21", 80.0, 1.0), ("small-205", 80.0, 2.0)] {
+        let trace = public(name);
+        let record = simulate_told(&trace, &Knobs::default()).unwrap();
+        let told = Told::of(&trace, &record, crate::domain::Class::Interactive).unwrap();
+        assert!(told.jobs > 20 && told.within_percent >= least && told.width <= widest, "{name}: {told:?}");
+        let (plain, _) = play(&trace, "roundhouse");
+        let lives = |record: &Record| record.jobs.iter().map(|job| (job.start_s, job.end_s)).collect::<Vec<_>>();
+        assert_eq!(lives(&plain), lives(&record), "{name}: telling changes nothing");
+    }
+}

@@ -200,6 +200,11 @@ impl<'t> World<'t> {
         self.record.visits[id].why = Some(why);
     }
 
+    /// Keeps when a job was told to start.
+    pub fn tell_start(&mut self, job: usize, from_s: f64, to_s: f64) {
+        self.record.jobs[job].told_s = Some((from_s, to_s));
+    }
+
     /// Free memory of a GPU, in GB.
     pub fn gpu_free_gb(&self, gpu: usize) -> f64 {
         self.trace.gpu_gb - self.gpu_used_gb[gpu]

@@ -9,7 +9,8 @@ use tokio::time::Instant;
 
 /// The environment variable that marks every process of a worker: `<data dir id>:<nonce>`.
 pub(super) const MARK: &str = "ROUNDHOUSE_INSTANCE";
-/// How often processes are looked at while they end.
+/// How often processes are looked at while they end: soon at first, since most end at once, then less and less often.
+const LOOK_FIRST: Duration = Duration::from_millis(2);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// How long Python's resource tracker may outlive the processes it cleans up after.
 const TRACKER_GRACE: Duration = Duration::from_millis(600);
@@ -118,6 +119,7 @@ impl Family {
 
     fn wait(&self, limit: Duration, counts: impl Fn(&Process) -> bool) -> bool {
         let until = Instant::now() + limit;
+        let mut pause = LOOK_FIRST;
         loop {
             if !self.living(None).iter().any(&counts) {
                 return true;
@@ -125,7 +127,7 @@ impl Family {
             if Instant::now() >= until {
                 return false;
             }
-            std::thread::sleep(LOOK_EVERY);
+            rest(&mut pause);
         }
     }
 
@@ -135,6 +137,7 @@ impl Family {
     /// semaphores they left behind, and ends by itself.
     pub(super) fn kill(&self, except: Option<i32>, limit: Duration) -> bool {
         let start = Instant::now();
+        let mut pause = LOOK_FIRST;
         loop {
             let living = self.living(except);
             if living.is_empty() {
@@ -149,9 +152,15 @@ impl Family {
             if start.elapsed() >= limit {
                 return false;
             }
-            std::thread::sleep(LOOK_EVERY);
+            rest(&mut pause);
         }
     }
+}
+
+/// Between two looks; the next rest is longer.
+fn rest(pause: &mut Duration) {
+    std::thread::sleep(*pause);
+    *pause = (*pause * 2).min(LOOK_EVERY);
 }
 
 fn is_resource_tracker(pid: i32) -> bool {

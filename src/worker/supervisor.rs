@@ -368,7 +368,7 @@ impl Supervisor {
                     let base_url = format!("http://127.0.0.1:{}", running.process.port());
                     self.failed_loads = 0;
                     self.enter(ModelState::Resident);
-                    let load_ms = millis(ordered_at.elapsed());
+                    let load_ms = self.around.clock.millis_in(ordered_at.elapsed());
                     tracing::info!(model = self.spec.name, base_url, load_ms, "ready");
                     if let Some(device_bytes) = running.own {
                         self.report(Report::Takes { device_bytes });
@@ -394,7 +394,7 @@ impl Supervisor {
                 Try::Stopped(ordered_at) => {
                     self.wait_memory_free(memory_before).await;
                     self.enter(ModelState::Absent);
-                    self.report(Report::Stopped { stop_ms: millis(ordered_at.elapsed()) });
+                    self.report(Report::Stopped { stop_ms: self.around.clock.millis_in(ordered_at.elapsed()) });
                     return Phase::Absent;
                 }
                 Try::Ended => return Phase::Ended,
@@ -640,7 +640,7 @@ impl Supervisor {
         self.release(&running);
         running.process.stop(self.around.grace).await;
         self.wait_memory_free(free).await;
-        let stop_ms = millis(ordered_at.elapsed());
+        let stop_ms = self.around.clock.millis_in(ordered_at.elapsed());
         tracing::info!(model = self.spec.name, stop_ms, "stopped");
         self.enter(ModelState::Absent);
         self.report(Report::Stopped { stop_ms });

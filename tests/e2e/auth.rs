@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::common::{Site, echo, echo_job};
 
-const PATHS: [(&str, &str); 16] = [
+const PATHS: [(&str, &str); 17] = [
     ("GET", "/readyz"),
     ("GET", "/metrics"),
     ("GET", "/v1/jobs"),
@@ -18,6 +18,7 @@ const PATHS: [(&str, &str); 16] = [
     ("GET", "/v1/jobs/job_0190163d-8694-739b-aea5-966c26f8ad90/artifacts/art_0"),
     ("POST", "/v1/jobs/job_0190163d-8694-739b-aea5-966c26f8ad90/cancel"),
     ("GET", "/v1/queue"),
+    ("GET", "/v1/queue/decisions"),
     ("GET", "/v1/models"),
     ("GET", "/v1/workers"),
     ("POST", "/v1/models/i/retry"),

@@ -116,7 +116,7 @@ async fn only_an_admin_operates() {
     let site = site.env("ROUNDHOUSE_API_KEYS", "alice:alice-secret,admin:admin-secret");
     let server = site.start().await;
     let (alice, admin) = (server.api.key("alice-secret"), server.api.key("admin-secret"));
-    for path in ["/v1/queue/pause", "/v1/queue/purge", "/v1/models/a/load", "/v1/models/a/pin"] {
+    for path in ["/v1/queue/pause", "/v1/queue/purge", "/v1/models/a/load", "/v1/models/a/pin", "/v1/models/a/retry"] {
         alice.poke(path).await.refused(403, "forbidden");
     }
     admin.poke("/v1/queue/pause").await.is(200);

@@ -406,6 +406,14 @@ def test_sigterm_can_be_ignored():
         assert worker.wait_exit() == -signal.SIGKILL
 
 
+def test_it_can_end_without_ado():
+    with Worker(SERVER, "--end-at-once") as worker:
+        worker.ready()
+        worker.signal()
+        assert worker.wait_exit() == 0
+        assert "stopping" not in worker.log()
+
+
 def test_flags_are_defaults_and_the_body_wins():
     with Worker(SERVER, "--fail", "by flag") as worker:
         worker.ready()

@@ -33,6 +33,8 @@ pub(super) struct Played {
     pub(super) jobs: Vec<JobLife>,
     /// By the trace's models.
     pub(super) loads: Vec<usize>,
+    /// What ending a worker and loading one took together, as the server has learned it; by the trace's models.
+    pub(super) swap_s: Vec<f64>,
 }
 
 /// Plays a trace. Fails if a job does not end well, except by its deadline.
@@ -43,7 +45,7 @@ pub(super) async fn play(trace: &Trace, server: &Server, factor: f64) -> anyhow:
         Player { trace, tenants, factor, begun: Instant::now(), said: Instant::now(), ids: HashMap::new() };
     player.submit_all().await?;
     let jobs = player.ended_jobs().await?;
-    Ok(Played { jobs: player.lives(&jobs)?, loads: player.loads().await? })
+    Ok(Played { jobs: player.lives(&jobs)?, loads: player.loads().await?, swap_s: player.swap_s().await? })
 }
 
 struct Player<'a> {
@@ -121,7 +123,7 @@ impl Player<'_> {
             json!({"kind": "custom", "model": model.name, "input": body, "priority": priority})
         };
         if let Some(deadline) = job.deadline_s {
-            request["deadline_s"] = json!(((deadline - self.now_s()) / self.factor).max(0.001));
+            request["deadline_s"] = json!((deadline - self.now_s()).max(0.001));
         }
         request
     }
@@ -183,18 +185,29 @@ impl Player<'_> {
         for (job, planned) in jobs.iter().zip(&self.trace.jobs) {
             let created = at_s(job, "created_at")?.context("a job without created_at")?;
             // No job was submitted before its time, and the promptest one right on it.
-            begin = begin.min(created - planned.arrival_s / self.factor);
+            begin = begin.min(created - planned.arrival_s);
         }
         let life = |job: &Value| {
             let state = job["state"].as_str().unwrap_or_default();
             if !matches!(state, "succeeded" | "expired") {
                 bail!("{} ended as {state}: {}", job["id"], job["error"]);
             }
-            let since = |name: &str| anyhow::Ok(at_s(job, name)?.map(|at| (at - begin) * self.factor));
+            let since = |name: &str| anyhow::Ok(at_s(job, name)?.map(|at| at - begin));
             let start_s = if state == "succeeded" { since("started_at")? } else { None };
-            Ok(JobLife { start_s, end_s: since("finished_at")?, worker: None })
+            Ok(JobLife { start_s, end_s: since("finished_at")?, worker: None, told_s: None })
         };
         jobs.iter().map(life).collect()
+    }
+
+    /// What a swap to each model costs, by what the server has learned.
+    async fn swap_s(&self) -> anyhow::Result<Vec<f64>> {
+        let queue = self.tenants[0].get("/v1/queue").await?;
+        let models = queue["models"].as_array().context("no `models` in /v1/queue")?;
+        let of = |name: &str| {
+            let own = models.iter().find(|model| model["model"] == name);
+            own.and_then(|model| model["swap_cost_s"].as_f64()).with_context(|| format!("no swap_cost_s of {name}"))
+        };
+        self.trace.models.iter().map(|model| of(&model.name)).collect()
     }
 
     /// Loads of each model after which a worker was ready.

@@ -15,13 +15,14 @@ use tokio::time::Instant;
 
 use super::ReplayArgs;
 use crate::cli::api;
-use crate::policy::Knobs;
 use crate::sim::Trace;
 
 /// Longest wait for the server to answer, and for it to end.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Lines of its log that are shown when something fails.
 const LAST_LINES: usize = 8;
+/// Of an attempt, by the trace's clock: longer than any.
+const TIMEOUT: &str = "1000h";
 /// More than any trace has.
 const JOBS_MAX: u64 = 10_000_000;
 
@@ -71,6 +72,8 @@ impl Server {
             .arg(dir.path().join("data"))
             .args(["--listen", &format!("127.0.0.1:{port}")])
             .env("ROUNDHOUSE_API_KEYS", keys(trace))
+            .env("ROUNDHOUSE_CLOCK_FACTOR", args.factor.to_string())
+            .env("ROUNDHOUSE_FAKE_GPUS", format!("{}x{}", trace.gpus, mib(trace.gpu_gb)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -167,7 +170,8 @@ impl Worker {
 fn model_file(trace: &Trace, factor: f64, worker: &Worker) -> anyhow::Result<Value> {
     let mut models = Map::new();
     for model in &trace.models {
-        let cold_s = model.cold_s / factor;
+        // The worker lives in real time, and the server by the trace's clock.
+        let load_s = model.cold_s / factor;
         let command = [
             shown(&worker.python),
             shown(&worker.script),
@@ -178,12 +182,13 @@ fn model_file(trace: &Trace, factor: f64, worker: &Worker) -> anyhow::Result<Val
             "--share-alpha".to_owned(),
             model.alpha.to_string(),
             "--load-s".to_owned(),
-            cold_s.to_string(),
+            load_s.to_string(),
             "--load-from-start".to_owned(),
+            "--end-at-once".to_owned(),
         ];
         let mut entry = json!({
-            "command": command, "gpus": 0, "port": free_port()?, "startup_time": cold_s,
-            "limit": model.limit, "timeout": "1h", "max_attempts": 1,
+            "command": command, "gpus": model.gpus, "memory": mib(model.gb_per_gpu), "port": free_port()?,
+            "startup_time": model.cold_s, "limit": model.limit, "timeout": TIMEOUT, "max_attempts": 1,
         });
         if model.join {
             entry["type"] = json!("text");
@@ -193,16 +198,16 @@ fn model_file(trace: &Trace, factor: f64, worker: &Worker) -> anyhow::Result<Val
         }
         models.insert(model.name.clone(), entry);
     }
-    let knobs = Knobs::default();
-    let scaled = |time: Duration| format!("{}ms", (time.as_secs_f64() * 1e3 / factor).round().max(1.0));
     Ok(json!({
         "models": models,
-        "scheduler": {
-            "max_wait": {"interactive": scaled(knobs.max_wait_interactive), "batch": scaled(knobs.max_wait_batch)},
-            "max_visit": scaled(knobs.max_visit),
-            "queued_max": JOBS_MAX, "queued_per_tenant_max": JOBS_MAX,
-        },
+        "scheduler": {"queued_max": JOBS_MAX, "queued_per_tenant_max": JOBS_MAX},
     }))
+}
+
+/// A size as the server reads it.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most 10^9 GB, never negative")]
+fn mib(gb: f64) -> String {
+    format!("{}MiB", (gb * 1e9 / f64::from(1 << 20)).round().max(1.0) as u64)
 }
 
 fn shown(path: &Path) -> String {

@@ -138,7 +138,7 @@ fn position_frame(id: JobId, position: &Position) -> String {
         "type": "queue.position",
         "job_id": id.to_string(),
         "position": position.position,
-        "eta_start": position.eta_start.map(rfc3339),
+        "eta_start": view::range(position.eta_start),
         "swaps_ahead": position.swaps_ahead,
     });
     format!("event: queue.position\ndata: {shown}\n\n")

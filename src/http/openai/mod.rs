@@ -204,7 +204,7 @@ fn look(state: AppState, id: JobId) -> Look {
             let job = state.reader.job(id).await.ok().filter(|job| job.state == JobState::Queued)?;
             let position = state.handle.position(&job).await;
             let now = state.clock.now();
-            let eta_s = position.eta_start.map(|eta| ((eta - now) / 1_000).max(0));
+            let eta_s = position.eta_start.map(|eta| ((eta.about - now) / 1_000).max(0));
             Some(Queued { position: position.position, eta_s })
         })
     })
