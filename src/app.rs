@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use crate::clock::{Clock, FastClock, SystemClock};
 use crate::config::{Config, ServerSettings};
 use crate::domain::StorageSettings;
+use crate::domain::storage::shown_bytes;
 use crate::http::auth::ApiKeys;
 use crate::http::{self, AppState};
 use crate::lifecycle::Tasks;
@@ -121,6 +122,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     .await?;
     tasks.spawn("housekeeping", store.clone().keep_house(tasks.soft().clone()));
     tasks.spawn("files", store.clone().watch_files(tasks.hard().clone()));
+    warn_of_little_memory(&config);
     let waiting = handle.queue().queued;
     stop_when_drained(&tasks, &handle);
     let state = AppState::new(http::Parts {
@@ -334,6 +336,18 @@ fn start_workers(
         ((spec.name.clone(), replica), worker)
     };
     Ok((all.map(start).collect(), reports))
+}
+
+/// Parked models that this machine has no memory for would be killed by it.
+fn warn_of_little_memory(config: &Config) {
+    let memory = host::memory_bytes();
+    let parks = config.models.iter().any(|model| model.park);
+    if parks && config.scheduler.park_ram.of(memory) > memory {
+        tracing::warn!(
+            "scheduler.park_ram is more than the {} that this machine has; lower it, or parked models will be killed",
+            shown_bytes(memory)
+        );
+    }
 }
 
 /// Once nothing runs any more, there is no reason to wait for the grace period's end.

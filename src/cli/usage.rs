@@ -53,9 +53,12 @@ fn table(usage: &Value, by: &str) -> String {
         usage["saved"]["swaps"].as_u64(),
         usage["saved"]["swaps_in_arrival_order"].as_u64(),
     ) {
-        let cost = usage["saved"]["cost"].as_f64().map_or(String::new(), |cost| format!(", {cost:.2} of money"));
+        let cost =
+            usage["saved"]["cost"].as_f64().map_or(String::new(), |cost| format!(", {:.2} of money", cost.abs()));
+        let word = if seconds < 0.0 { "cost" } else { "saved" };
+        let seconds = seconds.abs();
         text += &format!(
-            "grouping saved about {seconds:.0} GPU s{cost} (an estimate: {swaps} swaps where order of arrival takes {in_order})\n"
+            "grouping {word} about {seconds:.0} GPU s{cost} (an estimate: {swaps} swaps where order of arrival takes {in_order})\n"
         );
     }
     text

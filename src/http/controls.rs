@@ -41,7 +41,7 @@ fn model(state: &AppState, body: &Map<String, Value>, queued: bool) -> Result<Op
         return Err(unknown_field(field, &["model"]));
     }
     match body.get("model") {
-        None | Some(Value::Null) => Ok(None),
+        None => Ok(None),
         Some(Value::String(name)) if queued && state.handle.queue().models.iter().any(|view| view.model == *name) => {
             Ok(Some(name.clone()))
         }

@@ -510,7 +510,8 @@ pub(super) fn gib(bytes: u64) -> String {
 pub(crate) fn short(ms: f64) -> String {
     let s = ms / 1e3;
     let tenths = (s * 10.0).round() / 10.0;
-    if s.abs() < 9.95 && tenths.fract() != 0.0 { format!("{tenths:.1}") } else { format!("{s:.0}") }
+    // Never minus zero.
+    if s.abs() < 9.95 && tenths.fract() != 0.0 { format!("{tenths:.1}") } else { format!("{:.0}", s.round() + 0.0) }
 }
 
 /// `41 s`.

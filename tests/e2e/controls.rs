@@ -68,6 +68,7 @@ async fn a_purge_cancels_those_that_wait_and_their_watchers_hear_it() {
     let mut purged = api.submit_together(vec![crate::common::echo_job("a", json!({})); 700]).await;
     let kept = api.submit_echo("b", json!({})).await;
     let mut events = api.follow(&purged[0], 0).await;
+    api.post("/v1/queue/purge", &json!({"model": null})).await.refused(400, "invalid_request");
     let answer = api.post("/v1/queue/purge", &json!({"model": "a"})).await.is(200).json();
     assert_eq!(answer, json!({"removed": 700}));
     let last = events.rest().await.pop().unwrap();
