@@ -2,6 +2,7 @@
 //! after every event: memory, slots, draining workers, work conservation, reasons; at the end: that everybody was served, and
 //! within the bound.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -163,6 +164,8 @@ struct Boxed {
     next_number: i64,
     /// Device time that jobs had, as they were told, ms.
     had_ms: f64,
+    /// Workers that were told to leave, and had jobs then.
+    leaving: BTreeSet<(usize, u32)>,
 }
 
 impl Boxed {
@@ -188,6 +191,7 @@ impl Boxed {
             callers: BTreeMap::new(),
             next_number: 1_000_000,
             had_ms: 0.0,
+            leaving: BTreeSet::new(),
             setup,
         };
         for (at, jobs) in arrivals {
@@ -229,6 +233,8 @@ impl Boxed {
             let wake = self.state.wake_at();
             assert!(wake.is_none_or(|wake| wake > self.now), "{wake:?} is not after {}", self.now);
             self.carry_out(effects);
+            let leaving = self.state.workers.iter().filter(|worker| matches!(worker.phase, Phase::Draining { .. }));
+            self.leaving = leaving.map(|worker| (worker.model, worker.replica)).collect();
             self.check();
         }
         panic!("no end: {} jobs are left", self.open);
@@ -362,6 +368,7 @@ impl Boxed {
 
     fn start(&mut self, model: &str, place: &Place, run: &Run) {
         let index = self.state.index_of(model).unwrap();
+        assert!(!self.leaving.contains(&(index, place.replica)), "{model} {} leaves and is given jobs", place.replica);
         let (spec, work) = (&self.setup.specs[index], self.setup.work_ms[index]);
         let worker = self.there.get_mut(&(index, place.replica)).expect("a worker");
         assert_eq!(worker.stage, Stage::Ready, "{model} {} takes no jobs", place.replica);
