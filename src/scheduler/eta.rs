@@ -110,9 +110,15 @@ impl State {
         }
         let ahead = self.models[index].queue.ahead_in_class(priority, number)?;
         let class = Class::of(priority);
-        self.look_ahead(now);
-        let (_, forecast) = self.eta.latest.as_ref()?;
-        let about = forecast.start(index, class, ahead, now)?;
+        self.look_ahead(now, KEPT_FOR_MS);
+        let about = match self.foretold(index, class, ahead, now) {
+            Some(about) => about,
+            None => {
+                // It may be older than the job's being the first of its kind.
+                self.look_ahead(now, 0);
+                self.foretold(index, class, ahead, now)?
+            }
+        };
         let unit = self.models[index].service_ms().max(10.0);
         let estimate = (about - now).max(0);
         let size = SIZES_MS.iter().take_while(|size| estimate >= **size).count();
@@ -170,10 +176,15 @@ impl State {
         Some(format!("job queued: {place} for {model}; {turn}{start}"))
     }
 
-    fn look_ahead(&mut self, now: Millis) {
+    fn foretold(&self, index: usize, class: Class, ahead: usize, now: Millis) -> Option<Millis> {
+        self.eta.latest.as_ref()?.1.start(index, class, ahead, now)
+    }
+
+    /// Makes a forecast if the latest one is too old; `kept`: how old it may be if something has changed hands since, ms.
+    fn look_ahead(&mut self, now: Millis, kept: i64) {
         let key = self.forecast_key();
         let is_good =
-            |(of, forecast): &(Key, Forecast)| now < forecast.at() + if *of == key { GOOD_FOR_MS } else { KEPT_FOR_MS };
+            |(of, forecast): &(Key, Forecast)| now < forecast.at() + if *of == key { GOOD_FOR_MS } else { kept };
         if !self.eta.latest.as_ref().is_some_and(is_good) {
             let (view, _) = self.view_with_places(now);
             self.eta.latest = Some((key, self.forecast_of(&view, now)));
@@ -197,8 +208,10 @@ impl State {
             };
             (worker.model, phase)
         });
-        let waiting =
-            self.models.iter().enumerate().map(|(index, model)| (index, u8::from(model.pending() != (0, 0)) + 8));
+        let waiting = self.models.iter().enumerate().map(|(index, model)| {
+            let (interactive, batch) = model.pending();
+            (index, 8 + u8::from(interactive > 0) + 2 * u8::from(batch > 0))
+        });
         workers.chain(waiting).collect()
     }
 }

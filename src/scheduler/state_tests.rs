@@ -431,6 +431,19 @@ fn standing_counts_the_jobs_and_swaps_before() {
 }
 
 #[test]
+fn a_start_is_foretold_to_the_first_who_waits_right_after_another_one_asked() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    world.queue(vec![job(1, "a"), job(2, "b")]);
+    world.obey();
+    assert!(world.state.expected("b", 5, 2, world.now).is_some());
+    world.queue(vec![job(3, "a")]);
+    assert!(world.state.expected("a", 5, 3, world.now).is_some());
+    // And to the first caller beside those who are in no hurry.
+    world.queue(vec![QueuedJob { priority: 7, ..job(4, "a") }]);
+    assert!(world.state.expected("a", 7, 4, world.now).is_some());
+}
+
+#[test]
 fn limits_count_waiting_jobs_by_tenant() {
     let mut world = World::new(&[("a", 1)]);
     world.state.knobs.queued_per_tenant_max = 2;
