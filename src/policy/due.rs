@@ -2,7 +2,8 @@
 //!
 //! `due(m)` = when its oldest job has waited `max_wait` of its class, but not before it was away for `again` (three times
 //! `max_wait` for interactive, once for batch) since it last left, and never before it left; or the last moment that still
-//! keeps a deadline; or the time when somebody asked for it by hand. A model is late when loading it now would be just in time, or later.
+//! keeps a deadline; or the time when somebody asked for it by hand. A model is late when loading it now would be just in
+//! time, or later.
 
 use crate::domain::Millis;
 use crate::policy::Knobs;

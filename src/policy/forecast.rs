@@ -148,22 +148,12 @@ impl Play<'_> {
         self.show_waiting();
         let plan = plan(&self.view, self.knobs, self.now);
         self.view.reservations = plan.reservations;
-        let mut acts = false;
+        let acts = !plan.steps.is_empty();
         for step in plan.steps {
-            acts = true;
             match step.action {
                 Action::Load { model, set, out, guest_until } => {
                     out.into_iter().for_each(|worker| self.leave(worker));
-                    self.view.workers.push(WorkerView {
-                        model,
-                        set,
-                        phase: Phase::Waiting,
-                        since: self.now,
-                        running: 0,
-                        callers: 0,
-                        idle_since: None,
-                        guest_until,
-                    });
+                    self.view.workers.push(WorkerView::to_load(model, set, guest_until, self.now));
                     self.until.push(None);
                 }
                 Action::Unload(worker) => self.leave(worker),
@@ -172,11 +162,10 @@ impl Play<'_> {
         if acts {
             self.change_phases();
         }
+        self.note_rates();
         if self.owed.iter().all(|owed| *owed <= 0.0) {
-            self.note_rates();
             return false;
         }
-        self.note_rates();
         let Some(next) = self.next_moment(plan.wake_at) else { return false };
         self.pass(next);
         true

@@ -340,16 +340,7 @@ impl Round<'_> {
         for worker in &found.out {
             self.view.workers[*worker].phase = Phase::Leaving;
         }
-        self.view.workers.push(WorkerView {
-            model,
-            set: found.set,
-            phase: Phase::Waiting,
-            since: self.now,
-            running: 0,
-            callers: 0,
-            idle_since: None,
-            guest_until,
-        });
+        self.view.workers.push(WorkerView::to_load(model, found.set, guest_until, self.now));
         let action = Action::Load { model, set: found.set, out: found.out, guest_until };
         self.plan.steps.push(Step { action, decision });
     }

@@ -142,6 +142,11 @@ impl ModelView {
 }
 
 impl WorkerView {
+    /// One that is to be loaded as soon as its devices are free.
+    pub fn to_load(model: usize, set: GpuSet, guest_until: Option<Millis>, now: Millis) -> Self {
+        Self { model, set, phase: Phase::Waiting, since: now, running: 0, callers: 0, idle_since: None, guest_until }
+    }
+
     /// Whether it keeps its devices: everything but those that leave.
     pub fn stays(&self) -> bool {
         self.phase != Phase::Leaving

@@ -65,16 +65,15 @@ impl State {
     /// Whether serving in arrival order would have to swap for a job of this model.
     pub(super) fn swaps_in_order(&mut self, model: usize) -> bool {
         let (models, inventory) = (&self.models, &self.inventory);
-        let room: u64 = inventory.gpus.iter().sum();
-        let largest = inventory.gpus.iter().copied().max().unwrap_or(0);
+        let gpu = inventory.gpus.iter().copied().max().unwrap_or(0) as f64;
+        let gpus: f64 = inventory.gpus.iter().map(|bytes| *bytes as f64).sum();
+        let cpu = inventory.cpu.unwrap_or(0) as f64;
         let fit = |there: &[usize]| {
-            let of = |on_gpus: bool| there.iter().map(|m| &models[*m]).filter(move |m| m.needs_gpus() == on_gpus);
-            let used: u64 =
-                of(true).map(|m| m.bytes_on(inventory).unwrap_or(largest) * u64::from(m.weight() as u32)).sum();
-            let alone = inventory.one_at_a_time || (largest == 0 && inventory.cpu.is_none());
-            let cpu = inventory.cpu.unwrap_or(0);
-            let on_cpu: u64 = of(false).map(|m| m.bytes_on(inventory).unwrap_or(cpu)).sum();
-            if alone { there.len() <= 1 } else { used <= room && on_cpu <= cpu.max(1) }
+            let used = |on_gpus: bool, device: f64| -> f64 {
+                let of = there.iter().map(|m| &models[*m]).filter(|m| m.needs_gpus() == on_gpus);
+                of.map(|m| m.weight() * m.bytes_on(inventory).map_or(device, |bytes| bytes as f64)).sum()
+            };
+            !inventory.one_at_a_time && used(true, gpu) <= gpus && used(false, cpu) <= cpu
         };
         self.arrival_order.arrive(model, fit)
     }

@@ -96,7 +96,7 @@ impl Journal {
     /// What is kept, as far as it is asked for.
     pub(super) fn page(&self, filter: &DecisionFilter) -> DecisionPage {
         let concerns = |decision: &Decision| {
-            filter.model.as_ref().is_none_or(|model| [&decision.model, &decision.other].contains(&&Some(model.clone())))
+            filter.model.is_none() || decision.model == filter.model || decision.other == filter.model
         };
         let newest = filter.after.map_or(0, |after| self.total.saturating_sub(after.saturating_sub(1)));
         let skipped = usize::try_from(newest).unwrap_or(usize::MAX);

@@ -3,8 +3,8 @@
 //! tell it by events and are asked by effects.
 //!
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
-//! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an operator says; `accounts` counts where the time goes; `model`
-//! and `inventory` are what it keeps of models and workers.
+//! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an
+//! operator says; `accounts` counts where the time goes; `model` and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
