@@ -17,9 +17,8 @@ use crate::http::AppState;
 use crate::http::auth::Caller;
 use crate::http::body::{self, shortened};
 use crate::http::error::ApiError;
-use crate::store::usage::{OfModel, OfTenant, UsageFilter};
+use crate::store::usage::{HOUR_MS, OfJobs, OfModel, OfTenant, UsageFilter};
 
-const HOUR_MS: i64 = 3_600_000;
 /// Latest time that can be asked for: the last one that has a year of four digits.
 const TIME_MAX: Millis = 253_402_300_799_999;
 /// Jobs or batches that are shown, if it is not said, and at most.
@@ -40,6 +39,12 @@ struct Time {
 }
 
 impl Time {
+    /// What attempts had of a model, with their part of its swaps.
+    fn had(gpu_ms: f64, model: &str, jobs: i64, swap_share: &BTreeMap<&str, f64>) -> Self {
+        let swap = gpu_ms * swap_share.get(model).unwrap_or(&0.0);
+        Self { jobs, work: gpu_ms, swap, idle: None }
+    }
+
     fn add(&mut self, other: &Self) {
         self.jobs += other.jobs;
         self.work += other.work;
@@ -115,11 +120,19 @@ impl Books {
         let share = self.swap_share();
         let mut rows: BTreeMap<&str, Time> = BTreeMap::new();
         for row in self.tenants.iter().filter(|row| tenant.is_none_or(|tenant| row.tenant == tenant)) {
-            let swap = row.gpu_ms * share.get(row.model.as_str()).unwrap_or(&0.0);
-            let time = Time { jobs: row.jobs, work: row.gpu_ms, swap, idle: None };
-            rows.entry(key(row)).or_default().add(&time);
+            rows.entry(key(row)).or_default().add(&Time::had(row.gpu_ms, &row.model, row.jobs, &share));
         }
         rows.into_iter().map(|(name, time)| (Some(name), time)).collect()
+    }
+
+    /// Rows of jobs or batches, which are called `word`.
+    fn of_jobs<Id: ToString>(&self, word: &str, rows: Vec<OfJobs<Id>>) -> Vec<(Value, Time)> {
+        let share = self.swap_share();
+        let row = |row: OfJobs<Id>| {
+            let named = json!({word: row.id.to_string(), "model": row.model, "tenant": row.tenant});
+            (named, Time::had(row.gpu_ms, &row.model, row.jobs, &share))
+        };
+        rows.into_iter().map(row).collect()
     }
 
     /// What grouping saved against order of arrival.
@@ -176,43 +189,25 @@ pub async fn get(
     let named = |rows: Vec<(Option<&str>, Time)>| -> Vec<(Value, Time)> {
         rows.into_iter().map(|(name, time)| (json!({by: name}), time)).collect()
     };
-    let share = books.swap_share();
-    let of_jobs = |gpu_ms: f64, model: &str, jobs: i64| {
-        let swap = gpu_ms * share.get(model).unwrap_or(&0.0);
-        Time { jobs, work: gpu_ms, swap, idle: None }
-    };
     let rows: Vec<(Value, Time)> = match by {
         "model" if caller.admin => named(books.by_model()),
         "model" => named(books.by(tenant.as_deref(), |row| &row.model)),
         "tenant" => named(books.by(tenant.as_deref(), |row| &row.tenant)),
-        "batch" => {
-            let rows = state.reader.usage_of_batches(&filter).await?.into_iter();
-            rows.map(|row| {
-                let named = json!({"batch": row.id.to_string(), "model": row.model, "tenant": row.tenant});
-                (named, of_jobs(row.gpu_ms, &row.model, row.jobs))
-            })
-            .collect()
-        }
-        "job" => {
-            let rows = state.reader.usage_of_jobs(&filter).await?.into_iter();
-            rows.map(|row| {
-                let named = json!({"job": row.id.to_string(), "model": row.model, "tenant": row.tenant});
-                (named, of_jobs(row.gpu_ms, &row.model, row.jobs))
-            })
-            .collect()
-        }
+        "batch" => books.of_jobs("batch", state.reader.usage_of_batches(&filter).await?),
+        "job" => books.of_jobs("job", state.reader.usage_of_jobs(&filter).await?),
         other => {
             let message = format!("by must be model, tenant, batch or job, not `{}`", shortened(other));
             return Err(ApiError::invalid("by", message));
         }
     };
-    let whole = if caller.admin { books.by_model() } else { books.by(tenant.as_deref(), |row| &row.tenant) };
     let by_hours = !matches!(by, "batch" | "job");
     let mut total = Time::default();
     // Rows of jobs and batches are of an exact time, and not all that happened: their total is their own.
-    match by_hours {
-        true => whole.iter().for_each(|(_, time)| total.add(time)),
-        false => rows.iter().for_each(|(_, time)| total.add(time)),
+    if !by_hours {
+        rows.iter().for_each(|(_, time)| total.add(time));
+    } else {
+        let whole = if caller.admin { books.by_model() } else { books.by(tenant.as_deref(), |row| &row.tenant) };
+        whole.iter().for_each(|(_, time)| total.add(time));
     }
     let data: Vec<Value> = rows.into_iter().map(|(named, time)| merged(named, time.json(price))).collect();
     Ok(Json(json!({

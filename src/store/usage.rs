@@ -13,7 +13,8 @@ use super::verbs::{Store, execute};
 use super::writer::{Kind, answer};
 use crate::domain::{BatchId, JobId, Millis};
 
-const HOUR_MS: i64 = 3_600_000;
+/// An hour, by which sums are kept.
+pub const HOUR_MS: i64 = 3_600_000;
 /// Sums are kept for so many hours: 400 days.
 const KEPT_HOURS: i64 = 400 * 24;
 
