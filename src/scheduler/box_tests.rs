@@ -166,6 +166,8 @@ struct Boxed {
     had_ms: f64,
     /// Workers that were told to leave, and had jobs then.
     leaving: BTreeSet<(usize, u32)>,
+    /// Loads that were announced and not yet ordered, by model.
+    told_loads: BTreeMap<String, usize>,
 }
 
 impl Boxed {
@@ -192,6 +194,7 @@ impl Boxed {
             next_number: 1_000_000,
             had_ms: 0.0,
             leaving: BTreeSet::new(),
+            told_loads: BTreeMap::new(),
             setup,
         };
         for (at, jobs) in arrivals {
@@ -357,6 +360,9 @@ impl Boxed {
                 Effect::EndQueued { numbers, .. } => self.open -= numbers.len(),
                 Effect::Announce(decision) => {
                     self.check_reason(&decision);
+                    if matches!(decision.action, "load" | "swap") {
+                        *self.told_loads.entry(decision.model.clone().unwrap()).or_default() += 1;
+                    }
                     let is_of_host = matches!(decision.action, "park" | "drop");
                     self.parking
                         .extend(decision.model.clone().filter(|_| is_of_host).map(|model| (model, decision.action)));
@@ -410,6 +416,8 @@ impl Boxed {
             (Order::Load, None) | (Order::Wake, Some(Stage::Parked)) => {
                 let takes = if order == Order::Wake { self.setup.wake_ms[model] } else { self.setup.cold_ms[model] };
                 self.loads += 1;
+                let told = self.told_loads.entry(self.setup.specs[model].name.clone()).or_default();
+                *told = told.checked_sub(1).expect("each load has a decision, made before it");
                 self.there.insert(key, There { set, stage: Stage::Loading, running: BTreeMap::new(), vanished: false });
                 self.at(self.now + takes, Ev::Ready(model, replica));
             }
