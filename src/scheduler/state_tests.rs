@@ -166,6 +166,8 @@ fn a_failed_load_tells_sync_callers_at_once_and_keeps_async_jobs() {
     let error = JobError::new(ErrorCode::ModelLoadFailed, "no weights\nmore", true);
     world.report("a", Report::LoadFailed { error, retry_at: 11_000, quarantined: false });
     assert_eq!(world.ended, [(1, ErrorCode::ModelLoadFailed)]);
+    let learned = &world.state.models[0].learned;
+    assert_eq!((learned.load_ms, learned.reload_ms), (None, None), "it is no sample");
     world.event(Event::Gone { model: "old".into(), priority: 5, number: 1 });
     assert!(world.state.refusal("a").is_some(), "new sync calls are refused");
     assert_eq!(world.state.queued(), 1);
