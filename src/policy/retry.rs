@@ -76,6 +76,8 @@ pub struct Requeue {
     pub error: Option<JobError>,
 }
 
+/// No job waits longer than this for its next attempt, whatever its last one came to, in ms.
+pub const PAUSE_MAX_MS: i64 = 64_000;
 /// Longest first pause after a failure, in ms; doubles up to [`BACKOFF_MAX_MS`]. How much of it is waited is random ("full
 /// jitter"), but at least [`BACKOFF_MIN_MS`].
 pub const BACKOFF_FIRST_MS: i64 = 1_000;

@@ -35,8 +35,12 @@ const PROGRESS_WAITING_MAX: usize = 256;
 pub(super) const STORE_RETRY: Duration = Duration::from_millis(200);
 /// The longest of these pauses.
 pub(super) const STORE_RETRY_MAX: Duration = Duration::from_secs(30);
-/// How long a job waits whose request could not be read; doubles with its attempts up to 64 times.
+/// How long a job waits whose request could not be read; doubles with its attempts up to [`retry::PAUSE_MAX_MS`].
 const GIVE_UP_PAUSE_MS: i64 = 1_000;
+
+fn give_up_pause_ms(attempt: i64) -> i64 {
+    (GIVE_UP_PAUSE_MS << attempt.clamp(0, 30)).min(retry::PAUSE_MAX_MS)
+}
 
 /// What every dispatch needs. Cheap to clone.
 #[derive(Clone)]
@@ -100,7 +104,7 @@ pub(super) async fn run(context: Context, dispatch: Dispatch) {
         Err(error) => {
             tracing::error!(job.id = %dispatch.job.token.id, "a body could not be read, trying again: {error}");
             let verdict = Verdict::Requeue(Requeue {
-                not_before: Some(context.clock.now() + (GIVE_UP_PAUSE_MS << dispatch.job.token.attempt.clamp(0, 6))),
+                not_before: Some(context.clock.now() + give_up_pause_ms(dispatch.job.token.attempt)),
                 failures: dispatch.job.failures,
                 crashes: dispatch.job.crashes,
                 suspicion: Suspicion::Kept,

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use crate::domain::{Class, Face, Millis};
 use crate::policy::order::{Served, batch_slots, near_deadline, next_class};
+use crate::policy::retry::PAUSE_MAX_MS;
 use crate::scheduler::line::{Key, Line, Waiting};
 use crate::store::QueuedJob;
 
@@ -29,16 +30,21 @@ struct Rare {
     was_started: bool,
     crash: Option<i64>,
     not_before: Option<Millis>,
+    /// Until when it waits aside: `not_before`, but never longer than a pause may be, since the wall clock may have been set
+    /// back between two runs of the server.
+    aside_until: Option<Millis>,
     start_deadline: Option<Millis>,
     deadline: Option<Millis>,
 }
 
 impl Rare {
-    fn of(job: &QueuedJob) -> Self {
+    fn of(job: &QueuedJob, now: Millis) -> Self {
+        let aside_until = job.not_before.filter(|at| *at > now);
         Self {
             was_started: job.was_started,
             crash: job.crash,
             not_before: job.not_before,
+            aside_until: aside_until.map(|at| at.min(now.saturating_add(PAUSE_MAX_MS))),
             start_deadline: job.start_deadline,
             deadline: job.deadline,
         }
@@ -193,7 +199,7 @@ impl Queue {
     pub(super) fn push(&mut self, job: &QueuedJob, now: Millis) {
         let key = Key::new(job.priority, job.number);
         let waiting = Waiting::new(job.created_at, self.tenant(&job.tenant), job.batch_key, job.face);
-        let rare = Rare::of(job);
+        let rare = Rare::of(job, now);
         if rare != Rare::default() {
             self.rare.insert(job.number, rare);
         }
@@ -211,7 +217,7 @@ impl Queue {
             rest.innocent = true;
         }
         self.waiting += 1;
-        match job.not_before.filter(|at| *at > now) {
+        match rare.aside_until {
             Some(at) => {
                 self.delayed.insert((at, job.number), (key, waiting));
             }
@@ -260,7 +266,7 @@ impl Queue {
     }
 
     fn take_waiting(&mut self, key: Key, rare: Rare) -> Option<Waiting> {
-        if let Some(at) = rare.not_before
+        if let Some(at) = rare.aside_until
             && let Some((_, waiting)) = self.delayed.remove(&(at, key.number()))
         {
             return Some(waiting);
@@ -298,7 +304,8 @@ impl Queue {
     /// Whether a waiting job waits aside.
     #[cfg(test)]
     pub(super) fn is_delayed(&self, job: &QueuedJob) -> bool {
-        job.not_before.is_some_and(|at| self.delayed.contains_key(&(at, job.number)))
+        let rare = self.rare.get(&job.number);
+        rare.and_then(|rare| rare.aside_until).is_some_and(|at| self.delayed.contains_key(&(at, job.number)))
     }
 
     fn job(&self, key: Key, waiting: Waiting, rare: Rare) -> QueuedJob {

@@ -446,6 +446,16 @@ fn a_start_is_foretold_to_the_first_who_waits_right_after_another_one_asked() {
 }
 
 #[test]
+fn a_pause_ends_though_the_wall_clock_was_set_back() {
+    let mut world = World::new(&[("a", 1)]);
+    let in_an_hour = world.now + 3_600_000;
+    world.queue(vec![QueuedJob { not_before: Some(in_an_hour), was_started: true, ..job(1, "a") }]);
+    assert!(world.loaded.is_empty(), "it does wait");
+    let wake = world.state.wake_at().expect("a time");
+    assert_eq!(wake, world.now + crate::policy::retry::PAUSE_MAX_MS);
+}
+
+#[test]
 fn limits_count_waiting_jobs_by_tenant() {
     let mut world = World::new(&[("a", 1)]);
     world.state.knobs.queued_per_tenant_max = 2;
