@@ -1,0 +1,272 @@
+//! A cold load: starting the process, watching it get ready, and waiting after a failure.
+
+use super::*;
+
+/// Failed loads in a row after which a model is quarantined.
+const QUARANTINE_AFTER: u32 = 5;
+/// Loads on other ports when a stranger answers on the chosen one.
+const PORTS_TRIED: usize = 3;
+/// How often the clock is asked whether a back-off is over.
+const BACKOFF_LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// How one try of a load ended.
+enum Try {
+    Ready(Box<Running>),
+    /// Another program answers on the port.
+    Stranger(u16),
+    Failed(String, Tail),
+    /// By an order given at this time.
+    Stopped(Instant),
+    Ended,
+}
+
+impl Supervisor {
+    pub(super) async fn load(&mut self) -> Phase {
+        let ordered_at = Instant::now();
+        let memory_before = match self.device_memory().await {
+            Some(memory) => memory,
+            None => return Phase::Blocked,
+        };
+        self.enter(ModelState::Loading);
+        let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
+        let deadline = ordered_at + limit;
+        let mut avoid = BTreeSet::new();
+        loop {
+            match self.try_load(&avoid, deadline, memory_before).await {
+                Try::Ready(running) => {
+                    let base_url = format!("http://127.0.0.1:{}", running.process.port());
+                    self.failed_loads = 0;
+                    self.enter(ModelState::Resident);
+                    let load_ms = self.around.clock.millis_in(ordered_at.elapsed());
+                    tracing::info!(model = self.spec.name, base_url, load_ms, "ready");
+                    if let Some(device_bytes) = running.own {
+                        self.report(Report::Takes { device_bytes });
+                    }
+                    self.report(Report::Ready { base_url, load_ms });
+                    return Phase::Serving(running);
+                }
+                Try::Stranger(port) if avoid.len() + 1 < PORTS_TRIED => {
+                    tracing::warn!(
+                        model = self.spec.name,
+                        port,
+                        "another program answers on this port: trying another"
+                    );
+                    avoid.insert(port);
+                }
+                Try::Stranger(port) => {
+                    let reason = format!("another program answers on port {port}");
+                    return self.failed_load(reason, &Tail::default(), memory_before).await;
+                }
+                Try::Failed(reason, tail) => {
+                    return self.failed_load(reason, &tail, memory_before).await;
+                }
+                Try::Stopped(ordered_at) => {
+                    self.wait_memory_free(memory_before).await;
+                    self.enter(ModelState::Absent);
+                    self.report(Report::Stopped { stop_ms: self.around.clock.millis_in(ordered_at.elapsed()) });
+                    return Phase::Absent;
+                }
+                Try::Ended => return Phase::Ended,
+            }
+        }
+    }
+
+    /// Starts the process and probes it until it is ready. Whatever the end but `Ready`, nothing of it runs any more.
+    async fn try_load(&mut self, avoid: &BTreeSet<u16>, deadline: Instant, memory_before: Option<u64>) -> Try {
+        let mut process = match self.start_process(avoid) {
+            Ok(process) => process,
+            Err(reason) => return Try::Failed(reason, Tail::default()),
+        };
+        let doctor = Doctor::new(process.port(), process.mark());
+        self.view.send_modify(|v| {
+            v.pid = Some(process.pid());
+            v.port = Some(process.port());
+            v.gpus.clone_from(&self.gpus);
+            v.starts += 1;
+        });
+        tracing::info!(model = self.spec.name, process.pid = process.pid(), port = process.port(), "loading");
+        self.report(Report::Loading { phase: None, percent: None });
+        let mut strange_since = None;
+        loop {
+            let probe = async {
+                sleep(self.tempo.probe_every).await;
+                doctor.ask(self.tempo.probe_limit).await
+            };
+            let health = tokio::select! {
+                biased;
+                () = self.hard.cancelled() => {
+                    process.stop(self.around.grace).await;
+                    return Try::Ended;
+                }
+                order = self.orders.recv() => {
+                    match order.map(|(order, _)| order) {
+                        Some(Order::Stop | Order::Park) => {
+                            let ordered_at = Instant::now();
+                            self.enter(ModelState::Draining);
+                            process.stop(self.around.grace).await;
+                            return Try::Stopped(ordered_at);
+                        }
+                        None => {
+                            process.stop(self.around.grace).await;
+                            return Try::Ended;
+                        }
+                        Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect) => continue,
+                    }
+                }
+                how = process.exited() => {
+                    let tail = process.clear_away().await;
+                    return Try::Failed(format!("its worker {how}"), tail);
+                }
+                () = sleep_until(deadline) => {
+                    let tail = process.stop(self.around.grace).await;
+                    let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
+                    let reason = format!("its worker was not ready within {} s", limit.as_secs_f64());
+                    return Try::Failed(reason, tail);
+                }
+                health = probe => health,
+            };
+            if health != Health::Stranger {
+                strange_since = None;
+            }
+            match health {
+                Health::Ready { device_bytes } => {
+                    let since = Instant::now();
+                    let mut running = Running { process, doctor, since, memory_before, own: None, grown: None };
+                    self.note_memory(&mut running, device_bytes);
+                    if let Some(before) = memory_before {
+                        running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
+                    }
+                    return Try::Ready(Box::new(running));
+                }
+                Health::NotYet { phase, percent, .. } => self.show_progress(phase, percent),
+                Health::Failed(why) => {
+                    let tail = process.stop(self.around.grace).await;
+                    return Try::Failed(format!("its worker says: {why}"), tail);
+                }
+                Health::Stranger => {
+                    let since = *strange_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= self.tempo.stranger_limit {
+                        let port = process.port();
+                        process.stop(self.around.grace).await;
+                        return Try::Stranger(port);
+                    }
+                }
+                Health::Silent(_) | Health::Refused => {}
+            }
+        }
+    }
+
+    fn start_process(&self, avoid: &BTreeSet<u16>) -> Result<WorkerProcess, String> {
+        let lease = ports::lease(self.spec.port, avoid).ok_or("no port from 8001 to 8999 is free on 127.0.0.1")?;
+        WorkerProcess::start(Start {
+            spec: &self.spec,
+            replica: self.replica,
+            gpus: &self.gpus,
+            lease,
+            data_dir_id: &self.around.data_dir_id,
+            log_dir: &self.around.log_dir,
+            program: &self.around.program,
+            grace: self.around.grace,
+            tasks: &self.around.tasks,
+        })
+    }
+
+    async fn failed_load(&mut self, reason: String, tail: &Tail, memory: Option<u64>) -> Phase {
+        self.wait_memory_free(memory).await;
+        self.failed_loads += 1;
+        let quarantined = self.failed_loads >= QUARANTINE_AFTER;
+        let reason = match tail.reason() {
+            Some(line) => format!("{reason}; its log says: {line}"),
+            None => reason,
+        };
+        self.enter_backoff(reason, tail, self.failed_loads, quarantined)
+    }
+
+    pub(super) fn enter_backoff(&mut self, reason: String, tail: &Tail, failures: u32, quarantined: bool) -> Phase {
+        let wait = if quarantined {
+            self.around.backoff_max
+        } else {
+            backoff(self.around.backoff_first, self.around.backoff_max, failures)
+        };
+        let until = self.around.clock.now() + millis(wait);
+        let message = format!("model `{}` does not load: {reason}", self.spec.name);
+        tracing::error!(model = self.spec.name, failures, quarantined, retry_in_ms = millis(wait), "{message}");
+        let mut error = JobError::new(ErrorCode::ModelLoadFailed, message.clone(), true);
+        error.details = Some(json!({
+            "failed_loads": failures,
+            "retry_at": until,
+            "log_tail": tail.lines(),
+        }));
+        self.enter(if quarantined { ModelState::Quarantined } else { ModelState::Backoff });
+        self.view.send_modify(|v| {
+            v.retry_at = Some(until);
+            v.reason = Some(message);
+        });
+        self.report(Report::LoadFailed { error: error.clone(), retry_at: until, quarantined });
+        Phase::BackingOff { error, until }
+    }
+
+    pub(super) async fn back_off(&mut self, error: JobError, until: Millis) -> Phase {
+        loop {
+            let left = until - self.around.clock.now();
+            if left <= 0 {
+                self.enter(ModelState::Absent);
+                self.report(Report::Available);
+                return Phase::Absent;
+            }
+            let nap = Duration::from_millis(left.unsigned_abs()).min(BACKOFF_LOOK_EVERY);
+            let order = tokio::select! {
+                biased;
+                order = self.next_order() => order,
+                () = sleep(nap) => continue,
+            };
+            match order {
+                // Not yet: the same answer again, so that nobody waits for one.
+                Some(Order::Load | Order::Wake) => self.report(Report::LoadFailed {
+                    error: error.clone(),
+                    retry_at: until,
+                    quarantined: self.failed_loads >= QUARANTINE_AFTER,
+                }),
+                Some(Order::Stop | Order::Park) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Order::Retry) => {
+                    self.enter(ModelState::Absent);
+                    self.forget_failures();
+                    return Phase::Absent;
+                }
+                Some(Order::Suspect) => {}
+                None => return Phase::Ended,
+            }
+        }
+    }
+}
+
+/// Longest time of a load: ten times what it usually takes, at least `at_least`.
+fn load_limit(startup_time: Duration, at_least: Duration) -> Duration {
+    startup_time.saturating_mul(10).max(at_least)
+}
+
+/// `first`, doubled for each further failure, at most `max`.
+fn backoff(first: Duration, max: Duration, failures: u32) -> Duration {
+    let doublings = failures.saturating_sub(1).min(20);
+    first.saturating_mul(1 << doublings).min(max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_load_may_take_ten_times_as_long_as_usual() {
+        let least = Tempo::default().load_limit_min;
+        let limit = |s: u64| load_limit(Duration::from_secs(s), least).as_secs();
+        assert_eq!((limit(10), limit(140)), (600, 1400));
+    }
+
+    #[test]
+    fn backoff_doubles_up_to_its_maximum() {
+        let (first, max) = (Duration::from_secs(10), Duration::from_secs(600));
+        let waits: Vec<u64> = (1..=8).map(|n| backoff(first, max, n).as_secs()).collect();
+        assert_eq!(waits, [10, 20, 40, 80, 160, 320, 600, 600]);
+        assert_eq!(backoff(first, max, u32::MAX), max);
+    }
+}
