@@ -49,7 +49,7 @@ fn spec(index: usize) -> ModelSpec {
         max_replicas: 4,
         pin: false,
         exclusive: false,
-        park: true,
+        park: roundhouse::domain::Park::Ram,
         upstream_model: String::new(),
         dir: "/".into(),
     }

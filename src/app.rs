@@ -341,7 +341,7 @@ fn start_workers(
 /// Parked models that this machine has no memory for would be killed by it.
 fn warn_of_little_memory(config: &Config) {
     let memory = host::memory_bytes();
-    let parks = config.models.iter().any(|model| model.park);
+    let parks = config.models.iter().any(|model| model.park.is_on());
     if parks && config.scheduler.park_ram.of(memory) > memory {
         tracing::warn!(
             "scheduler.park_ram is more than the {} that this machine has; lower it, or parked models will be killed",

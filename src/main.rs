@@ -7,7 +7,7 @@ use clap::Parser as _;
 use roundhouse::app::{self, Serve};
 use roundhouse::cli::{self, Cli, Command, LogFormat, ServeArgs};
 use roundhouse::telemetry;
-use roundhouse::worker::guard;
+use roundhouse::worker::{checkpoint, guard};
 
 /// The C library's allocator took a third of the time of a request (`docs/BENCHMARKS.md`).
 #[global_allocator]
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         Command::Guard { grace_ms, command } => {
             return ExitCode::from(u8::try_from(guard::run(grace_ms, command)).unwrap_or(1));
         }
+        Command::Checkpoint { way, pids } => return checkpoint(way, &pids),
         Command::Serve(args) => {
             telemetry::init(log.filter.as_deref(), log.format == LogFormat::Json);
             serve(&args)
@@ -34,6 +35,21 @@ fn main() -> ExitCode {
         eprint_line(&format!("roundhouse: {}", cli::in_words(&error)));
         ExitCode::FAILURE
     })
+}
+
+/// Its server reads the error.
+fn checkpoint(way: cli::Way, pids: &[i32]) -> ExitCode {
+    let way = match way {
+        cli::Way::Park => checkpoint::Way::Park,
+        cli::Way::Wake => checkpoint::Way::Wake,
+    };
+    match checkpoint::run(way, pids) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprint_line(&error);
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {

@@ -53,7 +53,7 @@ fn spec(name: &str, kind: ModelKind, endpoint: &str) -> ModelSpec {
         max_replicas: 1,
         pin: false,
         exclusive: false,
-        park: false,
+        park: roundhouse::domain::Park::Off,
         upstream_model: name.to_owned(),
         dir: "/".into(),
     }

@@ -180,7 +180,7 @@ impl Bench {
             max_replicas: 1,
             pin: false,
             exclusive: false,
-            park: false,
+            park: roundhouse::domain::Park::Off,
             upstream_model: "toy".into(),
             dir: self.path().to_owned(),
         }

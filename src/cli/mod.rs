@@ -56,6 +56,15 @@ pub struct LogArgs {
     pub format: LogFormat,
 }
 
+/// Between the memory of GPUs and that of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Way {
+    /// From the GPUs.
+    Park,
+    /// Back.
+    Wake,
+}
+
 /// Shape of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -79,6 +88,16 @@ pub enum Command {
         /// The worker's program and its arguments.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         command: Vec<String>,
+    },
+    /// Take the GPU memory of processes to host memory and back by the driver (used by the server itself)
+    #[command(hide = true)]
+    Checkpoint {
+        /// Which way.
+        #[arg(value_enum)]
+        way: Way,
+        /// The processes; those that use no GPU are left alone.
+        #[arg(required = true)]
+        pids: Vec<i32>,
     },
     /// The commands that `run` does.
     #[command(flatten)]

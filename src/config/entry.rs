@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::file::{At, Entry, File, Park};
 use super::units::Command;
 use super::{Problems, is_hub_id};
-use crate::domain::{Launch, ModelKind, ModelSpec};
+use crate::domain::{self, Launch, ModelKind, ModelSpec};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -325,12 +325,13 @@ impl Reader<'_> {
         wanted
     }
 
-    fn park(&mut self) -> bool {
-        let Some(at) = self.entry.park.as_ref().filter(|at| at.value == Park::Ram) else { return false };
+    fn park(&mut self) -> domain::Park {
+        let usual = domain::Park::Off;
+        let Some(at) = self.entry.park.as_ref().filter(|at| at.value != Park::Off) else { return usual };
         if self.entry.gpus.as_ref().is_some_and(|gpus| gpus.value == 0) {
             self.problem(at.line, "park", "a model on the CPU (gpus: 0) lies in host memory anyway; remove it");
         }
-        true
+        if at.value == Park::Ram { domain::Park::Ram } else { domain::Park::Checkpoint }
     }
 
     fn env(&mut self) -> BTreeMap<String, String> {

@@ -106,7 +106,8 @@ pub(super) struct Entry {
     /// Shares its GPUs with no other model, whatever their memory. Default false.
     pub(super) exclusive: Option<bool>,
     /// Where it goes when others need its GPUs: `ram` keeps it in host memory, from which it comes back in about a second (its
-    /// worker answers `POST /sleep` and `/wake_up`; see `scheduler.park_ram`), `off` ends its worker. Default off.
+    /// worker answers `POST /sleep` and `/wake_up`; see `scheduler.park_ram`), `checkpoint` has the driver do the same to any
+    /// worker, slower (NVIDIA driver 570 or newer), `off` ends its worker. Default off.
     pub(super) park: Option<At<Park>>,
     /// Interpreter of `service_script`, if not the one of its `.venv`.
     pub(super) python: Option<At<String>>,
@@ -134,8 +135,10 @@ pub(super) enum Kind {
 #[serde(rename_all = "snake_case")]
 #[schemars(inline)]
 pub(super) enum Park {
-    /// To host memory.
+    /// To host memory, by its worker.
     Ram,
+    /// To host memory, by the driver.
+    Checkpoint,
     /// Nowhere: its worker ends.
     Off,
 }

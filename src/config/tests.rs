@@ -2,7 +2,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{Config, is_hub_id, load, schema};
-use crate::domain::{Launch, ModelKind, ModelSpec};
+use crate::domain::{Launch, ModelKind, ModelSpec, Park};
 use crate::policy::Knobs;
 
 fn no_env(_: &str) -> Option<String> {
@@ -224,9 +224,10 @@ fn an_empty_section_is_one_without_settings() {
 
 #[test]
 fn a_model_is_parked_in_host_memory_if_it_says_so() {
-    assert!(!entry("    type: text\n").unwrap().park, "its worker has to know how");
-    assert!(!entry("    type: text\n    park: off\n").unwrap().park);
-    assert!(entry("    type: text\n    park: ram\n").unwrap().park);
+    assert_eq!(entry("    type: text\n").unwrap().park, Park::Off, "its worker has to know how");
+    for (word, park) in [("off", Park::Off), ("ram", Park::Ram), ("checkpoint", Park::Checkpoint)] {
+        assert_eq!(entry(&format!("    type: text\n    park: {word}\n")).unwrap().park, park);
+    }
     let error = entry("    type: text\n    park: disk\n").unwrap_err();
     assert!(error.starts_with("models.yaml:5: models.m.park: ") && error.contains("ram"), "{error}");
     let error = entry("    type: text\n    gpus: 0\n    park: ram\n").unwrap_err();

@@ -17,7 +17,7 @@ pub use error::{ErrorCode, JobError};
 pub use gpu::GpuSet;
 pub use ids::{IdError, JobId};
 pub use job::{Class, Face, Job, JobKind, JobState, NewJob, StateReason, Token};
-pub use model::{Launch, ModelKind, ModelSpec, ModelState};
+pub use model::{Launch, ModelKind, ModelSpec, ModelState, Park};
 pub use storage::StorageSettings;
 
 /// Milliseconds since the Unix epoch, the only wall-clock unit in this program.

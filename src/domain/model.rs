@@ -65,6 +65,25 @@ pub enum Launch {
     Command(Vec<String>),
 }
 
+/// Where a model goes when others need its GPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Park {
+    /// Nowhere: its worker ends.
+    #[default]
+    Off,
+    /// To host memory; its worker knows how.
+    Ram,
+    /// To host memory; the driver does it to any process.
+    Checkpoint,
+}
+
+impl Park {
+    /// Whether it can be parked at all.
+    pub fn is_on(self) -> bool {
+        self != Self::Off
+    }
+}
+
 /// One entry of `models.yaml`, defaults applied, paths absolute.
 #[derive(Clone, PartialEq)]
 pub struct ModelSpec {
@@ -112,8 +131,8 @@ pub struct ModelSpec {
     pub pin: bool,
     /// Shares its GPUs with no other model.
     pub exclusive: bool,
-    /// Its worker can go to host memory and come back.
-    pub park: bool,
+    /// How its worker can go to host memory and come back.
+    pub park: Park,
     /// The `model` field of forwarded bodies.
     pub upstream_model: String,
     /// Working directory of the worker.

@@ -373,7 +373,7 @@ pub mod tests {
             max_replicas: 1,
             pin: false,
             exclusive: false,
-            park: false,
+            park: crate::domain::Park::Off,
             upstream_model: format!("org/{name}"),
             dir: "/".into(),
         }

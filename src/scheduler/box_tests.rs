@@ -101,7 +101,7 @@ fn setup(rng: &mut Rng, calm: bool) -> Setup {
             max_replicas: rng.pick(&[1, 1, 2, 4]),
             exclusive: rng.chance(100),
             pin: !calm && rng.chance(50),
-            park: rng.chance(500),
+            park: if rng.chance(500) { crate::domain::Park::Ram } else { crate::domain::Park::Off },
             idle_ttl: (!calm && rng.chance(100)).then(|| Duration::from_secs(3)),
             preload: !calm && rng.chance(100),
             startup_time: Duration::from_millis(cold.unsigned_abs()),
@@ -400,7 +400,7 @@ impl Boxed {
                 "park"
             }
             (Order::Stop, Some(Stage::Parked)) => "drop",
-            (Order::Stop, Some(Stage::Ready)) if spec.park && self.setup.inventory.host > 0 => "drop",
+            (Order::Stop, Some(Stage::Ready)) if spec.park.is_on() && self.setup.inventory.host > 0 => "drop",
             _ => return,
         };
         let said = self.parking.iter().position(|(name, of)| *name == spec.name && *of == action);

@@ -88,7 +88,7 @@ impl Model {
             slots: Slots { limit: spec.limit, max_batch: spec.max_batch },
             timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
             preload: spec.preload,
-            park: spec.park,
+            park: spec.park.is_on(),
             gpus: spec.gpus,
             declared_bytes: spec.memory.filter(|_| !spec.exclusive),
             tells_bytes: spec.memory.is_none() && !spec.exclusive,

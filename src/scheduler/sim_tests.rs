@@ -444,7 +444,7 @@ fn setup(rng: &mut Rng) -> Setup {
             max_replicas: 1,
             pin: false,
             exclusive: false,
-            park: false,
+            park: crate::domain::Park::Off,
             upstream_model: String::new(),
             dir: "/".into(),
         });

@@ -1,5 +1,5 @@
 use super::*;
-use crate::domain::{Face, Launch, ModelKind};
+use crate::domain::{Face, Launch, ModelKind, Park};
 use crate::scheduler::queue::tests::job as base_job;
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ pub(super) fn spec(name: &str, limit: u32) -> ModelSpec {
         max_replicas: 1,
         pin: false,
         exclusive: false,
-        park: false,
+        park: Park::Off,
         upstream_model: name.to_owned(),
         dir: "/".into(),
     }
@@ -264,7 +264,7 @@ fn a_worker_that_is_silent_for_the_models_own_limit_is_restarted() {
 
 #[test]
 fn a_hung_worker_is_stopped_and_not_parked() {
-    let on_gpu = |name| ModelSpec { gpus: 1, memory: Some(50 << 30), park: true, ..spec(name, 1) };
+    let on_gpu = |name| ModelSpec { gpus: 1, memory: Some(50 << 30), park: Park::Ram, ..spec(name, 1) };
     let inventory =
         Inventory { gpus: vec![80 << 30], cpu: None, host: 64 << 30, one_at_a_time: false, gone: Default::default() };
     let mut world = World::new(&[]);
@@ -287,7 +287,7 @@ fn a_hung_worker_is_stopped_and_not_parked() {
 
 /// `a` was ordered to come back from host memory for job 3, and `b` is parked in its stead.
 fn waking() -> World {
-    let on_gpu = |name| ModelSpec { gpus: 1, memory: Some(50 << 30), park: true, ..spec(name, 1) };
+    let on_gpu = |name| ModelSpec { gpus: 1, memory: Some(50 << 30), park: Park::Ram, ..spec(name, 1) };
     let inventory =
         Inventory { gpus: vec![80 << 30], cpu: None, host: 64 << 30, one_at_a_time: false, gone: Default::default() };
     let mut world = World::new(&[]);
@@ -362,7 +362,7 @@ fn a_wake_that_turns_into_a_cold_load_counts_as_one() {
 
 #[test]
 fn a_model_of_which_nobody_knows_the_size_is_not_parked() {
-    let on_gpu = |name| ModelSpec { gpus: 1, memory: None, park: true, ..spec(name, 1) };
+    let on_gpu = |name| ModelSpec { gpus: 1, memory: None, park: Park::Ram, ..spec(name, 1) };
     let inventory =
         Inventory { gpus: vec![80 << 30], cpu: None, host: 64 << 30, one_at_a_time: false, gone: Default::default() };
     let mut world = World::new(&[]);

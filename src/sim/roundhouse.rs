@@ -14,7 +14,7 @@ use super::record::WorkerId;
 use super::trace::TraceModel;
 use super::world::{Breach, Happening, World};
 use crate::domain::worker::Report;
-use crate::domain::{Class, Face, GpuSet, Launch, Millis, ModelKind, ModelSpec};
+use crate::domain::{Class, Face, GpuSet, Launch, Millis, ModelKind, ModelSpec, Park};
 use crate::policy::Knobs;
 use crate::policy::plan::Decision;
 use crate::scheduler::state::{Effect, Event, Inventory, State};
@@ -318,7 +318,7 @@ fn spec(trace: &Trace, model: &TraceModel) -> ModelSpec {
         max_replicas: u32::try_from(trace.gpus / model.gpus).unwrap_or(u32::MAX),
         pin: false,
         exclusive: false,
-        park: trace.host_gb > 0.0,
+        park: if trace.host_gb > 0.0 { Park::Ram } else { Park::Off },
         upstream_model: model.name.clone(),
         dir: PathBuf::new(),
     }

@@ -2,6 +2,7 @@
 //! and asking the driver about GPUs (`gpu`; `fake_gpus` plays it).
 
 pub mod assemble;
+pub mod checkpoint;
 pub mod client;
 pub mod fake_gpus;
 pub mod gpu;

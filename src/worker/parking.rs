@@ -2,6 +2,8 @@
 //! the next load is a cold one.
 
 use super::*;
+use crate::domain::Park;
+use crate::worker::checkpoint::{self, Way};
 
 /// Device memory that a sleeping process may keep (its context, its engine's buffers), in bytes; never more than half of what
 /// it had.
@@ -24,12 +26,7 @@ impl Supervisor {
         self.note_life(running.since);
         let free = self.free_when(&running).await;
         let at_most = self.parked_use(free).await;
-        let (doctor, limit) = (running.doctor.clone(), self.tempo.park_limit);
-        let fall_asleep = async move {
-            timeout(limit, doctor.put_to_sleep())
-                .await
-                .unwrap_or_else(|_| Err(format!("it was not asleep within {} s", limit.as_secs_f64())))
-        };
+        let fall_asleep = self.fall_asleep(&running);
         let failed = match self.meanwhile(&mut running, fall_asleep).await {
             Turn::Done(()) => match self.shows_back(&running, at_most).await {
                 Ok(()) => {
@@ -56,12 +53,12 @@ impl Supervisor {
         loop {
             let pulse = tokio::select! {
                 biased;
-                () = self.hard.cancelled() => return self.end(running).await,
+                () = self.hard.cancelled() => return self.end_parked(running).await,
                 order = self.orders.recv() => {
-                    let Some((order, set)) = order else { return self.end(running).await };
+                    let Some((order, set)) = order else { return self.end_parked(running).await };
                     match order {
                         Order::Load | Order::Wake => return self.wake(running, order, set).await,
-                        Order::Stop => return self.leave(running, None, Instant::now()).await,
+                        Order::Stop => return self.leave_parked(running).await,
                         Order::Park => self.report(Report::Parked { park_ms: 0 }),
                         Order::Retry => self.forget_failures(),
                         Order::Suspect => {} // Nothing runs on it.
@@ -73,6 +70,8 @@ impl Supervisor {
             };
             match pulse {
                 Pulse::Alive { .. } => misses = 0,
+                // Whatever asks its GPU something waits until it is back.
+                Pulse::Missed(_) if self.is_checkpointed() => {}
                 Pulse::Missed(_) | Pulse::Refused => misses += 1,
             }
             if misses >= self.tempo.watch_misses {
@@ -94,7 +93,7 @@ impl Supervisor {
                 return Phase::Loading; // Which finds that the GPU is not there.
             };
             self.enter(ModelState::Waking);
-            let woken = self.come_back(&running.doctor);
+            let woken = self.come_back(&running);
             match self.meanwhile(&mut running, woken).await {
                 Turn::Done(device_bytes) => {
                     self.note_memory(&mut running, device_bytes);
@@ -124,11 +123,42 @@ impl Supervisor {
         Phase::Loading
     }
 
-    fn come_back(&self, doctor: &Doctor) -> impl Future<Output = Result<Option<u64>, String>> + use<> {
-        let (doctor, tempo) = (doctor.clone(), self.tempo.clone());
+    /// Its worker does it, or the driver.
+    fn is_checkpointed(&self) -> bool {
+        self.spec.park == Park::Checkpoint
+    }
+
+    fn checkpoint(&self, way: Way, process: &WorkerProcess) -> impl Future<Output = Result<(), String>> + use<> {
+        let (program, family, guard) = (self.around.program.clone(), process.family(), process.pid());
+        async move { checkpoint::take(&program, way, family, guard).await }
+    }
+
+    fn fall_asleep(&self, running: &Running) -> impl Future<Output = Result<(), String>> + use<> {
+        let limit = if self.is_checkpointed() { self.tempo.checkpoint_limit } else { self.tempo.park_limit };
+        let by_driver = self.is_checkpointed().then(|| self.checkpoint(Way::Park, &running.process));
+        let doctor = running.doctor.clone();
+        async move {
+            let asleep = async {
+                match by_driver {
+                    Some(checkpoint) => checkpoint.await,
+                    None => doctor.put_to_sleep().await,
+                }
+            };
+            let late = || Err(format!("it was not asleep within {} s", limit.as_secs_f64()));
+            timeout(limit, asleep).await.unwrap_or_else(|_| late())
+        }
+    }
+
+    fn come_back(&self, running: &Running) -> impl Future<Output = Result<Option<u64>, String>> + use<> {
+        let by_driver = self.is_checkpointed().then(|| self.checkpoint(Way::Wake, &running.process));
+        let (doctor, tempo) = (running.doctor.clone(), self.tempo.clone());
+        let limit = if by_driver.is_some() { tempo.checkpoint_limit } else { tempo.wake_limit };
         async move {
             let awake = async {
-                doctor.wake_up().await?;
+                match by_driver {
+                    Some(checkpoint) => checkpoint.await?,
+                    None => doctor.wake_up().await?,
+                }
                 loop {
                     match doctor.ask(tempo.probe_limit).await {
                         Health::Ready { device_bytes } => return Ok(device_bytes),
@@ -137,8 +167,8 @@ impl Supervisor {
                     }
                 }
             };
-            let late = || Err(format!("it was not ready within {} s", tempo.wake_limit.as_secs_f64()));
-            timeout(tempo.wake_limit, awake).await.unwrap_or_else(|_| late())
+            let late = || Err(format!("it was not ready within {} s", limit.as_secs_f64()));
+            timeout(limit, awake).await.unwrap_or_else(|_| late())
         }
     }
 
@@ -172,7 +202,12 @@ impl Supervisor {
     /// Whether the driver shows that it has given its memory back.
     async fn shows_back(&self, running: &Running, at_most: Option<u64>) -> Result<(), String> {
         let Some(at_most) = at_most else { return Ok(()) };
-        if let Health::NotYet { device_bytes: Some(bytes), .. } = running.doctor.ask(self.tempo.watch_limit).await {
+        if self.is_checkpointed() {
+            // It does not know of it, and may not be able to answer.
+            self.release(running);
+        } else if let Health::NotYet { device_bytes: Some(bytes), .. } =
+            running.doctor.ask(self.tempo.watch_limit).await
+        {
             self.around.gpus.hold(running.process.mark(), &self.gpus, bytes);
         }
         let until = Instant::now() + self.tempo.park_memory_limit;
@@ -205,6 +240,19 @@ impl Supervisor {
         Phase::Absent
     }
 
+    /// A process whose memory the driver has taken cannot end in good order, so it is not asked to.
+    async fn leave_parked(&mut self, running: Running) -> Phase {
+        if !self.is_checkpointed() {
+            return self.leave(running, None, Instant::now()).await;
+        }
+        let ordered_at = Instant::now();
+        self.enter(ModelState::Draining);
+        self.kill(running).await;
+        self.enter(ModelState::Absent);
+        self.report(Report::Stopped { stop_ms: millis(ordered_at.elapsed()) });
+        Phase::Absent
+    }
+
     /// Nothing ran on it, so nobody is to blame, and its next load is not kept waiting.
     async fn lost(&mut self, running: Running, reason: &str) -> Phase {
         self.release(&running);
@@ -223,6 +271,14 @@ impl Supervisor {
     async fn end(&mut self, running: Running) -> Phase {
         self.enter(ModelState::Draining);
         running.process.stop(self.around.grace).await;
+        Phase::Ended
+    }
+
+    async fn end_parked(&mut self, running: Running) -> Phase {
+        if !self.is_checkpointed() {
+            return self.end(running).await;
+        }
+        self.kill(running).await;
         Phase::Ended
     }
 

@@ -115,6 +115,11 @@ impl WorkerProcess {
         self.pid.cast_unsigned()
     }
 
+    /// All processes that belong to it, its guard too.
+    pub(super) fn family(&self) -> Family {
+        Family::Instance { mark: self.mark.clone(), session: Some(self.pid) }
+    }
+
     pub(super) fn port(&self) -> u16 {
         self.lease.port()
     }
@@ -143,7 +148,7 @@ impl WorkerProcess {
 
     /// Ends the worker at once, with SIGKILL; returns when nothing of it lives. Also to be called after [`Self::exited`].
     pub(super) async fn clear_away(mut self) -> Tail {
-        let family = Family::Instance { mark: self.mark.clone(), session: Some(self.pid) };
+        let family = self.family();
         let (guard, since) = (self.pid, self.started_at);
         let worker = family.clone();
         // The guard last: while it lives it waits for the worker's orphans.
@@ -315,7 +320,7 @@ fn describe(status: ExitStatus) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::domain::ModelKind;
+    use crate::domain::{ModelKind, Park};
 
     /// A CPU model that runs `words`.
     pub(crate) fn spec(words: &[&str]) -> ModelSpec {
@@ -342,7 +347,7 @@ pub(super) mod tests {
             max_replicas: 1,
             pin: false,
             exclusive: false,
-            park: false,
+            park: Park::Off,
             upstream_model: "toy".into(),
             dir: "/".into(),
         }

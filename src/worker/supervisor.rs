@@ -114,6 +114,8 @@ pub struct Tempo {
     pub park_limit: Duration,
     /// Longest wait for the driver to show the memory of a worker free that says it sleeps.
     pub park_memory_limit: Duration,
+    /// Longest time of the driver's checkpoint, either way.
+    pub checkpoint_limit: Duration,
     /// Longest time in which a sleeping worker has to be ready again.
     pub wake_limit: Duration,
     /// Shortest limit of a load; the limit is 10 times the model's `startup_time`, if that is longer.
@@ -136,6 +138,8 @@ impl Default for Tempo {
             // The first time, a worker may have to lock the pages of its host copy: 10 s for vLLM with 8B.
             park_limit: Duration::from_secs(60),
             park_memory_limit: Duration::from_secs(3),
+            // 48 GiB took 38 s to host memory, on an H100.
+            checkpoint_limit: Duration::from_secs(180),
             wake_limit: Duration::from_secs(30),
             // A first vLLM start compiles for minutes, and a cold disk reads 0.5 GB/s.
             load_limit_min: Duration::from_secs(600),

@@ -9,6 +9,7 @@ mod api;
 mod auth;
 mod backups;
 mod broken_models;
+mod checkpoint;
 mod controls;
 mod crashes;
 mod devices;

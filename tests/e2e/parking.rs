@@ -22,12 +22,12 @@ fn site(args: &[&str]) -> Site {
 }
 
 /// One job, by its end; it has to succeed.
-async fn visit(api: &Api, model: &str) -> Value {
+pub(crate) async fn visit(api: &Api, model: &str) -> Value {
     let id = api.submit_echo(model, json!({})).await;
     api.succeeded(&id).await
 }
 
-async fn is(api: &Api, model: &str, state: &str) {
+pub(crate) async fn is(api: &Api, model: &str, state: &str) {
     eventually(LIMIT, &format!("{model} is {state}"), || async {
         (api.worker(model).await["state"] == state).then_some(())
     })
@@ -35,7 +35,7 @@ async fn is(api: &Api, model: &str, state: &str) {
 }
 
 /// Cold loads and wakes of a model.
-async fn loads(api: &Api, model: &str) -> (u64, u64) {
+pub(crate) async fn loads(api: &Api, model: &str) -> (u64, u64) {
     let metrics = api.get("/metrics").await.is(200).text();
     let count = |name: &str| {
         let series = format!("roundhouse_{name}_seconds_count{{model=\"{model}\"}} ");
@@ -45,7 +45,7 @@ async fn loads(api: &Api, model: &str) -> (u64, u64) {
 }
 
 /// `a` has had its turn and the GPU is `b`'s; then `a` has another one. Returns the job of that.
-async fn there_and_back(api: &Api) -> Value {
+pub(crate) async fn there_and_back(api: &Api) -> Value {
     visit(api, "a").await;
     visit(api, "b").await;
     visit(api, "a").await
