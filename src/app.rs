@@ -27,7 +27,7 @@ use crate::store::snapshots::{self, Durability, Prepared, Snapshots};
 use crate::worker::client::WorkerClient;
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::host;
-use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
+use crate::worker::supervisor::{self, Surroundings, Tempo, WorkerHandle};
 
 /// How long tasks may take to end after the hard stage, beyond the workers' own grace.
 const HARD_LIMIT: Duration = Duration::from_secs(5);
@@ -331,8 +331,9 @@ fn start_workers(
     };
     let (sender, reports) = mpsc::unbounded_channel();
     let all = config.models.iter().flat_map(|spec| (0..spec.max_replicas.max(1)).map(move |replica| (spec, replica)));
+    let tempo = Tempo { load_limit_min: config.server.load_limit, ..Tempo::default() };
     let start = |(spec, replica): (&crate::domain::ModelSpec, u32)| {
-        let worker = WorkerHandle::start(spec.clone(), replica, around.clone(), sender.clone());
+        let worker = WorkerHandle::start_with(spec.clone(), replica, around.clone(), tempo.clone(), sender.clone());
         ((spec.name.clone(), replica), worker)
     };
     Ok((all.map(start).collect(), reports))

@@ -137,7 +137,6 @@ impl Default for Tempo {
             park_limit: Duration::from_secs(60),
             park_memory_limit: Duration::from_secs(3),
             wake_limit: Duration::from_secs(30),
-            // A first vLLM start compiles for minutes, and a cold disk reads 0.5 GB/s.
             load_limit_min: Duration::from_secs(600),
         }
     }

@@ -220,6 +220,11 @@ impl Server {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
     }
 
+    /// The server's process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits for the server's end.
     pub(crate) async fn ended(&mut self) -> ExitStatus {
         let child = &mut self.child;

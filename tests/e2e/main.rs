@@ -14,6 +14,7 @@ mod crashes;
 mod devices;
 mod ends;
 mod explain;
+mod faults_of_workers;
 mod gpu;
 mod input;
 mod limits;
