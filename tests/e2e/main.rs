@@ -20,6 +20,7 @@ mod input;
 mod limits;
 mod messages;
 mod parking;
+mod reloads;
 mod replay;
 mod restarts;
 mod retention;
