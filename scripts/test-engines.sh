@@ -25,7 +25,7 @@ dev_venv
 cd "$ROOT"
 paths=("$@")
 [[ " $* " == *" tests/"* ]] || paths=(tests/engines "$@")
-step "testing $ROUNDHOUSE_BIN on real engines (vLLM takes about a minute to start, twice)"
+step "testing $ROUNDHOUSE_BIN on real engines (vLLM takes about a minute to start, four times)"
 status=0
 "$ROOT/.venv-dev/bin/python" -m pytest -v --durations=8 "${paths[@]}" || status=$?
 step "engines: $([ $status = 0 ] && echo "all passed" || echo FAILED)"

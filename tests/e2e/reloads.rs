@@ -203,3 +203,35 @@ async fn knobs_hold_at_once_and_other_sections_at_the_next_start() {
     api.submit_echo("a", json!({})).await;
     api.post("/v1/jobs", &crate::common::echo_job("a", json!({}))).await.refused(429, "queue_full");
 }
+
+/// A model that takes most of a GPU that `ROUNDHOUSE_FAKE_GPUS` plays, and is parked when others need it.
+fn parking(args: &[&str]) -> Value {
+    let bytes = (50_u64 << 30).to_string();
+    let args: Vec<&str> = ["--device-bytes", &bytes].into_iter().chain(args.iter().copied()).collect();
+    with(echo("custom", &args), json!({"gpus": 1, "memory": "50GiB", "park": "ram"}))
+}
+
+#[tokio::test]
+async fn what_is_parked_or_on_its_way_there_is_not_woken_as_it_was() {
+    for edited_in in ["parking", "parked"] {
+        let site = Site::new().env("ROUNDHOUSE_FAKE_GPUS", "1x80GiB").scheduler("park_ram", "200GiB");
+        let site = site.model("a", parking(&["--park-s", "1.5"])).model("b", parking(&none()));
+        let server = site.start().await;
+        let api = &server.api;
+        let id = api.submit_echo("a", json!({})).await;
+        api.succeeded(&id).await;
+        let before = server.worker("a").await;
+        let other = api.submit_echo("b", json!({})).await;
+        eventually(LIMIT, edited_in, || async { (api.worker("a").await["state"] == edited_in).then_some(()) }).await;
+        site.model("a", parking(&["--delay-ms", "20"])).write();
+        server.signal(Signal::SIGHUP);
+        eventually(LIMIT, "the parked one is gone", || async { (!before.is_alive()).then_some(()) }).await;
+        api.succeeded(&other).await;
+        let id = api.submit_echo("a", json!({})).await;
+        let job = api.succeeded(&id).await;
+        assert_eq!((&job["attempt"], &job["crashes"]), (&json!(1), &json!(0)), "{edited_in}: {job}");
+        let now = server.worker("a").await;
+        assert!(now.command.windows(2).any(|pair| pair == ["--delay-ms", "20"]), "{edited_in}: {now:?}");
+        assert_eq!(starts(api, "a").await, 2, "{edited_in}");
+    }
+}

@@ -96,4 +96,3 @@ def test_a_job_outlives_its_worker(llama: RoundhouseServer) -> None:
     job = llama.submit(ENDPOINT, long_body(200))
     done = kill_worker_at(llama, job, "job.output", PATIENCE_S)
     assert done["usage"]["completion_tokens"] == 200
-    assert (done["crashes"], done["failures"]) == (1, 0)
