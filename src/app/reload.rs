@@ -47,8 +47,9 @@ impl Follower {
             Ok(hangup) => hangup,
             Err(error) => return tracing::error!("edits of models.yaml are not followed: {error}"),
         };
-        let mut taken = Stamp::of(&self.path).await;
-        let mut seen = taken.clone();
+        // Read once more soon: it may have been edited since it was read.
+        let mut taken = Stamp(None);
+        let mut seen = Stamp::of(&self.path).await;
         loop {
             let asked = tokio::select! {
                 () = tasks.soft().cancelled() => return,
