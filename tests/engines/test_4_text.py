@@ -15,7 +15,7 @@ from worker_deaths import Victim, kill_worker_at
 ENDPOINT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
 STORY = [{"role": "user", "content": "Tell me a long story about a lighthouse."}]
-LOAD_PATIENCE_S = 300.0
+LOAD_PATIENCE_S = 600.0
 LONG_TOKENS = 1500
 """A minute of one request alone."""
 KILLED_TOKENS = 200
