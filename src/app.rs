@@ -1,5 +1,7 @@
 //! Composition root: builds everything, connects it, and runs until shutdown. The only module that knows all others.
 
+mod reload;
+
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,13 +14,13 @@ use tokio::sync::mpsc;
 
 use crate::clock::{Clock, FastClock, SystemClock};
 use crate::config::{Config, ServerSettings};
-use crate::domain::StorageSettings;
 use crate::domain::storage::shown_bytes;
+use crate::domain::{ModelSpec, StorageSettings};
 use crate::http::auth::ApiKeys;
 use crate::http::{self, AppState};
 use crate::lifecycle::Tasks;
 use crate::scheduler::handle::{Handle, Workers};
-use crate::scheduler::run::{self, Parts};
+use crate::scheduler::run::{self, Parts, StartWorker};
 use crate::store;
 use crate::store::backup::Held;
 use crate::store::placement::{self, FileSystem, FileSystems};
@@ -27,7 +29,7 @@ use crate::store::snapshots::{self, Durability, Prepared, Snapshots};
 use crate::worker::client::WorkerClient;
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::host;
-use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
+use crate::worker::supervisor::{self, Surroundings, Tempo, WorkerHandle};
 
 /// How long tasks may take to end after the hard stage, beyond the workers' own grace.
 const HARD_LIMIT: Duration = Duration::from_secs(5);
@@ -96,7 +98,8 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         );
     }
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
-    let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
+    let (workers, start_worker, reports) =
+        start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
     let reader = opened.store.reader().clone();
     let live_sync_jobs = reader.live_sync_jobs().await?;
     let store = opened.store.clone();
@@ -108,6 +111,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         models: config.models.clone(),
         knobs: config.scheduler.clone(),
         workers,
+        start_worker,
         reports,
         epoch: opened.epoch,
         learned: opened.learned,
@@ -125,6 +129,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     warn_of_little_memory(&config);
     let waiting = handle.queue().queued;
     stop_when_drained(&tasks, &handle);
+    let follower = handle.clone();
     let state = AppState::new(http::Parts {
         handle,
         reader,
@@ -145,6 +150,8 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     for id in live_sync_jobs {
         state.expect_hop(id);
     }
+    let follower = reload::Follower::new(config.clone(), follower, state.clone());
+    tasks.spawn("models.yaml", follower.run(tasks.clone()));
     announce(address, config.models.len(), waiting)?;
     let server = http::serve(listener, http::router(state), tasks.clone());
     tasks.spawn("http", server);
@@ -308,7 +315,7 @@ fn api_keys(data_dir: &Path, loopback: bool) -> anyhow::Result<ApiKeys> {
     }
 }
 
-type Supervised = (Workers, mpsc::UnboundedReceiver<(String, u32, crate::domain::worker::Report)>);
+type Supervised = (Workers, StartWorker, mpsc::UnboundedReceiver<(String, u32, crate::domain::worker::Report)>);
 
 fn start_workers(
     config: &Config,
@@ -330,12 +337,13 @@ fn start_workers(
         backoff_max: config.server.backoff_max,
     };
     let (sender, reports) = mpsc::unbounded_channel();
+    let tempo = Tempo { load_limit_min: config.server.load_limit, ..Tempo::default() };
+    let start: StartWorker = Arc::new(move |spec: &ModelSpec, replica| {
+        WorkerHandle::start_with(spec.clone(), replica, around.clone(), tempo.clone(), sender.clone())
+    });
     let all = config.models.iter().flat_map(|spec| (0..spec.max_replicas.max(1)).map(move |replica| (spec, replica)));
-    let start = |(spec, replica): (&crate::domain::ModelSpec, u32)| {
-        let worker = WorkerHandle::start(spec.clone(), replica, around.clone(), sender.clone());
-        ((spec.name.clone(), replica), worker)
-    };
-    Ok((all.map(start).collect(), reports))
+    let workers = all.map(|(spec, replica)| ((spec.name.clone(), replica), start(spec, replica))).collect();
+    Ok((workers, start, reports))
 }
 
 /// Parked models that this machine has no memory for would be killed by it.

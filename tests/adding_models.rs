@@ -38,9 +38,13 @@ fn the_entries_are_read() {
     let yaml = blocks("yaml");
     let names: Vec<Vec<String>> =
         yaml.iter().map(|yaml| laid_out(yaml).1.models.iter().map(|spec| spec.name.clone()).collect()).collect();
-    assert_eq!(names, [vec!["tone"], vec!["llama", "coder", "rerank"]]);
+    assert_eq!(names, [vec!["tone"], vec!["llama", "smol", "coder", "rerank"]]);
     let Launch::Command(words) = laid_out(&yaml[1]).1.models[0].launch.clone() else { panic!() };
     assert_eq!(words[..3], ["llama-server", "-m", "/models/some.gguf"]);
+    // What the page serves a model with is what the test with real engines does.
+    let Launch::Command(words) = laid_out(&yaml[1]).1.models[1].launch.clone() else { panic!() };
+    let tried = std::fs::read_to_string(root().join("tests/engines/test_0_llamacpp.py")).unwrap();
+    assert!(words[2].contains("xllamacpp.Server") && tried.contains(words[2].trim()), "{words:?}");
 }
 
 /// A Python with what the base service needs: ROUNDHOUSE_TEST_PYTHON, else the tests' environment, else the system's.

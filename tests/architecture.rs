@@ -322,6 +322,40 @@ fn sql_stays_in_the_store() {
     assert!(in_store, "the marks find nothing in the store either, so they are of no use");
 }
 
+/// The tests that docs/FAULTS.md names, by the last column of its table.
+fn tests_named(table: &str) -> Vec<&str> {
+    let rows = table.lines().filter(|line| {
+        line.starts_with("| ") && !line.starts_with("| fault") && !line.starts_with("| rule") && !line.contains("| ---")
+    });
+    let last = rows.filter_map(|row| row.trim_end_matches(['|', ' ']).rsplit('|').next());
+    last.flat_map(|cell| cell.split('`').skip(1).step_by(2)).collect()
+}
+
+#[test]
+fn each_fault_is_shown_by_a_test_that_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let table = std::fs::read_to_string(root.join("docs/FAULTS.md")).unwrap();
+    let mut texts: Vec<String> = ["tests", "src"]
+        .iter()
+        .flat_map(|folder| rust_files(&root.join(folder)))
+        .map(|path| std::fs::read_to_string(path).unwrap())
+        .collect();
+    for entry in std::fs::read_dir(root.join("tests/engines")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "py") {
+            texts.push(std::fs::read_to_string(path).unwrap());
+        }
+    }
+    let named = tests_named(&table);
+    assert!(named.len() > 40, "the table is read: {named:?}");
+    let exists = |name: &str| {
+        let (rust, python) = (format!("fn {name}()"), format!("def {name}("));
+        texts.iter().any(|text| text.contains(&rust) || text.contains(&python))
+    };
+    let missing: Vec<&str> = named.into_iter().filter(|name| !exists(name)).collect();
+    assert!(missing.is_empty(), "docs/FAULTS.md names tests that are not there: {missing:?}");
+}
+
 // ---- the reader itself ---------------------------------------------------------
 
 fn named(path: &str, text: &str) -> Vec<String> {

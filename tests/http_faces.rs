@@ -102,6 +102,7 @@ impl Bench {
             models: models.clone(),
             knobs: Knobs::default(),
             workers: BTreeMap::new(),
+            start_worker: Arc::new(|_, _| unreachable!("nothing is edited")),
             reports,
             epoch: opened.epoch,
             learned: opened.learned,

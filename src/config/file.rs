@@ -222,6 +222,8 @@ pub(super) struct Server {
     pub(super) body_bytes_max: Option<At<Size>>,
     /// From SIGTERM to SIGKILL of a worker. Default 10.
     pub(super) worker_grace: Option<At<Period>>,
+    /// A load that takes longer than this, and longer than 10 times its model's `startup_time`, is ended. Default 10m.
+    pub(super) load_limit: Option<At<Period>>,
     /// First wait after a failed load; doubles. Default 10.
     pub(super) backoff_first: Option<At<Period>>,
     /// Longest wait after failed loads. Default 10m.

@@ -62,6 +62,8 @@ pub struct ServerSettings {
     pub body_bytes_max: usize,
     /// SIGTERM to SIGKILL of a worker.
     pub worker_grace: Duration,
+    /// A load that takes longer than this, and than 10 times its `startup_time`, is ended.
+    pub load_limit: Duration,
     /// First and longest back-off of failed loads.
     pub backoff_first: Duration,
     /// See `backoff_first`.
@@ -81,6 +83,8 @@ impl Default for ServerSettings {
             disconnect_grace: Duration::from_secs(2),
             body_bytes_max: 10 * 1024 * 1024,
             worker_grace: Duration::from_secs(10),
+            // A first vLLM start compiles for minutes, and a cold disk reads 0.5 GB/s.
+            load_limit: Duration::from_secs(600),
             backoff_first: Duration::from_secs(10),
             backoff_max: Duration::from_secs(600),
             shutdown_grace: Duration::from_secs(30),

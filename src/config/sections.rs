@@ -87,6 +87,7 @@ pub(super) fn server(file: &File, env: &dyn Fn(&str) -> Option<String>, problems
         disconnect_grace: period("disconnect_grace", &given.disconnect_grace, usual.disconnect_grace),
         body_bytes_max: usual.body_bytes_max,
         worker_grace: period("worker_grace", &given.worker_grace, usual.worker_grace),
+        load_limit: period("load_limit", &given.load_limit, usual.load_limit),
         backoff_first: period("backoff_first", &given.backoff_first, usual.backoff_first),
         backoff_max: period("backoff_max", &given.backoff_max, usual.backoff_max),
         shutdown_grace: period("shutdown_grace", &given.shutdown_grace, usual.shutdown_grace),

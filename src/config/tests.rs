@@ -406,7 +406,7 @@ const SERVER: &str = "models:\n  m: {type: text, command: x}\nserver:\n  listen:
 #[test]
 fn the_server_section() {
     let yaml = format!(
-        "{SERVER}  public_url: https://example.org/rh/\n  sync_hop: 5\n  sync_max_hops: 2\n  hop_grace: 1s\n  disconnect_grace: 100ms\n  body_bytes_max: 1MiB\n  worker_grace: 3\n  backoff_first: 1\n  backoff_max: 4\n  shutdown_grace: 7\n"
+        "{SERVER}  public_url: https://example.org/rh/\n  sync_hop: 5\n  sync_max_hops: 2\n  hop_grace: 1s\n  disconnect_grace: 100ms\n  body_bytes_max: 1MiB\n  worker_grace: 3\n  load_limit: 20m\n  backoff_first: 1\n  backoff_max: 4\n  shutdown_grace: 7\n"
     );
     let server = read(&yaml).unwrap().server;
     assert_eq!(server.listen.as_deref(), Some("0.0.0.0:9100"));
@@ -414,6 +414,7 @@ fn the_server_section() {
     assert_eq!((server.sync_max_hops, server.body_bytes_max), (2, 1 << 20));
     assert_eq!(server.disconnect_grace, Duration::from_millis(100));
     assert_eq!(server.backoff_max, Duration::from_secs(4));
+    assert_eq!(server.load_limit, Duration::from_secs(1200));
     assert_eq!(server.shutdown_grace, Duration::from_secs(7));
     let bad = read(&yaml.replace("backoff_max: 4", "backoff_max: 0.5")).unwrap_err();
     assert!(bad.contains("server.backoff_max: must not be less"), "{bad}");

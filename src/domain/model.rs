@@ -140,6 +140,27 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
+    /// Whether a worker of it is started in the same way, on the same kind of place, as one of `other`. What it is called
+    /// by clients, how many jobs it gets and how long it may take are not its worker's concern.
+    pub fn starts_as(&self, other: &Self) -> bool {
+        let shape = |spec: &Self| Self {
+            startup_time: Duration::ZERO,
+            endpoints: Vec::new(),
+            aliases: Vec::new(),
+            limit: 0,
+            max_batch: 0,
+            timeout: Duration::ZERO,
+            max_attempts: 0,
+            idle_ttl: None,
+            preload: false,
+            max_replicas: 0,
+            pin: false,
+            upstream_model: String::new(),
+            ..spec.clone()
+        };
+        shape(self) == shape(other)
+    }
+
     /// Whether `endpoint` is one of its paths.
     pub fn serves(&self, endpoint: &str) -> bool {
         self.endpoints.iter().any(|e| e == endpoint)

@@ -45,7 +45,7 @@ fn model(state: &AppState, body: &Map<String, Value>, queued: bool) -> Result<Op
         Some(Value::String(name)) if queued && state.handle.queue().models.iter().any(|view| view.model == *name) => {
             Ok(Some(name.clone()))
         }
-        Some(Value::String(name)) => Ok(Some(state.models.get(name)?.name.clone())),
+        Some(Value::String(name)) => Ok(Some(state.models().get(name)?.name.clone())),
         Some(_) => Err(ApiError::invalid("model", "model must be the name of a model")),
     }
 }
@@ -72,7 +72,7 @@ pub async fn model_by_hand(
         }
     };
     caller.may_operate()?;
-    let spec = state.models.get(name)?;
+    let spec = state.models().get(name)?.clone();
     let control = control(spec.name.clone());
     let queue = state.handle.queue();
     let trouble = queue.models.iter().find(|view| view.model == spec.name).and_then(|view| view.trouble.as_deref());
@@ -82,5 +82,5 @@ pub async fn model_by_hand(
         return Err(ApiError::new(ErrorCode::NoWorkerForModel, message));
     }
     state.handle.control(control).await?;
-    Ok(Json(ops::model_json(&state, spec, &state.handle.queue())).into_response())
+    Ok(Json(ops::model_json(&state, &spec, &state.handle.queue())).into_response())
 }

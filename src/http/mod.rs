@@ -3,8 +3,8 @@
 
 use std::ops::Deref;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::Router;
 use axum::body::HttpBody as _;
@@ -92,13 +92,22 @@ pub struct AppState {
     shared: Arc<Shared>,
 }
 
+/// What an edit of models.yaml changes while the server runs.
+#[derive(Clone)]
+pub(crate) struct Live {
+    pub(crate) models: Arc<Models>,
+    pub(crate) waiting_sync_max: usize,
+    pub(crate) gpu_hourly_cost: Option<f64>,
+    /// Why the last edit was refused.
+    pub(crate) refused: Option<String>,
+}
+
 /// See [`Parts`].
 pub struct Shared {
     pub(crate) handle: Handle,
     pub(crate) reader: Reader,
-    pub(crate) models: Models,
+    live: RwLock<Arc<Live>>,
     pub(crate) server: ServerSettings,
-    pub(crate) waiting_sync_max: usize,
     pub(crate) keys: ApiKeys,
     pub(crate) tasks: Tasks,
     pub(crate) clock: Arc<dyn Clock>,
@@ -107,7 +116,6 @@ pub struct Shared {
     pub(crate) fetched: jobs::artifacts::Fetched,
     pub(crate) started_at: Millis,
     pub(crate) durability: Durability,
-    pub(crate) gpu_hourly_cost: Option<f64>,
     requests: AtomicU64,
 }
 
@@ -146,9 +154,13 @@ impl AppState {
             shared: Arc::new(Shared {
                 handle,
                 reader,
-                models: Models::new(models),
+                live: RwLock::new(Arc::new(Live {
+                    models: Arc::new(Models::new(models)),
+                    waiting_sync_max,
+                    gpu_hourly_cost,
+                    refused: None,
+                })),
                 server,
-                waiting_sync_max,
                 keys,
                 tasks,
                 clock,
@@ -157,10 +169,38 @@ impl AppState {
                 fetched: jobs::artifacts::Fetched::default(),
                 started_at,
                 durability,
-                gpu_hourly_cost,
                 requests: AtomicU64::new(0),
             }),
         }
+    }
+
+    pub(crate) fn live(&self) -> Arc<Live> {
+        self.live.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn models(&self) -> Arc<Models> {
+        self.live().models.clone()
+    }
+
+    fn edit(&self, change: impl FnOnce(&mut Live)) {
+        let mut live = self.live.write().unwrap_or_else(PoisonError::into_inner);
+        change(Arc::make_mut(&mut live));
+    }
+
+    /// From now on requests are for these models.
+    pub fn reload(&self, models: Vec<ModelSpec>, waiting_sync_max: usize, gpu_hourly_cost: Option<f64>) {
+        let models = Arc::new(Models::new(models));
+        self.edit(|live| *live = Live { models, waiting_sync_max, gpu_hourly_cost, refused: None });
+    }
+
+    /// models.yaml was edited and is wrong: `/readyz` and `/v1/models` say so, with its problems, until it is mended.
+    pub fn refuse_edit(&self, problems: &str) {
+        self.edit(|live| live.refused = Some(problems.to_owned()));
+    }
+
+    /// What is in models.yaml is right.
+    pub fn accept_edit(&self) {
+        self.edit(|live| live.refused = None);
     }
 
     /// After a restart: the caller of this live sync job may come back by its next hop.

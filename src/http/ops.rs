@@ -53,14 +53,19 @@ fn model_queue_json(view: &ModelQueueView) -> Value {
 /// `GET /v1/models`, in OpenAI's shape with ours beside it. Touches no GPU.
 pub async fn models(State(state): State<AppState>) -> Response {
     let queue = state.handle.queue();
-    let data: Vec<Value> = state.models.specs.iter().map(|spec| model_json(&state, spec, &queue)).collect();
-    Json(json!({"object": "list", "data": data})).into_response()
+    let live = state.live();
+    let data: Vec<Value> = live.models.specs.iter().map(|spec| model_json(&state, spec, &queue)).collect();
+    let mut shown = json!({"object": "list", "data": data});
+    if let Some(problems) = &live.refused {
+        shown["roundhouse"] = json!({"refused_edit": problems});
+    }
+    Json(shown).into_response()
 }
 
 /// `GET /v1/models/{name}`; names may hold slashes.
 pub async fn model(State(state): State<AppState>, Segments(name): Segments<String>) -> Result<Response, ApiError> {
-    let spec = state.models.get(&name)?;
-    Ok(Json(model_json(&state, spec, &state.handle.queue())).into_response())
+    let spec = state.models().get(&name)?.clone();
+    Ok(Json(model_json(&state, &spec, &state.handle.queue())).into_response())
 }
 
 pub(super) fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) -> Value {
@@ -89,11 +94,11 @@ pub(super) fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) 
 
 /// `POST /v1/models/{name}/retry`: forgets back-off and quarantine.
 pub(super) fn retry_model(state: &AppState, name: &str) -> Result<Response, ApiError> {
-    let spec = state.models.get(name)?;
+    let spec = state.models().get(name)?.clone();
     if !state.handle.retry_model(&spec.name) {
         return Err(ApiError::new(ErrorCode::NoWorkerForModel, format!("`{}` has no worker here", spec.name)));
     }
-    Ok(Json(model_json(state, spec, &state.handle.queue())).into_response())
+    Ok(Json(model_json(state, &spec, &state.handle.queue())).into_response())
 }
 
 /// `GET /v1/workers`
@@ -128,6 +133,9 @@ pub async fn ready(State(state): State<AppState>) -> Result<Response, ApiError> 
     state.handle.is_ready().await.map_err(|reason| ApiError::new(ErrorCode::StorageUnavailable, reason))?;
     let mut degraded = degraded(&state.handle.queue());
     degraded.extend(state.handle.store_troubles().iter().map(store_trouble));
+    if let Some(problems) = &state.live().refused {
+        degraded.push(json!({"config": "refused_edit", "reason": problems}));
+    }
     degraded.extend(state.durability.trouble(state.clock.now()).iter().map(store_trouble));
     Ok(Json(json!({"status": "ready", "degraded": degraded})).into_response())
 }

@@ -185,7 +185,7 @@ pub async fn get(
         models: state.reader.usage_of_models(hours.0, hours.1).await?,
         tenants: state.reader.usage_of_tenants(hours.0, hours.1).await?,
     };
-    let price = state.gpu_hourly_cost;
+    let price = state.live().gpu_hourly_cost;
     let named = |rows: Vec<(Option<&str>, Time)>| -> Vec<(Value, Time)> {
         rows.into_iter().map(|(name, time)| (json!({by: name}), time)).collect()
     };

@@ -120,6 +120,7 @@ async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
     let since = context.clock.now();
     let token = dispatch.job.token;
     let (outcome, relayed, deadline_passed) = attempt(&context, &dispatch, body).await;
+    let outcome = of_dead_engine(&context, &dispatch, outcome).await;
     let suspect = matches!(outcome, Outcome::WorkerLost { .. });
     let outcome = blame(&context, &dispatch, outcome, relayed).await;
     // Half of the limit is long: engines that live give a sign of it many times a minute.
@@ -142,6 +143,26 @@ async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
         job.id = %token.id, job.attempt = token.attempt, elapsed_ms = started.elapsed().as_millis(), "attempt ended"
     );
     conclude(context, dispatch, verdict, answered, suspect).await;
+}
+
+/// What a server says about each of its requests when its engine has died is no failure of theirs, and neither is an answer
+/// that ends early without a word: the worker is lost.
+async fn of_dead_engine(context: &Context, dispatch: &Dispatch, outcome: Outcome) -> Outcome {
+    let is_servers = |error: &JobError| {
+        let status = error.details.as_ref().and_then(|details| details["status"].as_u64());
+        error.code == ErrorCode::WorkerError && status.is_none_or(|status| status >= 500)
+    };
+    match outcome {
+        Outcome::Failed { error, retriable } if is_servers(&error) => {
+            match context.client.engine_death(&dispatch.place.base_url).await {
+                Some(reason) => {
+                    Outcome::WorkerLost { reason: format!("{reason}; it said: {}", error.message), reached: true }
+                }
+                None => Outcome::Failed { error, retriable },
+            }
+        }
+        other => other,
+    }
 }
 
 /// A job is not to blame for a worker that has lost its GPU: it was stopped, unless its caller has had a part of the answer.

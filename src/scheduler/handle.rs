@@ -1,7 +1,7 @@
 //! How the rest of the program asks the scheduler. Cheap to clone.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -16,7 +16,7 @@ pub use crate::policy::plan::Decision;
 use crate::scheduler::hub::JobWatch;
 use crate::scheduler::hub::{Ended, Hub};
 pub use crate::scheduler::journal::{DecisionFilter, DecisionPage};
-use crate::scheduler::run::Message;
+use crate::scheduler::run::{Message, Reload};
 pub use crate::scheduler::state::Expected;
 use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics, Trouble};
 use crate::worker::supervisor::{Order, WorkerHandle};
@@ -189,7 +189,7 @@ pub struct Handle {
     messages: mpsc::UnboundedSender<Message>,
     hub: Hub,
     store: Store,
-    workers: Arc<Workers>,
+    workers: Arc<Mutex<Workers>>,
     view: watch::Receiver<Arc<QueueView>>,
     counters: Arc<Mutex<Counters>>,
     tasks: Tasks,
@@ -206,7 +206,15 @@ impl Handle {
     ) -> Self {
         let counters =
             Counters { wait_buckets: WAIT_BUCKETS.iter().map(|le| (*le, 0)).collect(), ..Counters::default() };
-        Self { messages, hub, store, workers: Arc::new(workers), view, counters: Arc::new(Mutex::new(counters)), tasks }
+        Self {
+            messages,
+            hub,
+            store,
+            workers: Arc::new(Mutex::new(workers)),
+            view,
+            counters: Arc::new(Mutex::new(counters)),
+            tasks,
+        }
     }
 
     /// Commits jobs (all or none) and returns them in order. All are of one tenant. With a `key` that came before, those of
@@ -321,12 +329,23 @@ impl Handle {
 
     /// Views of all workers, by name and number.
     pub fn workers(&self) -> Vec<WorkerView> {
-        self.workers.values().map(WorkerHandle::view).collect()
+        self.supervisors().values().map(WorkerHandle::view).collect()
     }
 
     /// Forgets a model's back-off and quarantine. False: no such model.
     pub fn retry_model(&self, model: &str) -> bool {
-        handles(&self.workers, model).map(|worker| worker.order(Order::Retry)).count() > 0
+        handles(&self.supervisors(), model).map(|worker| worker.order(Order::Retry)).count() > 0
+    }
+
+    pub(super) fn supervisors(&self) -> MutexGuard<'_, Workers> {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes in an edited models.yaml; when it returns, new jobs are of it. False: the scheduler has ended.
+    pub async fn reload(&self, reload: Reload) -> bool {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::Reload { reload: Box::new(reload), reply });
+        answer.await.is_ok()
     }
 
     /// Counters for `/metrics`.

@@ -45,6 +45,8 @@ struct Group {
 pub(super) struct Model {
     pub(super) name: Arc<str>,
     pub(super) queue: Queue,
+    /// It has an entry in models.yaml.
+    pub(super) is_listed: bool,
     pub(super) trouble: Option<Trouble>,
     /// Why no device of this box could ever hold it.
     pub(super) too_big: Option<Decision>,
@@ -85,6 +87,7 @@ impl Model {
             ModelKind::Audio => 10_000.0,
         };
         Self {
+            is_listed: true,
             slots: Slots { limit: spec.limit, max_batch: spec.max_batch },
             timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
             preload: spec.preload,
@@ -103,11 +106,38 @@ impl Model {
 
     /// A model that has waiting jobs and no entry any more.
     pub(super) fn unknown(name: &str) -> Self {
-        let text = format!("`{name}` is not in models.yaml any more: add it back and restart, or cancel its jobs");
-        Self {
-            trouble: Some(Trouble { reason: StateReason::ModelBlocked, error: None, text, until: None }),
-            ..Self::named(name)
+        let mut model = Self::named(name);
+        model.lose_entry();
+        model
+    }
+
+    /// It has no entry any more.
+    pub(super) fn lose_entry(&mut self) {
+        let text = format!("`{}` is not in models.yaml any more: add it back, or cancel its jobs", self.name);
+        (self.is_listed, self.preload, self.wanted_at, self.too_big) = (false, false, None, None);
+        self.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: None, text, until: None });
+    }
+
+    /// It has another entry, or one again. `restart`: its workers are others from now on.
+    pub(super) fn take_entry(&mut self, spec: &ModelSpec, restart: bool) {
+        let new = Self::of(spec);
+        if restart {
+            self.learned.device_bytes = None;
         }
+        if !self.is_listed {
+            self.preload = new.preload;
+        }
+        self.is_listed = true;
+        (self.trouble, self.too_big) = (None, None);
+        (self.slots, self.timeout_ms, self.park) = (new.slots, new.timeout_ms, new.park);
+        (self.gpus, self.declared_bytes, self.tells_bytes) = (new.gpus, new.declared_bytes, new.tells_bytes);
+        (self.pin, self.max_replicas, self.idle_ttl_ms) = (new.pin, new.max_replicas, new.idle_ttl_ms);
+        (self.startup_ms, self.service_prior_ms) = (new.startup_ms, new.service_prior_ms);
+    }
+
+    /// Most workers of it at once.
+    pub(super) fn max_replicas(&self) -> u32 {
+        self.max_replicas
     }
 
     /// One of which nothing but its name is known.
@@ -116,6 +146,7 @@ impl Model {
         Self {
             queue: Queue::new(name.clone()),
             name,
+            is_listed: false,
             trouble: None,
             too_big: None,
             slots: Slots { limit: 1, max_batch: 1 },

@@ -48,6 +48,39 @@ impl Scheduler {
         });
     }
 
+    /// Takes an edited models.yaml in: supervisors know their new entry before anything is ordered because of it.
+    pub(super) fn reload(&mut self, reload: Reload) {
+        let Reload { models, knobs, park_bytes } = reload;
+        let edits = edits(&self.models, &models);
+        self.models = models;
+        for spec in edits.iter().filter_map(|edit| edit.spec.as_ref()) {
+            for replica in 0..spec.max_replicas.max(1) {
+                let key = (spec.name.clone(), replica);
+                let start = || (self.start_worker)(spec, replica);
+                self.workers.entry(key).or_insert_with(start);
+            }
+            handles(&self.workers, &spec.name).for_each(|worker| worker.edit(spec.clone()));
+        }
+        self.state.set_knobs(knobs, park_bytes);
+        let names: Vec<String> = edits.iter().map(|edit| edit.name.clone()).collect();
+        self.apply(Event::Edited(edits));
+        // What was wrong with the old entry says nothing about the new one.
+        let all = names.iter().flat_map(|name| handles(&self.workers, name));
+        all.for_each(|worker| worker.order(Order::Retry));
+        self.let_go();
+        self.step();
+        self.publish();
+    }
+
+    /// Lets supervisors go that nobody needs any more.
+    pub(super) fn let_go(&mut self) {
+        self.workers.retain(|(model, replica), _| self.state.needs_supervisor(model, *replica));
+        self.is_settled = self.workers.keys().all(|(model, replica)| {
+            self.models.iter().any(|spec| spec.name == *model && *replica < spec.max_replicas.max(1))
+        });
+        self.handle.supervisors().clone_from(&self.workers);
+    }
+
     /// Keeps where the devices' time went; `reply`: whoever waits for it.
     pub(super) fn keep_spent(&mut self, reply: Option<oneshot::Sender<Result<(), StoreError>>>) {
         self.keep_at = Instant::now() + KEEP_SPENT_EVERY;

@@ -24,13 +24,14 @@ use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, Queue
 use crate::scheduler::hub::{Ended, Hub, JobWatch};
 use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::queue::{Run, shared};
-use crate::scheduler::state::{Effect, Event, Holding, Inventory, Place, State};
+use crate::scheduler::state::{Effect, Event, Holding, Inventory, Place, State, edits};
 use crate::scheduler::watch as devices;
 use crate::store::{
     self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Spent, Store, StoreError,
 };
 use crate::worker::client::{RunTag, WorkerClient};
 use crate::worker::gpu::GpuProbe;
+use crate::worker::supervisor::{Order, WorkerHandle};
 
 #[path = "operate.rs"]
 mod operate;
@@ -80,8 +81,24 @@ pub(super) enum Message {
     PutBackSpent { spent: Vec<Spent> },
     /// What was decided, and why?
     Decisions { filter: DecisionFilter, reply: oneshot::Sender<DecisionPage> },
+    /// models.yaml was edited.
+    Reload { reload: Box<Reload>, reply: oneshot::Sender<()> },
     /// Are you there?
     Ping { reply: oneshot::Sender<()> },
+}
+
+/// Starts the supervisor of a worker, by its number.
+pub type StartWorker = Arc<dyn Fn(&ModelSpec, u32) -> WorkerHandle + Send + Sync>;
+
+/// What an edited models.yaml has for the scheduler.
+#[derive(Clone, Debug)]
+pub struct Reload {
+    /// By the order of the file.
+    pub models: Vec<ModelSpec>,
+    /// Limits and waits.
+    pub knobs: Knobs,
+    /// Memory for parked workers, in bytes.
+    pub park_bytes: u64,
 }
 
 /// What the scheduler is built from.
@@ -100,6 +117,8 @@ pub struct Parts {
     pub knobs: Knobs,
     /// Supervisors by model and number.
     pub workers: Workers,
+    /// Starts those of models that come later.
+    pub start_worker: StartWorker,
     /// Their reports.
     pub reports: mpsc::UnboundedReceiver<(String, u32, Report)>,
     /// Number of this run of the server on its data dir.
@@ -132,6 +151,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         models,
         knobs,
         workers,
+        start_worker,
         reports,
         epoch,
         learned,
@@ -169,7 +189,9 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
     let mut scheduler = Scheduler {
         state,
         context,
+        models,
         workers,
+        start_worker,
         inbox,
         reports,
         handle: handle.clone(),
@@ -180,6 +202,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         next_number,
         next_run: 1,
         names: HashMap::new(),
+        is_settled: true,
         stops: HashMap::new(),
     };
     scheduler.publish();
@@ -198,7 +221,10 @@ async fn take_in(store: &Store, state: &mut State, now: Millis) -> Result<(), St
 struct Scheduler {
     state: State,
     context: Context,
+    /// As models.yaml has them now.
+    models: Vec<ModelSpec>,
     workers: Workers,
+    start_worker: StartWorker,
     inbox: mpsc::UnboundedReceiver<Message>,
     reports: mpsc::UnboundedReceiver<(String, u32, Report)>,
     handle: Handle,
@@ -212,6 +238,8 @@ struct Scheduler {
     next_number: i64,
     next_run: i64,
     names: HashMap<String, Arc<str>>,
+    /// No supervisor is kept only until its worker has left.
+    is_settled: bool,
     /// Ends the attempt of a running job when cancelled.
     stops: HashMap<i64, Stop>,
 }
@@ -333,7 +361,11 @@ impl Scheduler {
             Report::Died { .. } => *counters.worker_deaths.entry(model.clone()).or_default() += 1,
             _ => {}
         });
+        let may_be_last = !self.is_settled && matches!(report, Report::Stopped { .. } | Report::Died { .. });
         self.apply(Event::Report { model, replica, report });
+        if may_be_last {
+            self.let_go();
+        }
     }
 
     fn on_message(&mut self, message: Message) {
@@ -385,6 +417,10 @@ impl Scheduler {
             Message::KeepSpent { reply } => self.keep_spent(Some(reply)),
             Message::Decisions { filter, reply } => {
                 let _ = reply.send(self.state.decision_page(&filter));
+            }
+            Message::Reload { reload, reply } => {
+                self.reload(*reload);
+                let _ = reply.send(());
             }
             Message::Ping { reply } => {
                 let _ = reply.send(());

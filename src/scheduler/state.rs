@@ -4,7 +4,7 @@
 //!
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
 //! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an
-//! operator says; `accounts` counts where the time goes; `model` and `inventory` are what it keeps of models and workers.
+//! operator says, `edits` what an edited models.yaml does; `accounts` counts where the time goes; `model` and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -30,6 +30,8 @@ mod accounts;
 mod controls;
 #[path = "devices.rs"]
 mod devices;
+#[path = "edits.rs"]
+mod edits;
 #[path = "eta.rs"]
 mod eta;
 #[path = "hints.rs"]
@@ -38,6 +40,7 @@ mod hints;
 mod standing;
 #[path = "turns.rs"]
 mod turns;
+pub use edits::{Edit, edits};
 pub use eta::Expected;
 pub(super) use standing::Holding;
 
@@ -126,6 +129,8 @@ pub enum Event {
         /// How many.
         removed: usize,
     },
+    /// Entries of models.yaml were edited.
+    Edited(Vec<Edit>),
     /// The server is stopping: nothing new starts.
     Stop,
 }
@@ -457,6 +462,7 @@ impl State {
             Event::Control(control) => self.on_control(&control, now),
             Event::Purge { model, before } => self.on_purge(model.as_deref(), before),
             Event::Purged { model, removed } => self.on_purged(model.as_deref(), removed, now),
+            Event::Edited(edits) => self.on_edits(&edits, now),
             Event::Stop => {
                 self.stopping = true;
                 Vec::new()
@@ -466,13 +472,7 @@ impl State {
 
     /// Takes in one waiting job, as a start does.
     pub fn enqueue(&mut self, job: &QueuedJob, now: Millis) {
-        let index = self.index_of(&job.model).unwrap_or_else(|| {
-            let mut model = Model::unknown(&job.model);
-            model.held = self.controls.of(&job.model);
-            self.models.push(model);
-            self.index.insert(job.model.to_string(), self.models.len() - 1);
-            self.models.len() - 1
-        });
+        let index = self.index_of(&job.model).unwrap_or_else(|| self.add_model(&job.model));
         *self.by_tenant.entry(job.tenant.clone()).or_default() += 1;
         let model = &mut self.models[index];
         let is_more = model.queue.has(Class::of(job.priority)) && job.limit().is_none() && job.crash.is_none();
@@ -480,6 +480,15 @@ impl State {
         self.plan_now |= !is_more;
         model.queue.push(job, now);
         model.count_waiting(now);
+    }
+
+    /// One of which nothing but its name is known; its place.
+    fn add_model(&mut self, name: &str) -> usize {
+        let mut model = Model::unknown(name);
+        model.held = self.controls.of(name);
+        self.models.push(model);
+        self.index.insert(name.to_owned(), self.models.len() - 1);
+        self.models.len() - 1
     }
 
     /// A tenant that had nothing to do comes back.

@@ -322,7 +322,13 @@ impl State {
         let index = self.workers[place].model;
         (self.workers[place].phase, self.workers[place].guest_until) = (Phase::Parked, None);
         self.note_left(index, now);
-        vec![self.learn(index)]
+        let mut effects = vec![self.learn(index)];
+        if self.is_unloaded(index) {
+            // It was on its way when it was said that nothing of it is to stay.
+            self.workers[place].phase = Phase::Dropping;
+            effects.push(self.order(place, Order::Stop));
+        }
+        effects
     }
 
     pub(super) fn on_died(&mut self, place: usize, now: Millis) -> Vec<Effect> {

@@ -25,6 +25,8 @@ use crate::worker::wire::{Ask, Lost, Pool, Reply};
 const ANSWER_LIMIT_BYTES: usize = 256 << 20;
 /// Most that is read of the body of a refusal, in bytes.
 const REFUSAL_LIMIT_BYTES: usize = 256 << 10;
+/// How long a server that answered with an error of its own may take to say how it is.
+const ENGINE_LIMIT: Duration = Duration::from_secs(1);
 /// Most chunks of a stream that are held back while none had content.
 const HELD_LIMIT: usize = 64;
 const JSON: &str = "application/json";
@@ -111,6 +113,27 @@ impl WorkerClient {
             outcome = attempt.run() => outcome,
             () = stop.cancelled() => Outcome::Stopped,
             () = tokio::time::sleep(call.timeout) => attempt.failed(timed_out(call.timeout)),
+        }
+    }
+
+    /// Why the engine behind a worker that still answers is dead: engines with processes of their own (vLLM) answer each of
+    /// their requests with an error then, say so by `/health`, and go down. `None`: it lives, or nothing proves that it does
+    /// not.
+    pub async fn engine_death(&self, base_url: &str) -> Option<String> {
+        let health = async {
+            let authority = authority(base_url);
+            let mut reply = self.pool.call(authority, &Ask::get("/health")).await?;
+            let status = reply.status;
+            reply.whole(REFUSAL_LIMIT_BYTES).await?;
+            self.pool.give_back(authority, reply);
+            Ok::<u16, Lost>(status)
+        };
+        match tokio::time::timeout(ENGINE_LIMIT, health).await {
+            Ok(Ok(status)) if status >= 500 => {
+                Some(format!("its engine is dead: /health answers with status {status}"))
+            }
+            Ok(Err(lost)) => Some(lost.to_string()),
+            Ok(Ok(_)) | Err(_) => None,
         }
     }
 }

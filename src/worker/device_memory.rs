@@ -37,6 +37,9 @@ impl Supervisor {
 
     /// Whether there are as many GPUs as it needs. Which of them it gets is not decided here.
     pub(super) async fn sees_gpu(&self) -> bool {
+        if self.spec.gpus == 0 {
+            return true;
+        }
         let count = self.look().await.len();
         u32::try_from(count).is_ok_and(|count| count > 0 && count >= self.spec.gpus)
     }

@@ -23,6 +23,7 @@ enum Try {
 impl Supervisor {
     pub(super) async fn load(&mut self) -> Phase {
         let ordered_at = Instant::now();
+        self.take_spec();
         let memory_before = match self.device_memory().await {
             Some(memory) => memory,
             None => return Phase::Blocked,

@@ -4,9 +4,11 @@ use std::collections::VecDeque;
 use std::io::PipeReader;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
+use tokio::time::Instant;
 
 /// A log file is moved to `.1` when it reaches this; so one model's logs take twice as much at most.
 pub(super) const FILE_LIMIT_BYTES: u64 = 10 << 20;
@@ -14,6 +16,8 @@ pub(super) const FILE_LIMIT_BYTES: u64 = 10 << 20;
 const LINE_LIMIT_BYTES: usize = 8 << 10;
 /// Lines kept in memory for reasons.
 const TAIL_LINES: usize = 50;
+/// How long a file that could not be written is left alone: a full disk is not asked again for each line.
+const REOPEN_AFTER: Duration = Duration::from_secs(5);
 
 /// Where the log of a model's worker is. No name has a `+` in it, so no other model's log is there.
 pub(super) fn path(dir: &Path, model: &str, replica: u32) -> PathBuf {
@@ -146,11 +150,13 @@ struct File {
     path: PathBuf,
     limit_bytes: u64,
     open: Option<(tokio::fs::File, u64)>,
+    /// Since when it could not be written; nothing is said of a second failure in a row.
+    failed_at: Option<Instant>,
 }
 
 impl File {
     async fn open(path: PathBuf, limit_bytes: u64) -> Self {
-        let mut file = Self { path, limit_bytes, open: None };
+        let mut file = Self { path, limit_bytes, open: None, failed_at: None };
         file.reopen().await;
         file
     }
@@ -167,10 +173,17 @@ impl File {
         };
         match opened.await {
             Ok(open) => self.open = Some(open),
-            Err(error) => {
-                tracing::warn!(path = %self.path.display(), "a worker's log cannot be opened: {error}");
-                self.open = None;
-            }
+            Err(error) => self.failed("opened", &error),
+        }
+    }
+
+    fn failed(&mut self, done: &str, error: &std::io::Error) {
+        self.open = None;
+        if self.failed_at.replace(Instant::now()).is_none() {
+            tracing::warn!(
+                path = %self.path.display(),
+                "a worker's log cannot be {done}: {error}; its lines are lost until it can, and the worker goes on"
+            );
         }
     }
 
@@ -178,14 +191,16 @@ impl File {
         if bytes.is_empty() {
             return;
         }
+        if self.open.is_none() && self.failed_at.is_some_and(|at| at.elapsed() >= REOPEN_AFTER) {
+            self.reopen().await;
+        }
         let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         let is_full = |(_, size): &(tokio::fs::File, u64)| *size > 0 && size + length > self.limit_bytes;
         if self.open.as_ref().is_some_and(is_full) {
             self.open = None;
             let aside = self.path.with_extension("log.1");
             if let Err(error) = tokio::fs::rename(&self.path, &aside).await {
-                tracing::warn!(path = %self.path.display(), "a full log cannot be moved: {error}");
-                return; // Rather lose lines than grow without limit.
+                return self.failed("moved aside when it is full", &error); // Rather lose lines than grow without limit.
             }
             self.reopen().await;
         }
@@ -197,11 +212,11 @@ impl File {
             file.flush().await
         };
         match written.await {
-            Ok(()) => *size += length,
-            Err(error) => {
-                tracing::warn!(path = %self.path.display(), "a worker's log cannot be written: {error}");
-                self.open = None;
+            Ok(()) => {
+                *size += length;
+                self.failed_at = None;
             }
+            Err(error) => self.failed("written", &error),
         }
     }
 }
@@ -245,6 +260,22 @@ mod tests {
         let file = path(Path::new("/logs"), "a/../b c", 0);
         assert_eq!(file, Path::new("/logs/a_.._b_c.log"));
         assert_eq!(path(Path::new("/logs"), "m", 2), Path::new("/logs/m+2.log"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_disk_loses_lines_and_a_mended_one_has_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.log");
+        std::os::unix::fs::symlink("/dev/full", &path).unwrap();
+        let mut file = File::open(path.clone(), 1_000).await;
+        file.write(b"lost\n").await;
+        assert!(file.open.is_none());
+        std::fs::remove_file(&path).unwrap();
+        file.write(b"too early\n").await;
+        assert!(!path.exists(), "it is not tried for each line");
+        tokio::time::advance(REOPEN_AFTER).await;
+        file.write(b"kept\n").await;
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "kept\n");
     }
 
     #[tokio::test]

@@ -65,6 +65,7 @@ pub type Reports = mpsc::UnboundedSender<(String, u32, Report)>;
 #[derive(Clone, Debug)]
 pub struct WorkerHandle {
     orders: mpsc::Sender<(Order, Option<GpuSet>)>,
+    spec: watch::Sender<ModelSpec>,
     view: watch::Receiver<WorkerView>,
     has_looked: watch::Receiver<bool>,
 }
@@ -141,7 +142,6 @@ impl Default for Tempo {
             // 48 GiB took 38 s to host memory, on an H100.
             checkpoint_limit: Duration::from_secs(180),
             wake_limit: Duration::from_secs(30),
-            // A first vLLM start compiles for minutes, and a cold disk reads 0.5 GB/s.
             load_limit_min: Duration::from_secs(600),
         }
     }
@@ -176,9 +176,11 @@ impl WorkerHandle {
             log_path: log_path.display().to_string(),
         });
         let tasks = around.tasks.clone();
+        let (spec_writer, next_spec) = watch::channel(spec.clone());
         let supervisor = Supervisor {
             hard: tasks.hard().clone(),
             spec,
+            next_spec,
             replica,
             gpus: Vec::new(),
             around,
@@ -191,7 +193,7 @@ impl WorkerHandle {
             early_deaths: 0,
         };
         tasks.spawn("supervisor", supervisor.run());
-        Self { orders, view, has_looked }
+        Self { orders, spec: spec_writer, view, has_looked }
     }
 
     /// Comes back when the driver has been asked for the first time, if the model needs a GPU: from then on the view says
@@ -199,6 +201,11 @@ impl WorkerHandle {
     pub async fn has_looked(&self) {
         // An error: the supervisor has ended.
         let _ = self.has_looked.clone().wait_for(|has_looked| *has_looked).await;
+    }
+
+    /// From its next load on it is a worker of this entry, of the same name.
+    pub fn edit(&self, spec: ModelSpec) {
+        self.spec.send_replace(spec);
     }
 
     /// Gives an order. Orders are followed in turn; one that is given in the middle of a transition is followed after it,
@@ -276,7 +283,10 @@ enum Event {
 type Probe = Pin<Box<dyn Future<Output = Pulse> + Send>>;
 
 struct Supervisor {
+    /// Of the worker that is there, or was last.
     spec: ModelSpec,
+    /// Of the next one.
+    next_spec: watch::Receiver<ModelSpec>,
     /// Its number among the workers of the model.
     replica: u32,
     /// Where it is loaded or to be loaded, by the driver's numbers; empty: nobody said.
@@ -396,6 +406,7 @@ impl Supervisor {
         };
         // They may be others next time.
         self.gpus.clear();
+        self.take_spec();
         tracing::warn!(model = self.spec.name, "blocked: {reason}");
         self.enter(ModelState::Blocked);
         self.view.send_modify(|v| v.reason = Some(reason));
@@ -523,8 +534,16 @@ impl Supervisor {
         }
     }
 
+    /// There is no process of the old entry.
+    fn take_spec(&mut self) {
+        self.spec.clone_from(&self.next_spec.borrow());
+    }
+
     /// A load goes where it is ordered to.
     fn note_set(&mut self, order: Order, set: Option<GpuSet>) {
+        if self.view.borrow().pid.is_none() {
+            self.take_spec();
+        }
         if matches!(order, Order::Load | Order::Wake) {
             self.gpus = set.filter(|_| self.spec.gpus > 0).map_or_else(Vec::new, |set| set.gpus().collect());
         }

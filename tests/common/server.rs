@@ -119,13 +119,23 @@ impl Site {
             .to_vec()
     }
 
-    /// Starts the server and waits until it accepts requests.
-    pub(crate) async fn start(&self) -> Server {
-        let config = self.dir.path().join("models.yaml");
+    /// Where the model file is.
+    pub(crate) fn config(&self) -> PathBuf {
+        self.dir.path().join("models.yaml")
+    }
+
+    /// Writes the model file, as a start does.
+    pub(crate) fn write(&self) {
         let file = json!({
             "models": self.models, "server": self.server, "scheduler": self.scheduler, "storage": self.storage,
         });
-        std::fs::write(&config, serde_json::to_string_pretty(&file).unwrap()).unwrap();
+        std::fs::write(self.config(), serde_json::to_string_pretty(&file).unwrap()).unwrap();
+    }
+
+    /// Starts the server and waits until it accepts requests.
+    pub(crate) async fn start(&self) -> Server {
+        self.write();
+        let config = self.config();
         let log = self.dir.path().join("server.log");
         let log_file = File::options().create(true).append(true).open(&log).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_roundhouse"));
@@ -218,6 +228,11 @@ impl Server {
     /// Sends a signal to the server.
     pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+    }
+
+    /// The server's process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Waits for the server's end.

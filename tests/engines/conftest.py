@@ -2,7 +2,7 @@
 
 The files are numbered, since each start of vLLM takes about a minute: images
 and sound come first, then the mixed burst, which ends on text, then text, and
-last the death of the text worker. vLLM starts twice.
+last three deaths of the text worker. vLLM starts four times.
 """
 
 from __future__ import annotations

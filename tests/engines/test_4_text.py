@@ -1,4 +1,4 @@
-"""Text through the server: real vLLM with a real, small model (SmolLM2-135M). The last test kills the worker."""
+"""Text through the server: real vLLM with a real, small model (SmolLM2-135M). The last kills the worker, or a part."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import time
 from typing import Any
 
 import httpx
+import pytest
 
 from roundhouse_server import PATIENCE_S, RoundhouseServer, command_of
-from worker_deaths import kill_worker_at
+from worker_deaths import Victim, kill_worker_at
 
 ENDPOINT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
 STORY = [{"role": "user", "content": "Tell me a long story about a lighthouse."}]
-LOAD_PATIENCE_S = 300.0
+LOAD_PATIENCE_S = 600.0
 LONG_TOKENS = 1500
 """A minute of one request alone."""
 KILLED_TOKENS = 200
@@ -135,11 +136,12 @@ def test_a_stream_nobody_reads_is_cancelled(server: RoundhouseServer) -> None:
     assert engine_is_idle_soon(server)
 
 
-def test_a_job_outlives_its_worker(server: RoundhouseServer) -> None:
+@pytest.mark.parametrize("victim", ["engine", "group", "leader"])
+def test_a_job_outlives_its_worker(server: RoundhouseServer, victim: Victim) -> None:
     call(server)  # so that it is loaded
     assert "EngineCore" in " ".join(command_of(pid) for pid in server.worker_pids("text"))
     job = server.submit(ENDPOINT, long_body(KILLED_TOKENS))
-    done = kill_worker_at(server, job, "job.output", LOAD_PATIENCE_S)
+    done = kill_worker_at(server, job, "job.output", LOAD_PATIENCE_S, victim)
     assert done["usage"]["completion_tokens"] == KILLED_TOKENS
     events = server.events(job["id"])
     retrying = next(event for event in events if event.name == "job.retrying")

@@ -5,15 +5,31 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Literal
 
-from roundhouse_server import Json, Processes, RoundhouseServer, shared_memory
+from roundhouse_server import Json, Processes, RoundhouseServer, command_of, shared_memory
 
 GONE_PATIENCE_S = 12.0
 """The grace of ten seconds, and two."""
 
 
-def kill_worker_at(server: RoundhouseServer, job: Json, event: str, patience_s: float) -> Json:
-    """Kill -9 the leader of the worker at the first such event of its job, and see the job through.
+Victim = Literal["leader", "engine", "group"]
+
+
+def kill(pids: list[int], victim: Victim) -> None:
+    """Kill -9 the leader of a worker (a guard, its leader, the rest), a process that it started, or the whole group."""
+    if victim == "group":
+        os.killpg(pids[1], signal.SIGKILL)
+    elif victim == "leader":
+        os.kill(pids[1], signal.SIGKILL)
+    else:
+        os.kill(next(pid for pid in pids[2:] if "EngineCore" in command_of(pid)), signal.SIGKILL)
+
+
+def kill_worker_at(
+    server: RoundhouseServer, job: Json, event: str, patience_s: float, victim: Victim = "leader"
+) -> Json:
+    """Kill -9 a part of the worker at the first such event of its job, and see the job through.
 
     Nothing of the old worker may be left when the job runs again: no process, and no shared memory.
     Returns the finished job.
@@ -26,7 +42,7 @@ def kill_worker_at(server: RoundhouseServer, job: Json, event: str, patience_s: 
     assert len(pids) >= 2, "a guard and its worker"
     processes, memory = Processes(pids), shared_memory(pids)
     try:
-        os.kill(pids[1], signal.SIGKILL)
+        kill(pids, victim)
         names: list[str] = []
         for later in server.events(job["id"], after=first.seq or 0, patience_s=patience_s):
             names.append(later.name)
@@ -43,5 +59,6 @@ def kill_worker_at(server: RoundhouseServer, job: Json, event: str, patience_s: 
     done = server.job(job["id"])
     assert done["state"] == "succeeded", f"{done}\n{server.log()}"
     assert done["attempt"] == 2
+    assert (done["crashes"], done["failures"]) == (1, 0)
     assert server.worker(job["model"])["starts"] == starts + 1
     return done

@@ -32,7 +32,7 @@ pub async fn create(
     let requests = requests(object)?;
     let batch = state.handle.new_batch();
     let source = Source::bulk(caller.tenant, state.clock.now(), batch);
-    let (good, faults) = check(&state.models, requests, &source);
+    let (good, faults) = check(&state.models(), requests, &source);
     if good.is_empty() || (!partial && !faults.is_empty()) {
         return Err(refusal(faults, partial));
     }

@@ -45,7 +45,7 @@ pub async fn create(
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
     let key = idempotency::key(&headers, &caller, "/v1/jobs", "", &object)?;
-    let job = submission::read(&state.models, object, submission::Source::one(caller.tenant, state.clock.now()))?;
+    let job = submission::read(&state.models(), object, submission::Source::one(caller.tenant, state.clock.now()))?;
     let (submitted, _) = submit(&state, job, key).await?;
     accepted(&state, submitted, Prefer::read(&headers).wait_s).await
 }
@@ -179,7 +179,7 @@ fn read_filter(state: &AppState, caller: &Caller, uri: &Uri) -> Result<JobFilter
                 let all = || words(JobKind::ALL.iter().map(|kind| kind.as_str()).collect());
                 filter.kind = Some(JobKind::parse(value).ok_or_else(all)?);
             }
-            "model" => filter.model = Some(state.models.get(value).map_or(value.clone(), |spec| spec.name.clone())),
+            "model" => filter.model = Some(state.models().get(value).map_or(value.clone(), |spec| spec.name.clone())),
             "batch_id" => {
                 let batch: Result<BatchId, String> = value.parse();
                 filter.batch = Some(batch.map_err(|message| ApiError::invalid("batch_id", message))?);
@@ -238,7 +238,7 @@ pub async fn retry(
         let message = format!("the job is {}: cancel it first, or wait for its end", old.state);
         return Err(ApiError::new(ErrorCode::JobNotTerminal, message).about(id));
     }
-    state.models.get(&old.model)?;
+    state.models().get(&old.model)?;
     let body = state.reader.body(id).await.map_err(|error| match error {
         StoreError::NotFound | StoreError::Expired => {
             ApiError::new(ErrorCode::ResultExpired, "the request is past its retention; submit it anew").about(id)

@@ -43,11 +43,11 @@ pub async fn call(
         if prefer.respond_async { (Face::Async, PRIORITY_ASYNC) } else { (Face::Sync, PRIORITY_SYNC) };
     // A job whose caller holds the line is another one than a job that is come back for.
     let key = idempotency::key(&headers, &caller, uri.path(), face.as_str(), &body)?;
-    let job = prepare::prepare(&state.models, uri.path(), body, Options::new(caller.tenant, face, priority))?;
+    let job = prepare::prepare(&state.models(), uri.path(), body, Options::new(caller.tenant, face, priority))?;
     if prefer.respond_async {
         return respond_async(&state, job, key, prefer.wait_s).await;
     }
-    let place = state.waiters.sync_call(state.waiting_sync_max).ok_or_else(|| too_many(&state))?;
+    let place = state.waiters.sync_call(state.live().waiting_sync_max).ok_or_else(|| too_many(&state))?;
     let (submitted, guard) = submit(&state, job, key).await?;
     let Submitted { job, watch, replayed, .. } = submitted;
     if replayed && job.state.is_terminal() {
@@ -65,7 +65,7 @@ pub async fn call(
 }
 
 fn too_many(state: &AppState) -> ApiError {
-    let limit = state.waiting_sync_max;
+    let limit = state.live().waiting_sync_max;
     let message = format!("{limit} sync calls wait already; come back later, or submit by POST /v1/jobs");
     ApiError::new(ErrorCode::QueueFull, message).with_details(json!({"limit": limit}))
 }
