@@ -252,3 +252,9 @@ def _stat(path: str, name: str) -> int:
             return next((int(value) for key, value in map(str.split, lines) if key == name), 0)
     except (OSError, ValueError):
         return 0
+
+
+if __name__ == "__main__":
+    from roundhouse_worker.parking_bench import main
+
+    raise SystemExit(main())
