@@ -10,6 +10,7 @@ Any pipeline that `DiffusionPipeline.from_pretrained` gives works as long as it 
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
 import logging
@@ -36,6 +37,12 @@ STEPS_MAX = 1000
 IMAGES_MAX = 10
 PROMPT_MAX_CHARS = 32_000
 SEED_MAX = 2**63 - 1 - IMAGES_MAX
+CLASSES = [
+    ("diffusers", "FluxPipeline"),
+    ("diffusers", "Flux2KleinPipeline"),
+    ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+]
+"""What is imported before it is known which pipeline is wanted; each brings the classes of its components along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,10 @@ class FluxServer(TorchService):
         diffusers.utils.logging.disable_progress_bar()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        # Both import a class only when it is asked for, which takes seconds: not while weights are read.
+        for library, name in CLASSES if self.folder is None else classes_of(self.folder):
+            if library in ("diffusers", "transformers"):
+                getattr(importlib.import_module(library), name, None)
 
     def initialize(self, loading: Loading) -> None:
         self.model_facts = random_note(weights.local_folder(self.options.model, self.options.revision))
@@ -125,10 +136,8 @@ class FluxServer(TorchService):
 
         offload = self.options.offload == "model" and self.on_cuda
         parts: dict[str, Any] = {}
-        index = json.loads((self.folder / "model_index.json").read_text())
-        for name, entry in index.items():
-            if not offload and isinstance(entry, list) and hostcopy.files(self.folder / name):
-                library, class_name = entry
+        for name, (library, class_name) in components_of(self.folder).items():
+            if not offload and hostcopy.files(self.folder / name):
                 module = loader.part(library, class_name, self.folder / name)
                 if module is not None:
                     parts[name] = module
@@ -291,6 +300,18 @@ def random_note(folder: pathlib.Path) -> dict[str, Any]:
     if not weights.is_random(folder):
         return {}
     return {"weights": "random", "note": "random weights: images are noise"}
+
+
+def components_of(folder: pathlib.Path) -> dict[str, tuple[str, str]]:
+    """A pipeline's components that are there: library and class, by name."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return {name: (entry[0], entry[1]) for name, entry in index.items() if isinstance(entry, list) and entry[0]}
+
+
+def classes_of(folder: pathlib.Path) -> list[tuple[str, str]]:
+    """All classes that a pipeline is made of: library and name."""
+    pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    return [("diffusers", pipeline), *components_of(folder).values()]
 
 
 def call_parameters(pipeline: Any) -> set[str]:

@@ -190,6 +190,14 @@ class HostBuffer:
         """Start the copy of a block to the device."""
         flat[block.start : block.stop].copy_(self.tensor[block.start : block.stop], non_blocking=True)
 
+    def copy_from(self, flat: Any, start: int) -> None:
+        """Copy bytes from the device to `start`, and wait for them."""
+        at, end = start, start + flat.numel()
+        while at < end:
+            border = min(end, (at // BLOCK_BYTES + 1) * BLOCK_BYTES)
+            self.tensor[at:border].copy_(flat[at - start : border - start])
+            at = border
+
     def close(self) -> None:
         """Unlock; the memory goes when the last tensor that looks into it is gone."""
         with self._guard:
@@ -250,14 +258,6 @@ class Loaded:
 
     flat: Any
     host: HostBuffer | None
-
-
-@dataclass(slots=True)
-class Times:
-    """Seconds that the caller of `load` waited."""
-
-    read: float = 0.0
-    device: float = 0.0
 
 
 def load(

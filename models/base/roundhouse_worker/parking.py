@@ -125,7 +125,7 @@ class Parker:
         for start, members in zip(starts, storages, strict=False):
             storage = members[0].untyped_storage()
             whole = self._torch.empty(0, dtype=self._torch.uint8, device=storage.device).set_(storage)
-            host.tensor[start : start + storage.nbytes()].copy_(whole)
+            host.copy_from(whole, start)
             views += [_view(tensor, start) for tensor in members]
         return host, views
 

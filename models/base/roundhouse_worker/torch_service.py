@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import pathlib
+import time
 from typing import Any
 
 from roundhouse_worker import hostcopy, log, parking, quickload, weights
@@ -55,7 +56,10 @@ class TorchService(BaseService):
     # ---- hooks ---------------------------------------------------------------
 
     def import_libraries(self) -> None:
-        """Import what is heavy besides torch; nothing here may touch the device. *Model thread.*"""
+        """Import what is heavy besides torch; nothing here may touch the device. *Model thread.*
+
+        `self.folder` is None if it is not known yet which weights will be wanted.
+        """
 
     def load(self, loader: Loader) -> None:
         """Load from `self.folder` in `self.dtype` to `self.device`. *Model thread.*"""
@@ -106,6 +110,7 @@ class TorchService(BaseService):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
+        self.folder: Any = None
         self.on_cuda = False
         self._parker: parking.Parker | None = None
         self._plan = parking.Plan("never")
@@ -154,9 +159,18 @@ class TorchService(BaseService):
         def report(phase: str, part: float) -> None:
             loading(phase, 20 + 60 * part)
 
-        device = self.torch.device(self.device)
-        self._loaded_parts = quickload.read(parts, device, keep=keep, report=report)
+        began = time.monotonic()
+        self._loaded_parts = quickload.read(parts, self.torch.device(self.device), keep=keep, report=report)
         loading("device", 80)
+        if parts:
+            log.event(
+                logging.INFO,
+                "weights read",
+                read_parts=[type(part.module).__name__ for part in parts],
+                read_bytes=size,
+                read_seconds=time.monotonic() - began,
+                read_kept=keep,
+            )
 
     def _planned(self, size: int) -> parking.Plan:
         return parking.plan(size, self.options.host_copy, parking.available_bytes() + self._held_bytes)
@@ -240,17 +254,17 @@ class TorchService(BaseService):
     def parking_facts(self) -> dict[str, Any]:
         if not self._loaded:
             return {"host_bytes": self._held_bytes}
-        if not self.on_cuda:
-            return {"host_bytes": 0}
+        facts: dict[str, Any] = {"host_bytes": self._held_bytes}
         parker = self._parker
-        facts: dict[str, Any] = {"host_bytes": self._held_bytes, "can_park": self.parks}
         if not self.parks:
-            facts["park_note"] = "parts of it are moved between host and device memory while it works"
+            if self.on_cuda:
+                facts |= {"can_park": False, "park_note": "it moves its parts between host and device memory itself"}
         elif self._plan.when == "never":
-            facts["can_park"] = False
-            facts["park_note"] = self._plan.note
-        elif parker is not None and parker.note:
-            facts["park_note"] = parker.note
+            facts |= {"can_park": False, "park_note": self._plan.note}
+        else:
+            facts["can_park"] = True
+            if parker is not None and parker.note:
+                facts["park_note"] = parker.note
         return facts
 
 
