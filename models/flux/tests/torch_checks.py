@@ -345,7 +345,9 @@ def check_images_are_the_same_to_the_bit(folder):
             ).images
 
     for name in ("flux-schnell", "flux-klein"):
-        parts = {where.name: quickload.part(*one, where, torch.float32) for *one, where in libraries_modules(name)}
+        parts = {}
+        for library, class_name, where in libraries_modules(name):
+            parts[where.name] = quickload.part(library, class_name, where, torch.float32)
         quickload.read(list(parts.values()), CPU, keep=False)
         assert len(parts) >= 3
         modules = {part: made.module for part, made in parts.items()}
