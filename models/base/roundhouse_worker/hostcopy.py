@@ -145,10 +145,12 @@ class HostBuffer:
         import torch  # pyright: ignore[reportMissingImports]
 
         self.size = size
-        self._map = mmap.mmap(-1, max(_up(size, mmap.PAGESIZE), 1))
-        if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+        # Private: shared memory gets no huge pages. Not for children: a fork would copy all that is page-locked.
+        self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in (mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE if huge else None):
+            if advice is not None:
+                with contextlib.suppress(OSError):  # a kernel that does not know it
+                    self._map.madvise(advice)
         self.tensor: Any = torch.frombuffer(self._map, dtype=torch.uint8)[:size]
         self.address: int = self.tensor.data_ptr() if size else 0
         self.bytes = memoryview(self._map)[:size]
@@ -290,11 +292,13 @@ def load(
     flat = torch.empty(layout.size, dtype=torch.uint8, device=device)
     if keep:
         host = HostBuffer(layout.size)
-        for block in _filled(layout, host, device if lock else None, host.blocks()):
-            host.copy_to(flat, block)
-            say("read", block.stop / layout.size)
-        say("device", 1.0)
-        _wait(device)
+        try:
+            for block in _filled(layout, host, device if lock else None, host.blocks()):
+                host.copy_to(flat, block)
+                say("read", block.stop / layout.size)
+            say("device", 1.0)
+        finally:
+            _wait(device)  # also if it failed: what is still being copied must not go away
         return Loaded(flat, host)
     _through_ring(layout, flat, device, lock, say)
     return Loaded(flat, None)
@@ -325,7 +329,6 @@ def _through_ring(layout: Layout, flat: Any, device: Any, lock: bool, say: Calla
                 event.record(torch.cuda.current_stream(device))
             say("read", block.stop / layout.size)
         say("device", 1.0)
-        _wait(device)
     finally:
         _wait(device)
         ring.close()

@@ -136,8 +136,6 @@ def _from_diffusers(kind: Any, folder: pathlib.Path, dtype: Any) -> Any:
             module = kind.from_config(config)
     finally:
         torch.set_default_dtype(before)
-    if getattr(module, "_keep_in_fp32_modules", None):
-        raise _Mismatch("some of it stays in float32")
     module.register_to_config(_name_or_path=str(folder))
     return module
 
@@ -206,7 +204,11 @@ def _names(name: str, prefix: str) -> Iterator[str]:
 
 def _dtypes(module: Any, source: dict[str, Entry], dtype: Any) -> dict[str, str]:
     """What each tensor becomes: what the empty module has, but for what transformers keeps in float32."""
-    kept: dict[str, Any] = module._get_dtype_plan(dtype) if hasattr(module, "_get_dtype_plan") else {}
+    kept: dict[str, Any] = {}
+    if hasattr(module, "_get_dtype_plan"):
+        kept = module._get_dtype_plan(dtype)
+    elif getattr(module, "_keep_in_fp32_modules", None):
+        raise _Mismatch("some of it stays in float32")
     patterns = {pattern.replace("*", ".*"): wanted for pattern, wanted in kept.items()}
     made = module.state_dict()
     dtypes: dict[str, str] = {}

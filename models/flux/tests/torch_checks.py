@@ -138,6 +138,22 @@ def check_a_report_that_raises_ends_the_load(folder):
         raise AssertionError("it went on")
 
 
+def check_a_buffer_may_have_huge_pages_and_no_child_gets_it(folder):
+    host = hostcopy.HostBuffer(8 << 20)
+    flags = ""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and ":" not in first:
+            start, end = (int(side, 16) for side in first.split("-"))
+            inside = start <= host.address < end
+        elif inside and first == "VmFlags:":
+            flags = line.split()[1:]
+    if flags:  # some kernels tell none
+        assert "sh" not in flags, "shared memory gets no huge pages"
+        assert {"hg", "dc"} <= set(flags), flags
+
+
 class Driver:
     """Stands in for the page-locking of CUDA: remembers, refuses after so many bytes."""
 
