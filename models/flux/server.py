@@ -10,6 +10,7 @@ Any pipeline that `DiffusionPipeline.from_pretrained` gives works as long as it 
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
 import logging
@@ -24,18 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base"))
 
-from roundhouse_worker import (
-    BaseService,
-    Cancelled,
-    InvalidRequest,
-    Item,
-    Loading,
-    Output,
-    Progress,
-    log,
-    parking,
-    weights,
-)
+from roundhouse_worker import Cancelled, InvalidRequest, Item, Loading, Output, Progress, hostcopy, log, weights
+from roundhouse_worker.torch_service import Loader, TorchService
 
 if TYPE_CHECKING:
     import argparse
@@ -46,6 +37,12 @@ STEPS_MAX = 1000
 IMAGES_MAX = 10
 PROMPT_MAX_CHARS = 32_000
 SEED_MAX = 2**63 - 1 - IMAGES_MAX
+CLASSES = [
+    ("diffusers", "FluxPipeline"),
+    ("diffusers", "Flux2KleinPipeline"),
+    ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+]
+"""What is imported before it is known which pipeline is wanted; each brings the classes of its components along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,7 @@ class Picture:
         return self.item.params.seed + self.index
 
 
-class FluxServer(BaseService):
+class FluxServer(TorchService):
     """Serves a Flux pipeline (images from text)."""
 
     name = "flux"
@@ -93,20 +90,11 @@ class FluxServer(BaseService):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--revision", default="main", help="revision of a Hugging Face id, as it was fetched")
-        parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, cpu")
-        parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+        super().add_arguments(parser)
         parser.add_argument("--default-size", default="1024x1024", help="size of a request that names none")
         parser.add_argument("--batch-megapixels", type=float, default=4.0, help="most pixels in one pipeline call")
         parser.add_argument(
             "--offload", choices=("none", "model"), default="none", help="keep only the part in use on the GPU (slower)"
-        )
-        parser.add_argument(
-            "--host-copy",
-            choices=("auto", "load", "sleep"),
-            default="sleep",
-            help="when the copy of the weights in host memory is made that /sleep needs: at the first sleep, at load, "
-            "or auto: at load if the memory is there",
         )
 
     def check(self) -> dict[str, Any]:
@@ -117,18 +105,9 @@ class FluxServer(BaseService):
         pipeline = json.loads((folder / "model_index.json").read_text()).get("_class_name")
         return {"folder": str(folder), "pipeline": pipeline} | random_note(folder)
 
-    # ---- loading, parking ----------------------------------------------------
+    # ---- loading -------------------------------------------------------------
 
-    def initialize(self, loading: Loading) -> None:
-        self._folder = weights.local_folder(self.options.model, self.options.revision)
-        self.model_facts = random_note(self._folder)
-        if self.model_facts:
-            log.event(logging.WARNING, self.model_facts["note"])
-        loading("importing torch", 5)
-        parking.prepare_environment()
-        import torch
-
-        loading("importing diffusers", 15)
+    def import_libraries(self) -> None:
         import diffusers
         import transformers
 
@@ -136,68 +115,62 @@ class FluxServer(BaseService):
         diffusers.utils.logging.disable_progress_bar()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self._torch = torch
-        self._device = self.options.device
-        if self._device == "auto":
-            self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._on_cuda = self._device.startswith("cuda")
-        self._load_model(loading)
+        # Both import a class only when it is asked for, which takes seconds: not while weights are read.
+        for library, name in CLASSES if self.folder is None else classes_of(self.folder):
+            if library in ("diffusers", "transformers"):
+                getattr(importlib.import_module(library), name, None)
 
-    def _load_model(self, loading: Loading) -> None:
+    def initialize(self, loading: Loading) -> None:
+        self.model_facts = random_note(weights.local_folder(self.options.model, self.options.revision))
+        if self.model_facts:
+            log.event(logging.WARNING, self.model_facts["note"])
+        super().initialize(loading)
+
+    @property
+    def parks(self) -> bool:
+        # With offload the weights mostly are in host memory.
+        return self.on_cuda and self.options.offload == "none"
+
+    def load(self, loader: Loader) -> None:
         from diffusers import DiffusionPipeline
 
-        loading("reading weights", 40)
-        dtype = self.options.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if self._on_cuda else "float32"
-        pipeline = DiffusionPipeline.from_pretrained(
-            self._folder, dtype=getattr(self._torch, dtype), local_files_only=True
-        )
+        offload = self.options.offload == "model" and self.on_cuda
+        parts: dict[str, Any] = {}
+        for name, (library, class_name) in components_of(self.folder).items():
+            if not offload and hostcopy.files(self.folder / name):
+                module = loader.part(library, class_name, self.folder / name)
+                if module is not None:
+                    parts[name] = module
+        loader.read()
+        pipeline = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, local_files_only=True, **parts)
         pipeline.set_progress_bar_config(disable=True)
-        loading("moving weights to the device", 75)
-        if self.options.offload == "model" and self._on_cuda:
-            pipeline.enable_model_cpu_offload(device=self._device)
+        if offload:
+            pipeline.enable_model_cpu_offload(device=self.device)
         else:
-            pipeline.to(self._device)
+            pipeline.to(self.device)
         self._pipeline: Any = pipeline
         self._takes = call_parameters(pipeline)
         self._defaults = defaults_of(pipeline)
-        self._parker: parking.Parker | None = None
-        if self._parks() and self.options.host_copy != "sleep":
-            modules = self._modules()
-            if self.options.host_copy == "load" or parking.available_bytes() > 1.25 * parking.weights_bytes(modules):
-                loading("copying weights to host memory", 85)
-                self._parker = parking.Parker(modules, self._device)
-        loading("finishing", 98)
 
-    def _modules(self) -> list[Any]:
-        return [part for part in self._pipeline.components.values() if isinstance(part, self._torch.nn.Module)]
+    def modules(self) -> list[Any]:
+        return [part for part in self._pipeline.components.values() if isinstance(part, self.torch.nn.Module)]
 
-    def _parks(self) -> bool:
-        # On a CPU the weights are in host memory anyway; with offload they mostly are.
-        return self._on_cuda and self.options.offload == "none"
+    def drop(self) -> None:
+        self._pipeline = None
 
-    def park(self, level: int) -> None:
-        if level == 2:
-            self._pipeline = self._parker = None
-            self.reclaim()
-        elif self._parks():
-            if self._parker is None:
-                self._parker = parking.Parker(self._modules(), self._device)
-            self._parker.park()
-
-    def wake(self) -> None:
-        if self._pipeline is None:
-            self._load_model(Loading())
-        elif self._parker is not None:
-            self._parker.wake()
-
-    def reclaim(self) -> None:
-        if self._on_cuda:
-            import gc
-
-            gc.collect()
-            self._torch.cuda.empty_cache()
+    def step(self) -> list[Any]:
+        """One step at the smallest size, and what it takes: text encoders, transformer, VAE."""
+        wanted = {
+            "height": SIZE_MIN,
+            "width": SIZE_MIN,
+            "num_inference_steps": 1,
+            "guidance_scale": self._defaults.guidance,
+            "max_sequence_length": 64,
+            "generator": self.torch.Generator("cpu").manual_seed(0),
+            "output_type": "pt",
+        }
+        given = {name: value for name, value in wanted.items() if value is not None and name in self._takes}
+        return [self._pipeline(prompt="a red fox in the snow", **given).images]
 
     # ---- requests ------------------------------------------------------------
 
@@ -277,12 +250,12 @@ class FluxServer(BaseService):
             ),
             "max_sequence_length": self._defaults.max_sequence_length,
             # On the CPU, so that a seed means the same on every device.
-            "generator": [self._torch.Generator("cpu").manual_seed(picture.seed) for picture in pictures],
+            "generator": [self.torch.Generator("cpu").manual_seed(picture.seed) for picture in pictures],
             "callback_on_step_end": after_step,
             "output_type": "pil",
         }
         given = {name: value for name, value in wanted.items() if value is not None and name in self._takes}
-        with self._torch.inference_mode():
+        with self.torch.inference_mode():
             output = self._pipeline(prompt=[picture.item.params.prompt for picture in pictures], **given)
         for picture, image in zip(pictures, output.images, strict=True):
             yield picture, encode_png(image, self._png_note(picture))
@@ -327,6 +300,18 @@ def random_note(folder: pathlib.Path) -> dict[str, Any]:
     if not weights.is_random(folder):
         return {}
     return {"weights": "random", "note": "random weights: images are noise"}
+
+
+def components_of(folder: pathlib.Path) -> dict[str, tuple[str, str]]:
+    """A pipeline's components that are there: library and class, by name."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return {name: (entry[0], entry[1]) for name, entry in index.items() if isinstance(entry, list) and entry[0]}
+
+
+def classes_of(folder: pathlib.Path) -> list[tuple[str, str]]:
+    """All classes that a pipeline is made of: library and name."""
+    pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    return [("diffusers", pipeline), *components_of(folder).values()]
 
 
 def call_parameters(pipeline: Any) -> set[str]:

@@ -20,18 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base"))
 
-from roundhouse_worker import (
-    BaseService,
-    Binary,
-    InvalidRequest,
-    Item,
-    Loading,
-    Output,
-    Progress,
-    log,
-    parking,
-    weights,
-)
+from roundhouse_worker import Binary, InvalidRequest, Item, Loading, Output, Progress, log, weights
+from roundhouse_worker.torch_service import Loader, TorchService
 
 if TYPE_CHECKING:
     import argparse
@@ -69,26 +59,18 @@ class Params:
     format: str
 
 
-class MusicgenServer(BaseService):
+class MusicgenServer(TorchService):
     """Serves MusicGen (music from text, up to 30 s)."""
 
     name = "musicgen"
     model = "facebook/musicgen-small"
     endpoints = (GENERATIONS, SPEECH)
+    gpu_dtype = "float16"
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--revision", default="main", help="revision of a Hugging Face id, as it was fetched")
-        parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, cpu")
-        parser.add_argument("--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto")
+        super().add_arguments(parser)
         parser.add_argument("--default-seconds", type=float, default=10.0, help="duration if the request names none")
-        parser.add_argument(
-            "--host-copy",
-            choices=("auto", "load", "sleep"),
-            default="sleep",
-            help="when the copy of the weights in host memory is made that /sleep needs: at the first sleep, at load, "
-            "or auto: at load if the memory is there",
-        )
 
     def check(self) -> dict[str, Any]:
         if not SECONDS_MIN <= self.options.default_seconds <= SECONDS_MAX:
@@ -102,74 +84,53 @@ class MusicgenServer(BaseService):
             raise ValueError(f"--model: {folder} holds no MusicGen model (its config.json says {kind})")
         return {"folder": str(folder)} | random_note(folder)
 
-    # ---- loading, parking ----------------------------------------------------
+    # ---- loading -------------------------------------------------------------
 
-    def initialize(self, loading: Loading) -> None:
-        self._folder = weights.local_folder(self.options.model, self.options.revision)
-        self.model_facts = random_note(self._folder)
-        if self.model_facts:
-            log.event(logging.WARNING, self.model_facts["note"])
-        loading("importing torch", 5)
-        parking.prepare_environment()
-        import torch
-
-        loading("importing transformers", 25)
+    def import_libraries(self) -> None:
         import soundfile  # noqa: F401 - a missing library should show here, not in the first request
         import transformers
+        from transformers import MusicgenForConditionalGeneration  # noqa: F401 - transformers imports when asked
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self._torch = torch
-        self._device = self.options.device
-        if self._device == "auto":
-            self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._on_cuda = self._device.startswith("cuda")
-        self._load_model(loading)
 
-    def _load_model(self, loading: Loading) -> None:
+    def initialize(self, loading: Loading) -> None:
+        self.model_facts = random_note(weights.local_folder(self.options.model, self.options.revision))
+        if self.model_facts:
+            log.event(logging.WARNING, self.model_facts["note"])
+        super().initialize(loading)
+
+    def load(self, loader: Loader) -> None:
         from transformers import AutoProcessor, MusicgenForConditionalGeneration
 
-        loading("reading weights", 50)
-        dtype = self.options.dtype
-        if dtype == "auto":
-            dtype = "float16" if self._on_cuda else "float32"
-        self._processor: Any = AutoProcessor.from_pretrained(self._folder, local_files_only=True)
-        model: Any = MusicgenForConditionalGeneration.from_pretrained(
-            self._folder, dtype=getattr(self._torch, dtype), local_files_only=True
-        )
-        loading("moving weights to the device", 75)
-        self._model: Any = model.to(self._device).eval()
+        model: Any = loader.part("transformers", "MusicgenForConditionalGeneration", self.folder)
+        loader.read()
+        if model is None:
+            model = MusicgenForConditionalGeneration.from_pretrained(
+                self.folder, dtype=self.dtype, local_files_only=True
+            )
+            model = model.to(self.device).eval()
+        self._model: Any = model
+        self._processor: Any = AutoProcessor.from_pretrained(self.folder, local_files_only=True)
         self._rate: int = model.config.audio_encoder.sampling_rate
         self._tokens_per_second: int = model.config.audio_encoder.frame_rate
-        self._parker: parking.Parker | None = None
-        if self._on_cuda and self.options.host_copy != "sleep":
-            needed = 1.25 * parking.weights_bytes([self._model])
-            if self.options.host_copy == "load" or parking.available_bytes() > needed:
-                loading("copying weights to host memory", 85)
-                self._parker = parking.Parker([self._model], self._device)
-        loading("finishing", 98)
 
-    def park(self, level: int) -> None:
-        if level == 2:
-            self._model = self._parker = None
-            self.reclaim()
-        elif self._on_cuda:  # on a CPU the weights are in host memory anyway
-            if self._parker is None:
-                self._parker = parking.Parker([self._model], self._device)
-            self._parker.park()
+    def modules(self) -> list[Any]:
+        return [self._model]
 
-    def wake(self) -> None:
-        if self._model is None:
-            self._load_model(Loading())
-        elif self._parker is not None:
-            self._parker.wake()
+    def drop(self) -> None:
+        self._model = None
 
-    def reclaim(self) -> None:
-        if self._on_cuda:
-            import gc
-
-            gc.collect()
-            self._torch.cuda.empty_cache()
+    def step(self) -> list[Any]:
+        """One token of the decoder, and a few frames of sound: text encoder, decoder, codec."""
+        torch, model = self.torch, self._model
+        inputs = self._processor(text=["slow piano, rain"], padding=True, return_tensors="pt").to(self.device)
+        books = model.decoder.num_codebooks
+        start = torch.full((books, 1), model.generation_config.decoder_start_token_id, device=self.device)
+        scores = model(**inputs, decoder_input_ids=start).logits
+        books //= model.decoder.config.audio_channels
+        codes = torch.arange(4 * books, device=self.device).reshape(1, 1, books, 4)
+        return [scores, model.audio_encoder.decode(codes, audio_scales=[None]).audio_values]
 
     # ---- requests ------------------------------------------------------------
 
@@ -201,13 +162,13 @@ class MusicgenServer(BaseService):
         return (p.seconds, p.guidance, p.temperature, p.top_k, alone)
 
     def generate(self, items: list[Item], progress: Progress) -> Sequence[Output | Exception]:
-        torch = self._torch
+        torch = self.torch
         params: Params = items[0].params
         seed = secrets.randbelow(2**32) if params.seed is None else params.seed
         torch.manual_seed(seed)
         tokens = math.ceil(params.seconds * self._tokens_per_second) + DELAY_TOKENS
         prompts = [item.params.prompt for item in items]
-        inputs = self._processor(text=prompts, padding=True, return_tensors="pt").to(self._device)
+        inputs = self._processor(text=prompts, padding=True, return_tensors="pt").to(self.device)
         with torch.inference_mode():
             sound = self._model.generate(
                 **inputs,
@@ -236,7 +197,7 @@ class MusicgenServer(BaseService):
         """
         from transformers import StoppingCriteria, StoppingCriteriaList
 
-        torch = self._torch
+        torch = self.torch
 
         class AfterToken(StoppingCriteria):
             step = 0

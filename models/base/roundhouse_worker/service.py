@@ -61,6 +61,8 @@ class Loading:
         self.phase = "starting"
         self.percent: float | None = 0.0
         self.stopping = False
+        self._took: dict[str, float] = {}
+        self._began = time.monotonic()
 
     def __call__(self, phase: str, percent: float | None = None) -> None:
         """Say what is being done and how much of all loading is behind, in percent.
@@ -71,9 +73,22 @@ class Loading:
         if self.stopping:
             raise Cancelled("the worker is stopping")
         fresh = phase != self.phase
+        if fresh:
+            self.end_phase()
         self.phase, self.percent = phase, percent
         if fresh:
             log.event(logging.INFO, "loading", load_phase=phase)
+
+    def end_phase(self) -> None:
+        """Count the time of the running phase; one that comes again adds to its own."""
+        now = time.monotonic()
+        if self.phase != "starting":
+            self._took = self._took | {self.phase: self._took.get(self.phase, 0.0) + now - self._began}
+        self._began = now
+
+    def phases(self) -> list[dict[str, Any]]:
+        """The phases that are over, in order, with what they took: `[{"phase": "import", "ms": 4210}]`."""
+        return [{"phase": phase, "ms": round(1000 * seconds)} for phase, seconds in self._took.items()]
 
 
 class BaseService:
@@ -110,6 +125,7 @@ class BaseService:
     def initialize(self, loading: Loading) -> None:
         """Import what is heavy and load the model. *Model thread.*
 
+        Call `loading` at every phase: "import", "read" (weights from disk), "device" (to the GPU), "warm_up".
         An exception makes `/health` say `failed` with its text, and ends the process.
         """
 
@@ -260,6 +276,7 @@ class BaseService:
 
     def _initialize(self) -> None:
         self.initialize(self.loading)
+        self.loading.end_phase()
         self._loaded = True
 
     def _release(self) -> None:
@@ -381,6 +398,14 @@ class BaseService:
         """
         return None
 
+    def parking_facts(self) -> dict[str, Any]:
+        """What `/health` says about parking, if it is known.
+
+        `host_bytes`: host memory that the copy of the weights takes now; `can_park`: false if `/sleep` would not give
+        the device's memory back; `park_note`: a sentence for a person.
+        """
+        return {}
+
     async def health(self, request: Request) -> Response:
         """`GET /health`: 200 when requests are taken, else 503; why is in the body."""
         body: dict[str, Any] = {
@@ -392,6 +417,9 @@ class BaseService:
         }
         if (size := self.device_bytes()) is not None:
             body["device_bytes"] = size
+        if phases := self.loading.phases():
+            body["phases"] = phases
+        body |= self.parking_facts()
         if self._failure is not None:
             body |= {"error": self._failure.message, "code": self._failure.code}
         ready = self.status is Status.READY and not self._stopping.is_set()

@@ -254,6 +254,20 @@ def test_one_item_of_a_pass_fails_alone(shared: Worker):
     assert [answer.status_code for answer in answers] == [200, 500, 200]
 
 
+def test_an_item_that_alone_runs_out_of_memory_is_alone_in_it():
+    with Worker(PROBE) as worker:
+        bodies = [{"text": "a"}, {"text": "out of memory", "want": "error"}, {"text": "c"}]
+        answers = run(worker.ready(), "mixed", bodies)
+        assert [answer.status_code for answer in answers] == [200, 507, 200]
+        assert answers[1].json()["error"]["code"] == "worker_oom"
+        assert worker.get("/seen").json()[-1] == ["reclaim"]
+
+
+def test_a_pass_that_runs_out_of_memory_says_so_to_each_of_its_items(shared: Worker):
+    answers = run(shared, "oom", [{"want": "oom-class"}, {}, {}])
+    assert [answer.json()["error"]["code"] for answer in answers] == ["worker_oom"] * 3
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"text"'])
 def test_a_body_that_is_no_object_is_refused(shared: Worker, content):
     answer = shared.client.post(shared.url + "/run", content=content)
