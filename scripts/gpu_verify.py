@@ -46,7 +46,7 @@ class Verify:
         self.tmp = pathlib.Path(tempfile.mkdtemp(prefix="rhv-"))
         self.env = environment(self.mark, self.tmp, self.out / "cache")
         if self.is_tiny:
-            self.env.setdefault("ROUNDHOUSE_FAKE_GPUS", f"{2 if options.two_gpus else 1}x80GiB")
+            self.env.setdefault("ROUNDHOUSE_FAKE_GPUS", f"{2 if options.two_gpus else 1}x1GiB")
         self.keys = self.known_keys()
         self.before = box.look(self.tmp)
         found = models.catalogue(options.scale, options.checkpoints.resolve(), self.uses_vllm, options.eager)
@@ -66,6 +66,11 @@ class Verify:
     def uses_vllm(self) -> bool:
         return not self.is_tiny or self.options.vllm
 
+    @property
+    def card(self) -> int:
+        """Memory of the smallest GPU, in bytes."""
+        return min((int(gpu["mib"]) for gpu in box.gpus()), default=1024) << 20
+
     def known_keys(self) -> set[str]:
         """Keys of a model's entry that the binary knows."""
         binary = self.options.binary
@@ -80,7 +85,7 @@ class Verify:
         """The server with the chosen models; the one that runs, if it does."""
         if self.server is None:
             self.server = self.serve(
-                {m.name: models.entry(m, self.python(m), self.keys) for m in self.models.values()}, "one"
+                {m.name: models.entry(m, self.python(m), self.keys, self.card) for m in self.models.values()}, "one"
             )
         return self.server
 
@@ -207,15 +212,8 @@ class Verify:
         if len(names) < 3:
             raise Failed("--two-gpus needs the models flux-transformer, musicgen and text")
         picture, music, words = (self.models[name] for name in names)
-        entries = {m.name: models.entry(m, self.python(m), self.keys, exclusive=False) for m in (picture, music)}
-        entries[words.name] = models.entry(words, self.python(words), self.keys, gpu_count=2)
-        if not self.is_tiny:
-            # More than half a card each, so that they need one each.
-            total = min(int(gpu["mib"]) for gpu in box.gpus()) << 20
-            for name in (picture.name, music.name):
-                entries[name]["memory"] = int(0.55 * total)
-        else:
-            entries[picture.name]["memory"] = entries[music.name]["memory"] = 44 << 30
+        entries = {m.name: models.entry(m, self.python(m), self.keys, self.card) for m in (picture, music)}
+        entries[words.name] = models.entry(words, self.python(words), self.keys, self.card, gpu_count=2)
         server = self.server = self.serve(entries, "two")
         for turn in ("apart", "back"):
             self.apart(server, picture, music, turn)
@@ -307,7 +305,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--python", help="interpreter of the workers; default: this one (tiny: models/*/.venv)")
     parser.add_argument("--cycles", type=int, default=3, help="how often all pairs are gone through")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds; no part begins later")
-    parser.add_argument("--park-ram", default="75%", help="scheduler.park_ram of the model file")
+    parser.add_argument("--park-ram", default="90%", help="scheduler.park_ram of the model file")
     parser.add_argument("--eager", action="store_true", help="vLLM without compiling: starts sooner, runs slower")
     parser.add_argument("--vllm", action="store_true", help="tiny: real vLLM on the CPU, too (a minute a start)")
     parser.add_argument("--two-gpus", action="store_true", help="also models on two GPUs at once, and one on both")

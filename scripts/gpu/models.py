@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -13,6 +12,7 @@ from gpu.common import ROOT, Json, weights_bytes
 
 GIB = 1 << 30
 REAL, TINY = "real", "tiny"
+HALF = 0.52
 
 
 @dataclass(frozen=True)
@@ -106,23 +106,25 @@ def catalogue(scale: str, checkpoints: pathlib.Path, vllm: bool, eager: bool) ->
         {**chat, "max_tokens": 1500, "ignore_eos": True} if vllm else chat | {"echo": {"delay_ms": 20_000}},
         **options,
     )
-    found = (alone, whole, music, words)
-    # Small ones are parked in what a small machine has.
-    return {model.name: model if real else dataclasses.replace(model, memory=GIB) for model in found}
+    return {model.name: model for model in (alone, whole, music, words)}
 
 
-def entry(model: Model, python: str | None, keys: set[str], gpu_count: int = 1, exclusive: bool = True) -> Json:
-    """Its entry in the model file. `keys` are those that the server knows."""
+def entry(model: Model, python: str | None, keys: set[str], card: int, gpu_count: int = 1) -> Json:
+    """Its entry in the model file.
+
+    Args:
+        python: interpreter of its worker; None: the one of its environment.
+        keys: those that the server knows.
+        card: memory of a GPU, in bytes; more than half of it is asked for, so that no two models fit at once.
+    """
     made: Json = {
         "type": model.kind,
         "service_script": str(ROOT / "models" / model.server / "server.py"),
         "endpoint": model.endpoint,
         "startup_time": 60,
-        "memory": model.memory,
+        "memory": max(model.memory if card >= 24 * GIB else 0, int(HALF * card)),
         "park": "ram",
         "gpus": gpu_count,
-        # No two at once, whatever the card has: each request of another model is a swap.
-        "exclusive": exclusive,
         "args": model.args + (["--tensor-parallel-size", str(gpu_count)] if needs_ranks(model, gpu_count) else []),
         "env": model.env,
     }
