@@ -8,11 +8,13 @@ import time
 import zlib
 
 from gpu import box
-from gpu.common import Failed, Json, Records, epoch, say
+from gpu.common import Failed, Json, Records, epoch, say, until
 from gpu.models import Model
 from gpu.server import COLD_LIMIT_S, Server
 
 SETTLE_S = 0.3
+COLD_ROUNDS = 2
+SPARE_LIMIT_S = 90
 
 
 def circuit(names: list[str]) -> list[str]:
@@ -85,7 +87,8 @@ def visit(server: Server, model: Model, came_from: str | None, records: Records,
     worker = server.worker(model.name)
     if found.get("how") == "cold":
         health = server.health(model.name)
-        found |= {key: health[key] for key in ("phases", "can_park", "park_note", "host_bytes") if key in health}
+        found |= {key: health[key] for key in ("can_park", "park_note", "host_bytes") if key in health}
+        found["phases"] = worker.get("phases") or health.get("phases")
     found["gpu_mib"] = box.used_mib()
     by_pid = box.mib_by_pid()
     if came_from and by_pid:
@@ -96,7 +99,7 @@ def visit(server: Server, model: Model, came_from: str | None, records: Records,
     records.add("swap", **labels, **found)
 
 
-def run(server: Server, models: list[Model], cycles: int, records: Records, end_at: float) -> None:
+def run(server: Server, models: list[Model], cycles: int, records: Records, end_at: float, labels: Json) -> None:
     """All ordered pairs, `cycles` times; fewer if the time is up, but never fewer than two."""
     by_name = {model.name: model for model in models}
     walk = circuit([model.name for model in models])
@@ -106,40 +109,38 @@ def run(server: Server, models: list[Model], cycles: int, records: Records, end_
             say(f"the time is up after {cycle - 1} cycles")
             return
         for name in walk if before is None else walk[1:]:
-            visit(server, by_name[name], before, records, cycle=cycle)
+            visit(server, by_name[name], before, records, cycle=cycle, **labels)
             before = name
 
 
-def cold_starts(server: Server, model: Model, records: Records, spare: bool, rounds: int = 2) -> None:
+def cold_starts(server: Server, model: Model, records: Records, spare: bool, labels: Json) -> None:
     """Loads from the page cache: unloaded by hand, and asked for again."""
-    visit(server, model, None, records, cycle=0)
-    for _ in range(rounds):
+    visit(server, model, None, records, cycle=0, **labels)
+    for _ in range(COLD_ROUNDS):
         server.ask("POST", f"/v1/models/{model.name}/unload")
-        end = time.monotonic() + 60
-        while server.worker(model.name)["state"] != "absent":
-            if time.monotonic() > end:
-                raise Failed(f"{model.name} was not unloaded within 60 s")
-            time.sleep(0.1)
+        until(f"the end of {model.name}", 60, 0.1, lambda: server.worker(model.name)["state"] == "absent")
         if spare:
-            time.sleep(SPARE_S)
+            until("spare processes", SPARE_LIMIT_S, 0.2, lambda: spares_are_ready(server))
         server.events()
         job = server.finished(server.submit(model.request()), COLD_LIMIT_S)
         loads = [e for e in server.events() if e.get("model") == model.name and e.get("message") == "ready"]
         if not loads:
             raise Failed(f"{model.name} was not loaded anew after an unload")
-        health = server.health(model.name)
+        phases = server.worker(model.name).get("phases") or server.health(model.name).get("phases")
         records.add(
             "cold",
             model=model.name,
             load_ms=loads[-1]["load_ms"],
             spare=spare,
-            phases=health.get("phases"),
+            **labels,
+            phases=phases,
             answer=digest(server, model, job),
         )
 
 
-SPARE_S = 25
-"""What a spare process may take to import what is heavy."""
+def spares_are_ready(server: Server) -> bool:
+    """Whether each spare process has imported what is heavy."""
+    return all(spare["state"] == "ready" for spare in server.ask("GET", "/v1/workers").get("spares", []))
 
 
 def folder_sizes(models: list[Model], records: Records) -> None:

@@ -35,6 +35,13 @@ def spread(values: list[float], unit: str = "s") -> str:
     return f"{statistics.median(values):.2f} {unit} (worst {max(values):.2f}, n={len(values)})"
 
 
+def settled(swaps: list[Json]) -> list[Json]:
+    """From the second cycle on; of each model those of the latest call that got so far."""
+    late = [s for s in swaps if s.get("cycle", 0) >= 2]
+    last = {s["model"]: s.get("run") for s in late}
+    return [s for s in late if s.get("run") == last[s["model"]]]
+
+
 def park_wake(swaps: list[Json], model: str) -> tuple[list[float], list[float]]:
     """Its parks and its wakes by the server's log, in seconds."""
     parks = [s["parked_ms"] / 1e3 for s in swaps if s["came_from"] == model and s.get("parked_ms") is not None]
@@ -52,7 +59,7 @@ def rows(records: list[Json]) -> list[Row]:
         speeds = f"{link['to_gpu_pageable']} / {link['to_host_pageable']} GB/s"
         out.append(Row("link, pageable, to GPU / to host", speeds, "", None))
     swaps = [r for r in records if r["part"] == "swap"]
-    late = [s for s in swaps if s.get("cycle", 0) >= 2]
+    late = settled(swaps)
     sizes = {r["model"]: r["bytes"] for r in records if r["part"] == "weights"}
     for model in sizes:
         out += of_model(model, late, sizes[model], link.get("to_gpu_pinned"))
@@ -65,15 +72,15 @@ def rows(records: list[Json]) -> list[Row]:
             through, direct = record["through_per_s"], record["direct_per_s"]
             name = name.replace("5 000", f"{record['jobs']:,}".replace(",", " "))
             out.append(Row(name, f"{ratio:.3f} ({through}/s; direct {direct})", f">= {RATIO}x", ratio >= RATIO))
-    for record in [r for r in records if r["part"] == "left"]:
-        what = "; ".join(record["left"][:3]) or "nothing"
-        out.append(Row(f"left behind, {record['after']}", what, "nothing", not record["left"]))
-    for record in [r for r in records if r["part"] == "two-gpus"]:
+    for after, record in {r["after"]: r for r in records if r["part"] == "left"}.items():
+        what = "; ".join(record["left"][:3]) or f"nothing, {record['s']} s later"
+        out.append(Row(f"left behind after {after}", what, "nothing in 15 s", not record["left"]))
+    for record in {r["what"]: r for r in records if r["part"] == "two-gpus"}.values():
         out.append(Row(f"two GPUs: {record['what']}", record["value"], "works", record["met"]))
-    failures = {r["what"]: r for r in records if r["part"] == "failed"}
-    for what in {r["what"] for r in records if r["part"] == "done"}:
-        failures.pop(what, None)
-    out += [Row(f"part {what}", "failed: " + r["why"].splitlines()[0][:100], "", False) for what, r in failures.items()]
+    ends = {r["what"]: r for r in records if r["part"] in ("done", "failed")}
+    for what, record in ends.items():
+        if record["part"] == "failed":
+            out.append(Row(f"part {what}", "failed: " + record["why"].splitlines()[0][:100], "", False))
     return out
 
 
@@ -124,11 +131,12 @@ def cold(swaps: list[Json], records: list[Json]) -> list[Row]:
         first = next(s for s in swaps if s["model"] == model and s.get("how") == "cold")
         out.append(Row(f"{model}: first cold load", f"{first['load_ms'] / 1e3:.1f} s", "", None))
     again = [r for r in records if r["part"] == "cold"]
+    again = [r for r in again if r.get("run") == again[-1].get("run")]
     for model in dict.fromkeys(r["model"] for r in again):
         loads = [r["load_ms"] / 1e3 for r in again if r["model"] == model]
         judged = model == "flux-transformer" and any(r.get("spare") for r in again)
         goal = f"< {COLD_GOAL_S:g} s" if judged else ""
-        value = spread(loads) + "" if judged else spread(loads) + ", no spare"
+        value = spread(loads) + ("" if judged else ", no spare")
         out.append(
             Row(f"{model}: cold load from page cache", value, goal, min(loads) < COLD_GOAL_S if judged else None)
         )
@@ -136,20 +144,21 @@ def cold(swaps: list[Json], records: list[Json]) -> list[Row]:
 
 
 def answers(swaps: list[Json]) -> list[Row]:
-    """Whether each model's answers stayed the same."""
+    """Whether each model's answers stayed the same, in the latest call that swapped it."""
     out = []
     for model in dict.fromkeys(s["model"] for s in swaps):
-        seen = [s["answer"] for s in swaps if s["model"] == model]
-        if len(seen) > 1:
-            same = len(set(seen)) == 1
+        last = [s for s in swaps if s["model"] == model and s["came_from"]][-1:]
+        run = last[0].get("run") if last else None
+        seen = [s["answer"] for s in swaps if s["model"] == model and s.get("run") == run]
+        if last and len(seen) > 1:
             value = f"{len(seen)} answers, {len(set(seen))} different"
-            out.append(Row(f"{model}: the same answer before and after", value, "identical", same))
+            out.append(Row(f"{model}: the same answer before and after", value, "identical", len(set(seen)) == 1))
     return out
 
 
 def pairs(records: list[Json]) -> list[str]:
     """Decision to job running of each pair, from the second cycle on, as markdown."""
-    late = [r for r in records if r["part"] == "swap" and r.get("cycle", 0) >= 2 and r.get("gap_ms") is not None]
+    late = [s for s in settled([r for r in records if r["part"] == "swap"]) if s.get("gap_ms") is not None]
     names = list(dict.fromkeys(s["model"] for s in late))
     if not late:
         return []

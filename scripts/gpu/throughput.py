@@ -12,6 +12,7 @@ from gpu.models import Model
 from gpu.server import COLD_LIMIT_S, Server
 
 BULK = 1000
+LIVE = ("queued", "running")
 REQUEST_LIMIT_S = 300
 
 
@@ -87,7 +88,11 @@ def through(server: Server, requests: list[Json], limit_s: float) -> list[float]
 
     def is_over() -> bool:
         queue = server.ask("GET", "/v1/queue")
-        return queue["queued"] == 0 and queue["running"] == 0
+        if queue["queued"] or queue["running"]:
+            return False
+        # The queue may not have heard yet of what the store has.
+        live = [f"/v1/jobs?batch_id={batch}&state={state}&limit=1" for batch in batches for state in LIVE]
+        return not any(server.ask("GET", path)["data"] for path in live)
 
     until(f"the end of {len(requests)} jobs", limit_s, 0.1, is_over)
     ends = []
