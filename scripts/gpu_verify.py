@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,9 +43,12 @@ class Verify:
         self.records = Records(self.out / "results.jsonl")
         self.end_at = time.monotonic() + options.budget
         self.mark = f"{os.getpid()}-{random.randrange(10**9)}"
-        # Short, since sockets lie in it, whose paths may have 107 characters.
-        self.tmp = pathlib.Path(tempfile.mkdtemp(prefix="rhv-"))
-        self.env = environment(self.mark, self.tmp, self.out / "cache")
+        self.tmp = pathlib.Path(tempfile.gettempdir())
+        self.env = environment(self.mark, self.out / "cache")
+        if self.is_tiny:
+            # Others may use /tmp meanwhile. Short, since sockets lie in it, whose paths may have 107 characters.
+            self.tmp = pathlib.Path(tempfile.mkdtemp(prefix="rhv-"))
+            self.env["TMPDIR"] = str(self.tmp)
         if self.is_tiny:
             self.env.setdefault("ROUNDHOUSE_FAKE_GPUS", f"{2 if options.two_gpus else 1}x1GiB")
         self.keys = self.known_keys()
@@ -54,6 +58,8 @@ class Verify:
         if unknown:
             raise Failed(f"--models: there is no {', '.join(unknown)}; there are {', '.join(found)}")
         self.models = {name: found[name] for name in options.models}
+        if not self.is_tiny:
+            self.look_around()
         self.server: Server | None = None
         self.runs = 0
         self.ports: set[int] = set()
@@ -78,6 +84,22 @@ class Verify:
             raise Failed(f"no program {binary}: run cargo build --release, or say --binary")
         answer = subprocess.run([binary, "config", "schema"], capture_output=True, timeout=30, check=True).stdout
         return set(json.loads(answer)["$defs"]["Entry"]["properties"])
+
+    def look_around(self) -> None:
+        """That this box has what the models need, before minutes are spent.
+
+        Raises:
+            Failed: it has not.
+        """
+        if not box.gpus():
+            raise Failed("nvidia-smi shows no GPU; --scale tiny does without one")
+        needs = {"torch", "transformers", "safetensors", "starlette", "uvicorn", "numpy"}
+        for model in self.models.values():
+            needs |= {"image": {"diffusers", "PIL"}, "audio": {"soundfile"}, "text": {"vllm"}}[model.kind]
+        code = f"import importlib.util as u; print(*[n for n in {sorted(needs)} if u.find_spec(n) is None])"
+        run = subprocess.run([self.options.python or sys.executable, "-c", code], capture_output=True, text=True)
+        if missing := run.stdout.split() or run.stderr.split()[-5:]:
+            raise Failed(f"this Python lacks {', '.join(missing)}; see --python and --models")
 
     # ---- the server ----------------------------------------------------------
 
@@ -116,7 +138,8 @@ class Verify:
         for pid in box.marked(self.mark):
             say(f"killing what was left: {pid} {box.command(pid)}")
             os.kill(pid, signal.SIGKILL)
-        subprocess.run(["rm", "-rf", "--", str(self.tmp)], check=False)
+        if self.is_tiny:
+            shutil.rmtree(self.tmp, ignore_errors=True)
 
     # ---- parts ---------------------------------------------------------------
 
@@ -187,7 +210,8 @@ class Verify:
     def kill(self) -> None:
         """SIGKILL of the server while a job runs and others are parked, and nothing is left."""
         server = self.session()
-        order = list(self.models.values())
+        # One of each kind of engine is enough: each more costs a cold load.
+        order = list({model.server: model for model in reversed(self.models.values())}.values())[::-1]
         for model in order:
             server.finished(server.submit(model.request()), COLD_LIMIT_S)
             server.worker(model.name)

@@ -93,11 +93,8 @@ def listens(port: int) -> bool:
 
 
 def files(folder: pathlib.Path) -> set[str]:
-    """Everything in a folder, to two levels; a set of paths."""
-    found: set[str] = set()
-    for pattern in ("*", "*/*"):
-        found |= {str(path) for path in folder.glob(pattern)}
-    return found
+    """What lies in a folder."""
+    return {str(path) for path in folder.iterdir()}
 
 
 @dataclass(frozen=True)

@@ -189,10 +189,10 @@ class Server:
         self.process.wait(10)
 
 
-def environment(mark: str, tmp: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
+def environment(mark: str, cache: pathlib.Path) -> dict[str, str]:
     """What the server and its workers are started with."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("ROUNDHOUSE_")}
-    env |= {box.MARK: mark, "TMPDIR": str(tmp), "HF_HUB_OFFLINE": "1"}
+    env |= {box.MARK: mark, "HF_HUB_OFFLINE": "1"}
     # Caches are no leftovers: kept apart from what must be gone at the end.
     for name, folder in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
         env.setdefault(name, str(cache / folder))

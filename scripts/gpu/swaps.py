@@ -91,12 +91,17 @@ def visit(server: Server, model: Model, came_from: str | None, records: Records,
         found["phases"] = worker.get("phases") or health.get("phases")
     found["gpu_mib"] = box.used_mib()
     by_pid = box.mib_by_pid()
-    if came_from and by_pid:
-        family = box.children_of(server.worker(came_from).get("pid") or 0) if "parked_ms" in found else set()
-        found["left_mib"] = sum(mib for pid, mib in by_pid.items() if pid in family)
-        own = box.children_of(worker.get("pid") or 0)
-        found["own_mib"] = sum(mib for pid, mib in by_pid.items() if pid in own)
+    found["own_mib"] = mib_of(worker, by_pid)
+    # In some containers the driver tells other process ids than /proc: then nothing is known of single ones.
+    if "parked_ms" in found and came_from and found["own_mib"]:
+        found["left_mib"] = mib_of(server.worker(came_from), by_pid)
     records.add("swap", **labels, **found)
+
+
+def mib_of(worker: Json, by_pid: dict[int, int]) -> int:
+    """GPU memory of a worker's processes."""
+    family = box.children_of(worker["pid"]) if worker.get("pid") and by_pid else set()
+    return sum(mib for pid, mib in by_pid.items() if pid in family)
 
 
 def run(server: Server, models: list[Model], cycles: int, records: Records, end_at: float, labels: Json) -> None:
