@@ -22,7 +22,7 @@ COLD_LIMIT_S = 420
 """Longest time of a job whose model is loaded from nothing."""
 TERMINAL = ("succeeded", "failed", "cancelled", "expired")
 TAIL_LINES = 15
-MOVED = re.compile(r" (park|wake)\.seconds=([0-9.e+-]+)")
+MOVED = re.compile(r" (park|wake)\.(copy_)?seconds=([0-9.e+-]+)")
 
 
 def free_port() -> int:
@@ -149,12 +149,16 @@ class Server:
         return found
 
     def moved_s(self, model: str, verb: str) -> float | None:
-        """How long the worker itself took for its latest park or wake, in seconds; None if it does not say (vLLM)."""
+        """How long the worker itself took for its latest park or wake, in seconds; None if it does not say (vLLM).
+
+        Of the copy alone if it tells that apart from the check that follows.
+        """
         path = self.data / "log" / f"{model}.log"
         if not path.is_file():
             return None
-        times = [float(match[2]) for match in MOVED.finditer(path.read_text(errors="replace")) if match[1] == verb]
-        return times[-1] if times else None
+        found = [match for match in MOVED.finditer(path.read_text(errors="replace")) if match[1] == verb]
+        found = [match for match in found if match[2]] or found
+        return float(found[-1][3]) if found else None
 
     def tails(self) -> str:
         """The last lines of its log and its workers'."""
