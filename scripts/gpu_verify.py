@@ -97,7 +97,9 @@ class Verify:
         for model in self.models.values():
             needs |= {"image": {"diffusers", "PIL"}, "audio": {"soundfile"}, "text": {"vllm"}}[model.kind]
         code = f"import importlib.util as u; print(*[n for n in {sorted(needs)} if u.find_spec(n) is None])"
-        run = subprocess.run([self.options.python or sys.executable, "-c", code], capture_output=True, text=True)
+        run = subprocess.run(
+            [self.options.python or sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        )
         if missing := run.stdout.split() or run.stderr.split()[-5:]:
             raise Failed(f"this Python lacks {', '.join(missing)}; see --python and --models")
 
@@ -192,7 +194,8 @@ class Verify:
     def text(self) -> None:
         """A batch of short prompts against driving the engine directly."""
         if "text" in self.models:
-            count, at_once = (200, 16) if self.is_tiny else (5000, 256)
+            few = (16, 8) if self.uses_vllm else (200, 16)
+            count, at_once = few if self.is_tiny else (5000, 256)
             throughput.text(self.session(), self.models["text"], count, at_once, self.records)
 
     def music(self) -> None:
