@@ -206,19 +206,25 @@ class Verify:
 
     def stop(self) -> None:
         """SIGTERM, and nothing is left."""
-        self.session()
+        self.loaded()
         self.end(Server.stop)
         self.nothing_left("SIGTERM")
 
-    def kill(self) -> None:
-        """SIGKILL of the server while a job runs and others are parked, and nothing is left."""
+    def loaded(self) -> tuple[Server, Model]:
+        """The server with a model of each engine loaded, all but the last of them parked; and that one.
+
+        One of each is enough: each more costs a cold load.
+        """
         server = self.session()
-        # One of each kind of engine is enough: each more costs a cold load.
         order = list({model.server: model for model in reversed(self.models.values())}.values())[::-1]
         for model in order:
             server.finished(server.submit(model.request()), COLD_LIMIT_S)
-            server.worker(model.name)
-        busy = order[-1]
+            server.worker(model.name)  # whose port is to be free afterwards
+        return server, order[-1]
+
+    def kill(self) -> None:
+        """SIGKILL of the server while a job runs and others are parked, and nothing is left."""
+        server, busy = self.loaded()
         job = server.submit({**busy.request(), "body": {"model": busy.name, **busy.slow}})
         until("a job that runs", 60, 0.05, lambda: server.ask("GET", f"/v1/jobs/{job}")["state"] == "running" or None)
         self.end(Server.kill)
