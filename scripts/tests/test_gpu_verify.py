@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pytest
 
 from gpu import box, models, server, swaps, table, throughput
-from gpu.common import Failed, Json, until
+from gpu.common import ROOT, Failed, Json, until
 
 SIZES = [{"part": "weights", "model": name, "bytes": size} for name, size in (("flux", 33_800_000_000), ("text", 0))]
 LINK = {"part": "link", "torch": "2.11", "to_gpu_pinned": 55.0, "to_host_pinned": 55.0}
@@ -194,3 +194,23 @@ def test_what_is_left_is_found_by_its_mark_its_files_and_its_port(tmp_path: Path
 def test_waits_are_bounded() -> None:
     with pytest.raises(Failed, match="a thing: not within 0 s"):
         until("a thing", 0, 0.001, lambda: False)
+
+
+BINARY = Path(os.environ.get("ROUNDHOUSE_BIN", ROOT / "target/debug/roundhouse"))
+
+
+@pytest.mark.skipif(not os.access(BINARY, os.X_OK), reason=f"no {BINARY}: cargo build, or set ROUNDHOUSE_BIN")
+def test_the_procedure_runs_with_the_real_server_and_a_worker_that_pretends(tmp_path: Path) -> None:
+    flags = ["--scale", "tiny", "--models", "text", "--only", "swaps,text,stop,kill"]
+    run = subprocess.run(
+        [ROOT / "scripts/gpu-verify.sh", *flags, "--out", tmp_path / "out", "--binary", BINARY],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHON": sys.executable},
+    )
+    assert run.returncode == 0, run.stderr
+    written = (tmp_path / "out/table.md").read_text()
+    assert "| left behind after SIGTERM | nothing, " in written
+    assert "| left behind after kill -9 | nothing, " in written
+    assert "| 200 short prompts through the server / direct | " in written
