@@ -1,0 +1,198 @@
+"""What the records come to: figures beside their goals."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from gpu.common import Json
+
+PARK_WAKE_GOALS_S = {"flux-transformer": 0.6, "flux": 0.75, "text": 1.2}
+GAP_EXTRA_S = 0.4
+LINK_SHARE = 0.9
+RATIO = 0.95
+COLD_GOAL_S = 5.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `met` is None where there is no goal, or it could not be measured."""
+
+    figure: str
+    value: str
+    goal: str
+    met: bool | None
+
+
+def latest(records: list[Json], part: str) -> Json | None:
+    """The last one of a part."""
+    found = [record for record in records if record["part"] == part]
+    return found[-1] if found else None
+
+
+def spread(values: list[float], unit: str = "s") -> str:
+    """Median and worst."""
+    return f"{statistics.median(values):.2f} {unit} (worst {max(values):.2f}, n={len(values)})"
+
+
+def settled(swaps: list[Json]) -> list[Json]:
+    """From the second cycle on; of each model those of the latest call that got so far."""
+    late = [s for s in swaps if s.get("cycle", 0) >= 2]
+    last = {s["model"]: s.get("run") for s in late}
+    return [s for s in late if s.get("run") == last[s["model"]]]
+
+
+def park_wake(swaps: list[Json], model: str) -> tuple[list[float], list[float]]:
+    """Its parks and its wakes by the server's log, in seconds."""
+    parks = [s["parked_ms"] / 1e3 for s in swaps if s["came_from"] == model and s.get("parked_ms") is not None]
+    wakes = [s["load_ms"] / 1e3 for s in swaps if s["model"] == model and s.get("how") == "parked"]
+    return parks, wakes
+
+
+def rows(records: list[Json]) -> list[Row]:
+    """All figures that the records give."""
+    out: list[Row] = []
+    link = latest(records, "link") or {}
+    if "to_gpu_pinned" in link:
+        speeds = f"{link['to_gpu_pinned']} / {link['to_host_pinned']} GB/s"
+        out.append(Row("link, page-locked, to GPU / to host", speeds, "", None))
+        speeds = f"{link['to_gpu_pageable']} / {link['to_host_pageable']} GB/s"
+        out.append(Row("link, pageable, to GPU / to host", speeds, "", None))
+    swaps = [r for r in records if r["part"] == "swap"]
+    late = settled(swaps)
+    sizes = {r["model"]: r["bytes"] for r in records if r["part"] == "weights"}
+    for model in sizes:
+        out += of_model(model, late, sizes[model], link.get("to_gpu_pinned"))
+    out += overhead(late)
+    out += cold(swaps, records)
+    out += answers(swaps)
+    for part, name in (("text", "5 000 short prompts through the server / direct"), ("music", "music / best batch")):
+        if record := latest(records, part):
+            ratio = record.get("settled_ratio", record["ratio"])
+            through, direct = record["through_per_s"], record["direct_per_s"]
+            name = name.replace("5 000", f"{record['jobs']:,}".replace(",", " "))
+            out.append(Row(name, f"{ratio:.3f} ({through}/s; direct {direct})", f">= {RATIO}x", ratio >= RATIO))
+    for after, record in {r["after"]: r for r in records if r["part"] == "left"}.items():
+        what = "; ".join(record["left"][:3]) or f"nothing, {record['s']} s later"
+        out.append(Row(f"left behind after {after}", what, "nothing in 15 s", not record["left"]))
+    for record in {r["what"]: r for r in records if r["part"] == "two-gpus"}.values():
+        out.append(Row(f"two GPUs: {record['what']}", record["value"], "works", record["met"]))
+    ends = {r["what"]: r for r in records if r["part"] in ("done", "failed")}
+    for what, record in ends.items():
+        if record["part"] == "failed":
+            out.append(Row(f"part {what}", "failed: " + record["why"].splitlines()[0][:100], "", False))
+    return out
+
+
+def of_model(model: str, late: list[Json], size: int, link: float | None) -> list[Row]:
+    """One model's parks and wakes from the second cycle on."""
+    parks, wakes = park_wake(late, model)
+    if not parks or not wakes:
+        return []
+    out = []
+    total = statistics.median(parks) + statistics.median(wakes)
+    goal = PARK_WAKE_GOALS_S.get(model)
+    out.append(Row(f"{model}: park", spread(parks), "", None))
+    out.append(Row(f"{model}: wake", spread(wakes), "", None))
+    limit = f"<= {goal} s" if goal else ""
+    out.append(Row(f"{model}: park + wake", f"{total:.2f} s", limit, None if goal is None else total <= goal))
+    own = [s["worker_wake_s"] for s in late if s["model"] == model and s.get("worker_wake_s")]
+    if size and own:
+        rate = size / 1e9 / statistics.median(own)
+        judged = link is not None and model in ("flux", "flux-transformer")
+        share = f", {100 * rate / link:.0f} % of the link" if link else ""
+        met = rate >= LINK_SHARE * link if judged and link else None
+        value = f"{rate:.1f} GB/s{share} ({size / 1e9:.1f} GB)"
+        out.append(Row(f"{model}: speed of its wake", value, f">= {LINK_SHARE:.0%} of the link" if judged else "", met))
+    kept = [s["left_mib"] for s in late if s["came_from"] == model and s.get("left_mib") is not None]
+    if kept:
+        out.append(Row(f"{model}: GPU memory while parked", f"{max(kept)} MiB", "", None))
+    gaps = [s["gap_ms"] / 1e3 for s in late if s["model"] == model and s.get("gap_ms") is not None]
+    if gaps:
+        text = f"<= {goal + GAP_EXTRA_S:.2f} s" if goal else ""
+        met = statistics.median(gaps) <= goal + GAP_EXTRA_S if goal else None
+        out.append(Row(f"to {model}: decision to its job running", spread(gaps), text, met))
+    return out
+
+
+def overhead(late: list[Json]) -> list[Row]:
+    """What lies between decision and job beyond the park and the wake of the pair; and each pair."""
+    whole = [s for s in late if s.get("gap_ms") is not None and s.get("parked_ms") is not None and s.get("load_ms")]
+    if not whole:
+        return []
+    extra = [(s["gap_ms"] - s["parked_ms"] - s["load_ms"]) / 1e3 for s in whole]
+    met = statistics.median(extra) <= GAP_EXTRA_S
+    return [Row("decision to job running, beyond park + wake", spread(extra), f"<= {GAP_EXTRA_S} s", met)]
+
+
+def cold(swaps: list[Json], records: list[Json]) -> list[Row]:
+    out = []
+    for model in dict.fromkeys(s["model"] for s in swaps if s.get("how") == "cold"):
+        first = next(s for s in swaps if s["model"] == model and s.get("how") == "cold")
+        out.append(Row(f"{model}: first cold load", f"{first['load_ms'] / 1e3:.1f} s", "", None))
+    again = [r for r in records if r["part"] == "cold"]
+    again = [r for r in again if r.get("run") == again[-1].get("run")]
+    for model in dict.fromkeys(r["model"] for r in again):
+        loads = [r["load_ms"] / 1e3 for r in again if r["model"] == model]
+        judged = model == "flux-transformer" and any(r.get("spare") for r in again)
+        goal = f"< {COLD_GOAL_S:g} s" if judged else ""
+        value = spread(loads) + ("" if judged else ", no spare")
+        out.append(
+            Row(f"{model}: cold load from page cache", value, goal, min(loads) < COLD_GOAL_S if judged else None)
+        )
+    return out
+
+
+def answers(swaps: list[Json]) -> list[Row]:
+    """Whether each model's answers stayed the same, in the latest call that swapped it."""
+    out = []
+    for model in dict.fromkeys(s["model"] for s in swaps):
+        last = [s for s in swaps if s["model"] == model and s["came_from"]][-1:]
+        run = last[0].get("run") if last else None
+        seen = [s["answer"] for s in swaps if s["model"] == model and s.get("run") == run]
+        if last and len(seen) > 1:
+            value = f"{len(seen)} answers, {len(set(seen))} different"
+            out.append(Row(f"{model}: the same answer before and after", value, "identical", len(set(seen)) == 1))
+    return out
+
+
+def pairs(records: list[Json]) -> list[str]:
+    """Decision to job running of each pair, from the second cycle on, as markdown."""
+    late = [s for s in settled([r for r in records if r["part"] == "swap"]) if s.get("gap_ms") is not None]
+    names = list(dict.fromkeys(s["model"] for s in late))
+    if not late:
+        return []
+    lines = ["| from, to | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for before in names:
+        cells = []
+        for after in names:
+            gaps = [s["gap_ms"] / 1e3 for s in late if (s["came_from"], s["model"]) == (before, after)]
+            cells.append(f"{statistics.median(gaps):.2f} s" if gaps else "")
+        lines.append(f"| {before} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def verdict(row: Row) -> str:
+    return "" if row.met is None else "met" if row.met else "MISSED"
+
+
+def markdown(records: list[Json]) -> str:
+    """A block for docs/BENCHMARKS.md."""
+    start = latest(records, "start") or {}
+    link = latest(records, "link") or {}
+    cards = ", ".join(f"{gpu['name']}, driver {gpu['driver']}" for gpu in start.get("gpus", [])) or "no GPU"
+    head = f"{cards}; torch {link.get('torch', '?')}; {start.get('at', '')}; scale {start.get('scale', '?')}."
+    lines = [head, "", "| figure | measured | goal | |", "| --- | --- | --- | --- |"]
+    lines += [f"| {row.figure} | {row.value} | {row.goal} | {verdict(row)} |" for row in rows(records)]
+    if table := pairs(records):
+        lines += ["", "Decision to next job running, median from the second cycle on:", "", *table]
+    return "\n".join(lines) + "\n"
+
+
+def plain(records: list[Json]) -> str:
+    """The same for a terminal."""
+    found = rows(records)
+    wide = max((len(row.figure) for row in found), default=10)
+    return "\n".join(
+        f"{verdict(row):<7} {row.figure:<{wide}}  {row.value}  {row.goal and f'[{row.goal}]'}" for row in found
+    )
