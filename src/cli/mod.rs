@@ -76,6 +76,9 @@ pub enum Command {
         /// From SIGTERM to SIGKILL of the worker, in ms.
         #[arg(long, default_value_t = 10_000)]
         grace_ms: u64,
+        /// Permissions that files of the worker never have, in octal.
+        #[arg(long, value_parser = octal)]
+        umask: Option<u32>,
         /// The worker's program and its arguments.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         command: Vec<String>,
@@ -227,6 +230,10 @@ pub struct ServerArgs {
     pub server: String,
 }
 
+fn octal(text: &str) -> Result<u32, String> {
+    u32::from_str_radix(text, 8).ok().filter(|mask| *mask <= 0o777).ok_or_else(|| "write 000 to 777".to_owned())
+}
+
 /// Does a command; results go to stdout, progress and errors to stderr.
 pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
     let mut out = std::io::stdout().lock();
@@ -311,10 +318,10 @@ mod tests {
     #[test]
     fn a_guard_takes_any_words() {
         let words =
-            ["roundhouse", "guard", "--grace-ms", "500", "--", "python", "server.py", "--port", "1", "--log", "x"];
+            "roundhouse guard --grace-ms 500 --umask 077 -- python server.py --port 1 --log x".split_whitespace();
         let cli = Cli::try_parse_from(words).unwrap();
-        let Command::Guard { grace_ms, command } = cli.command else { panic!("{cli:?}") };
-        assert_eq!(grace_ms, 500);
+        let Command::Guard { grace_ms, umask, command } = cli.command else { panic!("{cli:?}") };
+        assert_eq!((grace_ms, umask), (500, Some(0o077)));
         assert_eq!(command, ["python", "server.py", "--port", "1", "--log", "x"]);
     }
 

@@ -13,6 +13,7 @@ mod logs;
 mod ports;
 pub mod process;
 mod procfs;
+mod secrets;
 mod sse;
 pub mod supervisor;
 mod verdict;

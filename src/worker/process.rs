@@ -16,6 +16,7 @@ use crate::worker::leftovers;
 use crate::worker::logs::{self, Tail};
 use crate::worker::ports::Lease;
 use crate::worker::procfs::{Family, MARK};
+use crate::worker::secrets::is_secret;
 
 /// How long after the grace period the guard may take before its work is done for it. With the kill after it, a stubborn
 /// worker is gone 2 s after the grace period.
@@ -26,17 +27,8 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// Most that is waited at server start for orphans to end by themselves; they had their grace when the server died.
 const ORPHAN_GRACE_MAX: Duration = Duration::from_secs(3);
-/// Never inherited by a worker. Everything that starts with `ROUNDHOUSE_` is not either.
-const SECRETS: [&str; 8] = [
-    "HF_TOKEN",
-    "HF_API_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "HUGGINGFACE_TOKEN",
-    "HUGGINGFACEHUB_API_TOKEN",
-    "RUNPOD_API_KEY",
-    "RUNPOD_AI_API_KEY",
-    "OPENAI_API_KEY",
-];
+/// What a worker writes is for the user alone that runs it: prompts and answers may be in it.
+const UMASK: &str = "077";
 
 /// What a start needs besides the model.
 pub(super) struct Start<'a> {
@@ -75,6 +67,7 @@ impl WorkerProcess {
             .arg("guard")
             .arg("--grace-ms")
             .arg(start.grace.as_millis().to_string())
+            .args(["--umask", UMASK])
             .arg("--")
             .args(&command)
             .env_clear()
@@ -263,8 +256,8 @@ fn environment(
     gpus: &[u32],
     mark: &str,
 ) -> BTreeMap<OsString, OsString> {
-    let is_secret =
-        |name: &OsString| name.to_str().is_some_and(|n| n.starts_with("ROUNDHOUSE_") || SECRETS.contains(&n));
+    // A name that is no text cannot be judged.
+    let is_secret = |name: &OsString| name.to_str().is_none_or(is_secret);
     let mut vars: BTreeMap<OsString, OsString> = inherited.filter(|(name, _)| !is_secret(name)).collect();
     let mut set = |name: &str, value: &str| vars.insert(name.into(), value.into());
     set("HF_HUB_OFFLINE", "1");
@@ -401,13 +394,16 @@ pub(super) mod tests {
             ("HF_TOKEN", "t"),
             ("HUGGING_FACE_HUB_TOKEN", "t"),
             ("RUNPOD_API_KEY", "t"),
+            ("MY_DB_PASSWORD", "t"),
+            ("GITHUB_TOKEN", "t"),
+            ("WANTED_TOKEN", "t"),
             ("ROUNDHOUSE_API_KEYS", "a:t"),
             ("HF_HOME", "/hf"),
         ];
         let mut spec = spec(&["x"]);
         spec.memory = Some(5);
-        spec.env =
-            BTreeMap::from([("HF_HUB_OFFLINE".to_owned(), "0".to_owned()), (MARK.to_owned(), "forged".to_owned())]);
+        let own = [("HF_HUB_OFFLINE", "0"), ("WANTED_TOKEN", "of the entry"), (MARK, "forged")];
+        spec.env = own.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         let inherited = inherited.map(|(k, v)| (OsString::from(k), OsString::from(v)));
         let vars = environment(inherited.into_iter(), &spec, &[], "id:1");
         let get = |name: &str| vars.get(&OsString::from(name)).and_then(|v| v.to_str());
@@ -415,6 +411,7 @@ pub(super) mod tests {
         assert_eq!(get("PATH"), Some("/bin"));
         assert_eq!(get("HF_HOME"), Some("/hf"));
         assert_eq!(get("HF_HUB_OFFLINE"), Some("0"), "the entry wins");
+        assert_eq!(get("WANTED_TOKEN"), Some("of the entry"), "what the entry gives, the worker gets");
         assert_eq!(get("CUDA_VISIBLE_DEVICES"), Some(""));
         assert_eq!(get("ROUNDHOUSE_MEMORY_BYTES"), Some("5"));
         assert_eq!(get(MARK), Some("id:1"), "but not over the mark");

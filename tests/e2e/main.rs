@@ -13,6 +13,7 @@ mod controls;
 mod crashes;
 mod devices;
 mod ends;
+mod environment;
 mod explain;
 mod gpu;
 mod input;
