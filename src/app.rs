@@ -25,6 +25,7 @@ use crate::store::placement::{self, FileSystem, FileSystems};
 use crate::store::restore::Verified;
 use crate::store::snapshots::{self, Durability, Prepared, Snapshots};
 use crate::worker::client::WorkerClient;
+use crate::worker::fetching::{self, FetchHandle};
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::host;
 use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
@@ -96,7 +97,11 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         );
     }
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
-    let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
+    let around = surroundings(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
+    let (workers, reports) = start_workers(&config, &around);
+    let (fetch_reports, fetches) = mpsc::unbounded_channel();
+    let missing = fetching::missing(&config.models).await;
+    let fetching = FetchHandle::start(&config.models, around, fetch_reports);
     let reader = opened.store.reader().clone();
     let live_sync_jobs = reader.live_sync_jobs().await?;
     let store = opened.store.clone();
@@ -109,6 +114,9 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         knobs: config.scheduler.clone(),
         workers,
         reports,
+        fetching,
+        fetches,
+        missing,
         epoch: opened.epoch,
         learned: opened.learned,
         served: opened.served,
@@ -310,15 +318,16 @@ fn api_keys(data_dir: &Path, loopback: bool) -> anyhow::Result<ApiKeys> {
 
 type Supervised = (Workers, mpsc::UnboundedReceiver<(String, u32, crate::domain::worker::Report)>);
 
-fn start_workers(
+/// What all that start processes share.
+fn surroundings(
     config: &Config,
     data_dir: &Path,
     data_dir_id: &str,
     clock: &Arc<dyn Clock>,
     gpus: Arc<dyn GpuProbe>,
     tasks: &Tasks,
-) -> anyhow::Result<Supervised> {
-    let around = Surroundings {
+) -> anyhow::Result<Surroundings> {
+    Ok(Surroundings {
         clock: clock.clone(),
         gpus,
         tasks: tasks.clone(),
@@ -328,14 +337,17 @@ fn start_workers(
         grace: config.server.worker_grace,
         backoff_first: config.server.backoff_first,
         backoff_max: config.server.backoff_max,
-    };
+    })
+}
+
+fn start_workers(config: &Config, around: &Surroundings) -> Supervised {
     let (sender, reports) = mpsc::unbounded_channel();
     let all = config.models.iter().flat_map(|spec| (0..spec.max_replicas.max(1)).map(move |replica| (spec, replica)));
     let start = |(spec, replica): (&crate::domain::ModelSpec, u32)| {
         let worker = WorkerHandle::start(spec.clone(), replica, around.clone(), sender.clone());
         ((spec.name.clone(), replica), worker)
     };
-    Ok((all.map(start).collect(), reports))
+    (all.map(start).collect(), reports)
 }
 
 /// Parked models that this machine has no memory for would be killed by it.

@@ -1,9 +1,11 @@
-//! Worker processes: starting, watching and stopping them (`supervisor`, `process`), speaking HTTP to them (`client`),
+//! Worker processes: starting, watching and stopping them (`supervisor`, `process`), fetching weights (`fetching`), speaking HTTP to them (`client`),
 //! and asking the driver about GPUs (`gpu`; `fake_gpus` plays it).
 
 pub mod assemble;
+mod cache;
 pub mod client;
 pub mod fake_gpus;
+pub mod fetching;
 pub mod gpu;
 pub mod guard;
 mod health;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -184,7 +184,7 @@ pub(super) async fn end_orphans(data_dir_id: &str, grace: Duration) -> usize {
 }
 
 /// Runs blocking work beside the async threads. `None` only if it panicked or the program ends.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     tokio::task::spawn_blocking(work).await.ok()
 }
 
@@ -225,14 +225,16 @@ fn script_is_there(spec: &ModelSpec, python: &Path, script: &Path) -> Result<(),
             script.display()
         ));
     }
+    interpreter_is_there(spec, python)
+}
+
+/// The text of an error is for a person.
+pub(super) fn interpreter_is_there(spec: &ModelSpec, python: &Path) -> Result<(), String> {
     // A bare name such as `python3` is looked up in PATH.
     if python.components().count() > 1 && !python.exists() {
-        let folder = script.parent().and_then(Path::file_name).map(PathBuf::from).unwrap_or_default();
+        let (name, python) = (&spec.name, python.display());
         return Err(format!(
-            "model `{}`: there is no interpreter {}; run `scripts/install.sh {}`",
-            spec.name,
-            python.display(),
-            folder.display()
+            "model `{name}`: there is no interpreter {python}; run `roundhouse models install {name}`"
         ));
     }
     Ok(())
@@ -250,7 +252,7 @@ fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
 }
 
 /// The worker's environment: what the server has without its secrets, then ours, then the entry's, which wins.
-fn environment(
+pub(super) fn environment(
     inherited: impl Iterator<Item = (OsString, OsString)>,
     spec: &ModelSpec,
     gpus: &[u32],
@@ -282,13 +284,13 @@ fn environment(
     vars
 }
 
-fn nonce() -> Result<String, String> {
+pub(super) fn nonce() -> Result<String, String> {
     let number = getrandom::u64().map_err(|e| format!("no random numbers: {e}"))?;
     Ok(format!("{number:016x}"))
 }
 
 /// The guard passes its worker's exit on: its code, or 128 + signal.
-fn describe(status: ExitStatus) -> String {
+pub(super) fn describe(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
         (Some(127), _) => "could not be started (exit status 127)".to_owned(),
@@ -365,7 +367,10 @@ pub(super) mod tests {
         assert!(refused.contains("server.py") && refused.contains("service_script"), "{refused}");
         std::fs::write(&script, "").unwrap();
         let refused = command_line(&spec, 1).unwrap_err();
-        assert!(refused.contains(".venv/bin/python") && refused.contains("`scripts/install.sh flux`"), "{refused}");
+        assert!(
+            refused.contains(".venv/bin/python") && refused.contains("`roundhouse models install toy`"),
+            "{refused}"
+        );
         spec.launch = Launch::Script { python: "python3".into(), script: script.clone() };
         let words = command_line(&spec, 8002).unwrap();
         assert_eq!(words[1], script);

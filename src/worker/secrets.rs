@@ -4,17 +4,8 @@
 /// Beginnings of names: our own settings, API keys of our clients among them, and a cloud's.
 const BEGINNINGS: [&str; 2] = ["ROUNDHOUSE_", "AWS_"];
 /// Ends of names, or whole names without the underscore: `HF_TOKEN`, `GITHUB_TOKEN`, `TOKEN`, `RUNPOD_API_KEY`.
-const ENDS: [&str; 9] = [
-    "_TOKEN",
-    "_API_KEY",
-    "_APIKEY",
-    "_ACCESS_KEY",
-    "_ACCOUNT_KEY",
-    "_PRIVATE_KEY",
-    "_SIGNING_KEY",
-    "_PASS",
-    "_DSN",
-];
+const ENDS: [&str; 9] =
+    ["_TOKEN", "_API_KEY", "_APIKEY", "_ACCESS_KEY", "_ACCOUNT_KEY", "_PRIVATE_KEY", "_SIGNING_KEY", "_PASS", "_DSN"];
 /// Parts of names, wherever they stand.
 const PARTS: [&str; 5] = ["SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL"];
 /// Whole names: by the first one signs with the keys of whoever started the server, the second has a password in it.

@@ -6,10 +6,12 @@ Runs in a model's environment (`huggingface_hub` is there). Free space is checke
 was cut, killed or restarted goes on in the middle of a file: `huggingface_hub` itself starts a file again in a new
 process, so only the list of files comes from it. Every file is checked against its hash.
 
-With `--json-progress` stdout has one JSON object a line: any number of
-`{"type":"progress","bytes","total_bytes","file"}`, then one
-`{"type":"done","path","revision","bytes"}` or `{"type":"error","code","message"}`.
-Codes: `gated`, `not_found`, `insufficient_space`, `network`, `corrupt`, `misconfigured`. Exit status 0 or 1.
+With `--json-progress` stdout has one JSON object a line: `{"type":"waiting"}` while another fetch of the same
+repository is at work, any number of `{"type":"progress","bytes","total_bytes","file"}`, then one
+`{"type":"done","path","revision","bytes"}` or `{"type":"error","code","message"}`. Codes: `gated`, `not_found`,
+`insufficient_space`, `network`, `corrupt`, `misconfigured`, `no_fetcher` (a library is missing). Exit status 0 or 1.
+
+What was fetched whole is noted in `.roundhouse-complete/COMMIT` of the repository's folder in the cache.
 
 This is the only place that reads `HF_TOKEN`.
 """
@@ -42,6 +44,8 @@ PARALLEL_FILES = 4
 CHUNK_BYTES = 1 << 20
 PROGRESS_INTERVAL_S = 0.5
 TRIES_WITHOUT_PROGRESS = 6
+COMPLETE = ".roundhouse-complete"
+"""A folder with an empty file for each commit of which all files were fetched; the server looks there, too."""
 ALWAYS_SKIPPED = ("*.onnx", "*.onnx_data", "*.msgpack", "*.h5", "*.ot", "*.tflite", "*.gguf", "original/*", "onnx/*")
 """Other formats of the same weights, which our workers do not read."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -121,6 +125,12 @@ class Reporter:
         with self._lock:
             self._bytes += count
             self._tell(file)
+
+    def waiting(self) -> None:
+        """Another fetch of the repository is at work."""
+        if self._as_json:
+            self._line({"type": "waiting"})
+        sys.stderr.write(f"{self._repo}: another fetch is at work, waiting for it\n")
 
     def done(self, path: str, revision: str) -> None:
         """Everything is here."""
@@ -203,6 +213,10 @@ class Fetcher:
                 ref = refs / name
                 ref.parent.mkdir(parents=True, exist_ok=True)
                 ref.write_text(commit)
+            if not include and not exclude:
+                mark = self._folder / COMPLETE / commit
+                mark.parent.mkdir(exist_ok=True)
+                mark.touch()
         self._reporter.done(path, commit)
 
     def _list(self, revision: str) -> tuple[str, list[RemoteFile]]:
@@ -371,7 +385,7 @@ class Fetcher:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
-                    sys.stderr.write(f"{self._repo}: another fetch is at work, waiting for it\n")
+                    self._reporter.waiting()
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 # else a file system without locks: go on
             yield
@@ -434,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cache = pathlib.Path(args.out or weights.default_cache()).expanduser().absolute()
             fetcher = Fetcher(args.repo, cache, token, reporter, args.retry_delay)
         except ImportError as error:
-            raise FetchError("misconfigured", f"{error}; run scripts/install.sh for this model") from None
+            raise FetchError("no_fetcher", f"{error}; run scripts/install.sh for this model") from None
         try:
             fetcher.fetch(args.revision, args.include, args.exclude)
         except OSError as error:
