@@ -15,6 +15,7 @@ mod devices;
 mod ends;
 mod environment;
 mod explain;
+mod fetching;
 mod gpu;
 mod input;
 mod limits;

@@ -113,17 +113,29 @@ class Reporter:
         self._told_at = float("-inf")
         self._began_at = time.monotonic()
         self._began_with = 0
+        self._file = ""
+        self._ended = threading.Event()
 
     def start(self, present: int, total: int) -> None:
         """`present` of `total` bytes are here already."""
         self._bytes = self._began_with = present
         self._total = total
         self._tell("", force=True)
+        if self._as_json:
+            # A fetch that stands is told, too.
+            threading.Thread(target=self._tell_on, name="progress", daemon=True).start()
+
+    def _tell_on(self) -> None:
+        while not self._ended.wait(PROGRESS_INTERVAL_S):
+            with self._lock:
+                if not self._ended.is_set():
+                    self._tell(self._file, force=True)
 
     def add(self, count: int, file: str) -> None:
         """`count` more bytes of `file` arrived (negative: they were thrown away)."""
         with self._lock:
             self._bytes += count
+            self._file = file
             self._tell(file)
 
     def waiting(self) -> None:
@@ -135,6 +147,7 @@ class Reporter:
     def done(self, path: str, revision: str) -> None:
         """Everything is here."""
         with self._lock:
+            self._ended.set()
             self._tell("", force=True)
             if self._as_json:
                 self._line({"type": "done", "path": path, "revision": revision, "bytes": self._total})
@@ -145,9 +158,11 @@ class Reporter:
 
     def fail(self, error: FetchError) -> None:
         """The fetch ended without success."""
-        if self._as_json:
-            self._line({"type": "error", "code": error.code, "message": str(error)})
-        else:
+        with self._lock:
+            self._ended.set()
+            if self._as_json:
+                self._line({"type": "error", "code": error.code, "message": str(error)})
+        if not self._as_json:
             sys.stderr.write(f"error: {error}\n")
 
     def _tell(self, file: str, force: bool = False) -> None:
