@@ -8,6 +8,7 @@ mod backup;
 mod config;
 mod doctor;
 mod fetch;
+mod install;
 mod models;
 mod queue;
 mod replay;
@@ -22,6 +23,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use backup::{BackupArgs, RestoreArgs};
 pub use doctor::DoctorArgs;
+pub use install::InstallArgs;
 pub use replay::ReplayArgs;
 pub use serve::ServeArgs;
 pub use simulate::SimulateArgs;
@@ -91,7 +93,7 @@ pub enum Command {
 /// Commands that need no server of their own.
 #[derive(Debug, Subcommand)]
 pub enum ClientCommand {
-    /// Look at the models of a running server, load and unload them by hand, retry a broken one, fetch weights
+    /// Look at the models of a running server, load and unload them by hand, retry a broken one; install models, fetch weights
     #[command(subcommand)]
     Models(ModelsCommand),
     /// Pause, resume, drain and purge the queue of a running server
@@ -143,6 +145,8 @@ pub enum ModelsCommand {
         /// Names of models; without any, all that have a Hugging Face id
         names: Vec<String>,
     },
+    /// Make the environments of models, each with its own packages, and test that they work
+    Install(InstallArgs),
 }
 
 /// One model of a running server.
@@ -256,6 +260,7 @@ pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
             queue::operate(&args.server.connect()?, word, args.model.as_deref(), &mut out).await
         }
         ClientCommand::Models(ModelsCommand::Fetch { config, names }) => fetch::fetch(&config, &names).await,
+        ClientCommand::Models(ModelsCommand::Install(args)) => install::install(&args, &mut out).await,
         ClientCommand::Usage(UsageArgs { server, by, from, to }) => {
             let by = match by {
                 UsageBy::Model => "model",
