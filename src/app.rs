@@ -25,7 +25,7 @@ use crate::store::placement::{self, FileSystem, FileSystems};
 use crate::store::restore::Verified;
 use crate::store::snapshots::{self, Durability, Prepared, Snapshots};
 use crate::worker::client::WorkerClient;
-use crate::worker::fetching::{self, FetchHandle};
+use crate::worker::fetching::Fetches;
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::host;
 use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
@@ -99,9 +99,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
     let around = surroundings(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
     let (workers, reports) = start_workers(&config, &around);
-    let (fetch_reports, fetches) = mpsc::unbounded_channel();
-    let missing = fetching::missing(&config.models).await;
-    let fetching = FetchHandle::start(&config.models, around, fetch_reports);
+    let fetches = Fetches::start(&config.models, around).await;
     let reader = opened.store.reader().clone();
     let live_sync_jobs = reader.live_sync_jobs().await?;
     let store = opened.store.clone();
@@ -114,9 +112,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         knobs: config.scheduler.clone(),
         workers,
         reports,
-        fetching,
         fetches,
-        missing,
         epoch: opened.epoch,
         learned: opened.learned,
         served: opened.served,

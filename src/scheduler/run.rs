@@ -1,7 +1,7 @@
 //! The loop that owns the scheduler's state: takes messages, lets the state machine decide, carries out its effects beside
 //! the loop, and publishes a view (`operate`: what is done by hand). Nothing here waits for a worker or for the disk.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +30,7 @@ use crate::store::{
     self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Spent, Store, StoreError,
 };
 use crate::worker::client::{RunTag, WorkerClient};
-use crate::worker::fetching::FetchHandle;
+use crate::worker::fetching::{FetchHandle, Fetches};
 use crate::worker::gpu::GpuProbe;
 
 #[path = "operate.rs"]
@@ -104,11 +104,7 @@ pub struct Parts {
     /// Their reports.
     pub reports: mpsc::UnboundedReceiver<(String, u32, Report)>,
     /// Fetches weights.
-    pub fetching: FetchHandle,
-    /// What it tells.
-    pub fetches: mpsc::UnboundedReceiver<(String, FetchReport)>,
-    /// Models whose weights are not here.
-    pub missing: BTreeSet<String>,
+    pub fetches: Fetches,
     /// Number of this run of the server on its data dir.
     pub epoch: i64,
     /// What earlier runs learned.
@@ -140,9 +136,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         knobs,
         workers,
         reports,
-        fetching,
-        fetches,
-        missing,
+        fetches: Fetches { handle: fetching, reports: fetches, missing },
         epoch,
         learned,
         served,
@@ -280,7 +274,7 @@ impl Scheduler {
                 }
                 Wake::Timer => {}
                 Wake::Report(model, replica, report) => self.on_report(model, replica, report),
-                Wake::Fetch(model, report) => self.apply(Event::Fetch { model, report }),
+                Wake::Fetch(model, report) => self.apply(Event::Fetch { model, report: Box::new(report) }),
                 Wake::Message(message) => {
                     self.on_message(message);
                     for _ in 1..MESSAGES_PER_STEP {

@@ -117,7 +117,7 @@ pub enum Event {
         /// Entry name.
         model: String,
         /// What it says.
-        report: FetchReport,
+        report: Box<FetchReport>,
     },
     /// The GPUs that are there now: memory in bytes, by the driver's numbers.
     Devices(BTreeMap<u32, u64>),
@@ -437,8 +437,11 @@ impl State {
     /// Takes in an event. Call [`State::step`] after one or more of them.
     pub fn on_event(&mut self, event: Event, now: Millis) -> Vec<Effect> {
         self.account(now);
-        let is_progress = matches!(event, Event::Fetch { report: FetchReport::Progress(_), .. });
-        self.plan_now |= !is_progress && !matches!(event, Event::Queued(_));
+        self.plan_now |= match &event {
+            Event::Queued(_) => false,
+            Event::Fetch { report, .. } => !matches!(**report, FetchReport::Progress(_)),
+            _ => true,
+        };
         match event {
             Event::Queued(jobs) => {
                 for job in &jobs {
@@ -470,7 +473,7 @@ impl State {
                 Some(index) => self.on_report(index, replica, report, now),
                 None => Vec::new(),
             },
-            Event::Fetch { model, report } => self.on_fetch(&model, report),
+            Event::Fetch { model, report } => self.on_fetch(&model, *report),
             Event::Devices(there) => self.on_devices(&there),
             Event::Control(control) => self.on_control(&control, now),
             Event::Purge { model, before } => self.on_purge(model.as_deref(), before),

@@ -35,7 +35,7 @@ impl Lack {
 
     fn at(stage: Stage, fetch: Option<Fetch>) -> Self {
         let (reason, text) = match &fetch {
-            None => (StateReason::WaitingForModel, "it is not known yet whether its weights are here".to_owned()),
+            None => (StateReason::WaitingForModel, "its weights are being looked for".to_owned()),
             Some(fetch) => (StateReason::ModelFetching, in_words(fetch)),
         };
         Self { stage, fetch, trouble: Trouble { reason, error: None, text, until: None } }

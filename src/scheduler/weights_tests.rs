@@ -40,7 +40,7 @@ impl Desk {
     }
 
     fn fetch(&mut self, report: FetchReport) {
-        self.event(Event::Fetch { model: "hub".to_owned(), report });
+        self.event(Event::Fetch { model: "hub".to_owned(), report: Box::new(report) });
     }
 
     fn report(&mut self, model: &str, report: Report) {

@@ -15,6 +15,7 @@ use serde_json::json;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::domain::worker::{Fetch, FetchPhase, FetchReport};
@@ -30,13 +31,55 @@ const INTERRUPTIONS_MAX: u32 = 3;
 /// How long after the grace period the guard may take to end the fetcher, and SIGKILL after that.
 const GUARD_SLACK: Duration = Duration::from_secs(1);
 const KILL_LIMIT: Duration = Duration::from_secs(30);
+/// How long the last log lines may take to be read once nothing of it lives.
+const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// Time over which the speed is smoothed.
 const SMOOTHED_S: f64 = 5.0;
 /// Readings closer to each other say nothing about the speed.
 const READING_MIN_S: f64 = 0.1;
 
-/// Where the task reports to: (model, report).
-pub type FetchReports = mpsc::UnboundedSender<(String, FetchReport)>;
+/// What the scheduler needs of the fetching task.
+#[derive(Debug)]
+pub struct Fetches {
+    /// Asks it.
+    pub handle: FetchHandle,
+    /// What it tells: (model, report).
+    pub reports: mpsc::UnboundedReceiver<(String, FetchReport)>,
+    /// The models whose weights come from a hub and were not here at the start.
+    pub missing: BTreeSet<String>,
+}
+
+impl Fetches {
+    /// Looks which weights are missing and starts the task. It ends, with what it runs, in the soft stage of shutdown.
+    pub async fn start(specs: &[ModelSpec], around: Surroundings) -> Self {
+        let specs: Vec<ModelSpec> = specs.iter().filter(|spec| spec.repository().is_some()).cloned().collect();
+        let looked = specs.clone();
+        let look = move || looked.iter().filter(|spec| !is_here(spec)).map(|spec| spec.name.clone()).collect();
+        let missing = blocking(look).await.unwrap_or_default();
+        let (orders, inbox) = mpsc::unbounded_channel();
+        let (sender, reports) = mpsc::unbounded_channel();
+        let tasks = around.tasks.clone();
+        let fetching = Fetching {
+            specs: specs.into_iter().map(|spec| (spec.name.clone(), spec)).collect(),
+            around,
+            orders: inbox,
+            reports: sender,
+            line: VecDeque::new(),
+            current: None,
+            pauses: BTreeMap::new(),
+            failures: BTreeMap::new(),
+        };
+        tasks.spawn("fetching", fetching.run());
+        Self { handle: FetchHandle { orders }, reports, missing }
+    }
+
+    /// Nothing is missing, and nobody is there to be asked.
+    pub fn none() -> Self {
+        let (orders, _) = mpsc::unbounded_channel();
+        let (_, reports) = mpsc::unbounded_channel();
+        Self { handle: FetchHandle { orders }, reports, missing: BTreeSet::new() }
+    }
+}
 
 /// Asks the fetching task; the answers are [`FetchReport`]s. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -51,25 +94,6 @@ enum Order {
 }
 
 impl FetchHandle {
-    /// Starts the task for these models. It ends, with what it runs, in the soft stage of shutdown.
-    pub fn start(specs: &[ModelSpec], around: Surroundings, reports: FetchReports) -> Self {
-        let (orders, inbox) = mpsc::unbounded_channel();
-        let specs = specs.iter().filter(|spec| spec.repository().is_some());
-        let tasks = around.tasks.clone();
-        let fetching = Fetching {
-            specs: specs.map(|spec| (spec.name.clone(), spec.clone())).collect(),
-            around,
-            orders: inbox,
-            reports,
-            line: VecDeque::new(),
-            current: None,
-            pauses: BTreeMap::new(),
-            failures: BTreeMap::new(),
-        };
-        tasks.spawn("fetching", fetching.run());
-        Self { orders }
-    }
-
     /// The weights of this model are wanted: `Here` if they are, else `Progress` and in the end `Here` or `Failed`.
     pub fn want(&self, model: &str) {
         // An error: the server is stopping.
@@ -80,13 +104,6 @@ impl FetchHandle {
     pub fn retry(&self, model: &str) {
         let _ = self.orders.send(Order::Retry(model.to_owned()));
     }
-}
-
-/// The models whose weights come from a hub and are not here.
-pub async fn missing(specs: &[ModelSpec]) -> BTreeSet<String> {
-    let specs: Vec<ModelSpec> = specs.iter().filter(|spec| spec.repository().is_some()).cloned().collect();
-    let look = move || specs.iter().filter(|spec| !is_here(spec)).map(|spec| spec.name.clone()).collect();
-    blocking(look).await.unwrap_or_default()
 }
 
 /// Whether a model's weights are here. Blocking.
@@ -108,7 +125,7 @@ struct Fetching {
     specs: BTreeMap<String, ModelSpec>,
     around: Surroundings,
     orders: mpsc::UnboundedReceiver<Order>,
-    reports: FetchReports,
+    reports: mpsc::UnboundedSender<(String, FetchReport)>,
     /// To be fetched, the next one first.
     line: VecDeque<String>,
     /// Being fetched.
@@ -308,6 +325,7 @@ struct Fetcher {
     lifeline: Option<ChildStdin>,
     mark: String,
     tail: Tail,
+    capture: JoinHandle<()>,
 }
 
 impl Fetcher {
@@ -338,8 +356,9 @@ impl Fetcher {
         let pid = guard.id().map_or(0, u32::cast_signed);
         let tail = Tail::default();
         let log = logs::fetch_path(&around.log_dir, &spec.name);
-        around.tasks.spawn("fetcher log", logs::capture(reader, log, tail.clone(), logs::FILE_LIMIT_BYTES));
-        Ok(Self { guard, pid, lifeline, mark, tail })
+        let capture = logs::capture(reader, log, tail.clone(), logs::FILE_LIMIT_BYTES);
+        let capture = around.tasks.spawn("fetcher log", capture);
+        Ok(Self { guard, pid, lifeline, mark, tail, capture })
     }
 
     /// Ends it, if it has not ended; returns how it did when nothing of it lives.
@@ -352,6 +371,8 @@ impl Fetcher {
             Ok(ended) => ended,
             Err(_) => self.guard.wait().await,
         };
+        // An error: somebody else holds its pipe.
+        let _ = timeout(LOG_LIMIT, &mut self.capture).await;
         let how = ended.map_or_else(|error| format!("cannot be waited for: {error}"), process::describe);
         (how, self.tail)
     }
@@ -373,7 +394,11 @@ fn environment(
     vars
 }
 
-async fn run_fetcher(spec: ModelSpec, around: Surroundings, reports: FetchReports) -> Outcome {
+async fn run_fetcher(
+    spec: ModelSpec,
+    around: Surroundings,
+    reports: mpsc::UnboundedSender<(String, FetchReport)>,
+) -> Outcome {
     let looked = spec.clone();
     if blocking(move || is_here(&looked)).await == Some(true) {
         return Outcome::Here;

@@ -182,13 +182,21 @@ async fn a_fetch_goes_on_after_the_server_is_killed_and_is_not_made_again() {
     server.kill();
     server.all_gone(LIMIT).await;
 
+    // Again, by a stop in order: it does not wait for the fetch.
     let mut server = site.start().await;
     let fetch = held(&server.api).await;
     assert_eq!(fetch["phase"], "fetching", "{fetch}");
+    eventually(LIMIT, "the hub is asked for the rest", || async { (hub.ranges().len() == 2).then_some(()) }).await;
+    server.signal(Signal::SIGTERM);
+    assert!(server.ended().await.success());
+    assert!(server.processes().is_empty());
+
+    let mut server = site.start().await;
+    held(&server.api).await;
     hub.go_on();
     server.api.succeeded(&waiting).await;
-    let ranges = hub.ranges();
-    assert_eq!(ranges, [None, Some(format!("bytes={HELD_AT}-"))], "no byte comes twice");
+    let rest = Some(format!("bytes={HELD_AT}-"));
+    assert_eq!(hub.ranges(), [None, rest.clone(), rest], "no byte comes twice");
     let asked = hub.requests().len();
     server.kill();
     server.all_gone(LIMIT).await;
@@ -252,10 +260,14 @@ async fn a_disk_that_is_too_small_is_told_before_a_byte_comes() {
 async fn a_fetch_by_hand_waits_for_the_servers_and_gets_nothing_again() {
     let site_dir = Site::new();
     let hub = Hub::start(site_dir.path(), &[]);
-    let site = site(&hub, site_dir);
+    let site = site(&hub, site_dir).model("twin", from_hub());
     let server = site.start().await;
     let waiting = server.api.submit_echo("hub", json!({})).await;
     held(&server.api).await;
+    // Nor does another model of the same weights.
+    let twin = server.api.submit_echo("twin", json!({})).await;
+    let phase = || async { model(&server.api, "twin").await["fetch"]["phase"].as_str().map(str::to_owned) };
+    assert_eq!(eventually(LIMIT, "one at a time", phase).await, "waiting");
     let mut by_hand = Command::new(env!("CARGO_BIN_EXE_roundhouse"))
         .args(["models", "fetch", "hub", "--config"])
         .arg(site.path().join("models.yaml"))
@@ -273,9 +285,22 @@ async fn a_fetch_by_hand_waits_for_the_servers_and_gets_nothing_again() {
     let said = within(LIMIT, "it says that it waits", waits).await.unwrap().expect("it waits");
     hub.go_on();
     server.api.succeeded(&waiting).await;
+    server.api.succeeded(&twin).await;
     let ends = tokio::task::spawn_blocking(move || (said.last(), by_hand.wait().unwrap()));
     let (last, status) = within(LIMIT, "it ends", ends).await.unwrap();
     assert!(status.success(), "{last:?}");
     assert!(last.unwrap().starts_with("hub: done, revision "));
     assert_eq!(hub.ranges(), [None], "no byte comes twice");
+}
+
+#[tokio::test]
+async fn a_script_whose_environment_has_no_fetcher_is_loaded_as_it_is() {
+    let site_dir = Site::new();
+    let hub = Hub::start(site_dir.path(), &[]);
+    let server = site(&hub, site_dir).env("PYTHONPATH", "/nowhere").start().await;
+    let job = server.api.submit_echo("hub", json!({})).await;
+    server.api.succeeded(&job).await;
+    assert!(hub.requests().is_empty());
+    let log = server.log();
+    assert!(log.contains("No module named") && log.contains("it is loaded as it is"), "{log}");
 }
