@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::common::{Api, LIMIT, Proc, Server, Site, echo, echo_job, eventually, python, with, within};
+use crate::common::{Api, LIMIT, Proc, Server, Site, echo, echo_job, eventually, free_port, python, with, within};
 
 /// Size of the file with weights, and the byte up to which the hub sends it until it is told to go on.
 const BYTES: usize = 3_000_000;
@@ -29,7 +29,7 @@ struct Hub {
 }
 
 impl Hub {
-    /// In `folder`; `flags`: faults to act out.
+    /// In `folder`; `flags`: faults to act out, and a port.
     fn start(folder: &Path, flags: &[&str]) -> Self {
         let repository = folder.join("hub/org/tiny");
         std::fs::create_dir_all(&repository).unwrap();
@@ -206,6 +206,22 @@ async fn a_fetch_goes_on_after_the_server_is_killed_and_is_not_made_again() {
     let job = server.api.submit_echo("hub", json!({})).await;
     server.api.succeeded(&job).await;
     assert_eq!(hub.requests().len(), asked);
+}
+
+#[tokio::test]
+async fn a_fetch_outlives_its_hub() {
+    let port = free_port().to_string();
+    let site_dir = Site::new();
+    let hub = Hub::start(site_dir.path(), &["--port", &port]);
+    let site = site(&hub, site_dir);
+    let server = site.start().await;
+    let waiting = server.api.submit_echo("hub", json!({})).await;
+    held(&server.api).await;
+    drop(hub);
+    let hub = Hub::start(site.path(), &["--port", &port]);
+    hub.go_on();
+    server.api.succeeded(&waiting).await;
+    assert_eq!(hub.ranges(), [None, Some(format!("bytes={HELD_AT}-"))], "no byte comes twice");
 }
 
 #[tokio::test]
