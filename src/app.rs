@@ -27,6 +27,7 @@ use crate::store::placement::{self, FileSystem, FileSystems};
 use crate::store::restore::Verified;
 use crate::store::snapshots::{self, Durability, Prepared, Snapshots};
 use crate::worker::client::WorkerClient;
+use crate::worker::fetching::Fetches;
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::host;
 use crate::worker::supervisor::{self, Surroundings, Tempo, WorkerHandle};
@@ -98,8 +99,9 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         );
     }
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
-    let (workers, start_worker, reports) =
-        start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
+    let around = surroundings(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
+    let (workers, start_worker, reports) = start_workers(&config, &around);
+    let fetches = Fetches::start(&config.models, around).await;
     let reader = opened.store.reader().clone();
     let live_sync_jobs = reader.live_sync_jobs().await?;
     let store = opened.store.clone();
@@ -113,6 +115,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         workers,
         start_worker,
         reports,
+        fetches,
         epoch: opened.epoch,
         learned: opened.learned,
         served: opened.served,
@@ -317,15 +320,16 @@ fn api_keys(data_dir: &Path, loopback: bool) -> anyhow::Result<ApiKeys> {
 
 type Supervised = (Workers, StartWorker, mpsc::UnboundedReceiver<(String, u32, crate::domain::worker::Report)>);
 
-fn start_workers(
+/// What all that start processes share.
+fn surroundings(
     config: &Config,
     data_dir: &Path,
     data_dir_id: &str,
     clock: &Arc<dyn Clock>,
     gpus: Arc<dyn GpuProbe>,
     tasks: &Tasks,
-) -> anyhow::Result<Supervised> {
-    let around = Surroundings {
+) -> anyhow::Result<Surroundings> {
+    Ok(Surroundings {
         clock: clock.clone(),
         gpus,
         tasks: tasks.clone(),
@@ -335,15 +339,19 @@ fn start_workers(
         grace: config.server.worker_grace,
         backoff_first: config.server.backoff_first,
         backoff_max: config.server.backoff_max,
-    };
+    })
+}
+
+fn start_workers(config: &Config, around: &Surroundings) -> Supervised {
     let (sender, reports) = mpsc::unbounded_channel();
     let tempo = Tempo { load_limit_min: config.server.load_limit, ..Tempo::default() };
+    let around = around.clone();
     let start: StartWorker = Arc::new(move |spec: &ModelSpec, replica| {
         WorkerHandle::start_with(spec.clone(), replica, around.clone(), tempo.clone(), sender.clone())
     });
     let all = config.models.iter().flat_map(|spec| (0..spec.max_replicas.max(1)).map(move |replica| (spec, replica)));
     let workers = all.map(|(spec, replica)| ((spec.name.clone(), replica), start(spec, replica))).collect();
-    Ok((workers, start, reports))
+    (workers, start, reports)
 }
 
 /// Parked models that this machine has no memory for would be killed by it.

@@ -18,8 +18,8 @@ fn main() -> ExitCode {
     let Cli { log, command } = Cli::parse();
     let outcome = match command {
         // The guard stays a small process: no runtime, no telemetry.
-        Command::Guard { grace_ms, command } => {
-            return ExitCode::from(u8::try_from(guard::run(grace_ms, command)).unwrap_or(1));
+        Command::Guard { grace_ms, umask, command } => {
+            return ExitCode::from(u8::try_from(guard::run(grace_ms, umask, command)).unwrap_or(1));
         }
         Command::Checkpoint { way, pids } => return checkpoint(way, &pids),
         Command::Serve(args) => {

@@ -22,6 +22,7 @@ use roundhouse::scheduler::handle::Handle;
 use roundhouse::scheduler::run;
 use roundhouse::store::{self, End, Store};
 use roundhouse::worker::client::WorkerClient;
+use roundhouse::worker::fetching::Fetches;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::mpsc;
@@ -104,6 +105,7 @@ impl Bench {
             workers: BTreeMap::new(),
             start_worker: Arc::new(|_, _| unreachable!("nothing is edited")),
             reports,
+            fetches: Fetches::none(),
             epoch: opened.epoch,
             learned: opened.learned,
             served: opened.served,

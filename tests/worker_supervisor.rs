@@ -441,7 +441,7 @@ async fn programs_that_are_not_there_are_named() {
         panic!("loaded");
     };
     assert!(error.message.contains(&python.display().to_string()));
-    assert!(error.message.contains("scripts/install.sh"), "{}", error.message);
+    assert!(error.message.contains("roundhouse models install toy"), "{}", error.message);
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 """A small local stand-in for the model hub, for tests of fetching: HF_ENDPOINT=http://127.0.0.1:PORT.
 
     hub_standin.py FOLDER [--port 0] [--log FILE] [--cut NAME:BYTES] [--stall NAME:BYTES] [--claim NAME:BYTES]
-                   [--corrupt NAME] [--token TOKEN]
+                   [--hold NAME:BYTES:FILE] [--corrupt NAME] [--token TOKEN]
 
 Serves every FOLDER/ORG/NAME as a repository with the one branch "main", in the shape that huggingface_hub asks for:
 /api/models/ORG/NAME[/revision/REV], .../tree/REV, /ORG/NAME/resolve/REV/FILE (HEAD, GET, ranges; large files by a
@@ -10,6 +10,7 @@ redirect as the real one does). Files over 1 KiB are "LFS": their ETag is a SHA-
 
 --cut      close the connection after that many bytes of the file, once
 --stall    send that many bytes of the file, then nothing more, always (to be killed in the middle)
+--hold     send the file up to its byte BYTES, and the rest when FILE is there
 --claim    list the file with that size
 --corrupt  change a byte of the file on its way
 --token    file reads need this bearer token: 401 without one, 403 with another, as with a gated repository
@@ -25,6 +26,7 @@ import json
 import pathlib
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -46,6 +48,7 @@ class Hub:
         self.log = log
         self.cuts: dict[str, int] = {}
         self.stalls: dict[str, int] = {}
+        self.holds: dict[str, tuple[int, pathlib.Path]] = {}
         self.claims: dict[str, int] = {}
         self.corrupt: set[str] = set()
         self.lock = threading.Lock()
@@ -186,6 +189,15 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             limit = self.hub.cuts.pop(base, None) if self.command == "GET" else None
         stall = self.hub.stalls.get(base) if self.command == "GET" else None
+        hold = self.hub.holds.get(base) if self.command == "GET" else None
+        if hold:
+            at, released = hold
+            self.answer(status, headers, body, sent=body[: max(at - start, 0)])
+            while not released.exists():
+                time.sleep(0.01)
+            with contextlib.suppress(OSError):  # the client may have gone
+                self.wfile.write(body[max(at - start, 0) :])
+            return
         if limit is None and stall is None:
             self.answer(status, headers, body)
             return
@@ -216,6 +228,11 @@ def fault(text: str) -> tuple[str, int]:
     return name, int(count)
 
 
+def hold(text: str) -> tuple[str, tuple[int, pathlib.Path]]:
+    name, count, file = text.split(":", 2)
+    return name, (int(count), pathlib.Path(file))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A local stand-in for the model hub.")
     parser.add_argument("folder", type=pathlib.Path)
@@ -223,6 +240,7 @@ def main() -> None:
     parser.add_argument("--log", type=pathlib.Path)
     parser.add_argument("--cut", type=fault, action="append", default=[], metavar="NAME:BYTES")
     parser.add_argument("--stall", type=fault, action="append", default=[], metavar="NAME:BYTES")
+    parser.add_argument("--hold", type=hold, action="append", default=[], metavar="NAME:BYTES:FILE")
     parser.add_argument("--claim", type=fault, action="append", default=[], metavar="NAME:BYTES")
     parser.add_argument("--corrupt", action="append", default=[], metavar="NAME")
     parser.add_argument("--token")
@@ -230,6 +248,7 @@ def main() -> None:
     hub = Hub(args.folder, args.token, args.log)
     hub.cuts.update(args.cut)
     hub.stalls.update(args.stall)
+    hub.holds.update(args.hold)
     hub.claims.update(args.claim)
     hub.corrupt.update(args.corrupt)
     handler = type("BoundHandler", (Handler,), {"hub": hub})

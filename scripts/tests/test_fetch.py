@@ -115,6 +115,8 @@ def test_a_model_is_fetched_whole_and_found_offline_by_name(hub: Path, tmp_path:
     assert lines[0]["type"] == "progress"
     assert lines[-2]["bytes"] == lines[-2]["total_bytes"] == lines[-1]["bytes"]
     assert len(lines[-1]["revision"]) == 40
+    # The server takes this for the sign that it is whole.
+    assert (tmp_path / "cache/models--org--tiny/.roundhouse-complete" / lines[-1]["revision"]).exists()
     # Both by the real library and by ours.
     code = "import huggingface_hub as h; print(h.snapshot_download('org/tiny', local_files_only=True))"
     offline = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
@@ -237,6 +239,46 @@ def test_a_killed_fetch_goes_on_in_the_middle_of_the_file(hub: Path, tmp_path: P
     assert (snapshot(lines) / big).read_bytes() == (hub / "org/tiny" / big).read_bytes()
 
 
+def test_a_fetch_that_stands_is_told_too(hub: Path, tmp_path: Path) -> None:
+    with (
+        standin(hub, "--stall", "diffusion_pytorch_model.safetensors:2000000") as site,
+        subprocess.Popen(
+            command(tmp_path / "cache"),
+            env=site.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        lines = (json.loads(line) for line in process.stdout)
+        standing = next(line["bytes"] for line in lines if line["bytes"] >= 2_000_000)
+        assert next(lines)["bytes"] == standing
+        process.kill()
+
+
+def test_a_second_process_says_that_it_waits_for_the_first(hub: Path, tmp_path: Path) -> None:
+    go_on = tmp_path / "go-on"
+    cache = tmp_path / "cache"
+    with standin(hub, "--hold", f"diffusion_pytorch_model.safetensors:1000000:{go_on}") as site:
+        with subprocess.Popen(
+            command(cache), env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as first:
+            assert first.stdout is not None
+            first.stdout.readline()  # it has the lock
+            with subprocess.Popen(
+                command(cache), env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            ) as second:
+                assert second.stdout is not None
+                assert json.loads(second.stdout.readline()) == {"type": "waiting"}
+                go_on.touch()
+                first.communicate(timeout=PATIENCE_S)
+                last = second.communicate(timeout=PATIENCE_S)[0].splitlines()[-1]
+        asked = [line for line in site.requests() if line["path"].endswith("diffusion_pytorch_model.safetensors")]
+    assert json.loads(last)["type"] == "done"
+    assert len([line for line in asked if line["path"].startswith("/cdn/")]) == 1
+
+
 def test_too_little_space_is_told_in_bytes_before_anything_is_read(hub: Path, tmp_path: Path) -> None:
     claim = 10**16
     with standin(hub, "--claim", f"diffusion_pytorch_model.safetensors:{claim}") as site:
@@ -292,6 +334,7 @@ def test_include_and_exclude_choose_files(hub: Path, tmp_path: Path) -> None:
     with standin(hub) as site:
         folder = snapshot(run(site, tmp_path / "a", "--include", "*.json"))
         assert names(folder) == {"model_index.json", "transformer/config.json"}
+        assert not (tmp_path / "a/models--org--tiny/.roundhouse-complete").exists()
         folder = snapshot(run(site, tmp_path / "b", "--exclude", "transformer/*"))
         assert names(folder) == {"model_index.json", "README.md", "text_encoder/model.safetensors"}
 

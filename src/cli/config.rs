@@ -36,15 +36,12 @@ fn lack(spec: &ModelSpec) -> Option<String> {
 
 /// The command that makes the model's interpreter, if that is missing.
 pub(super) fn install_command(spec: &ModelSpec) -> Option<String> {
-    let Launch::Script { python, script } = &spec.launch else {
+    let Launch::Script { python, .. } = &spec.launch else {
         return None;
     };
     // A bare name is looked up in PATH at start.
-    if python.components().count() == 1 || python.exists() {
-        return None;
-    }
-    let folder = script.parent()?.file_name()?.to_string_lossy();
-    Some(format!("scripts/install.sh {folder}"))
+    let is_there = python.components().count() == 1 || python.exists();
+    (!is_there).then(|| format!("roundhouse models install {}", spec.name))
 }
 
 #[cfg(test)]
@@ -67,7 +64,7 @@ mod tests {
         check(&path, &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
         let lines: Vec<&str> = text.lines().collect();
-        assert!(lines[0].ends_with("; not installed: scripts/install.sh echo"), "{text}");
+        assert!(lines[0].ends_with("; not installed: roundhouse models install a"), "{text}");
         assert!(lines[1].contains("; no weights in /"), "{text}");
         assert_eq!(lines[2], "c: text, port 8003, /v1/chat/completions /v1/completions");
         assert!(lines[3].ends_with(": ok, 3 models"), "{text}");

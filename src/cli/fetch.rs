@@ -1,5 +1,6 @@
 //! `roundhouse models fetch`: runs the fetcher in each model's own environment and shows how far it is.
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, Write};
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
@@ -46,12 +47,13 @@ pub(super) async fn fetch(path: &Path, names: &[String]) -> anyhow::Result<ExitC
 }
 
 /// One model's weights.
-#[derive(Debug, PartialEq, Eq)]
 struct Target {
     name: String,
     repo: String,
     revision: Option<String>,
     python: PathBuf,
+    /// The entry's, as the server's own fetch and the worker have it: where the cache is, and perhaps a token.
+    env: BTreeMap<String, String>,
 }
 
 /// What the fetcher writes to stdout, a line each.
@@ -114,7 +116,13 @@ fn target(spec: &ModelSpec) -> anyhow::Result<Target> {
     if let Some(command) = install_command(spec) {
         bail!("{name} is not installed yet ({} is missing); run {command} first", python.display());
     }
-    Ok(Target { name: name.clone(), repo, revision: spec.revision.clone(), python: python.clone() })
+    Ok(Target {
+        name: name.clone(),
+        repo,
+        revision: spec.revision.clone(),
+        python: python.clone(),
+        env: spec.env.clone(),
+    })
 }
 
 impl Target {
@@ -137,6 +145,7 @@ impl Target {
         if let Some(revision) = &self.revision {
             command.args(["--revision", revision]);
         }
+        command.envs(&self.env);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
         command
     }
@@ -266,7 +275,7 @@ mod tests {
             std::os::unix::fs::symlink(stand_in, bin.join("python")).unwrap();
         }
         let path = dir.path().join("models.yaml");
-        let yaml = "models:\n  m: {type: text, service_script: server.py, model: org/m, revision: v1}\n  folder: {type: text, service_script: server.py, model: ./w}\n  own: {type: text, command: vllm serve, model: org/own}\n";
+        let yaml = "models:\n  m: {type: text, service_script: server.py, model: org/m, revision: v1, env: {HF_HOME: /hf}}\n  folder: {type: text, service_script: server.py, model: ./w}\n  own: {type: text, command: vllm serve, model: org/own}\n";
         std::fs::write(&path, yaml).unwrap();
         (dir, path)
     }
@@ -299,8 +308,8 @@ mod tests {
 
     #[tokio::test]
     async fn the_fetcher_gets_repository_and_revision() {
-        let (_, text) = run(r#"echo "$*""#, false).await;
-        assert_eq!(text, "-m roundhouse_worker.fetch --repo org/m --json-progress --revision v1\n");
+        let (_, text) = run(r#"echo "$* $HF_HOME""#, false).await;
+        assert_eq!(text, "-m roundhouse_worker.fetch --repo org/m --json-progress --revision v1 /hf\n");
     }
 
     #[tokio::test]
@@ -329,8 +338,8 @@ mod tests {
     #[test]
     fn what_cannot_be_fetched_says_why() {
         let (_dir, path) = folder("");
-        let error = |name: &str| target_of(&path, name).unwrap_err().to_string();
-        assert!(error("m").contains("run scripts/install.sh "), "{}", error("m"));
+        let error = |name: &str| target_of(&path, name).err().unwrap().to_string();
+        assert!(error("m").contains("run roundhouse models install m "), "{}", error("m"));
         assert!(error("folder").contains("there is nothing to fetch"), "{}", error("folder"));
         assert!(error("own").contains("runs by `command`"), "{}", error("own"));
         assert!(error("nope").contains("there are: m, folder, own"), "{}", error("nope"));

@@ -8,6 +8,7 @@ mod backup;
 mod config;
 mod doctor;
 mod fetch;
+mod install;
 mod models;
 mod queue;
 mod replay;
@@ -22,6 +23,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use backup::{BackupArgs, RestoreArgs};
 pub use doctor::DoctorArgs;
+pub use install::InstallArgs;
 pub use replay::ReplayArgs;
 pub use serve::ServeArgs;
 pub use simulate::SimulateArgs;
@@ -85,6 +87,9 @@ pub enum Command {
         /// From SIGTERM to SIGKILL of the worker, in ms.
         #[arg(long, default_value_t = 10_000)]
         grace_ms: u64,
+        /// Permissions that files of the worker never have, in octal.
+        #[arg(long, value_parser = octal)]
+        umask: Option<u32>,
         /// The worker's program and its arguments.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         command: Vec<String>,
@@ -107,7 +112,7 @@ pub enum Command {
 /// Commands that need no server of their own.
 #[derive(Debug, Subcommand)]
 pub enum ClientCommand {
-    /// Look at the models of a running server, load and unload them by hand, retry a broken one, fetch weights
+    /// Look at the models of a running server, load and unload them by hand, retry a broken one; install models, fetch weights
     #[command(subcommand)]
     Models(ModelsCommand),
     /// Pause, resume, drain and purge the queue of a running server
@@ -159,6 +164,8 @@ pub enum ModelsCommand {
         /// Names of models; without any, all that have a Hugging Face id
         names: Vec<String>,
     },
+    /// Make the environments of models, each with its own packages, and test that they work
+    Install(InstallArgs),
 }
 
 /// One model of a running server.
@@ -246,6 +253,10 @@ pub struct ServerArgs {
     pub server: String,
 }
 
+fn octal(text: &str) -> Result<u32, String> {
+    u32::from_str_radix(text, 8).ok().filter(|mask| *mask <= 0o777).ok_or_else(|| "write 000 to 777".to_owned())
+}
+
 /// Does a command; results go to stdout, progress and errors to stderr.
 pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
     let mut out = std::io::stdout().lock();
@@ -268,6 +279,7 @@ pub async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
             queue::operate(&args.server.connect()?, word, args.model.as_deref(), &mut out).await
         }
         ClientCommand::Models(ModelsCommand::Fetch { config, names }) => fetch::fetch(&config, &names).await,
+        ClientCommand::Models(ModelsCommand::Install(args)) => install::install(&args, &mut out).await,
         ClientCommand::Usage(UsageArgs { server, by, from, to }) => {
             let by = match by {
                 UsageBy::Model => "model",
@@ -330,10 +342,10 @@ mod tests {
     #[test]
     fn a_guard_takes_any_words() {
         let words =
-            ["roundhouse", "guard", "--grace-ms", "500", "--", "python", "server.py", "--port", "1", "--log", "x"];
+            "roundhouse guard --grace-ms 500 --umask 077 -- python server.py --port 1 --log x".split_whitespace();
         let cli = Cli::try_parse_from(words).unwrap();
-        let Command::Guard { grace_ms, command } = cli.command else { panic!("{cli:?}") };
-        assert_eq!(grace_ms, 500);
+        let Command::Guard { grace_ms, umask, command } = cli.command else { panic!("{cli:?}") };
+        assert_eq!((grace_ms, umask), (500, Some(0o077)));
         assert_eq!(command, ["python", "server.py", "--port", "1", "--log", "x"]);
     }
 

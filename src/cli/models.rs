@@ -89,16 +89,20 @@ fn row(model: &Value, workers: &BTreeMap<&str, &Value>) -> Row {
     Row { cells, reason: worker.get("reason").and_then(Value::as_str).map(str::to_owned) }
 }
 
-/// `loading weights 40%`; the worker's view if there is one.
+/// `loading weights 40%`, `fetching 33%, 100 s left`; the worker's view if there is one.
 fn state(model: &Value, worker: &Value) -> String {
     let mut state = worker.get("state").or(model.get("state")).map(word).unwrap_or_default();
-    if state == "loading" {
-        if let Some(phase) = worker.get("phase").and_then(Value::as_str) {
-            state += &format!(" {phase}");
-        }
-        if let Some(percent) = worker.get("percent").and_then(Value::as_f64) {
-            state += &format!(" {percent:.0}%");
-        }
+    if !matches!(state.as_str(), "loading" | "fetching") {
+        return state;
+    }
+    if let Some(phase) = worker.get("phase").and_then(Value::as_str).filter(|phase| *phase != state) {
+        state += &format!(" {phase}");
+    }
+    if let Some(percent) = worker.get("percent").and_then(Value::as_f64) {
+        state += &format!(" {percent:.0}%");
+    }
+    if let Some(left) = model.pointer("/fetch/eta_s").and_then(Value::as_f64) {
+        state += &format!(", {left:.0} s left");
     }
     state
 }
@@ -137,6 +141,8 @@ mod tests {
         json!({"object": "list", "data": [
             {"id": "qwen", "object": "model", "roundhouse":
                 {"kind": "text", "state": "loading", "queue_depth": 12, "endpoints": ["/v1/chat/completions", "/v1/completions"]}},
+            {"id": "new", "object": "model", "roundhouse":
+                {"kind": "text", "state": "fetching", "queue_depth": 1, "endpoints": ["/v1/completions"], "fetch": {"eta_s": 100.0}}},
             {"id": "flux", "object": "model", "roundhouse":
                 {"kind": "image", "state": "absent", "queue_depth": 0, "endpoints": ["/v1/images/generations"]}},
         ]})
@@ -146,6 +152,7 @@ mod tests {
         json!({"object": "list", "data": [
             {"model": "qwen", "replica": 0, "state": "absent", "port": null, "reason": null},
             {"model": "qwen", "replica": 1, "state": "loading", "phase": "weights", "percent": 40.2, "port": 8001, "reason": null},
+            {"model": "new", "state": "fetching", "phase": "fetching", "percent": 33.3, "port": null, "reason": null},
             {"model": "flux", "state": "quarantined", "phase": null, "port": null, "reason": "5 loads failed\nno such file"},
         ]})
     }
@@ -194,9 +201,10 @@ mod tests {
         let mut out = Vec::new();
         list(&server, &mut out).await.unwrap();
         let expected = "\
-MODEL  TYPE   STATE                QUEUED  PORT  ENDPOINTS
-qwen   text   loading weights 40%  12      8001  /v1/chat/completions /v1/completions
-flux   image  quarantined          0             /v1/images/generations
+MODEL  TYPE   STATE                     QUEUED  PORT  ENDPOINTS
+qwen   text   loading weights 40%       12      8001  /v1/chat/completions /v1/completions
+new    text   fetching 33%, 100 s left  1             /v1/completions
+flux   image  quarantined               0             /v1/images/generations
     5 loads failed
     no such file
 ";

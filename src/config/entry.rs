@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::file::{At, Entry, File, Park};
-use super::units::Command;
+use super::units::{Command, Word};
 use super::{Problems, is_hub_id};
 use crate::domain::{self, Launch, ModelKind, ModelSpec};
 
@@ -27,7 +27,13 @@ const NAME_CHARS_MAX: usize = 128;
 const PLACEHOLDERS: &[&str] = &["port", "model", "name"];
 
 /// All entries in the order of the file; entries with problems are left out.
-pub(super) fn models(file: &File, dir: &Path, problems: &mut Problems) -> Vec<ModelSpec> {
+/// `own`: looks up the server's own environment.
+pub(super) fn models(
+    file: &File,
+    dir: &Path,
+    own: &dyn Fn(&str) -> Option<String>,
+    problems: &mut Problems,
+) -> Vec<ModelSpec> {
     if file.entries().is_empty() {
         problems.add(None, "`models` has no entry; docs/ADDING_MODELS.md shows one");
     }
@@ -35,7 +41,7 @@ pub(super) fn models(file: &File, dir: &Path, problems: &mut Problems) -> Vec<Mo
     let entries = file.entries().iter().enumerate();
     entries
         .filter_map(|(index, (name, entry))| {
-            let mut reader = Reader { name, entry, dir, problems };
+            let mut reader = Reader { name, entry, dir, own, problems };
             reader.spec(index)
         })
         .collect()
@@ -67,6 +73,7 @@ struct Reader<'a> {
     name: &'a At<String>,
     entry: &'a Entry,
     dir: &'a Path,
+    own: &'a dyn Fn(&str) -> Option<String>,
     problems: &'a mut Problems,
 }
 
@@ -344,8 +351,11 @@ impl Reader<'_> {
                 self.problem(at.line, "env", &help);
             }
         }
-        let pairs = at.value.iter();
-        pairs.map(|(key, word)| (key.clone(), word.0.clone())).collect()
+        let value = |key: &str, word: &Option<Word>| match word {
+            Some(word) => Some(word.0.clone()),
+            None => (self.own)(key),
+        };
+        at.value.iter().filter_map(|(key, word)| Some((key.clone(), value(key, word)?))).collect()
     }
 
     /// A folder becomes absolute, a Hugging Face id stays.

@@ -74,8 +74,9 @@ pub(super) struct Entry {
     pub(super) endpoints: Option<At<Vec<At<String>>>>,
     /// More words for the worker's command line.
     pub(super) args: Option<At<Vec<Word>>>,
-    /// Environment of the worker.
-    pub(super) env: Option<At<BTreeMap<String, Word>>>,
+    /// Environment of the worker, besides the server's own without what looks like a credential. A name without a value
+    /// (`MY_TOKEN:`) passes the server's own value on, if it has one.
+    pub(super) env: Option<At<BTreeMap<String, Option<Word>>>>,
     /// Other names clients may use for it.
     pub(super) aliases: Option<At<Vec<At<String>>>>,
     /// Most requests on the worker at once. Default 256 for text, else `max_batch`.

@@ -192,7 +192,7 @@ fn parse(path: &Path, text: &str, env: &dyn Fn(&str) -> Option<String>) -> (Opti
     let dir = path.parent().unwrap_or(Path::new("/"));
     let config = Config {
         path: path.to_path_buf(),
-        models: entry::models(&file, dir, &mut problems),
+        models: entry::models(&file, dir, env, &mut problems),
         scheduler: sections::scheduler(&file, &mut problems),
         server: sections::server(&file, env, &mut problems),
         storage: sections::storage(&file, dir, &mut problems),

@@ -455,6 +455,16 @@ fn hub_ids() {
 }
 
 #[test]
+fn a_name_without_a_value_passes_the_servers_own_on() {
+    let own = |name: &str| (name == "MY_TOKEN").then(|| "of the server".to_owned());
+    let yaml = "models:\n  m:\n    type: text\n    command: x\n    env: {MY_TOKEN: , NOT_SET: null, EMPTY: ''}\n";
+    let config = read_with(yaml, &own).unwrap();
+    let env: Vec<(&str, &str)> =
+        config.models[0].env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    assert_eq!(env, [("EMPTY", ""), ("MY_TOKEN", "of the server")]);
+}
+
+#[test]
 fn debug_hides_the_environments_values() {
     let spec = entry("    type: text\n    env: {TOKEN: hunter2}\n").unwrap();
     let text = format!("{spec:?}");

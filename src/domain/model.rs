@@ -161,6 +161,14 @@ impl ModelSpec {
         shape(self) == shape(other)
     }
 
+    /// The Hugging Face repository whose files have to be here before its worker is started. `None`: its weights are a
+    /// folder, or its own program gets them.
+    pub fn repository(&self) -> Option<&str> {
+        let is_script = matches!(self.launch, Launch::Script { .. });
+        let is_repository = |model: &&str| !model.starts_with('/') && model.matches('/').count() == 1;
+        self.model.as_deref().filter(|_| is_script).filter(is_repository)
+    }
+
     /// Whether `endpoint` is one of its paths.
     pub fn serves(&self, endpoint: &str) -> bool {
         self.endpoints.iter().any(|e| e == endpoint)

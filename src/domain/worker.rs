@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::job::text_enum;
 use super::{JobError, Millis, ModelState};
+use std::fmt;
 
 /// A worker's report, sent by its supervisor to the scheduler. Each changes what the scheduler may do next.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,6 +55,69 @@ pub enum Report {
     /// Needs GPUs that the box does not see.
     NoGpu,
     /// May be loaded again: back-off is over, a GPU came back, or a person asked for a retry.
+    Available,
+}
+
+text_enum! {
+    /// Where the fetch of a model's weights is.
+    FetchPhase {
+        /// Another one is at work: one at a time.
+        Waiting => "waiting",
+        /// The hub is asked which files there are.
+        Listing => "listing",
+        /// Files come.
+        Fetching => "fetching",
+        /// It was cut off and goes on by itself where it was.
+        Interrupted => "interrupted",
+        /// It cannot go on; tried again by itself, in case somebody has mended it.
+        Failed => "failed",
+    }
+}
+
+/// How far the fetch of a model's weights is.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Fetch {
+    /// Where it is.
+    pub phase: FetchPhase,
+    /// Bytes that are here, those of earlier fetches too.
+    pub bytes: u64,
+    /// All that there are to be; `None` until the hub has said.
+    pub total_bytes: Option<u64>,
+    /// 0 to 100.
+    pub percent: Option<f64>,
+    /// Measured over the last seconds.
+    pub bytes_per_s: Option<f64>,
+    /// What is left, at that speed, in seconds.
+    pub eta_s: Option<f64>,
+    /// Why it does not go on now, if it does not.
+    pub reason: Option<String>,
+    /// When it is tried again, ms since the epoch, if it does not go on now.
+    pub retry_at: Option<Millis>,
+}
+
+impl Fetch {
+    /// One of which no more is known than where it is.
+    pub fn at(phase: FetchPhase) -> Self {
+        let (bytes, total_bytes, percent, bytes_per_s, eta_s) = (0, None, None, None, None);
+        Self { phase, bytes, total_bytes, percent, bytes_per_s, eta_s, reason: None, retry_at: None }
+    }
+}
+
+/// What the fetching task tells the scheduler about a model's weights.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FetchReport {
+    /// All of them are here: the model may be loaded.
+    Here,
+    /// They are not here, and on their way.
+    Progress(Fetch),
+    /// They cannot be had now, as `error` says.
+    Failed {
+        /// Where it ended.
+        fetch: Fetch,
+        /// For those who wait for an answer.
+        error: JobError,
+    },
+    /// May be asked for again: the pause after a failure is over, or a person asked for a retry.
     Available,
 }
 

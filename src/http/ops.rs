@@ -47,7 +47,15 @@ pub(super) fn decision_json(decision: &Decision) -> Value {
 fn model_queue_json(view: &ModelQueueView) -> Value {
     let mut shown = json!(view);
     shown["due_at"] = json!(view.due_at.map(rfc3339));
+    shown["fetch"] = json!(fetch_json(view));
     shown
+}
+
+fn fetch_json(view: &ModelQueueView) -> Option<Value> {
+    let fetch = view.fetch.as_ref()?;
+    let mut shown = json!(fetch);
+    shown["retry_at"] = json!(fetch.retry_at.map(rfc3339));
+    Some(shown)
 }
 
 /// `GET /v1/models`, in OpenAI's shape with ours beside it. Touches no GPU.
@@ -82,6 +90,7 @@ pub(super) fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) 
             "state": view.map_or(ModelState::Absent, |view| view.state).as_str(),
             "state_reason": view.and_then(|view| view.state_reason).map(|reason| reason.as_str()),
             "trouble": view.and_then(|view| view.trouble.as_deref()),
+            "fetch": view.and_then(fetch_json),
             "queue_depth": view.map_or(0, |view| view.queued),
             "running": view.map_or(0, |view| view.running),
             "paused": view.is_some_and(|view| view.paused),
@@ -200,6 +209,7 @@ mod tests {
             state: ModelState::Quarantined,
             state_reason: Some(StateReason::ModelBlocked),
             trouble: Some("out of memory".into()),
+            fetch: None,
         };
         let decision = Decision {
             at: 1_790_000_000_123,

@@ -364,6 +364,7 @@ mod tests {
             state: ModelState::Loading,
             state_reason: reason,
             trouble: None,
+            fetch: None,
         }
     }
 

@@ -56,7 +56,7 @@ impl State {
         let is_there = self.workers.iter().any(|worker| worker.model == index && worker.stays());
         let model = &mut self.models[index];
         model.unload = false;
-        if is_there || model.trouble.is_some() {
+        if is_there || model.trouble.is_some() || model.lack.as_ref().is_some_and(Lack::has_failed) {
             return false;
         }
         model.wanted_at = Some(now);

@@ -46,6 +46,7 @@ impl State {
                 }
             };
             if *restart {
+                self.look_for_weights_again(index);
                 self.end_workers(index, now, &mut effects);
             }
             let then = match what {

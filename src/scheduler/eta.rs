@@ -105,7 +105,7 @@ impl State {
     /// hands, so that it costs little to ask for many.
     pub fn expected(&mut self, model: &str, priority: u8, number: i64, now: Millis) -> Option<Expected> {
         let index = self.index_of(model)?;
-        if self.models[index].trouble.is_some() || self.models[index].held.paused {
+        if self.models[index].blocked().is_some() || self.models[index].held.paused {
             return None;
         }
         let ahead = self.models[index].queue.ahead_in_class(priority, number)?;
@@ -154,8 +154,9 @@ impl State {
         if m.held.paused {
             return Some(decision::is_paused(model, m.queue.len()));
         }
-        if let Some(trouble) = &m.trouble {
-            return Some(format!("{model} cannot be loaded now: {}", trouble.text));
+        if let Some(trouble) = m.blocked() {
+            let word = if m.trouble.is_none() && trouble.error.is_none() { "yet" } else { "now" };
+            return Some(format!("{model} cannot be loaded {word}: {}", trouble.text));
         }
         let holding = self.holding(index);
         let about = self.journal.about(model).filter(|_| holding != Holding::Serving);

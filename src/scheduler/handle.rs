@@ -7,9 +7,9 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::domain::worker::WorkerView;
+use crate::domain::worker::{Fetch, FetchPhase, WorkerView};
 use crate::domain::{
-    BatchId, Control, ErrorCode, Job, JobError, JobId, JobState, Millis, ModelState, NewJob, StateReason,
+    BatchId, Control, ErrorCode, Job, JobError, JobId, JobState, Millis, ModelSpec, ModelState, NewJob, StateReason,
 };
 use crate::lifecycle::Tasks;
 pub use crate::policy::plan::Decision;
@@ -19,6 +19,7 @@ pub use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::run::{Message, Reload};
 pub use crate::scheduler::state::Expected;
 use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics, Trouble};
+use crate::worker::fetching::FetchHandle;
 use crate::worker::supervisor::{Order, WorkerHandle};
 
 /// Why jobs were not accepted; nothing was stored.
@@ -96,6 +97,8 @@ pub struct ModelQueueView {
     pub state_reason: Option<StateReason>,
     /// Why it cannot be loaded now.
     pub trouble: Option<String>,
+    /// How far its weights are, while they are not here and somebody wants them.
+    pub fetch: Option<Fetch>,
     /// Its waiting jobs do not start: somebody has paused it, or all.
     pub paused: bool,
     /// New jobs of it are refused: somebody drains it, or all.
@@ -190,6 +193,7 @@ pub struct Handle {
     hub: Hub,
     store: Store,
     workers: Arc<Mutex<Workers>>,
+    fetching: FetchHandle,
     view: watch::Receiver<Arc<QueueView>>,
     counters: Arc<Mutex<Counters>>,
     tasks: Tasks,
@@ -200,21 +204,14 @@ impl Handle {
         messages: mpsc::UnboundedSender<Message>,
         hub: Hub,
         store: Store,
-        workers: Workers,
+        (workers, fetching): (Workers, FetchHandle),
         view: watch::Receiver<Arc<QueueView>>,
         tasks: Tasks,
     ) -> Self {
         let counters =
             Counters { wait_buckets: WAIT_BUCKETS.iter().map(|le| (*le, 0)).collect(), ..Counters::default() };
-        Self {
-            messages,
-            hub,
-            store,
-            workers: Arc::new(Mutex::new(workers)),
-            view,
-            counters: Arc::new(Mutex::new(counters)),
-            tasks,
-        }
+        let (workers, counters) = (Arc::new(Mutex::new(workers)), Arc::new(Mutex::new(counters)));
+        Self { messages, hub, store, workers, fetching, view, counters, tasks }
     }
 
     /// Commits jobs (all or none) and returns them in order. All are of one tenant. With a `key` that came before, those of
@@ -327,14 +324,30 @@ impl Handle {
         self.store.troubles()
     }
 
-    /// Views of all workers, by name and number.
+    /// Views of all workers, by name and number. One whose model is being fetched says so.
     pub fn workers(&self) -> Vec<WorkerView> {
-        self.supervisors().values().map(WorkerHandle::view).collect()
+        let queue = self.queue();
+        let fetch_of =
+            |name: &str| queue.models.iter().find(|view| view.model == name).and_then(|view| view.fetch.as_ref());
+        let show = |worker: &WorkerHandle| {
+            let view = worker.view();
+            match fetch_of(&view.model) {
+                Some(fetch) if matches!(view.state, ModelState::Absent | ModelState::Backoff) => fetching(view, fetch),
+                _ => view,
+            }
+        };
+        self.supervisors().values().map(show).collect()
     }
 
-    /// Forgets a model's back-off and quarantine. False: no such model.
+    /// Forgets a model's back-off and quarantine, and the pause before its weights are asked for again. False: no such model.
     pub fn retry_model(&self, model: &str) -> bool {
+        self.fetching.retry(model);
         handles(&self.supervisors(), model).map(|worker| worker.order(Order::Retry)).count() > 0
+    }
+
+    /// From now on it is these models' weights that may be wanted.
+    pub(super) fn fetches_of(&self, models: &[ModelSpec]) {
+        self.fetching.edit(models);
     }
 
     pub(super) fn supervisors(&self) -> MutexGuard<'_, Workers> {
@@ -385,6 +398,13 @@ impl Handle {
             Err(_) => Err("the store does not commit within a second".to_owned()),
         }
     }
+}
+
+/// A worker that waits for its model's weights.
+fn fetching(view: WorkerView, fetch: &Fetch) -> WorkerView {
+    let state = if fetch.phase == FetchPhase::Failed { ModelState::Backoff } else { ModelState::Fetching };
+    let (reason, phase) = (fetch.reason.clone(), Some(fetch.phase.as_str().to_owned()));
+    WorkerView { state, phase, percent: fetch.percent, reason, retry_at: fetch.retry_at, ..view }
 }
 
 const ANSWER_WITHIN: Duration = Duration::from_secs(1);

@@ -9,6 +9,7 @@ use crate::policy::tier::Parked;
 use crate::policy::view::ModelView;
 use crate::scheduler::inventory::Inventory;
 use crate::scheduler::queue::{Queue, Slots};
+use crate::scheduler::state::Lack;
 use crate::store::Learned;
 
 /// Jobs of a run end about together: completions within this time count as one sample of the time for each.
@@ -48,6 +49,10 @@ pub(super) struct Model {
     /// It has an entry in models.yaml.
     pub(super) is_listed: bool,
     pub(super) trouble: Option<Trouble>,
+    /// Its weights are not known to be here.
+    pub(super) lack: Option<Lack>,
+    /// They come from a hub.
+    pub(super) fetches: bool,
     /// Why no device of this box could ever hold it.
     pub(super) too_big: Option<Decision>,
     pub(super) slots: Slots,
@@ -92,6 +97,7 @@ impl Model {
             timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
             preload: spec.preload,
             park: spec.park.is_on(),
+            fetches: spec.repository().is_some(),
             gpus: spec.gpus,
             declared_bytes: spec.memory.filter(|_| !spec.exclusive),
             tells_bytes: spec.memory.is_none() && !spec.exclusive,
@@ -128,6 +134,9 @@ impl Model {
             self.preload = new.preload;
         }
         self.is_listed = true;
+        if restart {
+            (self.fetches, self.lack) = (new.fetches, None);
+        }
         (self.trouble, self.too_big) = (None, None);
         (self.slots, self.timeout_ms, self.park) = (new.slots, new.timeout_ms, new.park);
         (self.gpus, self.declared_bytes, self.tells_bytes) = (new.gpus, new.declared_bytes, new.tells_bytes);
@@ -148,6 +157,8 @@ impl Model {
             name,
             is_listed: false,
             trouble: None,
+            lack: None,
+            fetches: false,
             too_big: None,
             slots: Slots { limit: 1, max_batch: 1 },
             timeout_ms: i64::MAX,
@@ -179,6 +190,11 @@ impl Model {
             self.trouble =
                 Some(Trouble { reason: StateReason::ModelBlocked, error, text: reason.clone(), until: None });
         }
+    }
+
+    /// Why it cannot be loaded now: a trouble of its own, or its weights are not here.
+    pub(super) fn blocked(&self) -> Option<&Trouble> {
+        self.trouble.as_ref().or(self.lack.as_ref().map(|lack| &lack.trouble))
     }
 
     /// A worker of it tells the memory that it takes on each device.
@@ -232,7 +248,7 @@ impl Model {
 
     /// Of the time of one device, how much of late arrivals ask for.
     pub(super) fn asked(&self, now: Millis) -> f64 {
-        if self.trouble.is_some() { 0.0 } else { self.rate.per_ms(now) * self.each_ms() * self.weight() }
+        if self.blocked().is_some() { 0.0 } else { self.rate.per_ms(now) * self.each_ms() * self.weight() }
     }
 
     /// Whether that is more than a guess.
@@ -378,8 +394,8 @@ impl Model {
             rate: self.rate.per_ms(now),
             gap_ms: self.learned.gap_ms,
             group: self.learned.waiting_at_load.unwrap_or(1.0),
-            trouble: self.trouble.as_ref().map(|t| t.text.clone()),
-            trouble_until: self.trouble.as_ref().and_then(|t| t.until),
+            trouble: self.blocked().map(|t| t.text.clone()),
+            trouble_until: self.blocked().and_then(|t| t.until),
             preload: self.preload,
             idle_ttl_ms: self.idle_ttl_ms,
             pin: self.is_pinned(),

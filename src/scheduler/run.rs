@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::clock::Clock;
-use crate::domain::worker::Report;
+use crate::domain::worker::{FetchPhase, FetchReport, Report};
 use crate::domain::{
     Class, Control, Controls, Face, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob,
     StateReason, Token,
@@ -24,12 +24,13 @@ use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, Queue
 use crate::scheduler::hub::{Ended, Hub, JobWatch};
 use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::queue::{Run, shared};
-use crate::scheduler::state::{Effect, Event, Holding, Inventory, Place, State, edits};
+use crate::scheduler::state::{Effect, Event, Holding, Inventory, Lack, Place, State, edits};
 use crate::scheduler::watch as devices;
 use crate::store::{
     self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Spent, Store, StoreError,
 };
 use crate::worker::client::{RunTag, WorkerClient};
+use crate::worker::fetching::{FetchHandle, Fetches};
 use crate::worker::gpu::GpuProbe;
 use crate::worker::supervisor::{Order, WorkerHandle};
 
@@ -121,6 +122,8 @@ pub struct Parts {
     pub start_worker: StartWorker,
     /// Their reports.
     pub reports: mpsc::UnboundedReceiver<(String, u32, Report)>,
+    /// Fetches weights.
+    pub fetches: Fetches,
     /// Number of this run of the server on its data dir.
     pub epoch: i64,
     /// What earlier runs learned.
@@ -153,6 +156,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         workers,
         start_worker,
         reports,
+        fetches: Fetches { handle: fetching, reports: fetches, missing },
         epoch,
         learned,
         served,
@@ -166,12 +170,20 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
     let (messages, inbox) = mpsc::unbounded_channel();
     let (view, viewed) = watch::channel(Arc::new(QueueView::default()));
     let hub = Hub::default();
-    let handle = Handle::new(messages.clone(), hub.clone(), store.clone(), workers.clone(), viewed, tasks.clone());
+    let handle = Handle::new(
+        messages.clone(),
+        hub.clone(),
+        store.clone(),
+        (workers.clone(), fetching.clone()),
+        viewed,
+        tasks.clone(),
+    );
     let there = devices::look(&gpus).await;
     let mut state = State::new(&models, knobs, &learned, epoch)
         .on(Inventory { host: park_bytes, ..Inventory::of(&there, cpu_bytes) })
         .with_tenants(&served, &weights)
-        .with_controls(&controls);
+        .with_controls(&controls)
+        .without_weights(&missing);
     state.tell_parking(clock.now());
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
@@ -194,6 +206,8 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         start_worker,
         inbox,
         reports,
+        fetching,
+        fetches,
         handle: handle.clone(),
         view,
         changed: true,
@@ -227,6 +241,8 @@ struct Scheduler {
     start_worker: StartWorker,
     inbox: mpsc::UnboundedReceiver<Message>,
     reports: mpsc::UnboundedReceiver<(String, u32, Report)>,
+    fetching: FetchHandle,
+    fetches: mpsc::UnboundedReceiver<(String, FetchReport)>,
     handle: Handle,
     view: watch::Sender<Arc<QueueView>>,
     /// Whether something happened since the last step.
@@ -254,6 +270,7 @@ fn confirm(message: Message) {
 enum Wake {
     Message(Message),
     Report(String, u32, Report),
+    Fetch(String, FetchReport),
     Timer,
     View,
     Keep,
@@ -285,6 +302,7 @@ impl Scheduler {
                 }
                 Wake::Timer => {}
                 Wake::Report(model, replica, report) => self.on_report(model, replica, report),
+                Wake::Fetch(model, report) => self.apply(Event::Fetch { model, report: Box::new(report) }),
                 Wake::Message(message) => {
                     self.on_message(message);
                     for _ in 1..MESSAGES_PER_STEP {
@@ -326,6 +344,7 @@ impl Scheduler {
             () = tasks.hard().cancelled() => Wake::Hard,
             () = tasks.soft().cancelled(), if !stopping => Wake::Soft,
             Some((model, replica, report)) = self.reports.recv() => Wake::Report(model, replica, report),
+            Some((model, report)) = self.fetches.recv() => Wake::Fetch(model, report),
             Some(message) = self.inbox.recv() => Wake::Message(message),
             () = until(self.view_at) => Wake::View,
             () = tokio::time::sleep_until(self.keep_at) => Wake::Keep,
@@ -616,6 +635,7 @@ impl Scheduler {
                     Some(worker) => worker.order_on(order, set),
                     None => tracing::error!(replica, ?order, "an order for a worker that has no supervisor"),
                 },
+                Effect::Fetch { model } => self.fetching.want(&model),
                 Effect::Evict { numbers } => {
                     let stops = numbers.iter().filter_map(|number| self.stops.get(number));
                     stops.for_each(|stop| stop.evicted.cancel());
@@ -749,22 +769,31 @@ impl Scheduler {
         let model = &self.state.models[index];
         let holding = self.state.holding(index);
         let lacks_gpus = model.trouble.as_ref().is_some_and(|trouble| trouble.reason == StateReason::NoGpu);
-        let state = match holding {
-            Holding::Draining => ModelState::Draining,
-            Holding::Nothing if lacks_gpus => ModelState::Blocked,
+        let fetch = model.lack.as_ref().and_then(|lack| lack.fetch.as_ref()).filter(|_| holding == Holding::Nothing);
+        let state = match (holding, fetch) {
+            (Holding::Draining, _) => ModelState::Draining,
+            (Holding::Nothing, _) if lacks_gpus => ModelState::Blocked,
+            (_, Some(fetch)) if fetch.phase == FetchPhase::Failed => ModelState::Backoff,
+            (_, Some(_)) => ModelState::Fetching,
             _ => state_of(handles(&self.workers, &model.name).map(|worker| worker.view().state)),
         };
-        let reason = match &model.trouble {
+        let has_begun = |lack: &&Lack| lack.fetch.is_some();
+        let lack = model.lack.as_ref().filter(has_begun).map(|lack| &lack.trouble);
+        let reason = match model.trouble.as_ref().or(lack) {
             _ if model.held.paused => Some(StateReason::Paused),
             Some(trouble) => Some(trouble.reason),
             None if holding == Holding::Loading => Some(StateReason::ModelLoading),
             None => None,
         };
+        // What is on its way is no trouble.
+        let trouble = model.trouble.as_ref().or(lack).filter(|trouble| trouble.reason != StateReason::ModelFetching);
+        let fetch_ms = fetch.and_then(|fetch| fetch.eta_s).map(|left| left * 1e3);
+        let is_expected = model.blocked().is_none() || (trouble.is_none() && fetch_ms.is_some());
         let resident = matches!(holding, Holding::Serving | Holding::Draining);
         let oldest = [Class::Interactive, Class::Batch].into_iter().filter_map(|class| model.queue.oldest(class)).min();
         let backlog = model.queue.len() as f64 * model.each_ms();
         let load_ms = self.state.load_ms(index);
-        let wait = if resident { backlog } else { backlog + load_ms };
+        let wait = if resident { backlog } else { backlog + load_ms + fetch_ms.unwrap_or(0.0) };
         ModelQueueView {
             model: model.name.to_string(),
             queued: model.queue.len(),
@@ -772,12 +801,13 @@ impl Scheduler {
             running: model.queue.running().len(),
             oldest_age_s: oldest.map(|at| (now - at) as f64 / 1e3),
             resident,
-            est_wait_s: (model.trouble.is_none() && !model.held.paused).then_some(wait / 1e3),
+            est_wait_s: (is_expected && !model.held.paused).then_some(wait / 1e3),
             swap_cost_s: (load_ms + model.stop_ms()) / 1e3,
             due_at: self.state.due(index),
             state,
             state_reason: reason,
-            trouble: model.trouble.as_ref().map(|t| t.text.clone()),
+            trouble: trouble.map(|t| t.text.clone()),
+            fetch: fetch.cloned(),
             paused: model.held.paused,
             draining: model.held.draining,
             pinned: model.is_pinned(),

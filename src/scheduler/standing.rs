@@ -96,7 +96,7 @@ impl State {
         let holders = self.workers.iter().filter(|w| w.is_on_device() && w.model != index).map(|w| w.model);
         let first = holders.clone().min_by(|a, b| backlog(*a).total_cmp(&backlog(*b)));
         let ahead: Vec<usize> = (0..self.models.len())
-            .filter(|i| *i != index && self.models[*i].trouble.is_none() && self.models[*i].queue.len() > 0)
+            .filter(|i| *i != index && self.models[*i].blocked().is_none() && self.models[*i].queue.len() > 0)
             .filter(|i| Some(*i) == first || !holders.clone().any(|holder| holder == *i))
             .filter(|i| Some(*i) == first || (due(*i), *i) < mine)
             .collect();

@@ -3,13 +3,14 @@
 //! tell it by events and are asked by effects.
 //!
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
+//! `weights` is about models whose weights have to be fetched first;
 //! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an
 //! operator says, `edits` what an edited models.yaml does; `accounts` counts where the time goes; `model` and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
-use crate::domain::worker::Report;
+use crate::domain::worker::{FetchReport, Report};
 use crate::domain::{Class, Control, Controls, ErrorCode, GpuSet, JobError, Millis, ModelSpec, StateReason};
 use crate::policy::learn::{LOAD_WEIGHT, blend};
 use crate::policy::order::Served;
@@ -40,9 +41,12 @@ mod hints;
 mod standing;
 #[path = "turns.rs"]
 mod turns;
+#[path = "weights.rs"]
+mod weights;
 pub use edits::{Edit, edits};
 pub use eta::Expected;
 pub(super) use standing::Holding;
+pub(super) use weights::Lack;
 
 /// How long a plan stands while only more of the same arrives.
 const PLAN_EVERY_MS: i64 = 5;
@@ -110,6 +114,13 @@ pub enum Event {
         replica: u32,
         /// What it says.
         report: Report,
+    },
+    /// The fetching task says something about a model's weights.
+    Fetch {
+        /// Entry name.
+        model: String,
+        /// What it says.
+        report: Box<FetchReport>,
     },
     /// The GPUs that are there now: memory in bytes, by the driver's numbers.
     Devices(BTreeMap<u32, u64>),
@@ -183,6 +194,11 @@ pub enum Effect {
         set: GpuSet,
         /// The order.
         order: Order,
+    },
+    /// Look for the weights of a model, and fetch them if they are not here.
+    Fetch {
+        /// Entry name.
+        model: String,
     },
     /// End the attempts of running jobs whose GPU has vanished: they wait again, uncharged.
     Evict {
@@ -378,7 +394,7 @@ impl State {
     /// What a sync caller of this model must be told now instead of waiting.
     pub fn refusal(&self, model: &str) -> Option<&JobError> {
         let model = self.index_of(model)?;
-        self.models[model].trouble.as_ref().and_then(|t| t.error.as_ref())
+        self.models[model].blocked().and_then(|trouble| trouble.error.as_ref())
     }
 
     /// Counts a submission, in order of arrival.
@@ -426,7 +442,11 @@ impl State {
     /// Takes in an event. Call [`State::step`] after one or more of them.
     pub fn on_event(&mut self, event: Event, now: Millis) -> Vec<Effect> {
         self.account(now);
-        self.plan_now |= !matches!(event, Event::Queued(_));
+        self.plan_now |= match &event {
+            Event::Queued(_) => false,
+            Event::Fetch { report, .. } => !matches!(**report, FetchReport::Progress(_)),
+            _ => true,
+        };
         match event {
             Event::Queued(jobs) => {
                 for job in &jobs {
@@ -458,6 +478,7 @@ impl State {
                 Some(index) => self.on_report(index, replica, report, now),
                 None => Vec::new(),
             },
+            Event::Fetch { model, report } => self.on_fetch(&model, *report),
             Event::Devices(there) => self.on_devices(&there),
             Event::Control(control) => self.on_control(&control, now),
             Event::Purge { model, before } => self.on_purge(model.as_deref(), before),
@@ -650,6 +671,7 @@ impl State {
         let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
         let text = format!("{word}: {}", first_line(&error.message));
         self.give_up(worker);
+        self.look_for_weights_again(index);
         let serves = self.serves(index);
         let model = &mut self.models[index];
         (model.preload, model.wanted_at) = (false, None);
@@ -659,10 +681,7 @@ impl State {
             // Callers have another worker.
             return Vec::new();
         }
-        let callers = model.queue.take_sync();
-        callers.iter().for_each(|job| self.forget_tenant(&job.tenant));
-        let numbers: Vec<i64> = callers.into_iter().map(|job| job.number).collect();
-        if numbers.is_empty() { Vec::new() } else { vec![Effect::EndQueued { numbers, error, overdue: false }] }
+        self.end_callers(index, error)
     }
 
     /// Does what follows from all events so far: ends overdue jobs, fills free slots, plans.
@@ -673,6 +692,7 @@ impl State {
         for model in &mut self.models {
             self.plan_now |= model.queue.wake(now);
         }
+        self.ask_for_weights(&mut effects);
         self.admit_jobs(now, &mut effects);
         self.note_idle(now);
         self.finish_draining(now, &mut effects);
@@ -795,6 +815,10 @@ mod tests;
 #[cfg(test)]
 #[path = "device_tests.rs"]
 mod device_tests;
+
+#[cfg(test)]
+#[path = "weights_tests.rs"]
+mod weights_tests;
 
 #[cfg(test)]
 #[path = "box_tests.rs"]

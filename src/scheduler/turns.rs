@@ -131,7 +131,7 @@ impl State {
             };
             let model = &self.models[worker.model];
             let is_wanted = model.pending() != (0, 0) || model.preload || model.wanted_at.is_some();
-            if self.stopping || !is_wanted || model.trouble.is_some() {
+            if self.stopping || !is_wanted || model.blocked().is_some() {
                 // Its jobs were cancelled, or it is in trouble: the next plan decides anew.
                 self.plan_now = true;
                 if was_parked {

@@ -186,6 +186,7 @@ impl Roundhouse {
                 }
                 Effect::Announce(_)
                 | Effect::CancelQueued(_)
+                | Effect::Fetch { .. }
                 | Effect::TellLoading { .. }
                 | Effect::AddLoadTime { .. }
                 | Effect::Learn { .. }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, killpg};
+use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tokio::signal::unix::SignalKind;
@@ -35,8 +36,12 @@ enum Event {
 }
 
 /// Runs `command` (program and words) until it ends or stdin closes; returns the exit code for the guard itself: the
-/// worker's, 128 + signal if it was killed, 127 if it cannot be started.
-pub fn run(grace_ms: u64, command: Vec<String>) -> i32 {
+/// worker's, 128 + signal if it was killed, 127 if it cannot be started. `umask`: which permissions files of the worker never
+/// have; `None`: as the caller's.
+pub fn run(grace_ms: u64, umask: Option<u32>, command: Vec<String>) -> i32 {
+    if let Some(mask) = umask {
+        nix::sys::stat::umask(Mode::from_bits_truncate(mask));
+    }
     match guard(Duration::from_millis(grace_ms), &command) {
         Ok(code) => code,
         Err(message) => {

@@ -21,17 +21,26 @@ const REOPEN_AFTER: Duration = Duration::from_secs(5);
 
 /// Where the log of a model's worker is. No name has a `+` in it, so no other model's log is there.
 pub(super) fn path(dir: &Path, model: &str, replica: u32) -> PathBuf {
-    let name: String = model
+    let name = plain(model);
+    match replica {
+        0 => dir.join(format!("{name}.log")),
+        _ => dir.join(format!("{name}+{replica}.log")),
+    }
+}
+
+/// Where the log of a model's fetcher is.
+pub(super) fn fetch_path(dir: &Path, model: &str) -> PathBuf {
+    dir.join(format!("{}+fetch.log", plain(model)))
+}
+
+fn plain(model: &str) -> String {
+    model
         .chars()
         .map(|c| match c {
             'a'..='z' | 'A'..='Z' | '0'..='9' | '-' | '_' | '.' => c,
             _ => '_',
         })
-        .collect();
-    match replica {
-        0 => dir.join(format!("{name}.log")),
-        _ => dir.join(format!("{name}+{replica}.log")),
-    }
+        .collect()
 }
 
 /// The latest lines of one process. Cheap to clone.

@@ -1,10 +1,12 @@
-//! Worker processes: starting, watching and stopping them (`supervisor`, `process`), speaking HTTP to them (`client`),
+//! Worker processes: starting, watching and stopping them (`supervisor`, `process`), fetching weights (`fetching`), speaking HTTP to them (`client`),
 //! and asking the driver about GPUs (`gpu`; `fake_gpus` plays it).
 
 pub mod assemble;
+mod cache;
 pub mod checkpoint;
 pub mod client;
 pub mod fake_gpus;
+pub mod fetching;
 pub mod gpu;
 pub mod guard;
 mod health;
@@ -14,6 +16,7 @@ mod logs;
 mod ports;
 pub mod process;
 mod procfs;
+mod secrets;
 mod sse;
 pub mod supervisor;
 mod verdict;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use crate::worker::leftovers;
 use crate::worker::logs::{self, Tail};
 use crate::worker::ports::Lease;
 use crate::worker::procfs::{Family, MARK};
+use crate::worker::secrets::is_secret;
 
 /// How long after the grace period the guard may take before its work is done for it. With the kill after it, a stubborn
 /// worker is gone 2 s after the grace period.
@@ -26,17 +27,8 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// Most that is waited at server start for orphans to end by themselves; they had their grace when the server died.
 const ORPHAN_GRACE_MAX: Duration = Duration::from_secs(3);
-/// Never inherited by a worker. Everything that starts with `ROUNDHOUSE_` is not either.
-const SECRETS: [&str; 8] = [
-    "HF_TOKEN",
-    "HF_API_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "HUGGINGFACE_TOKEN",
-    "HUGGINGFACEHUB_API_TOKEN",
-    "RUNPOD_API_KEY",
-    "RUNPOD_AI_API_KEY",
-    "OPENAI_API_KEY",
-];
+/// What a worker writes is for the user alone that runs it: prompts and answers may be in it.
+const UMASK: &str = "077";
 
 /// What a start needs besides the model.
 pub(super) struct Start<'a> {
@@ -75,6 +67,7 @@ impl WorkerProcess {
             .arg("guard")
             .arg("--grace-ms")
             .arg(start.grace.as_millis().to_string())
+            .args(["--umask", UMASK])
             .arg("--")
             .args(&command)
             .env_clear()
@@ -196,7 +189,7 @@ pub(super) async fn end_orphans(data_dir_id: &str, grace: Duration) -> usize {
 }
 
 /// Runs blocking work beside the async threads. `None` only if it panicked or the program ends.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     tokio::task::spawn_blocking(work).await.ok()
 }
 
@@ -237,14 +230,16 @@ fn script_is_there(spec: &ModelSpec, python: &Path, script: &Path) -> Result<(),
             script.display()
         ));
     }
+    interpreter_is_there(spec, python)
+}
+
+/// The text of an error is for a person.
+pub(super) fn interpreter_is_there(spec: &ModelSpec, python: &Path) -> Result<(), String> {
     // A bare name such as `python3` is looked up in PATH.
     if python.components().count() > 1 && !python.exists() {
-        let folder = script.parent().and_then(Path::file_name).map(PathBuf::from).unwrap_or_default();
+        let (name, python) = (&spec.name, python.display());
         return Err(format!(
-            "model `{}`: there is no interpreter {}; run `scripts/install.sh {}`",
-            spec.name,
-            python.display(),
-            folder.display()
+            "model `{name}`: there is no interpreter {python}; run `roundhouse models install {name}`"
         ));
     }
     Ok(())
@@ -262,14 +257,14 @@ fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
 }
 
 /// The worker's environment: what the server has without its secrets, then ours, then the entry's, which wins.
-fn environment(
+pub(super) fn environment(
     inherited: impl Iterator<Item = (OsString, OsString)>,
     spec: &ModelSpec,
     gpus: &[u32],
     mark: &str,
 ) -> BTreeMap<OsString, OsString> {
-    let is_secret =
-        |name: &OsString| name.to_str().is_some_and(|n| n.starts_with("ROUNDHOUSE_") || SECRETS.contains(&n));
+    // A name that is no text cannot be judged.
+    let is_secret = |name: &OsString| name.to_str().is_none_or(is_secret);
     let mut vars: BTreeMap<OsString, OsString> = inherited.filter(|(name, _)| !is_secret(name)).collect();
     let mut set = |name: &str, value: &str| vars.insert(name.into(), value.into());
     set("HF_HUB_OFFLINE", "1");
@@ -294,13 +289,13 @@ fn environment(
     vars
 }
 
-fn nonce() -> Result<String, String> {
+pub(super) fn nonce() -> Result<String, String> {
     let number = getrandom::u64().map_err(|e| format!("no random numbers: {e}"))?;
     Ok(format!("{number:016x}"))
 }
 
 /// The guard passes its worker's exit on: its code, or 128 + signal.
-fn describe(status: ExitStatus) -> String {
+pub(super) fn describe(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
         (Some(127), _) => "could not be started (exit status 127)".to_owned(),
@@ -377,7 +372,10 @@ pub(super) mod tests {
         assert!(refused.contains("server.py") && refused.contains("service_script"), "{refused}");
         std::fs::write(&script, "").unwrap();
         let refused = command_line(&spec, 1).unwrap_err();
-        assert!(refused.contains(".venv/bin/python") && refused.contains("`scripts/install.sh flux`"), "{refused}");
+        assert!(
+            refused.contains(".venv/bin/python") && refused.contains("`roundhouse models install toy`"),
+            "{refused}"
+        );
         spec.launch = Launch::Script { python: "python3".into(), script: script.clone() };
         let words = command_line(&spec, 8002).unwrap();
         assert_eq!(words[1], script);
@@ -406,13 +404,16 @@ pub(super) mod tests {
             ("HF_TOKEN", "t"),
             ("HUGGING_FACE_HUB_TOKEN", "t"),
             ("RUNPOD_API_KEY", "t"),
+            ("MY_DB_PASSWORD", "t"),
+            ("GITHUB_TOKEN", "t"),
+            ("WANTED_TOKEN", "t"),
             ("ROUNDHOUSE_API_KEYS", "a:t"),
             ("HF_HOME", "/hf"),
         ];
         let mut spec = spec(&["x"]);
         spec.memory = Some(5);
-        spec.env =
-            BTreeMap::from([("HF_HUB_OFFLINE".to_owned(), "0".to_owned()), (MARK.to_owned(), "forged".to_owned())]);
+        let own = [("HF_HUB_OFFLINE", "0"), ("WANTED_TOKEN", "of the entry"), (MARK, "forged")];
+        spec.env = own.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         let inherited = inherited.map(|(k, v)| (OsString::from(k), OsString::from(v)));
         let vars = environment(inherited.into_iter(), &spec, &[], "id:1");
         let get = |name: &str| vars.get(&OsString::from(name)).and_then(|v| v.to_str());
@@ -420,6 +421,7 @@ pub(super) mod tests {
         assert_eq!(get("PATH"), Some("/bin"));
         assert_eq!(get("HF_HOME"), Some("/hf"));
         assert_eq!(get("HF_HUB_OFFLINE"), Some("0"), "the entry wins");
+        assert_eq!(get("WANTED_TOKEN"), Some("of the entry"), "what the entry gives, the worker gets");
         assert_eq!(get("CUDA_VISIBLE_DEVICES"), Some(""));
         assert_eq!(get("ROUNDHOUSE_MEMORY_BYTES"), Some("5"));
         assert_eq!(get(MARK), Some("id:1"), "but not over the mark");

@@ -6,10 +6,12 @@ Runs in a model's environment (`huggingface_hub` is there). Free space is checke
 was cut, killed or restarted goes on in the middle of a file: `huggingface_hub` itself starts a file again in a new
 process, so only the list of files comes from it. Every file is checked against its hash.
 
-With `--json-progress` stdout has one JSON object a line: any number of
-`{"type":"progress","bytes","total_bytes","file"}`, then one
-`{"type":"done","path","revision","bytes"}` or `{"type":"error","code","message"}`.
-Codes: `gated`, `not_found`, `insufficient_space`, `network`, `corrupt`, `misconfigured`. Exit status 0 or 1.
+With `--json-progress` stdout has one JSON object a line: `{"type":"waiting"}` while another fetch of the same
+repository is at work, any number of `{"type":"progress","bytes","total_bytes","file"}`, then one
+`{"type":"done","path","revision","bytes"}` or `{"type":"error","code","message"}`. Codes: `gated`, `not_found`,
+`insufficient_space`, `network`, `corrupt`, `misconfigured`, `no_fetcher` (a library is missing). Exit status 0 or 1.
+
+What was fetched whole is noted in `.roundhouse-complete/COMMIT` of the repository's folder in the cache.
 
 This is the only place that reads `HF_TOKEN`.
 """
@@ -42,6 +44,8 @@ PARALLEL_FILES = 4
 CHUNK_BYTES = 1 << 20
 PROGRESS_INTERVAL_S = 0.5
 TRIES_WITHOUT_PROGRESS = 6
+COMPLETE = ".roundhouse-complete"
+"""A folder with an empty file for each commit of which all files were fetched; the server looks there, too."""
 ALWAYS_SKIPPED = ("*.onnx", "*.onnx_data", "*.msgpack", "*.h5", "*.ot", "*.tflite", "*.gguf", "original/*", "onnx/*")
 """Other formats of the same weights, which our workers do not read."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -109,22 +113,41 @@ class Reporter:
         self._told_at = float("-inf")
         self._began_at = time.monotonic()
         self._began_with = 0
+        self._file = ""
+        self._ended = threading.Event()
 
     def start(self, present: int, total: int) -> None:
         """`present` of `total` bytes are here already."""
         self._bytes = self._began_with = present
         self._total = total
         self._tell("", force=True)
+        if self._as_json:
+            # A fetch that stands is told, too.
+            threading.Thread(target=self._tell_on, name="progress", daemon=True).start()
+
+    def _tell_on(self) -> None:
+        while not self._ended.wait(PROGRESS_INTERVAL_S):
+            with self._lock:
+                if not self._ended.is_set():
+                    self._tell(self._file, force=True)
 
     def add(self, count: int, file: str) -> None:
         """`count` more bytes of `file` arrived (negative: they were thrown away)."""
         with self._lock:
             self._bytes += count
+            self._file = file
             self._tell(file)
+
+    def waiting(self) -> None:
+        """Another fetch of the repository is at work."""
+        if self._as_json:
+            self._line({"type": "waiting"})
+        sys.stderr.write(f"{self._repo}: another fetch is at work, waiting for it\n")
 
     def done(self, path: str, revision: str) -> None:
         """Everything is here."""
         with self._lock:
+            self._ended.set()
             self._tell("", force=True)
             if self._as_json:
                 self._line({"type": "done", "path": path, "revision": revision, "bytes": self._total})
@@ -135,9 +158,11 @@ class Reporter:
 
     def fail(self, error: FetchError) -> None:
         """The fetch ended without success."""
-        if self._as_json:
-            self._line({"type": "error", "code": error.code, "message": str(error)})
-        else:
+        with self._lock:
+            self._ended.set()
+            if self._as_json:
+                self._line({"type": "error", "code": error.code, "message": str(error)})
+        if not self._as_json:
             sys.stderr.write(f"error: {error}\n")
 
     def _tell(self, file: str, force: bool = False) -> None:
@@ -203,6 +228,10 @@ class Fetcher:
                 ref = refs / name
                 ref.parent.mkdir(parents=True, exist_ok=True)
                 ref.write_text(commit)
+            if not include and not exclude:
+                mark = self._folder / COMPLETE / commit
+                mark.parent.mkdir(exist_ok=True)
+                mark.touch()
         self._reporter.done(path, commit)
 
     def _list(self, revision: str) -> tuple[str, list[RemoteFile]]:
@@ -371,7 +400,7 @@ class Fetcher:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
-                    sys.stderr.write(f"{self._repo}: another fetch is at work, waiting for it\n")
+                    self._reporter.waiting()
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 # else a file system without locks: go on
             yield
@@ -434,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cache = pathlib.Path(args.out or weights.default_cache()).expanduser().absolute()
             fetcher = Fetcher(args.repo, cache, token, reporter, args.retry_delay)
         except ImportError as error:
-            raise FetchError("misconfigured", f"{error}; run scripts/install.sh for this model") from None
+            raise FetchError("no_fetcher", f"{error}; run scripts/install.sh for this model") from None
         try:
             fetcher.fetch(args.revision, args.include, args.exclude)
         except OSError as error:

@@ -95,8 +95,7 @@ def read(
     for one, slots in zip(parts, places, strict=True):
         views: dict[str, Any] = {}
         for name, slot in slots.items():
-            flat = loaded.flat[slot.start : slot.start + slot.size]
-            views[name] = flat.view(getattr(torch, slot.dtype)).view(slot.entry.shape)
+            views[name] = _at(torch, loaded.flat, slot)
         _assign(one.module, views)
         one.module.to(device)  # buffers that no file holds
         one.module.eval()
@@ -218,6 +217,16 @@ def _dtypes(module: Any, source: dict[str, Entry], dtype: Any) -> dict[str, str]
         if dtypes[name] not in hostcopy.SIZES:
             raise _Mismatch(f"{name} would become {wanted}")
     return dtypes
+
+
+def _at(torch: Any, flat: Any, slot: hostcopy.Slot) -> Any:
+    """A tensor in the buffer. Not made by slicing: a view of torch's holds the buffer for ever, whatever `data` it gets."""
+    dtype, strides = getattr(torch, slot.dtype), [1]
+    for side in reversed(slot.entry.shape[1:]):
+        strides.insert(0, strides[0] * side)
+    empty = torch.empty(0, dtype=dtype, device=flat.device)
+    start = slot.start // empty.element_size()
+    return empty.set_(flat.untyped_storage(), start, slot.entry.shape, strides[: len(slot.entry.shape)])
 
 
 def _assign(module: Any, views: dict[str, Any]) -> None:

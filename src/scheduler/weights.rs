@@ -1,0 +1,147 @@
+//! Models whose weights are not here: they are asked for when somebody wants the model, and it is neither loaded nor given a
+//! device before they have come. What is no trouble of a load counts as none: no failed load, no sample of its time.
+
+use std::collections::BTreeSet;
+
+use super::*;
+use crate::domain::worker::{Fetch, FetchPhase, FetchReport};
+use crate::policy::decision;
+
+/// How far somebody has got with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// To be asked for when the model is wanted.
+    Unasked,
+    /// Somebody looks for them, and fetches them if they are not here.
+    Asked,
+    /// They cannot be had now.
+    Failed,
+}
+
+/// That a model's weights are not known to be here.
+#[derive(Clone, Debug, PartialEq)]
+pub(in crate::scheduler) struct Lack {
+    stage: Stage,
+    /// How far the fetch is or was; `None`: nobody has begun.
+    pub(in crate::scheduler) fetch: Option<Fetch>,
+    /// What that means for the model's jobs.
+    pub(in crate::scheduler) trouble: Trouble,
+}
+
+impl Lack {
+    fn unasked() -> Self {
+        Self::at(Stage::Unasked, None)
+    }
+
+    fn at(stage: Stage, fetch: Option<Fetch>) -> Self {
+        let (reason, text) = match &fetch {
+            None => (StateReason::WaitingForModel, "its weights are being looked for".to_owned()),
+            Some(fetch) => (StateReason::ModelFetching, in_words(fetch)),
+        };
+        Self { stage, fetch, trouble: Trouble { reason, error: None, text, until: None } }
+    }
+
+    fn failed(fetch: Fetch, error: JobError) -> Self {
+        let text = format!("its weights cannot be fetched: {}", first_line(&error.message));
+        let until = fetch.retry_at;
+        let trouble = Trouble { reason: StateReason::ModelBlocked, error: Some(error), text, until };
+        Self { stage: Stage::Failed, fetch: Some(fetch), trouble }
+    }
+
+    /// Whether nothing can be done about it now.
+    pub(in crate::scheduler) fn has_failed(&self) -> bool {
+        self.stage == Stage::Failed
+    }
+}
+
+/// How far it is, for a person.
+#[expect(clippy::cast_precision_loss, reason = "sizes are far below 2^52 bytes")]
+fn in_words(fetch: &Fetch) -> String {
+    let so_far = match (fetch.total_bytes, fetch.percent) {
+        (Some(total), Some(percent)) => {
+            format!("{:.2} of {:.2} GB ({percent:.0} %)", fetch.bytes as f64 / 1e9, total as f64 / 1e9)
+        }
+        _ => "size not known yet".to_owned(),
+    };
+    match fetch.phase {
+        FetchPhase::Waiting => "its weights are not here, and are fetched after those of another model".to_owned(),
+        FetchPhase::Listing => "its weights are being fetched: the hub is asked which files there are".to_owned(),
+        FetchPhase::Fetching => {
+            let speed = fetch.bytes_per_s.map(|speed| format!(", {:.1} MB/s", speed / 1e6)).unwrap_or_default();
+            let left = fetch.eta_s.map(|left| format!(", about {} left", decision::seconds(left * 1e3)));
+            format!("its weights are being fetched: {so_far}{speed}{}", left.unwrap_or_default())
+        }
+        FetchPhase::Interrupted | FetchPhase::Failed => {
+            let why = fetch.reason.as_deref().unwrap_or("no reason is known");
+            format!("the fetch of its weights was interrupted at {so_far} and goes on by itself: {why}")
+        }
+    }
+}
+
+impl State {
+    /// Models whose weights were not found: they are asked for before they are loaded.
+    #[must_use]
+    pub fn without_weights(mut self, missing: &BTreeSet<String>) -> Self {
+        let lack = |model: &&mut Model| missing.contains(&*model.name);
+        self.models.iter_mut().filter(lack).for_each(|model| model.lack = Some(Lack::unasked()));
+        self
+    }
+
+    /// A load has failed, which may be since files of it have been deleted, or its entry is another one now.
+    pub(super) fn look_for_weights_again(&mut self, index: usize) {
+        let model = &mut self.models[index];
+        if model.fetches && model.lack.is_none() {
+            model.lack = Some(Lack::unasked());
+        }
+    }
+
+    /// Asks for the weights of models that are wanted and could otherwise be loaded, now or when a pause is over.
+    pub(super) fn ask_for_weights(&mut self, effects: &mut Vec<Effect>) {
+        if self.stopping {
+            return;
+        }
+        for model in &mut self.models {
+            let is_wanted = model.pending() != (0, 0) || model.preload || model.wanted_at.is_some();
+            let has_place = model.too_big.is_none()
+                && model.trouble.as_ref().is_none_or(|trouble| trouble.reason != StateReason::NoGpu);
+            if let Some(lack) =
+                model.lack.as_mut().filter(|lack| lack.stage == Stage::Unasked && is_wanted && has_place)
+            {
+                *lack = Lack::at(Stage::Asked, lack.fetch.take());
+                effects.push(Effect::Fetch { model: model.name.to_string() });
+            }
+        }
+    }
+
+    pub(super) fn on_fetch(&mut self, model: &str, report: FetchReport) -> Vec<Effect> {
+        let Some(index) = self.index_of(model) else { return Vec::new() };
+        let serves = self.serves(index);
+        let model = &mut self.models[index];
+        match report {
+            FetchReport::Here => model.lack = None,
+            FetchReport::Progress(fetch) => model.lack = Some(Lack::at(Stage::Asked, Some(fetch))),
+            FetchReport::Available => {
+                if model.lack.as_ref().is_some_and(Lack::has_failed) {
+                    model.lack = Some(Lack::unasked());
+                }
+            }
+            FetchReport::Failed { fetch, error } => {
+                (model.preload, model.wanted_at) = (false, None);
+                model.lack = Some(Lack::failed(fetch, error.clone()));
+                // Else callers have a worker.
+                if !serves {
+                    return self.end_callers(index, error);
+                }
+            }
+        }
+        Vec::new()
+    }
+
+    /// Whoever is on the line for this model is told why it does not come.
+    pub(super) fn end_callers(&mut self, index: usize, error: JobError) -> Vec<Effect> {
+        let callers = self.models[index].queue.take_sync();
+        callers.iter().for_each(|job| self.forget_tenant(&job.tenant));
+        let numbers: Vec<i64> = callers.into_iter().map(|job| job.number).collect();
+        if numbers.is_empty() { Vec::new() } else { vec![Effect::EndQueued { numbers, error, overdue: false }] }
+    }
+}

@@ -1,0 +1,584 @@
+//! Fetching weights: one task that looks whether a model's weights are in the cache, and runs the fetcher
+//! (`roundhouse_worker.fetch`, in the model's own environment, under the guard) for those that are not.
+//!
+//! One fetch at a time: two would share one line, and both come later. No GPU is held, and none is seen. Only this process
+//! gets `HF_TOKEN`. A fetch that was cut off or killed goes on where it was, after a pause as after a failed load; what a
+//! person has to mend (no access, no such model, no space) is tried again after such pauses, too.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ffi::OsString;
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::process::{Child, ChildStdin, Command};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::domain::worker::{Fetch, FetchPhase, FetchReport};
+use crate::domain::{ErrorCode, JobError, Launch, ModelSpec};
+use crate::worker::cache;
+use crate::worker::logs::{self, Tail};
+use crate::worker::process::{self, blocking};
+use crate::worker::procfs::Family;
+use crate::worker::supervisor::Surroundings;
+
+/// Interruptions in a row, without a byte in between, after which callers on the line are told.
+const INTERRUPTIONS_MAX: u32 = 3;
+/// How long after the grace period the guard may take to end the fetcher, and SIGKILL after that.
+const GUARD_SLACK: Duration = Duration::from_secs(1);
+const KILL_LIMIT: Duration = Duration::from_secs(30);
+/// How long the last log lines may take to be read once nothing of it lives.
+const LOG_LIMIT: Duration = Duration::from_secs(1);
+/// Time over which the speed is smoothed.
+const SMOOTHED_S: f64 = 5.0;
+/// Readings closer to each other say nothing about the speed.
+const READING_MIN_S: f64 = 0.1;
+
+/// What the scheduler needs of the fetching task.
+#[derive(Debug)]
+pub struct Fetches {
+    /// Asks it.
+    pub handle: FetchHandle,
+    /// What it tells: (model, report).
+    pub reports: mpsc::UnboundedReceiver<(String, FetchReport)>,
+    /// The models whose weights come from a hub and were not here at the start.
+    pub missing: BTreeSet<String>,
+}
+
+impl Fetches {
+    /// Looks which weights are missing and starts the task. It ends, with what it runs, in the soft stage of shutdown.
+    pub async fn start(specs: &[ModelSpec], around: Surroundings) -> Self {
+        let specs = by_name(specs);
+        let looked = specs.clone();
+        let look = move || looked.values().filter(|spec| !is_here(spec)).map(|spec| spec.name.clone()).collect();
+        let missing = blocking(look).await.unwrap_or_default();
+        let (orders, inbox) = mpsc::unbounded_channel();
+        let (sender, reports) = mpsc::unbounded_channel();
+        let tasks = around.tasks.clone();
+        let fetching = Fetching {
+            specs,
+            around,
+            orders: inbox,
+            reports: sender,
+            line: VecDeque::new(),
+            current: None,
+            pauses: BTreeMap::new(),
+            failures: BTreeMap::new(),
+        };
+        tasks.spawn("fetching", fetching.run());
+        Self { handle: FetchHandle { orders }, reports, missing }
+    }
+
+    /// Nothing is missing, and nobody is there to be asked.
+    pub fn none() -> Self {
+        let (orders, _) = mpsc::unbounded_channel();
+        let (_, reports) = mpsc::unbounded_channel();
+        Self { handle: FetchHandle { orders }, reports, missing: BTreeSet::new() }
+    }
+}
+
+/// Asks the fetching task; the answers are [`FetchReport`]s. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct FetchHandle {
+    orders: mpsc::UnboundedSender<Order>,
+}
+
+#[derive(Debug)]
+enum Order {
+    Want(String),
+    Retry(String),
+    Edit(Vec<ModelSpec>),
+}
+
+impl FetchHandle {
+    /// The weights of this model are wanted: `Here` if they are, else `Progress` and in the end `Here` or `Failed`.
+    pub fn want(&self, model: &str) {
+        // An error: the server is stopping.
+        let _ = self.orders.send(Order::Want(model.to_owned()));
+    }
+
+    /// models.yaml was edited: these are its entries now.
+    pub fn edit(&self, specs: &[ModelSpec]) {
+        let _ = self.orders.send(Order::Edit(specs.to_vec()));
+    }
+
+    /// Ends the pause after a failure: `Available`, or the interrupted fetch goes on.
+    pub fn retry(&self, model: &str) {
+        let _ = self.orders.send(Order::Retry(model.to_owned()));
+    }
+}
+
+/// Those whose weights come from a hub.
+fn by_name(specs: &[ModelSpec]) -> BTreeMap<String, ModelSpec> {
+    let fetched = specs.iter().filter(|spec| spec.repository().is_some());
+    fetched.map(|spec| (spec.name.clone(), spec.clone())).collect()
+}
+
+/// Whether a model's weights are here. Blocking.
+fn is_here(spec: &ModelSpec) -> bool {
+    let Some(repository) = spec.repository() else { return true };
+    let var = |name: &str| spec.env.get(name).map(OsString::from).or_else(|| std::env::var_os(name));
+    cache::folder(var).is_some_and(|cache| cache::has(&cache, repository, spec.revision.as_deref()))
+}
+
+/// A model whose fetch waits for its next try.
+#[derive(Clone, Copy, Debug)]
+struct Pause {
+    until: Instant,
+    /// It goes on by itself; else it is only told that it may be asked for again.
+    goes_on: bool,
+}
+
+struct Fetching {
+    specs: BTreeMap<String, ModelSpec>,
+    around: Surroundings,
+    orders: mpsc::UnboundedReceiver<Order>,
+    reports: mpsc::UnboundedSender<(String, FetchReport)>,
+    /// To be fetched, the next one first.
+    line: VecDeque<String>,
+    /// Being fetched.
+    current: Option<String>,
+    pauses: BTreeMap<String, Pause>,
+    /// In a row, without a byte in between.
+    failures: BTreeMap<String, u32>,
+}
+
+/// How a run of the fetcher ended.
+#[derive(Debug, PartialEq)]
+enum Outcome {
+    Here,
+    /// The model's environment has no fetcher: whoever wrote its script gets the weights in another way.
+    NoFetcher(String),
+    Failed {
+        /// For whom to mend: a person, or time.
+        for_a_person: bool,
+        message: String,
+        fetch: Fetch,
+        /// Bytes came.
+        got_further: bool,
+    },
+    /// The server is stopping.
+    Ended,
+}
+
+/// Something that happens beside a fetch.
+enum Event {
+    Order(Order),
+    PauseOver,
+}
+
+impl Fetching {
+    async fn run(mut self) {
+        let soft = self.around.tasks.soft().clone();
+        loop {
+            let Some(model) = self.line.pop_front() else {
+                tokio::select! {
+                    biased;
+                    () = soft.cancelled() => return,
+                    event = next_event(&mut self.orders, &self.pauses) => self.on_event(event).await,
+                }
+                continue;
+            };
+            if self.fetch(model).await == Outcome::Ended {
+                return;
+            }
+        }
+    }
+
+    async fn on_event(&mut self, event: Event) {
+        match event {
+            Event::PauseOver => {
+                let now = Instant::now();
+                let over: Vec<String> = self
+                    .pauses
+                    .iter()
+                    .filter(|(_, pause)| pause.until <= now)
+                    .map(|(model, _)| model.clone())
+                    .collect();
+                over.iter().for_each(|model| self.end_pause(model));
+            }
+            Event::Order(Order::Retry(model)) => {
+                self.failures.remove(&model);
+                self.end_pause(&model);
+            }
+            Event::Order(Order::Edit(specs)) => {
+                let before = std::mem::replace(&mut self.specs, by_name(&specs));
+                for (model, spec) in before.iter().filter(|(model, spec)| self.specs.get(*model) != Some(spec)) {
+                    tracing::debug!(model, repository = spec.repository(), "its entry is another one now");
+                    self.line.retain(|waiting| waiting != model);
+                    self.pauses.remove(model);
+                    self.failures.remove(model);
+                }
+            }
+            Event::Order(Order::Want(model)) => {
+                let Some(spec) = self.specs.get(&model).cloned() else { return };
+                if blocking(move || is_here(&spec)).await == Some(true) {
+                    self.tell(&model, FetchReport::Here);
+                } else if self.current.as_ref() != Some(&model) && !self.line.contains(&model) {
+                    if self.current.is_some() || !self.line.is_empty() {
+                        self.tell(&model, FetchReport::Progress(Fetch::at(FetchPhase::Waiting)));
+                    }
+                    self.line.push_back(model);
+                }
+            }
+        }
+    }
+
+    fn end_pause(&mut self, model: &str) {
+        match self.pauses.remove(model) {
+            Some(Pause { goes_on: true, .. }) => self.line.push_back(model.to_owned()),
+            Some(Pause { goes_on: false, .. }) => self.tell(model, FetchReport::Available),
+            None => {}
+        }
+    }
+
+    /// One try, and what follows from it.
+    async fn fetch(&mut self, model: String) -> Outcome {
+        let Some(spec) = self.specs.get(&model).cloned() else { return Outcome::Here };
+        self.current = Some(model.clone());
+        let mut run = Box::pin(run_fetcher(spec.clone(), self.around.clone(), self.reports.clone()));
+        let outcome = loop {
+            tokio::select! {
+                biased;
+                outcome = &mut run => break outcome,
+                event = next_event(&mut self.orders, &self.pauses) => self.on_event(event).await,
+            }
+        };
+        self.current = None;
+        if outcome != Outcome::Ended && self.specs.get(&model) != Some(&spec) {
+            // What has come are the weights of an entry that is no more; those of the new one are asked for again.
+            self.on_event(Event::Order(Order::Want(model))).await;
+            return outcome;
+        }
+        match &outcome {
+            Outcome::Here => {
+                self.failures.remove(&model);
+                self.tell(&model, FetchReport::Here);
+            }
+            Outcome::NoFetcher(why) => {
+                tracing::warn!(
+                    model,
+                    "its weights are not in the cache, and its environment cannot fetch them ({why}): it is loaded as it is"
+                );
+                self.tell(&model, FetchReport::Here);
+            }
+            Outcome::Failed { for_a_person, message, fetch, got_further } => {
+                self.failed(&model, *for_a_person, message, fetch.clone(), *got_further);
+            }
+            Outcome::Ended => {}
+        }
+        outcome
+    }
+
+    fn failed(&mut self, model: &str, for_a_person: bool, message: &str, fetch: Fetch, got_further: bool) {
+        let before = if got_further { 0 } else { self.failures.get(model).copied().unwrap_or(0) };
+        let failures = before.saturating_add(1);
+        self.failures.insert(model.to_owned(), failures);
+        let wait = pause(self.around.backoff_first, self.around.backoff_max, failures);
+        let retry_at = self.around.clock.now() + i64::try_from(wait.as_millis()).unwrap_or(i64::MAX);
+        let goes_on = !for_a_person && failures < INTERRUPTIONS_MAX;
+        let until = Instant::now() + self.around.clock.really(wait);
+        self.pauses.insert(model.to_owned(), Pause { until, goes_on });
+        tracing::warn!(model, failures, retry_in_ms = wait.as_millis(), "its weights were not fetched: {message}");
+        let phase = if goes_on { FetchPhase::Interrupted } else { FetchPhase::Failed };
+        let (reason, retry_at) = (Some(message.to_owned()), Some(retry_at));
+        let fetch = Fetch { phase, bytes_per_s: None, eta_s: None, reason, retry_at, ..fetch };
+        if goes_on {
+            self.tell(model, FetchReport::Progress(fetch));
+            return;
+        }
+        let text = format!("model `{model}`: its weights cannot be fetched: {message}");
+        let mut error = JobError::new(ErrorCode::ModelLoadFailed, text, true);
+        error.details = Some(json!({"failed_fetches": failures, "retry_at": retry_at}));
+        self.tell(model, FetchReport::Failed { fetch, error });
+    }
+
+    fn tell(&self, model: &str, report: FetchReport) {
+        // Nobody listening means that the server is shutting down.
+        let _ = self.reports.send((model.to_owned(), report));
+    }
+}
+
+async fn next_event(orders: &mut mpsc::UnboundedReceiver<Order>, pauses: &BTreeMap<String, Pause>) -> Event {
+    let first = pauses.values().map(|pause| pause.until).min();
+    let pause_over = async {
+        match first {
+            Some(at) => sleep_until(at).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        Some(order) = orders.recv() => Event::Order(order),
+        () = pause_over => Event::PauseOver,
+        else => std::future::pending().await,
+    }
+}
+
+/// `first`, doubled for each further failure, at most `max`.
+fn pause(first: Duration, max: Duration, failures: u32) -> Duration {
+    first.saturating_mul(1 << failures.saturating_sub(1).min(20)).min(max)
+}
+
+// ---- one run of the fetcher -------------------------------------------------------------------------------------------
+
+/// What the fetcher writes to stdout, a line each.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Line {
+    /// Another fetch of the same repository is at work, of another program.
+    Waiting,
+    Progress {
+        bytes: u64,
+        total_bytes: u64,
+    },
+    Done,
+    Error {
+        code: String,
+        message: String,
+    },
+    #[serde(other)]
+    Other,
+}
+
+/// A fetcher under its guard. When it is dropped, the guard ends it.
+struct Fetcher {
+    guard: Child,
+    pid: i32,
+    lifeline: Option<ChildStdin>,
+    mark: String,
+    tail: Tail,
+    capture: JoinHandle<()>,
+}
+
+impl Fetcher {
+    fn start(spec: &ModelSpec, around: &Surroundings) -> Result<Self, String> {
+        let Launch::Script { python, .. } = &spec.launch else {
+            return Err("its own program gets its weights".to_owned());
+        };
+        process::interpreter_is_there(spec, python)?;
+        let mark = format!("{}:{}", around.data_dir_id, process::nonce()?);
+        let (reader, writer) = std::io::pipe().map_err(|error| format!("cannot make a pipe: {error}"))?;
+        let mut command = Command::new(&around.program);
+        command.arg("guard").arg("--grace-ms").arg(around.grace.as_millis().to_string()).arg("--").arg(python);
+        command.args(["-m", "roundhouse_worker.fetch", "--json-progress"]);
+        command.arg("--repo").arg(spec.repository().unwrap_or_default());
+        if let Some(revision) = &spec.revision {
+            command.arg("--revision").arg(revision);
+        }
+        let mut guard = command
+            .env_clear()
+            .envs(environment(std::env::vars_os(), spec, &mark))
+            .current_dir(&spec.dir)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::from(writer))
+            .spawn()
+            .map_err(|error| format!("cannot start {}: {error}", around.program.display()))?;
+        let lifeline = guard.stdin.take();
+        let pid = guard.id().map_or(0, u32::cast_signed);
+        let tail = Tail::default();
+        let log = logs::fetch_path(&around.log_dir, &spec.name);
+        let capture = logs::capture(reader, log, tail.clone(), logs::FILE_LIMIT_BYTES);
+        let capture = around.tasks.spawn("fetcher log", capture);
+        Ok(Self { guard, pid, lifeline, mark, tail, capture })
+    }
+
+    /// Ends it, if it has not ended; returns how it did when nothing of it lives.
+    async fn end(mut self, grace: Duration) -> (String, Tail) {
+        drop(self.lifeline.take());
+        let ended = timeout(grace + GUARD_SLACK, self.guard.wait()).await;
+        let family = Family::Instance { mark: self.mark.clone(), session: Some(self.pid) };
+        blocking(move || family.kill(None, KILL_LIMIT)).await;
+        let ended = match ended {
+            Ok(ended) => ended,
+            Err(_) => self.guard.wait().await,
+        };
+        // An error: somebody else holds its pipe.
+        let _ = timeout(LOG_LIMIT, &mut self.capture).await;
+        let how = ended.map_or_else(|error| format!("cannot be waited for: {error}"), process::describe);
+        (how, self.tail)
+    }
+}
+
+/// As a worker's, with the token that workers do not get, and without a GPU.
+fn environment(
+    inherited: impl Iterator<Item = (OsString, OsString)>,
+    spec: &ModelSpec,
+    mark: &str,
+) -> BTreeMap<OsString, OsString> {
+    let inherited: Vec<(OsString, OsString)> = inherited.collect();
+    let token = inherited.iter().find(|(name, _)| name == "HF_TOKEN").cloned();
+    let mut vars = process::environment(inherited.into_iter(), spec, &[], mark);
+    if let Some((name, value)) = token {
+        vars.entry(name).or_insert(value);
+    }
+    vars.insert("CUDA_VISIBLE_DEVICES".into(), "".into());
+    vars
+}
+
+async fn run_fetcher(
+    spec: ModelSpec,
+    around: Surroundings,
+    reports: mpsc::UnboundedSender<(String, FetchReport)>,
+) -> Outcome {
+    let looked = spec.clone();
+    if blocking(move || is_here(&looked)).await == Some(true) {
+        return Outcome::Here;
+    }
+    let mut fetch = Fetch::at(FetchPhase::Listing);
+    let tell = |fetch: &Fetch| drop(reports.send((spec.name.clone(), FetchReport::Progress(fetch.clone()))));
+    let failed =
+        |for_a_person, message, fetch, got_further| Outcome::Failed { for_a_person, message, fetch, got_further };
+    tell(&fetch);
+    let mut fetcher = match Fetcher::start(&spec, &around) {
+        Ok(fetcher) => fetcher,
+        Err(message) => return failed(true, message, fetch, false),
+    };
+    tracing::info!(model = spec.name, process.pid = fetcher.pid, "fetching its weights");
+    let Some(stdout) = fetcher.guard.stdout.take() else {
+        return failed(false, "the fetcher has no stdout".to_owned(), fetch, false);
+    };
+    let mut lines = BufReader::new(stdout).lines();
+    let mut speed = Speed::default();
+    let (mut first, mut end) = (None, None);
+    loop {
+        let line = tokio::select! {
+            biased;
+            () = around.tasks.soft().cancelled() => {
+                fetcher.end(around.grace).await;
+                return Outcome::Ended;
+            }
+            line = lines.next_line() => line,
+        };
+        let Ok(Some(line)) = line else { break };
+        match serde_json::from_str(&line) {
+            Ok(Line::Waiting) => {
+                fetch.phase = FetchPhase::Waiting;
+                tell(&fetch);
+            }
+            Ok(Line::Progress { bytes, total_bytes }) => {
+                first.get_or_insert(bytes);
+                let bytes_per_s = speed.read(bytes, Instant::now());
+                fetch = progress(bytes, total_bytes, bytes_per_s);
+                tell(&fetch);
+            }
+            Ok(line @ (Line::Done | Line::Error { .. })) => end = Some(line),
+            Ok(Line::Other) | Err(_) => {}
+        }
+    }
+    let got_further = first.is_some_and(|first| fetch.bytes > first);
+    let (how, tail) = fetcher.end(around.grace).await;
+    match end {
+        Some(Line::Done) => Outcome::Here,
+        Some(Line::Error { code, message }) if code == "no_fetcher" => Outcome::NoFetcher(message),
+        Some(Line::Error { code, message }) => {
+            failed(code != "network", format!("{message} ({code})"), fetch, got_further)
+        }
+        _ => match tail.reason() {
+            Some(line) if line.contains("No module named") => Outcome::NoFetcher(line),
+            Some(line) => failed(false, format!("the fetcher {how}; its log says: {line}"), fetch, got_further),
+            None => failed(false, format!("the fetcher {how}"), fetch, got_further),
+        },
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "sizes are far below 2^52 bytes")]
+fn progress(bytes: u64, total_bytes: u64, bytes_per_s: Option<f64>) -> Fetch {
+    let left = total_bytes.saturating_sub(bytes) as f64;
+    let percent = if total_bytes == 0 { 100.0 } else { bytes as f64 * 100.0 / total_bytes as f64 };
+    Fetch {
+        bytes,
+        total_bytes: Some(total_bytes),
+        percent: Some((percent * 10.0).round() / 10.0),
+        bytes_per_s: bytes_per_s.map(f64::round),
+        eta_s: bytes_per_s.filter(|speed| *speed >= 1.0).map(|speed| (left / speed).ceil()),
+        ..Fetch::at(FetchPhase::Fetching)
+    }
+}
+
+/// How fast bytes come, smoothed.
+#[derive(Debug, Default)]
+struct Speed {
+    last: Option<(Instant, u64)>,
+    bytes_per_s: Option<f64>,
+}
+
+impl Speed {
+    #[expect(clippy::cast_precision_loss, reason = "sizes are far below 2^52 bytes")]
+    fn read(&mut self, bytes: u64, now: Instant) -> Option<f64> {
+        let Some((at, before)) = self.last else {
+            self.last = Some((now, bytes));
+            return None;
+        };
+        let seconds = now.duration_since(at).as_secs_f64();
+        if seconds >= READING_MIN_S {
+            self.last = Some((now, bytes));
+            // Fewer than before: a file is fetched anew.
+            if bytes >= before {
+                let reading = (bytes - before) as f64 / seconds;
+                let weight = 1.0 - (-seconds / SMOOTHED_S).exp();
+                self.bytes_per_s = Some(self.bytes_per_s.map_or(reading, |old| old + weight * (reading - old)));
+            }
+        }
+        self.bytes_per_s
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::process::tests::spec;
+
+    #[test]
+    fn the_fetcher_gets_the_token_and_no_gpu() {
+        let inherited =
+            [("HF_TOKEN", "t"), ("OPENAI_API_KEY", "k"), ("HTTPS_PROXY", "p"), ("CUDA_VISIBLE_DEVICES", "3")];
+        let vars = |spec: &ModelSpec| {
+            let inherited = inherited.map(|(name, value)| (OsString::from(name), OsString::from(value)));
+            environment(inherited.into_iter(), spec, "id:1")
+        };
+        let mut spec = spec(&["x"]);
+        spec.gpus = 1;
+        let get = |vars: &BTreeMap<OsString, OsString>, name: &str| {
+            vars.get(&OsString::from(name)).map(|value| value.to_string_lossy().into_owned())
+        };
+        let found = vars(&spec);
+        assert_eq!(get(&found, "HF_TOKEN").as_deref(), Some("t"));
+        assert_eq!(get(&found, "OPENAI_API_KEY"), None);
+        assert_eq!(get(&found, "HTTPS_PROXY").as_deref(), Some("p"));
+        assert_eq!(get(&found, "CUDA_VISIBLE_DEVICES").as_deref(), Some(""));
+        assert_eq!(get(&found, "ROUNDHOUSE_INSTANCE").as_deref(), Some("id:1"));
+        spec.env.insert("HF_TOKEN".to_owned(), "of the entry".to_owned());
+        assert_eq!(get(&vars(&spec), "HF_TOKEN").as_deref(), Some("of the entry"));
+    }
+
+    #[test]
+    fn what_is_left_is_told_from_the_speed() {
+        let begun = Instant::now();
+        let mut speed = Speed::default();
+        assert_eq!(speed.read(1_000, begun), None, "nothing is known of what was here before");
+        assert_eq!(speed.read(1_001, begun + Duration::from_millis(1)), None, "too soon to tell");
+        let first = speed.read(3_000, begun + Duration::from_secs(2)).unwrap();
+        assert!((first - 1_000.0).abs() < 1.0, "{first}");
+        let slower = speed.read(3_000, begun + Duration::from_secs(7)).unwrap();
+        assert!(slower < 500.0 && slower > 0.0, "{slower}");
+        assert_eq!(speed.read(0, begun + Duration::from_secs(8)), Some(slower), "a file is fetched anew");
+
+        let seen = progress(25, 100, Some(10.0));
+        assert_eq!((seen.percent, seen.eta_s, seen.phase), (Some(25.0), Some(8.0), FetchPhase::Fetching));
+        assert_eq!(progress(25, 100, None).eta_s, None);
+        assert_eq!(progress(25, 100, Some(0.0)).eta_s, None, "it stands");
+        assert_eq!(progress(0, 0, None).percent, Some(100.0));
+    }
+
+    #[test]
+    fn pauses_double_up_to_their_maximum() {
+        let (first, max) = (Duration::from_secs(10), Duration::from_secs(600));
+        let waits: Vec<u64> = (1..=8).map(|n| pause(first, max, n).as_secs()).collect();
+        assert_eq!(waits, [10, 20, 40, 80, 160, 320, 600, 600]);
+    }
+}

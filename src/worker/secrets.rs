@@ -1,0 +1,42 @@
+//! Which variables of the server's environment a worker never inherits. By name only: no value is looked at. What a worker
+//! does need goes into its entry's `env`.
+
+/// Beginnings of names: our own settings, API keys of our clients among them, and a cloud's.
+const BEGINNINGS: [&str; 2] = ["ROUNDHOUSE_", "AWS_"];
+/// Ends of names, or whole names without the underscore: `HF_TOKEN`, `GITHUB_TOKEN`, `TOKEN`, `RUNPOD_API_KEY`.
+const ENDS: [&str; 9] =
+    ["_TOKEN", "_API_KEY", "_APIKEY", "_ACCESS_KEY", "_ACCOUNT_KEY", "_PRIVATE_KEY", "_SIGNING_KEY", "_PASS", "_DSN"];
+/// Parts of names, wherever they stand.
+const PARTS: [&str; 5] = ["SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL"];
+/// Whole names: by the first one signs with the keys of whoever started the server, the second has a password in it.
+const NAMES: [&str; 2] = ["SSH_AUTH_SOCK", "DATABASE_URL"];
+
+/// Whether a variable looks like a credential.
+pub(super) fn is_secret(name: &str) -> bool {
+    let name = name.to_ascii_uppercase();
+    BEGINNINGS.iter().any(|begin| name.starts_with(begin))
+        || ENDS.iter().any(|end| name.ends_with(end) || name == end[1..])
+        || PARTS.iter().any(|part| name.contains(part))
+        || NAMES.contains(&name.as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_looks_like_a_credential_is_one() {
+        let secrets = "HF_TOKEN HF_API_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACEHUB_API_TOKEN RUNPOD_API_KEY OPENAI_API_KEY \
+                       VLLM_API_KEY ROUNDHOUSE_API_KEYS ROUNDHOUSE_ANYTHING AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY \
+                       AWS_SESSION_TOKEN AZURE_STORAGE_ACCOUNT_KEY GOOGLE_APPLICATION_CREDENTIALS GITHUB_TOKEN TOKEN API_KEY \
+                       PGPASSWORD DB_PASSWORD MY_SECRET_THING CLIENT_SECRET SSH_AUTH_SOCK DATABASE_URL SENTRY_DSN github_token";
+        for name in secrets.split_whitespace() {
+            assert!(is_secret(name), "{name}");
+        }
+        let plain = "PATH HOME PWD OLDPWD LANG HF_HOME HF_HUB_CACHE HF_ENDPOINT TOKENIZERS_PARALLELISM CUDA_VISIBLE_DEVICES \
+                     LD_LIBRARY_PATH PYTORCH_CUDA_ALLOC_CONF VLLM_CACHE_ROOT KEYBOARD RUNPOD_POD_ID HTTPS_PROXY";
+        for name in plain.split_whitespace() {
+            assert!(!is_secret(name), "{name}");
+        }
+    }
+}
