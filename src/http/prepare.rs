@@ -365,6 +365,7 @@ pub mod tests {
             aliases: vec![format!("{name}-latest")],
             limit: 4,
             max_batch: 1,
+            first_batch: 1,
             timeout: Duration::from_secs(600),
             max_attempts: 3,
             idle_ttl: None,

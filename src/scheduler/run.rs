@@ -745,6 +745,7 @@ impl Scheduler {
             paused: model.held.paused,
             draining: model.held.draining,
             pinned: model.is_pinned(),
+            batching: model.batching.shapes(),
         }
     }
 }

@@ -435,6 +435,7 @@ fn setup(rng: &mut Rng) -> Setup {
             aliases: Vec::new(),
             limit,
             max_batch,
+            first_batch: max_batch,
             timeout: Duration::from_millis(rng.pick(&[5_000, 20_000, 60_000])),
             max_attempts: 3,
             idle_ttl: rng.chance(200).then(|| Duration::from_secs(5)),
