@@ -12,6 +12,8 @@
 //! killer is alone: of those that died together the first half runs; if it dies too, the other half is innocent and runs
 //! whole, else the search goes on in the other half. A search over n jobs takes at most log2(n) runs.
 //!
+//! A job that ran out of memory alone stands among these, too, for itself: it runs with nothing beside it.
+//!
 //! What few jobs have (deadlines, delays) stands in maps of its own.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -21,7 +23,7 @@ use crate::domain::shape::ALONE;
 use crate::domain::{Class, Face, Millis};
 use crate::policy::batching::Batching;
 use crate::policy::order::{Served, batch_slots, near_deadline, next_class};
-use crate::policy::retry::PAUSE_MAX_MS;
+use crate::policy::retry::{PAUSE_MAX_MS, is_oom_mark};
 use crate::scheduler::line::{Key, Line, Waiting};
 use crate::store::QueuedJob;
 
@@ -221,6 +223,7 @@ impl Queue {
         }
         if let (Some(probed), Some(crash)) = (self.probed, job.crash)
             && probed != crash
+            && !is_oom_mark(crash)
             && let Some(rest) = self.isolated.get_mut(&probed)
         {
             rest.innocent = true;

@@ -143,6 +143,26 @@ fn jobs_isolated_by_a_crash_run_with_nobody_beside() {
 }
 
 #[test]
+fn jobs_that_ran_out_of_memory_alone_run_with_nothing_beside_and_acquit_nobody() {
+    let hungry = |n| QueuedJob { crash: Some(crate::policy::retry::oom_mark(n)), ..job(n, 5) };
+    let suspect = |n| QueuedJob { crash: Some(1), ..job(n, 5) };
+    let mut q = queue([suspect(1), suspect(2), suspect(3), suspect(4)]);
+    assert_eq!(numbers(&q.admit(to(TEXT), &mut nobody(), 0)), [[1, 2]], "the first half");
+    q.end(1, 1.0, &mut nobody(), 0);
+    q.push(&hungry(1), 0);
+    q.push(&hungry(9), 0);
+    q.end(2, 1.0, &mut nobody(), 0);
+    let mut runs = Vec::new();
+    while q.len() > 0 {
+        let all = q.admit(to(TEXT), &mut nobody(), 0);
+        assert!(all.len() == 1 && all[0].alone);
+        all[0].jobs.iter().for_each(|job| drop(q.end(job.number, 1.0, &mut nobody(), 0)));
+        runs.extend(numbers(&all));
+    }
+    assert_eq!(runs, [vec![3], vec![4], vec![1], vec![9]], "no death in between says that 3 and 4 are innocent");
+}
+
+#[test]
 fn delayed_jobs_wait_aside() {
     let mut q = queue([QueuedJob { not_before: Some(50), ..job(1, 5) }]);
     assert_eq!((q.pending(), q.next_wake(), q.len()), ((0, 0), Some(50), 1));
