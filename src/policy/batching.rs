@@ -172,9 +172,9 @@ impl Change {
             (Some(jobs), _) => ("worker_oom", format!("{head}, {jobs} at once ran out of memory")),
             (None, [Some(from), Some(to)]) => {
                 let (from, to) = (short_rate(from), short_rate(to));
-                ("batch", format!("{head} are {to} a second, {} a pass {from}", of(self.from)))
+                ("batch", format!("{head}, {to} a second; with {} it was {from}", self.from))
             }
-            (None, _) => ("batch", format!("{head}, before {}", of(self.from))),
+            (None, _) => ("batch", format!("{head}, before {}", self.from)),
         };
         let mut numbers = vec![("jobs", f64::from(self.to)), ("jobs_before", f64::from(self.from))];
         numbers.extend(self.rates[0].map(|rate| ("per_s_before", rate)));

@@ -112,7 +112,7 @@ fn a_change_is_told_once_and_in_words() {
     }
     let [change] = &told[..] else { panic!("{told:?}") };
     let decision = change.decision("flux", 5);
-    assert_eq!(decision.reason, "flux (size 64x64): 2 jobs a pass from now on are 2 a second, 1 job a pass 1.3");
+    assert_eq!(decision.reason, "flux (size 64x64): 2 jobs a pass from now on, 2 a second; with 1 it was 1.3");
     assert_eq!((decision.action, decision.code, decision.numbers["jobs"]), ("batch", "batch", 2.0));
     let change = batching.out_of_memory(KEY, 2).expect("halved");
     let reason = change.decision("flux", 5).reason;
