@@ -177,8 +177,8 @@ impl Change {
             (None, _) => ("batch", format!("{head}, before {}", self.from)),
         };
         let mut numbers = vec![("jobs", f64::from(self.to)), ("jobs_before", f64::from(self.from))];
-        numbers.extend(self.rates[0].map(|rate| ("per_s_before", rate)));
-        numbers.extend(self.rates[1].map(|rate| ("per_s", rate)));
+        numbers.extend(self.rates[0].map(|rate| ("jobs_per_second_before", rate)));
+        numbers.extend(self.rates[1].map(|rate| ("jobs_per_second", rate)));
         Decision::new(now, "batch", code, reason).of(model).with(&numbers)
     }
 }

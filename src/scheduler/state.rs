@@ -838,6 +838,10 @@ fn first_line(text: &str) -> &str {
 mod tests;
 
 #[cfg(test)]
+#[path = "batching_tests.rs"]
+mod batching_tests;
+
+#[cfg(test)]
 #[path = "device_tests.rs"]
 mod device_tests;
 
