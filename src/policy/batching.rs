@@ -28,6 +28,8 @@ pub const STALE_PASSES: u64 = 128;
 const SHAPES_MAX: usize = 256;
 /// Of these, so many are shown.
 const SHOWN_MAX: usize = 16;
+/// Loads that a shape remembers: more than a model has workers.
+const LOADS_MAX: usize = 64;
 
 /// A pass whose jobs were all answered.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,7 +73,8 @@ struct Shape {
     passes: u64,
     /// When a smaller size was tried last, as a number of its passes.
     tried_less: u64,
-    load: Option<i64>,
+    /// Loads that have made a pass of it, latest last.
+    loads: VecDeque<i64>,
     /// When it was used last, as a number of the model's passes.
     used: u64,
 }
@@ -257,7 +260,11 @@ impl Batching {
         let (first, most) = (self.first, self.most);
         let shape = self.shape(key);
         shape.passes += 1;
-        if shape.load.replace(pass.load) != Some(pass.load) {
+        if !shape.loads.contains(&pass.load) {
+            shape.loads.push_back(pass.load);
+            if shape.loads.len() > LOADS_MAX {
+                shape.loads.pop_front();
+            }
             return None;
         }
         let before = (shape.level, shape.size(first));
@@ -336,7 +343,7 @@ impl Batching {
             level: None,
             passes: 0,
             tried_less: 0,
-            load: None,
+            loads: VecDeque::new(),
             used: 0,
         });
         shape.used = self.passes;

@@ -130,6 +130,9 @@ fn the_first_pass_after_a_load_counts_for_nothing() {
         batching.passed(KEY, Pass { jobs: 1, ms: 10, load: SAMPLES_MIN as i64 });
     }
     assert_eq!(batching.shapes()[0].per_s, [(1, 100.0)]);
+    let mut two_workers = Batching::new(1, 2);
+    (0..2 + SAMPLES_MIN as i64).for_each(|n| drop(two_workers.passed(KEY, Pass { jobs: 1, ms: 10, load: n % 2 })));
+    assert_eq!(two_workers.shapes()[0].per_s, [(1, 100.0)], "they take turns");
 }
 
 #[test]

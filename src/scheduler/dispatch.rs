@@ -149,8 +149,7 @@ async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
     if retry::blames_wake(&outcome, &judged) {
         tracing::warn!(job.id = %token.id, model = %dispatch.model, "failed on a worker just woken, which is loaded anew");
         context.tell(Message::Event(Event::CanaryFailed { model: dispatch.model.clone(), number: token.id.number }));
-    }
-    if matches!(&outcome, Outcome::Failed { error, .. } if error.code == ErrorCode::WorkerOom) {
+    } else if matches!(&outcome, Outcome::Failed { error, .. } if error.code == ErrorCode::WorkerOom) {
         let (model, number, jobs) = (dispatch.model.clone(), token.id.number, dispatch.run_jobs);
         tracing::warn!(job.id = %token.id, model = %model, run.jobs = jobs, "out of memory");
         context.tell(Message::Event(Event::OutOfMemory { model, number, jobs }));
