@@ -93,8 +93,9 @@ async fn a_job_that_never_fits_fails_with_advice_and_takes_nobody_along() {
     assert!(message.contains("smaller size") && message.contains("`memory`"), "{message}");
     assert_eq!(job["attempt"], 4, "among four, two, alone, and with nothing beside it: {job}");
     assert_eq!(check_history(&api.events(&hungry).await), "job.failed");
-    let metrics = api.get("/metrics").await.is(200).text();
-    assert!(metrics.contains("roundhouse_store_rescues_total 0\n"), "no worker has died: {metrics}");
+    let metrics = api.get("/metrics").await.is(200).body;
+    let metrics = String::from_utf8_lossy(&metrics);
+    assert!(metrics.contains("\nroundhouse_store_rescues_total 0\n"), "no worker has died: {metrics}");
     for id in &others {
         let job = api.succeeded(id).await;
         assert_eq!(job["failures"], 0, "{job}");
