@@ -40,6 +40,7 @@ fn spec(index: usize) -> ModelSpec {
         aliases: Vec::new(),
         limit: [32, 4, 8][index % 3],
         max_batch: [1, 4, 8][index % 3],
+        first_batch: [1, 4, 8][index % 3],
         timeout: Duration::from_secs(600),
         max_attempts: 1,
         idle_ttl: None,

@@ -45,6 +45,7 @@ fn spec(name: &str, kind: ModelKind, endpoint: &str) -> ModelSpec {
         aliases: Vec::new(),
         limit: 4,
         max_batch: 1,
+        first_batch: 1,
         timeout: Duration::from_secs(600),
         max_attempts: 3,
         idle_ttl: None,

@@ -171,6 +171,7 @@ impl Bench {
             aliases: Vec::new(),
             limit: 1,
             max_batch: 1,
+            first_batch: 1,
             timeout: Duration::from_secs(60),
             max_attempts: 3,
             idle_ttl: None,

@@ -94,6 +94,20 @@ class Plan:
         return dataclasses.replace(self, **wishes)
 
 
+class Cost:
+    """What a pass costs: `FIXED+EACH`, in ms."""
+
+    def __init__(self, text: str) -> None:
+        fixed_ms, _, each_ms = text.partition("+")
+        self._fixed_ms, self._each_ms = float(fixed_ms), float(each_ms)
+        if not (0 <= self._fixed_ms < math.inf and 0 <= self._each_ms < math.inf):
+            raise ValueError(text)
+
+    def seconds(self, items: int) -> float:
+        """How long a pass over so many items takes."""
+        return (self._fixed_ms + self._each_ms * items) / 1000
+
+
 _PLAN_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Plan)}
 
 
@@ -155,6 +169,14 @@ class EchoService(rw.BaseService):
         whole.add_argument("--load-s", type=float, default=0.0, help="how long loading takes")
         whole.add_argument("--load-from-start", action="store_true", help="--load-s counts from the process's start")
         whole.add_argument("--load-fail", metavar="TEXT", help="fail to load, with this text")
+        whole.add_argument(
+            "--batch-cost",
+            type=Cost,
+            metavar="FIXED+EACH",
+            help="ms that a pass takes, and for each item; for --delay-ms",
+        )
+        whole.add_argument("--oom-above", type=int, default=0, metavar="N", help="larger passes run out of memory")
+        whole.add_argument("--oom-item", type=int, default=0, metavar="K", help="the K-th request runs out of memory")
         whole.add_argument("--fail-item", type=int, default=0, metavar="K", help="the K-th request fails")
         whole.add_argument("--crash-after", type=int, default=0, metavar="N", help="the N-th request crashes it")
         whole.add_argument("--device-bytes", type=int, metavar="N", help="device memory that /health tells")
@@ -260,6 +282,8 @@ class EchoService(rw.BaseService):
         plan = self._plan.changed(item.body.get("echo", {}))
         if self._taken == self.options.fail_item:
             plan = dataclasses.replace(plan, fail=f"request {self._taken} fails")
+        if self._taken == self.options.oom_item:
+            plan = dataclasses.replace(plan, oom=True)
         if self._taken == self.options.crash_after:
             plan = dataclasses.replace(plan, crash=True)
         if self._woken and self.options.wake_broken is not None:
@@ -291,7 +315,8 @@ class EchoService(rw.BaseService):
         """Spend the longest delay of the items, then make their images, sounds or echoes."""
         plans: list[Plan] = [item.params.plan for item in items]
         steps = max(plan.steps for plan in plans)
-        delay_s = max(plan.delay_s for plan in plans)
+        cost: Cost | None = self.options.batch_cost
+        delay_s = max(plan.delay_s for plan in plans) if cost is None else cost.seconds(len(items))
         for step in range(1, steps + 1):
             _nap(delay_s / steps, progress)
             if step == (steps + 1) // 2:
@@ -299,6 +324,8 @@ class EchoService(rw.BaseService):
                     _hang_thread()
                 for plan in plans:
                     _strike(plan)
+                if 0 < self.options.oom_above < len(items):
+                    raise RuntimeError(f"CUDA out of memory (not really: {len(items)} items are too many)")
             progress(step, steps)
         return [_failure(item.params.plan) or _make(item, len(items)) for item in items]
 

@@ -85,7 +85,7 @@ impl Reader<'_> {
         let port = self.port(index);
         let startup_time = self.startup_time();
         let endpoints = self.endpoints(kind);
-        let (limit, max_batch) = self.limits(kind);
+        let (limit, max_batch, first_batch) = self.limits(kind);
         let timeout = self.timeout(kind);
         let max_attempts = self.max_attempts();
         let max_replicas = self.max_replicas();
@@ -106,6 +106,7 @@ impl Reader<'_> {
             aliases: entry.aliases.iter().flat_map(|at| &at.value).map(|alias| alias.value.clone()).collect(),
             limit,
             max_batch,
+            first_batch,
             timeout,
             max_attempts,
             idle_ttl: entry.idle_ttl.as_ref().map(|at| at.value.0),
@@ -274,8 +275,8 @@ impl Reader<'_> {
         endpoints
     }
 
-    /// `limit` and `max_batch`.
-    fn limits(&mut self, kind: Option<ModelKind>) -> (u32, u32) {
+    /// `limit`, `max_batch`, and how many jobs a pass takes at first.
+    fn limits(&mut self, kind: Option<ModelKind>) -> (u32, u32, u32) {
         let limit = self.at_least_one("limit", self.entry.limit.as_ref());
         let max_batch = self.at_least_one("max_batch", self.entry.max_batch.as_ref());
         let is_text = kind == Some(ModelKind::Text);
@@ -289,10 +290,17 @@ impl Reader<'_> {
                 self.problem(at.line, "max_batch", &help);
             }
         }
-        let usual_batch = if kind == Some(ModelKind::Audio) { 16 } else { 1 };
-        let max_batch = max_batch.unwrap_or(limit.map_or(usual_batch, |l| usual_batch.min(l)));
+        // A program that is none of ours, or has a `limit` of its own, may not make passes of several.
+        let (usual, first) = match kind {
+            Some(ModelKind::Audio) => (limit.map_or(16, |limit| limit.min(16)), None),
+            Some(ModelKind::Image) if self.entry.service_script.is_some() && limit.is_none() => (8, Some(1)),
+            _ => (1, None),
+        };
+        let first = first.filter(|_| max_batch.is_none());
+        let max_batch = max_batch.unwrap_or(usual);
+        let first = first.unwrap_or(max_batch);
         let usual_limit = if is_text { 256 } else { max_batch };
-        (limit.unwrap_or(usual_limit), max_batch)
+        (limit.unwrap_or(usual_limit), max_batch, first)
     }
 
     fn at_least_one(&mut self, key: &str, at: Option<&At<u32>>) -> Option<u32> {

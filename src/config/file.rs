@@ -82,7 +82,9 @@ pub(super) struct Entry {
     /// Most requests on the worker at once. Default 256 for text, else `max_batch`.
     #[schemars(range(min = 1))]
     pub(super) limit: Option<At<u32>>,
-    /// Most requests in one pass. Default 1 for images, 16 for audio; text engines batch by themselves (`limit`).
+    /// Most requests in one pass; fewer are sent where more do not pay, which is measured. Default 16 for audio; images
+    /// with a `service_script` and no `limit` begin with 1 and may come to 8; text engines batch by themselves (`limit`);
+    /// 1 for all else.
     #[schemars(range(min = 1))]
     pub(super) max_batch: Option<At<u32>>,
     /// Longest time of one attempt. Default 600 for text and custom, 300 for images, 900 for audio.

@@ -45,7 +45,7 @@ fn the_original_keys() {
     assert_eq!(spec.port, 8002);
     assert_eq!(spec.startup_time, Duration::from_secs(40));
     assert_eq!(spec.endpoints, ["/v1/images/generations"]);
-    assert_eq!((spec.limit, spec.max_batch), (1, 1));
+    assert_eq!((spec.limit, spec.max_batch, spec.first_batch), (8, 8, 1));
     assert_eq!(spec.timeout, Duration::from_secs(300));
     assert_eq!((spec.max_attempts, spec.gpus), (3, 1));
     assert_eq!(spec.upstream_model, "flux");
@@ -64,7 +64,7 @@ fn every_key_is_read() {
     assert_eq!(spec.env["THREADS"], "2");
     assert_eq!(spec.env["ON"], "yes");
     assert_eq!(spec.aliases, ["org/music", "tts-1"]);
-    assert_eq!((spec.limit, spec.max_batch), (8, 4));
+    assert_eq!((spec.limit, spec.max_batch, spec.first_batch), (8, 4, 4));
     assert_eq!(spec.timeout, Duration::from_secs(900));
     assert_eq!(spec.idle_ttl, Some(Duration::from_secs(7200)));
     assert_eq!(spec.startup_time, Duration::from_millis(500));
@@ -107,10 +107,16 @@ fn defaults_follow_the_type() {
     assert_eq!(completions.endpoints, ["/v1/completions", "/v1/chat/completions"]);
     let audio = entry("    type: audio\n").unwrap();
     assert_eq!(audio.endpoints, ["/v1/audio/generations", "/v1/audio/speech"]);
-    assert_eq!((audio.limit, audio.max_batch), (16, 16));
+    assert_eq!((audio.limit, audio.max_batch, audio.first_batch), (16, 16, 16));
     assert_eq!(audio.timeout, Duration::from_secs(900));
     let small = entry("    type: audio\n    limit: 2\n").unwrap();
     assert_eq!((small.limit, small.max_batch), (2, 2));
+    let image = entry("    type: image\n    max_batch: 4\n").unwrap();
+    assert_eq!((image.limit, image.max_batch, image.first_batch), (4, 4, 4));
+    let beside = entry("    type: image\n    limit: 4\n").unwrap();
+    assert_eq!((beside.limit, beside.max_batch, beside.first_batch), (4, 1, 1));
+    let command = read("models:\n  m:\n    type: image\n    command: x\n").unwrap().models[0].clone();
+    assert_eq!((command.limit, command.max_batch, command.first_batch), (1, 1, 1));
     let custom = entry("    type: custom\n    endpoint: /v1/x\n").unwrap();
     assert_eq!(custom.endpoints, ["/v1/x"]);
     let only = entry("    type: text\n    endpoints: [/v1/completions]\n").unwrap();

@@ -183,7 +183,7 @@ pub struct NewJob {
     pub priority: u8,
     /// The body for the worker, JSON, `model` already replaced by the upstream name.
     pub body: Bytes,
-    /// Jobs may share a run only if this is equal; see [`batch_key`].
+    /// Jobs may share a run only if this is equal; see [`super::shape::batch_key`].
     pub batch_key: i64,
     /// Whether the body asks for a stream of chunks.
     pub stream: bool,
@@ -307,24 +307,9 @@ impl Job {
     }
 }
 
-/// Fields of a body that may differ between jobs of one run; all others make the batch key.
-const PER_ITEM_FIELDS: [&str; 10] =
-    ["prompt", "input", "seed", "n", "user", "metadata", "messages", "voice", "response_format", "echo"];
-
-/// A number that is equal for jobs which one pass of the worker can serve: same endpoint, same shape-giving parameters
-/// (size, steps, guidance, duration). FNV-1a over the canonical JSON of the body without its per-item fields.
-pub fn batch_key(endpoint: &str, body: &serde_json::Map<String, serde_json::Value>) -> i64 {
-    let shape: BTreeMap<&str, &serde_json::Value> =
-        body.iter().map(|(k, v)| (k.as_str(), v)).filter(|(k, _)| !PER_ITEM_FIELDS.contains(k)).collect();
-    let text = format!("{endpoint}\n{}", serde_json::json!(shape));
-    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-    hash.cast_signed()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn terminal_states_never_change() {
@@ -338,14 +323,6 @@ mod tests {
         }
         assert!(!JobState::Queued.may_become(JobState::Succeeded), "only a claimed job has an answer");
         assert!(!JobState::Cancelling.may_become(JobState::Queued), "a cancelled job is not tried again");
-    }
-
-    #[test]
-    fn batch_key_sees_shape_and_not_content() {
-        let key = |v: serde_json::Value| batch_key("/v1/images/generations", v.as_object().expect("object"));
-        let base = key(json!({"model": "flux", "prompt": "a", "size": "64x64", "seed": 1}));
-        assert_eq!(base, key(json!({"seed": 2, "size": "64x64", "prompt": "b", "model": "flux"})));
-        assert_ne!(base, key(json!({"model": "flux", "prompt": "a", "size": "128x64", "seed": 1})));
     }
 
     #[test]

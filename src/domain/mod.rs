@@ -8,6 +8,7 @@ pub mod gpu;
 pub mod ids;
 pub mod job;
 pub mod model;
+pub mod shape;
 pub mod storage;
 pub mod worker;
 

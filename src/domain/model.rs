@@ -113,6 +113,8 @@ pub struct ModelSpec {
     pub limit: u32,
     /// Most jobs in one run. At least 1; 1 for text, which the engine batches by itself.
     pub max_batch: u32,
+    /// Jobs in one run until it is known what pays. At least 1, at most `max_batch`.
+    pub first_batch: u32,
     /// Longest time of one attempt.
     pub timeout: Duration,
     /// Budget of a job's own retriable errors.
@@ -149,6 +151,7 @@ impl ModelSpec {
             aliases: Vec::new(),
             limit: 0,
             max_batch: 0,
+            first_batch: 0,
             timeout: Duration::ZERO,
             max_attempts: 0,
             idle_ttl: None,

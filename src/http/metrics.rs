@@ -7,7 +7,7 @@ use crate::scheduler::handle::{Counters, QueueView};
 use crate::store::StoreMetrics;
 
 /// Name, type and help of every series.
-pub const SERIES: [(&str, &str, &str); 27] = [
+pub const SERIES: [(&str, &str, &str); 28] = [
     ("roundhouse_jobs", "gauge", "Jobs that have not ended, by model and state."),
     ("roundhouse_jobs_ended_total", "counter", "Jobs that ended since the server started, by state."),
     ("roundhouse_swaps_total", "counter", "Loads of a model after another one had held the device."),
@@ -20,6 +20,7 @@ pub const SERIES: [(&str, &str, &str); 27] = [
     ("roundhouse_wait_seconds", "histogram", "Time from acceptance to the first claim."),
     ("roundhouse_oldest_pending_seconds", "gauge", "Age of the oldest job that waits, by model; 0: none waits."),
     ("roundhouse_waiting_sync_calls", "gauge", "Sync calls whose callers hold the line."),
+    ("roundhouse_batch_size", "gauge", "Jobs in a pass when enough wait, as learned, by model and shape."),
     ("roundhouse_model_state", "gauge", "1 for the state each model is in."),
     ("roundhouse_store_commit_seconds", "summary", "Time of commits; quantiles of the latest 4096."),
     ("roundhouse_store_group_size", "summary", "Operations per commit; quantile 1 of the latest 4096."),
@@ -126,6 +127,14 @@ fn samples(name: &str, seen: &Seen<'_>, out: &mut String) {
         "roundhouse_store_missing_files" => sample(out, name, &[], store.missing_files),
         "roundhouse_store_recovery_seconds" => sample(out, name, &[], store.recovery_seconds),
         "roundhouse_waiting_sync_calls" => sample(out, name, &[], seen.sync_calls),
+        "roundhouse_batch_size" => {
+            for model in &queue.models {
+                for shape in &model.batching {
+                    let labels = [("model", &*model.model), ("shape", &*shape.shape), ("key", &*shape.key)];
+                    sample(out, name, &labels, shape.batch_size);
+                }
+            }
+        }
         "roundhouse_model_state" => {
             for model in &queue.models {
                 sample(out, name, &[("model", &model.model), ("state", model.state.as_str())], 1);
@@ -169,10 +178,18 @@ mod tests {
             wait_sum_s: 70.25,
             wait_count: 3,
         };
+        let shape = crate::scheduler::handle::ShapeView {
+            shape: "size 64x64".to_owned(),
+            key: "00ff".to_owned(),
+            batch_size: 4,
+            max_batch: 8,
+            per_s: vec![(1, 0.5)],
+        };
         let model = crate::scheduler::handle::ModelQueueView {
             paused: false,
             draining: false,
             pinned: false,
+            batching: vec![shape],
             model: "flux".into(),
             queued: 7,
             queued_interactive: 0,
@@ -209,6 +226,7 @@ mod tests {
             "roundhouse_load_seconds_sum{model=\"a\\\"b\"} 3.5",
             "roundhouse_wait_seconds_bucket{le=\"0.5\"} 1",
             "roundhouse_wait_seconds_bucket{le=\"+Inf\"} 3",
+            "roundhouse_batch_size{model=\"flux\",shape=\"size 64x64\",key=\"00ff\"} 4",
             "roundhouse_waiting_sync_calls 8",
             "roundhouse_oldest_pending_seconds{model=\"flux\"} 2.5",
             "roundhouse_store_commit_seconds{quantile=\"0.99\"} 0.25",

@@ -12,7 +12,7 @@ use crate::domain::{ErrorCode, ModelSpec, ModelState};
 use crate::http::body::Segments;
 use crate::http::error::ApiError;
 use crate::http::{AppState, metrics as series};
-use crate::scheduler::handle::{Decision, ModelQueueView, QueueView};
+use crate::scheduler::handle::{Decision, ModelQueueView, QueueView, ShapeView};
 use crate::store::Trouble;
 
 /// `GET /v1/queue`
@@ -48,6 +48,7 @@ fn model_queue_json(view: &ModelQueueView) -> Value {
     let mut shown = json!(view);
     shown["due_at"] = json!(view.due_at.map(rfc3339));
     shown["fetch"] = json!(fetch_json(view));
+    shown["batching"] = json!(batching_json(Some(view)));
     shown
 }
 
@@ -97,8 +98,20 @@ pub(super) fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) 
             "draining": view.is_some_and(|view| view.draining),
             "pinned": view.is_some_and(|view| view.pinned),
             "est_wait_s": view.and_then(|view| view.est_wait_s),
+            "batching": batching_json(view),
         },
     })
+}
+
+/// What was learned about the passes of a model.
+fn batching_json(view: Option<&ModelQueueView>) -> Vec<Value> {
+    let shapes = view.into_iter().flat_map(|view| &view.batching);
+    let json = |shape: &ShapeView| {
+        let per_s: Vec<Value> = shape.per_s.iter().map(|(jobs, per_s)| json!({"jobs": jobs, "per_s": per_s})).collect();
+        let ShapeView { shape, key, batch_size, max_batch, .. } = shape;
+        json!({"shape": shape, "key": key, "batch_size": batch_size, "max_batch": max_batch, "measured": per_s})
+    };
+    shapes.map(json).collect()
 }
 
 /// `POST /v1/models/{name}/retry`: forgets back-off and quarantine.
@@ -197,6 +210,7 @@ mod tests {
             paused: false,
             draining: false,
             pinned: false,
+            batching: Vec::new(),
             model: "flux".into(),
             queued: 2,
             queued_interactive: 1,

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
 
-use crate::domain::job::{Present, batch_key};
+use crate::domain::job::Present;
+use crate::domain::shape::batch_key;
 use crate::domain::{BatchId, ErrorCode, Face, JobId, JobKind, Millis, ModelKind, ModelSpec, NewJob};
 use crate::http::body::{by_likeness, shortened};
 use crate::http::error::ApiError;
@@ -364,6 +365,7 @@ pub mod tests {
             aliases: vec![format!("{name}-latest")],
             limit: 4,
             max_batch: 1,
+            first_batch: 1,
             timeout: Duration::from_secs(600),
             max_attempts: 3,
             idle_ttl: None,

@@ -17,11 +17,12 @@ pub struct Decision {
     pub at: Millis,
     /// The GPUs it is about; empty: none in particular, or not GPUs.
     pub gpus: Vec<u32>,
-    /// `stay`, `load`, `swap`, `reserve`, `park`, `drop`, `unload`, `wait`, `refuse` or `idle`; by hand also `pause`,
+    /// `stay`, `load`, `swap`, `reserve`, `park`, `drop`, `unload`, `wait`, `refuse`, `batch` or `idle`; by hand also `pause`,
     /// `resume`, `drain`, `purge`, `pin` and `unpin`.
     pub action: &'static str,
     /// `dry`, `hold`, `finish_first`, `linger`, `not_due`, `due`, `due_interactive`, `deadline`, `guest`, `reserved`,
-    /// `replica`, `fits`, `park`, `drop`, `blocked`, `too_big`, `paused`, `overloaded` or `manual`.
+    /// `replica`, `fits`, `park`, `drop`, `blocked`, `too_big`, `paused`, `overloaded`, `batch`, `worker_oom`
+    /// or `manual`.
     pub code: &'static str,
     /// The model it is about: the one that stays or is loaded.
     pub model: Option<String>,

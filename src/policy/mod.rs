@@ -4,9 +4,10 @@
 //!
 //! A plan is made of: `view`, what it depends on; `due`, when a model's turn must come; `hold`, what a swap costs and when a
 //! resident yields; `sets`, which GPUs can hold a model; `decision`, the reasons in words. Beside it stand `tier`, what stays
-//! in host memory, and `learn`, averages of what things cost.
+//! in host memory, `batching`, how many jobs a pass takes, and `learn`, averages of what things cost.
 
 pub mod admission;
+pub mod batching;
 pub mod decision;
 pub mod due;
 pub mod forecast;

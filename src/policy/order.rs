@@ -11,13 +11,13 @@ pub const BATCH_EVERY: u64 = 8;
 /// A deadline this close (plus three times the work) goes before anything else of its class.
 const NEAR_DEADLINE_MS: i64 = 60_000;
 
-/// Which class the next free slot goes to. `admitted` counts admissions of this model so far.
-pub fn next_class(waiting_interactive: bool, waiting_batch: bool, admitted: u64) -> Option<Class> {
+/// Which class the next free slot goes to. `turns` counts the admissions of this model so far, a run as one.
+pub fn next_class(waiting_interactive: bool, waiting_batch: bool, turns: u64) -> Option<Class> {
     match (waiting_interactive, waiting_batch) {
         (false, false) => None,
         (true, false) => Some(Class::Interactive),
         (false, true) => Some(Class::Batch),
-        (true, true) if admitted % BATCH_EVERY == BATCH_EVERY - 1 => Some(Class::Batch),
+        (true, true) if turns % BATCH_EVERY == BATCH_EVERY - 1 => Some(Class::Batch),
         (true, true) => Some(Class::Interactive),
     }
 }
@@ -56,9 +56,14 @@ impl Served {
 
     /// Adds GPU time, in ms; less than 0 to take back.
     pub fn charge(&mut self, tenant: &Arc<str>, gpu_ms: f64) {
-        let weight = self.weights.get(tenant).copied().unwrap_or(1.0);
+        let weighted = self.weighted(tenant, gpu_ms);
         let counter = self.counters.entry(tenant.clone()).or_default();
-        *counter = (*counter + gpu_ms / weight).max(0.0);
+        *counter = (*counter + weighted).max(0.0);
+    }
+
+    /// What GPU time counts for this tenant, in ms.
+    pub fn weighted(&self, tenant: &str, gpu_ms: f64) -> f64 {
+        gpu_ms / self.weights.get(tenant).copied().unwrap_or(1.0)
     }
 
     /// A tenant has something to do again; `others`: those that have.

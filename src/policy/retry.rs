@@ -3,6 +3,10 @@
 //! Two budgets, never mixed: `failures` counts the job's own retriable errors (limit `max_attempts`); `crashes` counts
 //! workers that died while they ran it. A crash isolates: the jobs of that worker go back unharmed and run again in halves
 //! (see `scheduler::queue`); only a job whose worker dies again while it is isolated and alone is the killer, and fails.
+//!
+//! Out of memory is neither, as long as fewer jobs at once may fit: those of a run go back uncharged, and the next runs of their
+//! shape are half as long (`batching`); one that was the only job of its run goes back once more, to run with nothing beside it
+//! at all. Only then it fails.
 
 use crate::domain::worker::{Answer, Outcome};
 use crate::domain::{ErrorCode, JobError, Millis};
@@ -18,6 +22,10 @@ pub struct Attempt {
     pub max_attempts: u32,
     /// It had the worker for itself alone, since it had seen a crash before.
     pub isolated: bool,
+    /// Jobs of its run, itself included.
+    pub run_jobs: u32,
+    /// It had the worker for itself alone, since it had run out of memory before, though it was the only one of its run.
+    pub after_oom: bool,
     /// Somebody asked to cancel it.
     pub cancelling: bool,
     /// The server is stopping: nothing is charged.
@@ -55,6 +63,8 @@ pub enum Verdict {
 pub enum Suspicion {
     /// The worker died: the job runs next with others of the same death only.
     Raised,
+    /// It ran out of memory as the only job of its run: it runs next with nothing beside it; see [`oom_mark`].
+    OutOfMemory,
     /// The attempt proves nothing.
     Kept,
     /// The worker survived it.
@@ -74,6 +84,16 @@ pub struct Requeue {
     pub suspicion: Suspicion,
     /// Why this attempt ended; shown while it waits.
     pub error: Option<JobError>,
+}
+
+/// What stands in the place of a death for a job that ran out of memory: nobody shares it, so it runs alone.
+pub const fn oom_mark(number: i64) -> i64 {
+    -number
+}
+
+/// Whether it is such a mark, and not the load that died.
+pub const fn is_oom_mark(crash: i64) -> bool {
+    crash < 0
 }
 
 /// No job waits longer than this for its next attempt, whatever its last one came to, in ms.
@@ -106,6 +126,7 @@ pub fn judge(outcome: Outcome, attempt: &Attempt, now: Millis) -> Verdict {
         Outcome::WorkerLost { .. } if attempt.stopping => requeue(attempt, None),
         Outcome::WorkerLost { reached: false, .. } => requeue(attempt, None),
         Outcome::WorkerLost { reason, .. } => judge_crash(&reason, attempt),
+        Outcome::Failed { error, retriable: true } if error.code == ErrorCode::WorkerOom => judge_oom(error, attempt),
         Outcome::Failed { error, retriable: true } => judge_failure(error, attempt, now),
     }
 }
@@ -143,6 +164,31 @@ fn judge_crash(reason: &str, attempt: &Attempt) -> Verdict {
     })
 }
 
+fn judge_oom(error: JobError, attempt: &Attempt) -> Verdict {
+    if attempt.relayed {
+        return Verdict::Fail(error);
+    }
+    let suspicion = match (attempt.run_jobs > 1, attempt.after_oom) {
+        (true, _) => Suspicion::Dropped,
+        (false, false) => Suspicion::OutOfMemory,
+        (false, true) => {
+            let message = format!(
+                "out of memory with nothing beside it on its worker; ask for less (a smaller size, a shorter duration), or \
+                 give the model more room in models.yaml (`memory`, `exclusive: true`, `max_batch: 1`): {}",
+                error.message
+            );
+            return Verdict::Fail(JobError { message, ..error });
+        }
+    };
+    Verdict::Requeue(Requeue {
+        not_before: None,
+        failures: attempt.failures,
+        crashes: attempt.crashes,
+        suspicion,
+        error: Some(error),
+    })
+}
+
 fn judge_failure(error: JobError, attempt: &Attempt, now: Millis) -> Verdict {
     let failures = attempt.failures + 1;
     if failures >= attempt.max_attempts || attempt.relayed {
@@ -173,6 +219,8 @@ mod tests {
             crashes: 0,
             max_attempts: 3,
             isolated: false,
+            run_jobs: 1,
+            after_oom: false,
             cancelling: false,
             stopping: false,
             canary: false,
@@ -187,6 +235,10 @@ mod tests {
         Outcome::Failed { error: JobError::new(ErrorCode::WorkerOom, "out of memory", true), retriable: true }
     }
 
+    fn broken() -> Outcome {
+        Outcome::Failed { error: JobError::new(ErrorCode::WorkerError, "no", true), retriable: true }
+    }
+
     fn lost() -> Outcome {
         Outcome::WorkerLost { reason: "killed".into(), reached: true }
     }
@@ -194,10 +246,10 @@ mod tests {
     #[test]
     fn failures_are_retried_with_doubling_pauses_until_the_budget_is_spent() {
         let pauses: Vec<_> = (0..3)
-            .map(|failures| match judge(oom(), &Attempt { failures, ..attempt() }, 0) {
+            .map(|failures| match judge(broken(), &Attempt { failures, ..attempt() }, 0) {
                 Verdict::Requeue(r) => r.not_before,
                 Verdict::Fail(e) => {
-                    assert_eq!(e.code, ErrorCode::WorkerOom);
+                    assert_eq!(e.code, ErrorCode::WorkerError);
                     None
                 }
                 other => panic!("{other:?}"),
@@ -205,7 +257,28 @@ mod tests {
             .collect();
         assert_eq!(pauses, [Some(999), Some(1_998), None]);
         let lucky = Attempt { failures: 1, jitter: 0.0, ..attempt() };
-        assert!(matches!(judge(oom(), &lucky, 0), Verdict::Requeue(r) if r.not_before == Some(BACKOFF_MIN_MS)));
+        assert!(matches!(judge(broken(), &lucky, 0), Verdict::Requeue(r) if r.not_before == Some(BACKOFF_MIN_MS)));
+    }
+
+    #[test]
+    fn out_of_memory_is_charged_to_nobody_and_fails_only_with_nothing_beside() {
+        let back = |attempt: &Attempt| match judge(oom(), attempt, 0) {
+            Verdict::Requeue(r) => (r.not_before, r.failures, r.crashes, r.suspicion),
+            other => panic!("{other:?}"),
+        };
+        let last_try = Attempt { max_attempts: 1, crashes: 1, ..attempt() };
+        let among_many = Attempt { run_jobs: 2, ..last_try.clone() };
+        assert_eq!(back(&among_many), (None, 0, 1, Suspicion::Dropped));
+        assert_eq!(back(&Attempt { after_oom: true, ..among_many }), (None, 0, 1, Suspicion::Dropped));
+        assert_eq!(back(&last_try), (None, 0, 1, Suspicion::OutOfMemory));
+        let isolated = Attempt { isolated: true, ..last_try };
+        assert_eq!(back(&isolated).3, Suspicion::OutOfMemory, "a crash was why it was alone");
+        let Verdict::Fail(error) = judge(oom(), &Attempt { after_oom: true, ..isolated }, 0) else { panic!("again") };
+        assert_eq!(error.code, ErrorCode::WorkerOom);
+        for word in ["smaller size", "`memory`", "`max_batch: 1`", "out of memory"] {
+            assert!(error.message.contains(word), "{word}: {error:?}");
+        }
+        assert!(is_oom_mark(oom_mark(1)) && !is_oom_mark(0));
     }
 
     #[test]
@@ -262,7 +335,7 @@ mod tests {
     #[test]
     fn a_pause_never_passes_the_deadline() {
         let near = Attempt { deadline: Some(500), ..attempt() };
-        assert!(matches!(judge(oom(), &near, 0), Verdict::Fail(_)));
+        assert!(matches!(judge(broken(), &near, 0), Verdict::Fail(_)));
         let passed = Attempt { deadline_passed: true, ..attempt() };
         assert!(
             matches!(judge(Outcome::Stopped, &passed, 0), Verdict::Expire(e) if e.code == ErrorCode::DeadlineExceeded)

@@ -93,11 +93,14 @@ fn setup(rng: &mut Rng, calm: bool) -> Setup {
         let wanted = rng.pick(&[0, 1, 1, 1, 2, 4]);
         let cold: Millis = rng.pick(&[1_000, 5_000, 30_000]);
         let needs = if wanted == 0 && inventory.cpu.is_none() { 1 } else { wanted.min(u32::try_from(gpus).unwrap()) };
+        let memory = (!rng.chance(150)).then(|| rng.pick(&[10, 30, 50, 60]) * GB);
+        let max_batch = if rng.chance(300) { limit } else { 1 };
         specs.push(ModelSpec {
             kind: crate::domain::ModelKind::Custom,
             gpus: needs,
-            memory: (!rng.chance(150)).then(|| rng.pick(&[10, 30, 50, 60]) * GB),
-            max_batch: if rng.chance(300) { limit } else { 1 },
+            memory,
+            max_batch,
+            first_batch: max_batch,
             max_replicas: rng.pick(&[1, 1, 2, 4]),
             exclusive: rng.chance(100),
             pin: !calm && rng.chance(50),

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
+use crate::domain::shape;
 use crate::domain::worker::{Answer, Outcome, Progress};
 use crate::domain::{ErrorCode, Face, JobError, JobState, Millis, Token};
 use crate::lifecycle::Tasks;
@@ -37,6 +38,9 @@ pub(super) const STORE_RETRY: Duration = Duration::from_millis(200);
 pub(super) const STORE_RETRY_MAX: Duration = Duration::from_secs(30);
 /// How long a job waits whose request could not be read; doubles with its attempts up to [`retry::PAUSE_MAX_MS`].
 const GIVE_UP_PAUSE_MS: i64 = 1_000;
+
+/// The shape of a longer body is not read, in bytes.
+const NAMED_BYTES_MAX: usize = 64 * 1024;
 
 fn give_up_pause_ms(attempt: i64) -> i64 {
     (GIVE_UP_PAUSE_MS << attempt.clamp(0, 30)).min(retry::PAUSE_MAX_MS)
@@ -70,8 +74,12 @@ pub(super) struct Dispatch {
     pub(super) model: Arc<str>,
     pub(super) place: Place,
     pub(super) run: Option<RunTag>,
-    /// Isolated by an earlier crash, and the only one of its run.
+    /// Isolated by an earlier crash, or by an end of memory, and the only one of its run.
     pub(super) alone: bool,
+    /// Jobs of its run, itself included.
+    pub(super) run_jobs: u32,
+    /// The first of a run of a model that batches: says what its shape is in words.
+    pub(super) names_shape: bool,
     /// Ends it.
     pub(super) stop: Stop,
 }
@@ -116,6 +124,11 @@ pub(super) async fn run(context: Context, dispatch: Dispatch) {
 }
 
 async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
+    if dispatch.names_shape && body.len() <= NAMED_BYTES_MAX {
+        let words = serde_json::from_slice(&body).map(|body| shape::words(&body)).unwrap_or_default();
+        let (model, number) = (dispatch.model.clone(), dispatch.job.token.id.number);
+        context.tell(Message::Event(Event::Shape { model, number, words }));
+    }
     let started = Instant::now();
     let since = context.clock.now();
     let token = dispatch.job.token;
@@ -137,6 +150,10 @@ async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
     if retry::blames_wake(&outcome, &judged) {
         tracing::warn!(job.id = %token.id, model = %dispatch.model, "failed on a worker just woken, which is loaded anew");
         context.tell(Message::Event(Event::CanaryFailed { model: dispatch.model.clone(), number: token.id.number }));
+    } else if matches!(&outcome, Outcome::Failed { error, .. } if error.code == ErrorCode::WorkerOom) {
+        let (model, number, jobs) = (dispatch.model.clone(), token.id.number, dispatch.run_jobs);
+        tracing::warn!(job.id = %token.id, model = %model, run.jobs = jobs, "out of memory");
+        context.tell(Message::Event(Event::OutOfMemory { model, number, jobs }));
     }
     let verdict = retry::judge(outcome, &judged, context.clock.now());
     tracing::debug!(
@@ -213,6 +230,8 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
         crashes: job.crashes,
         max_attempts: job.max_attempts,
         isolated: dispatch.alone,
+        run_jobs: dispatch.run_jobs,
+        after_oom: dispatch.alone && job.crash.is_some_and(retry::is_oom_mark),
         canary: dispatch.place.canary,
         cancelling: dispatch.stop.cancelled.is_cancelled(),
         stopping: context.tasks.hard().is_cancelled(),
@@ -229,6 +248,7 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
 pub(super) fn given_back(job: &ClaimedJob, load: i64, requeue: &Requeue, gpu_ms: f64) -> GiveBack {
     let crash = match requeue.suspicion {
         Suspicion::Raised => Some(load),
+        Suspicion::OutOfMemory => Some(retry::oom_mark(job.token.id.number)),
         Suspicion::Kept => job.crash,
         Suspicion::Dropped => None,
     };

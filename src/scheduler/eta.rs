@@ -193,7 +193,7 @@ impl State {
     }
 
     fn forecast_of(&self, view: &View, now: Millis) -> Forecast {
-        let limits: Vec<u32> = self.models.iter().map(|model| model.slots.limit).collect();
+        let limits: Vec<u32> = self.models.iter().map(|model| model.at_once()).collect();
         forecast(view, &limits, &self.knobs, now)
     }
 

@@ -12,6 +12,7 @@ use crate::domain::{
     BatchId, Control, ErrorCode, Job, JobError, JobId, JobState, Millis, ModelSpec, ModelState, NewJob, StateReason,
 };
 use crate::lifecycle::Tasks;
+pub use crate::policy::batching::ShapeView;
 pub use crate::policy::plan::Decision;
 use crate::scheduler::hub::JobWatch;
 use crate::scheduler::hub::{Ended, Hub};
@@ -105,6 +106,8 @@ pub struct ModelQueueView {
     pub draining: bool,
     /// It is never displaced.
     pub pinned: bool,
+    /// Jobs in its passes by their shape, last used first, at most 16; empty if it takes one at a time.
+    pub batching: Vec<ShapeView>,
 }
 
 /// The body of `GET /v1/queue`.

@@ -1,15 +1,17 @@
 //! One model as the scheduler keeps it: its queue, what was learned about it, and how the policy sees it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::domain::{Class, ErrorCode, Held, JobError, Millis, ModelKind, ModelSpec, StateReason};
+use crate::policy::batching::{Batching, Change, Pass};
 use crate::policy::learn::{self, LOAD_WEIGHT, Rate, SERVICE_WEIGHT, blend};
 use crate::policy::plan::Decision;
 use crate::policy::tier::Parked;
 use crate::policy::view::ModelView;
 use crate::scheduler::inventory::Inventory;
-use crate::scheduler::queue::{Queue, Slots};
-use crate::scheduler::state::Lack;
+use crate::scheduler::queue::{Queue, Run, Slots};
+use crate::scheduler::state::{Lack, Place};
 use crate::store::Learned;
 
 /// Jobs of a run end about together: completions within this time count as one sample of the time for each.
@@ -41,6 +43,16 @@ struct Group {
     count: u32,
 }
 
+/// A run of a model that batches, on a worker.
+#[derive(Clone, Copy, Debug)]
+struct Running {
+    batch_key: i64,
+    since: Millis,
+    load: i64,
+    jobs: u32,
+    answered: u32,
+}
+
 /// One model.
 #[derive(Debug)]
 pub(super) struct Model {
@@ -56,6 +68,10 @@ pub(super) struct Model {
     /// Why no device of this box could ever hold it.
     pub(super) too_big: Option<Decision>,
     pub(super) slots: Slots,
+    /// How many jobs its passes take.
+    pub(super) batching: Batching,
+    /// By worker, what it runs; only where passes may have several jobs.
+    runs: BTreeMap<u32, Running>,
     pub(super) timeout_ms: i64,
     pub(super) learned: Learned,
     pub(super) preload: bool,
@@ -94,6 +110,7 @@ impl Model {
         Self {
             is_listed: true,
             slots: Slots { limit: spec.limit, max_batch: spec.max_batch },
+            batching: Batching::new(spec.first_batch, spec.max_batch.min(spec.limit)),
             timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
             preload: spec.preload,
             park: spec.park.is_on(),
@@ -137,6 +154,9 @@ impl Model {
         if restart {
             (self.fetches, self.lack) = (new.fetches, None);
         }
+        if restart || self.slots != new.slots {
+            self.batching = new.batching;
+        }
         (self.trouble, self.too_big) = (None, None);
         (self.slots, self.timeout_ms, self.park) = (new.slots, new.timeout_ms, new.park);
         (self.gpus, self.declared_bytes, self.tells_bytes) = (new.gpus, new.declared_bytes, new.tells_bytes);
@@ -161,6 +181,8 @@ impl Model {
             fetches: false,
             too_big: None,
             slots: Slots { limit: 1, max_batch: 1 },
+            batching: Batching::new(1, 1),
+            runs: BTreeMap::new(),
             timeout_ms: i64::MAX,
             learned: Learned::default(),
             preload: false,
@@ -239,9 +261,37 @@ impl Model {
         self.learned.service_ms.unwrap_or(self.service_prior_ms)
     }
 
+    /// Jobs that a worker serves at once, when enough wait.
+    pub(super) fn at_once(&self) -> u32 {
+        if self.batching.is_on() { self.batching.usual() } else { self.slots.limit }
+    }
+
+    /// A run begins; none else is on its worker.
+    pub(super) fn begin(&mut self, run: &Run, place: &Place, now: Millis) {
+        // Those that ran when a worker died are no sample, whatever they have in common.
+        if let Some(first) = run.jobs.first().filter(|_| self.batching.is_on() && !run.alone) {
+            let jobs = u32::try_from(run.jobs.len()).unwrap_or(u32::MAX);
+            let running = Running { batch_key: first.batch_key, since: now, load: place.load, jobs, answered: 0 };
+            self.runs.insert(place.replica, running);
+        } else {
+            self.runs.remove(&place.replica);
+        }
+    }
+
+    /// A job of the run on this worker has ended; if it was the last one, the run is a sample if all were answered.
+    pub(super) fn end_of_run(&mut self, worker: u32, answered: bool, now: Millis) -> Option<Change> {
+        let run = self.runs.get_mut(&worker)?;
+        run.answered += u32::from(answered);
+        if self.queue.running_on(worker) > 0 {
+            return None;
+        }
+        let Running { batch_key, since, load, jobs, answered } = self.runs.remove(&worker)?;
+        if answered == jobs { self.batching.passed(batch_key, Pass { jobs, ms: now - since, load }) } else { None }
+    }
+
     /// Device time per completed job while jobs wait.
     pub(super) fn each_ms(&self) -> f64 {
-        let share = f64::from(self.slots.limit.clamp(1, 8));
+        let share = f64::from(self.at_once().clamp(1, 8));
         let seen = || self.group.map(|group| (group.last - group.from) as f64 / f64::from(group.count));
         self.learned.each_ms.or_else(seen).unwrap_or(self.service_ms() / share)
     }

@@ -4,18 +4,26 @@
 //! admission is batch while batch waits; within a class a job whose deadline is near, then the tenant that was served least,
 //! then priority, then arrival.
 //!
+//! A run of several begins with the job that is first in this order, and goes on with the next ones that have its batch key.
+//! They pass jobs of other keys, but a job of lower priority passes none of its tenant and class, and a batch job passes no
+//! caller, unless it is the turn of batch.
+//!
 //! Jobs that were on a worker when it died may have killed it. They run again in halves, nothing beside them, until the
 //! killer is alone: of those that died together the first half runs; if it dies too, the other half is innocent and runs
 //! whole, else the search goes on in the other half. A search over n jobs takes at most log2(n) runs.
+//!
+//! A job that ran out of memory alone stands among these, too, for itself: it runs with nothing beside it.
 //!
 //! What few jobs have (deadlines, delays) stands in maps of its own.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use crate::domain::shape::ALONE;
 use crate::domain::{Class, Face, Millis};
+use crate::policy::batching::Batching;
 use crate::policy::order::{Served, batch_slots, near_deadline, next_class};
-use crate::policy::retry::PAUSE_MAX_MS;
+use crate::policy::retry::{PAUSE_MAX_MS, is_oom_mark};
 use crate::scheduler::line::{Key, Line, Waiting};
 use crate::store::QueuedJob;
 
@@ -170,6 +178,8 @@ pub(super) struct Queue {
     /// By worker, when it last answered.
     answered: BTreeMap<u32, Millis>,
     admitted: u64,
+    /// The same by runs.
+    turns: u64,
 }
 
 impl Queue {
@@ -192,6 +202,7 @@ impl Queue {
             loads: BTreeMap::new(),
             answered: BTreeMap::new(),
             admitted: 0,
+            turns: 0,
         }
     }
 
@@ -212,6 +223,7 @@ impl Queue {
         }
         if let (Some(probed), Some(crash)) = (self.probed, job.crash)
             && probed != crash
+            && !is_oom_mark(crash)
             && let Some(rest) = self.isolated.get_mut(&probed)
         {
             rest.innocent = true;
@@ -475,8 +487,14 @@ impl Queue {
         nobody_waits && fits && self.load(worker).alone == 0
     }
 
+    /// A job that waits behind nobody takes a slot at once: the fast path.
+    pub(super) fn reserve(&mut self, job: QueuedJob, to: To, served: &mut Served, now: Millis) {
+        self.turns += 1;
+        self.start(job, false, to, served, now);
+    }
+
     /// Counts a job as running and charges its tenant.
-    pub(super) fn start(&mut self, job: QueuedJob, alone: bool, to: To, served: &mut Served, now: Millis) {
+    fn start(&mut self, job: QueuedJob, alone: bool, to: To, served: &mut Served, now: Millis) {
         self.admitted += 1;
         served.charge(&job.tenant, to.charge_ms);
         let load = self.loads.entry(to.worker).or_default();
@@ -570,8 +588,9 @@ impl Queue {
     }
 
     /// Takes the next run that may go to the ready worker now and counts it as running.
-    pub(super) fn admit_one(&mut self, to: To, served: &mut Served, now: Millis) -> Option<Run> {
-        let (keys, alone) = self.next_run(to, served, now)?;
+    pub(super) fn admit_one(&mut self, to: To, sizes: &Batching, served: &mut Served, now: Millis) -> Option<Run> {
+        let (keys, alone) = self.next_run(to, sizes, served, now)?;
+        self.turns += 1;
         let jobs: Vec<QueuedJob> =
             keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect();
         jobs.iter().for_each(|job| self.start(job.clone(), alone, to, served, now));
@@ -581,10 +600,11 @@ impl Queue {
     /// All runs that may go to it now.
     #[cfg(test)]
     pub(super) fn admit(&mut self, to: To, served: &mut Served, now: Millis) -> Vec<Run> {
-        std::iter::from_fn(|| self.admit_one(to, served, now)).collect()
+        let sizes = Batching::new(to.slots.max_batch, to.slots.max_batch);
+        std::iter::from_fn(|| self.admit_one(to, &sizes, served, now)).collect()
     }
 
-    fn next_run(&mut self, to: To, served: &Served, now: Millis) -> Option<(Vec<Key>, bool)> {
+    fn next_run(&mut self, to: To, sizes: &Batching, served: &Served, now: Millis) -> Option<(Vec<Key>, bool)> {
         let load = self.load(to.worker);
         if load.alone > 0 {
             return None;
@@ -598,41 +618,64 @@ impl Queue {
         }
         let interactive = !self.interactive.is_empty() && self.room(to.slots, Class::Interactive, to.worker) > 0;
         let batch = !self.batch.is_empty() && self.room(to.slots, Class::Batch, to.worker) > 0;
-        let class = next_class(interactive, batch, self.admitted)?;
+        let class = next_class(interactive, batch, self.turns)?;
         let (first, waiting) = self.first_of(class, to, served, now)?;
         let mut keys = vec![first];
         if to.slots.max_batch > 1 {
             let most = to.slots.max_batch.min(to.slots.limit) as usize;
-            self.fill(&mut keys, waiting, most, to, served);
+            if waiting.batch_key() != ALONE {
+                self.fill(&mut keys, waiting, most, to, served, now);
+            }
+            let callers = keys.iter().any(|key| key.class() == Class::Interactive);
+            let size = sizes.next(waiting.batch_key(), u32::try_from(keys.len()).unwrap_or(u32::MAX), callers);
+            keys.truncate(size as usize);
         }
         Some((keys, false))
     }
 
-    /// Adds jobs with the batch key of the first one, in the order of classes and tenants.
-    fn fill(&self, keys: &mut Vec<Key>, first: Waiting, most: usize, to: To, served: &Served) {
-        let chosen = keys[0];
-        let mut charged: HashMap<u32, f64> = HashMap::from([(first.tenant(), to.charge_ms)]);
-        for line in [&self.interactive, &self.batch] {
-            let alike = |(key, waiting): &(&Key, &Waiting)| waiting.batch_key() == first.batch_key() && **key != chosen;
+    /// Adds the jobs that are next after the first one and have its batch key.
+    fn fill(&self, keys: &mut Vec<Key>, first: Waiting, most: usize, to: To, served: &Served, now: Millis) {
+        let charge = |tenant: u32| served.weighted(self.tenant_name(tenant), to.charge_ms);
+        let mut charged: HashMap<u32, f64> = HashMap::from([(first.tenant(), charge(first.tenant()))]);
+        let begun_by = keys[0].class();
+        for class in [Class::Interactive, Class::Batch] {
+            if class == Class::Batch && begun_by == Class::Interactive && self.interactive.len() > keys.len() {
+                break;
+            }
+            let line = self.line(class);
+            for (key, waiting) in self.urgent(line, to, now) {
+                if keys.len() < most && waiting.batch_key() == first.batch_key() && !keys.contains(&key) {
+                    keys.push(key);
+                    *charged.entry(waiting.tenant()).or_default() += charge(waiting.tenant());
+                }
+            }
+            let taken: BTreeSet<Key> = keys.iter().copied().collect();
             let mut heads: Vec<_> = line
                 .tenants()
-                .map(|(tenant, jobs)| (tenant, jobs.iter().take(RUN_SCAN_MAX).filter(alike).peekable()))
+                .map(|(tenant, jobs)| {
+                    let next = next_alike(jobs, first.batch_key()).filter(|key| !taken.contains(key));
+                    (tenant, next.peekable())
+                })
                 .collect();
             while keys.len() < most {
                 let counter = |tenant: u32| self.counter(tenant, served) + charged.get(&tenant).unwrap_or(&0.0);
                 let next = heads
                     .iter_mut()
-                    .filter_map(|(tenant, jobs)| Some((counter(*tenant), jobs.peek()?.0.number(), *tenant, jobs)))
+                    .filter_map(|(tenant, jobs)| Some((counter(*tenant), jobs.peek()?.number(), *tenant, jobs)))
                     .min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
                 let Some((_, _, tenant, jobs)) = next else { break };
-                keys.extend(jobs.next().map(|(key, _)| *key));
-                *charged.entry(tenant).or_default() += to.charge_ms;
+                keys.extend(jobs.next());
+                *charged.entry(tenant).or_default() += charge(tenant);
             }
         }
     }
 
+    fn tenant_name(&self, tenant: u32) -> &str {
+        self.tenants.get(tenant as usize).map_or("", |name| name)
+    }
+
     fn counter(&self, tenant: u32, served: &Served) -> f64 {
-        self.tenants.get(tenant as usize).map_or(0.0, |name| served.of(name))
+        served.of(self.tenant_name(tenant))
     }
 
     /// The part of the latest death that runs next.
@@ -645,22 +688,34 @@ impl Queue {
         suspects.jobs.keys().take(half).copied().collect()
     }
 
+    /// Jobs of a line whose deadline is near, the nearest first.
+    fn urgent<'a>(&'a self, line: &'a Line, to: To, now: Millis) -> impl Iterator<Item = (Key, Waiting)> {
+        let near = near_deadline(to.service_ms, now);
+        let all = self.deadlines.iter().take_while(move |((at, _), _)| *at <= near).take(RUN_SCAN_MAX);
+        all.filter_map(|(_, key)| Some((*key, line.get(*key)?)))
+    }
+
     fn first_of(&self, class: Class, to: To, served: &Served, now: Millis) -> Option<(Key, Waiting)> {
         let line = self.line(class);
-        let near = near_deadline(to.service_ms, now);
-        let urgent = self
-            .deadlines
-            .iter()
-            .take_while(|((at, _), _)| *at <= near)
-            .take(RUN_SCAN_MAX)
-            .find_map(|(_, key)| Some((*key, line.get(*key)?)));
-        urgent.or_else(|| {
+        self.urgent(line, to, now).next().or_else(|| {
             let heads = line.tenants().filter_map(|(tenant, jobs)| Some((tenant, jobs.first_key_value()?)));
             let counted = heads.map(|(tenant, (key, waiting))| (self.counter(tenant, served), *key, *waiting));
             let least = counted.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.number().cmp(&b.1.number())))?;
             Some((least.1, least.2))
         })
     }
+}
+
+/// A tenant's jobs with this batch key, in order, up to the first that one of another key and a higher priority waits before.
+fn next_alike(jobs: &BTreeMap<Key, Waiting>, batch_key: i64) -> impl Iterator<Item = Key> {
+    let before = move |highest: &mut u8, (key, waiting): (&Key, &Waiting)| match waiting.batch_key() == batch_key {
+        true => (key.priority() >= *highest).then_some(Some(*key)),
+        false => {
+            *highest = (*highest).max(key.priority());
+            Some(None)
+        }
+    };
+    jobs.iter().take(RUN_SCAN_MAX).scan(0, before).flatten()
 }
 
 /// An `Arc<str>` for a name, shared by all jobs of a model or tenant.

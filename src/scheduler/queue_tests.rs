@@ -143,6 +143,26 @@ fn jobs_isolated_by_a_crash_run_with_nobody_beside() {
 }
 
 #[test]
+fn jobs_that_ran_out_of_memory_alone_run_with_nothing_beside_and_acquit_nobody() {
+    let hungry = |n| QueuedJob { crash: Some(crate::policy::retry::oom_mark(n)), ..job(n, 5) };
+    let suspect = |n| QueuedJob { crash: Some(1), ..job(n, 5) };
+    let mut q = queue([suspect(1), suspect(2), suspect(3), suspect(4)]);
+    assert_eq!(numbers(&q.admit(to(TEXT), &mut nobody(), 0)), [[1, 2]], "the first half");
+    q.end(1, 1.0, &mut nobody(), 0);
+    q.push(&hungry(1), 0);
+    q.push(&hungry(9), 0);
+    q.end(2, 1.0, &mut nobody(), 0);
+    let mut runs = Vec::new();
+    while q.len() > 0 {
+        let all = q.admit(to(TEXT), &mut nobody(), 0);
+        assert!(all.len() == 1 && all[0].alone);
+        all[0].jobs.iter().for_each(|job| drop(q.end(job.number, 1.0, &mut nobody(), 0)));
+        runs.extend(numbers(&all));
+    }
+    assert_eq!(runs, [vec![3], vec![4], vec![1], vec![9]], "no death in between says that 3 and 4 are innocent");
+}
+
+#[test]
 fn delayed_jobs_wait_aside() {
     let mut q = queue([QueuedJob { not_before: Some(50), ..job(1, 5) }]);
     assert_eq!((q.pending(), q.next_wake(), q.len()), ((0, 0), Some(50), 1));
@@ -226,4 +246,139 @@ fn rank_and_oldest() {
     let q = queue([job(9, 5), job(3, 7), job(4, 2), job(5, 8)]);
     assert_eq!([(8, 5), (7, 3), (5, 9), (2, 4)].map(|(p, n)| q.rank(p, n, 100)), [Some(0), Some(1), Some(2), Some(3)]);
     assert_eq!((q.oldest(Class::Batch), q.oldest(Class::Interactive)), (Some(4), Some(3)));
+}
+
+fn keyed(number: i64, priority: u8, batch_key: i64) -> QueuedJob {
+    QueuedJob { batch_key, ..job(number, priority) }
+}
+
+const RUNS: Slots = Slots { limit: 8, max_batch: 8 };
+
+/// The first run of these jobs.
+fn first_run(jobs: impl IntoIterator<Item = QueuedJob>) -> Vec<i64> {
+    numbers(&queue(jobs).admit(to(RUNS), &mut nobody(), 0)).remove(0)
+}
+
+#[test]
+fn a_run_passes_no_job_of_higher_priority_and_no_caller() {
+    let mixed = [keyed(1, 5, 1), keyed(2, 5, 1), keyed(3, 4, 2), keyed(4, 3, 1)];
+    assert_eq!(first_run(mixed), [1, 2], "the last one would pass a job of higher priority");
+    assert_eq!(first_run([keyed(1, 5, 1), keyed(2, 5, 2), keyed(3, 5, 1)]), [1, 3], "age alone is passed");
+    let other = QueuedJob { tenant: Arc::from("other"), ..keyed(3, 5, 2) };
+    assert_eq!(first_run([keyed(1, 5, 1), keyed(2, 4, 1), other]), [1, 2], "another tenant has its own turn");
+    let young = [keyed(1, 5, 1), keyed(2, 5, 1), keyed(3, 5, 1), keyed(4, 7, 2)];
+    assert_eq!(first_run(young), [4], "a caller of another shape is not passed, and not joined");
+    assert_eq!(first_run([keyed(1, 7, 1), keyed(2, 7, 2), keyed(3, 5, 1)]), [1], "nor made to wait for batch jobs");
+    assert_eq!(first_run([keyed(1, 7, 1), keyed(2, 7, 1), keyed(3, 5, 1)]), [1, 2, 3], "which join if nobody is");
+}
+
+#[test]
+fn the_turn_of_batch_comes_every_eighth_run_however_long_the_runs_are() {
+    let callers = (1..=200).map(|n| keyed(n, 7, 1));
+    let mut q = queue(callers.chain((201..=240).map(|n| keyed(n, 5, 2))));
+    let runs = (0..16).map(|_| {
+        let run = numbers(&q.admit(to(RUNS), &mut nobody(), 0)).remove(0);
+        run.iter().for_each(|n| drop(q.end(*n, 1.0, &mut nobody(), 0)));
+        run
+    });
+    let batch: Vec<usize> = runs.enumerate().filter(|(_, run)| run[0] > 200).map(|(turn, _)| turn).collect();
+    assert_eq!(batch, [7, 15]);
+}
+
+#[test]
+fn a_near_deadline_comes_early_in_a_run_too() {
+    let near = QueuedJob { deadline: Some(20_000), ..job(9, 4) };
+    assert_eq!(first_run([job(1, 5), QueuedJob { deadline: Some(10_000), ..job(2, 3) }, near]), [2, 9, 1]);
+}
+
+#[test]
+fn weights_count_within_a_run() {
+    let of = |tenant: &str, numbers: std::ops::RangeInclusive<i64>| {
+        let tenant: Arc<str> = Arc::from(tenant);
+        numbers.map(move |n| QueuedJob { tenant: tenant.clone(), ..job(n, 5) }).collect::<Vec<_>>()
+    };
+    let mut q = queue(of("light", 1..=8).into_iter().chain(of("heavy", 11..=18)));
+    let mut served = Served::new(HashMap::new(), HashMap::from([(Arc::from("heavy"), 3.0)]));
+    let run = numbers(&q.admit(to(RUNS), &mut served, 0)).remove(0);
+    assert_eq!(run.iter().filter(|n| **n > 10).count(), 6, "{run:?}");
+}
+
+#[test]
+fn a_job_that_shares_with_nobody_runs_alone() {
+    let alone = |n| keyed(n, 5, ALONE);
+    assert_eq!(numbers(&queue([alone(1), alone(2)]).admit(to(RUNS), &mut nobody(), 0)), [[1]]);
+}
+
+mod in_order {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    prop_compose! {
+        fn any_job()(
+            priority in prop::sample::select(vec![0_u8, 3, 5, 5, 6, 7, 9]),
+            batch_key in 0..3_i64,
+            tenant in prop::sample::select(vec!["a", "b", "c"]),
+            deadline in prop::option::weighted(0.2, 1..200_000_i64),
+        ) -> QueuedJob {
+            QueuedJob { deadline, tenant: Arc::from(tenant), ..keyed(0, priority, batch_key) }
+        }
+    }
+
+    /// In which order the jobs would go one at a time.
+    fn one_by_one(jobs: &[QueuedJob], served: &mut Served) -> Vec<i64> {
+        let one = Slots { limit: u32::MAX, max_batch: 1 };
+        let mut q = queue(jobs.iter().cloned());
+        let runs: Vec<Run> = std::iter::from_fn(|| q.admit_one(to(one), &Batching::new(1, 1), served, 0)).collect();
+        numbers(&runs).concat()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
+
+        /// A run begins with the job that goes first one at a time, and the rest are the first of those with its key, by
+        /// class, in the order in which they would go one at a time if there were no others.
+        #[test]
+        fn a_run_is_filled_in_the_queues_own_order(
+            jobs in prop::collection::vec(any_job(), 1..40),
+            most in 2..9_u32,
+        ) {
+            let mut jobs = jobs;
+            (1..).zip(&mut jobs).for_each(|(n, job)| (job.number, job.created_at) = (n, n));
+            let slots = Slots { limit: most, max_batch: most };
+            let run = numbers(&queue(jobs.iter().cloned()).admit(to(slots), &mut nobody(), 0)).remove(0);
+            let first = one_by_one(&jobs, &mut nobody())[0];
+            prop_assert_eq!(run[0], first);
+
+            let of = |number: i64| jobs.iter().find(|job| job.number == number).expect("one of them");
+            let begun = of(first);
+            let mut served = nobody();
+            served.charge(&begun.tenant, 10.0);
+            let alike = |class| -> Vec<QueuedJob> {
+                let alike = jobs.iter().filter(|job| job.batch_key == begun.batch_key && job.number != first);
+                alike.filter(|job| Class::of(job.priority) == class).cloned().collect()
+            };
+            let mut expected = one_by_one(&alike(Class::Interactive), &mut served);
+            expected.extend(one_by_one(&alike(Class::Batch), &mut served));
+            // In this order, with those left out that may not pass another one.
+            let mut rest = expected.iter();
+            for number in &run[1..] {
+                prop_assert!(rest.any(|next| next == number), "{:?} of {:?}", run, expected);
+            }
+            for job in run.iter().map(|number| of(*number)) {
+                for passed in jobs.iter().filter(|other| other.batch_key != begun.batch_key) {
+                    let class = |job: &QueuedJob| Class::of(job.priority);
+                    let is_caller = class(passed) == Class::Interactive && class(begun) == Class::Interactive;
+                    prop_assert!(!(is_caller && class(job) == Class::Batch), "{} passes the caller {}", job.number, passed.number);
+                    let is_urgent = job.deadline.is_some_and(|at| at <= near_deadline(0.0, 0)) || job.number == first;
+                    let is_higher = passed.tenant == job.tenant && class(passed) == class(job) && passed.priority > job.priority;
+                    prop_assert!(is_urgent || !is_higher, "{} passes {}", job.number, passed.number);
+                }
+            }
+            // Nobody is left out without a reason.
+            let has_reason = jobs.iter().any(|job| job.batch_key != begun.batch_key);
+            let count = (expected.len() + 1).min(most as usize);
+            prop_assert!(has_reason || run.len() == count, "{:?} of {:?}", run, expected);
+        }
+    }
 }

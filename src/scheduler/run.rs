@@ -569,7 +569,8 @@ impl Scheduler {
             endpoint: new.endpoint.clone(),
             body: Body::Inline(new.body.clone()),
         };
-        Some(Dispatch { job, model, place, run: None, alone: false, stop })
+        let names_shape = place.max_batch > 1;
+        Some(Dispatch { job, model, place, run: None, alone: false, run_jobs: 1, names_shape, stop })
     }
 
     fn insert_claimed(&self, jobs: Vec<(JobId, NewJob)>, watch: Option<JobWatch>, dispatch: Dispatch, reply: Reply) {
@@ -704,7 +705,8 @@ impl Scheduler {
                     let lost = lost(&run, &claims);
                     let count = claims.len();
                     let tag = (count > 1 && place.max_batch > 1).then(|| RunTag { id: format!("run_{number}"), count });
-                    for job in claims {
+                    let names_shape = place.max_batch > 1;
+                    for (nth, job) in claims.into_iter().enumerate() {
                         context.hub.publish(job.change.number, job.change.version, job.change.seq);
                         let Some(stop) = stops.remove(&job.change.number) else { continue };
                         let dispatch = Dispatch {
@@ -713,6 +715,8 @@ impl Scheduler {
                             place: place.clone(),
                             run: tag.clone(),
                             alone: run.alone && count == 1,
+                            run_jobs: u32::try_from(count).unwrap_or(u32::MAX),
+                            names_shape: names_shape && nth == 0,
                             stop,
                         };
                         context.tasks.spawn("dispatch", dispatch::run(context.clone(), dispatch));
@@ -811,6 +815,7 @@ impl Scheduler {
             paused: model.held.paused,
             draining: model.held.draining,
             pinned: model.is_pinned(),
+            batching: model.batching.shapes(),
         }
     }
 }

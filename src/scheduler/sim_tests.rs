@@ -81,6 +81,8 @@ enum Nature {
     Slow,
     /// Never ends.
     Hanging,
+    /// Runs out of memory, together with its run, if that has at least so many jobs.
+    Hungry(usize),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -335,6 +337,8 @@ struct Seen {
     events: usize,
     jobs: usize,
     crashes: usize,
+    ooms: usize,
+    hungry: usize,
     deaths: usize,
     killers: usize,
     probes: usize,
@@ -435,6 +439,7 @@ fn setup(rng: &mut Rng) -> Setup {
             aliases: Vec::new(),
             limit,
             max_batch,
+            first_batch: max_batch,
             timeout: Duration::from_millis(rng.pick(&[5_000, 20_000, 60_000])),
             max_attempts: 3,
             idle_ttl: rng.chance(200).then(|| Duration::from_secs(5)),
@@ -1199,7 +1204,7 @@ impl Sim {
                 }
                 self.suspects.entry(number).or_insert((load, 0, false)).1 += 1;
             }
-            Suspicion::Dropped => drop(self.suspects.remove(&number)),
+            Suspicion::Dropped | Suspicion::OutOfMemory => drop(self.suspects.remove(&number)),
             Suspicion::Kept => {
                 if let Some(crash) = crash {
                     *self.kept.entry(crash).or_default() += 1;
@@ -1342,7 +1347,10 @@ impl Sim {
             return;
         }
         match run {
-            None => self.execute(index, task),
+            None => {
+                let oom = self.runs_out_of_memory(&[task]);
+                self.execute(index, task, oom);
+            }
             Some((number, count)) => {
                 let there = self.workers[index].runs.entry(number).or_default();
                 there.push(task);
@@ -1356,11 +1364,15 @@ impl Sim {
     }
 
     fn start_run(&mut self, index: usize, run: i64) {
-        for task in self.workers[index].runs.remove(&run).unwrap_or_default() {
-            if self.is_working(task) {
-                self.execute(index, task);
-            }
-        }
+        let mut tasks = self.workers[index].runs.remove(&run).unwrap_or_default();
+        tasks.retain(|task| self.is_working(*task));
+        let oom = self.runs_out_of_memory(&tasks);
+        tasks.into_iter().for_each(|task| self.execute(index, task, oom));
+    }
+
+    fn runs_out_of_memory(&self, tasks: &[u64]) -> bool {
+        let nature = |task: &u64| self.natures[&self.server.as_ref().unwrap().tasks[task].number()];
+        tasks.iter().any(|task| matches!(nature(task), Nature::Hungry(jobs) if tasks.len() >= jobs))
     }
 
     fn is_working(&self, task: u64) -> bool {
@@ -1368,13 +1380,14 @@ impl Sim {
         task.is_some_and(|task| matches!(task.stage, Stage::Working(_)))
     }
 
-    fn execute(&mut self, index: usize, task: u64) {
+    fn execute(&mut self, index: usize, task: u64, oom: bool) {
         let one = &self.server.as_ref().unwrap().tasks[&task];
         let (number, attempt) = (one.number(), one.job.token.attempt);
         let streams = one.job.face == Face::Sync && one.job.stream;
         let usual = self.setup.service_ms[index];
         let service = self.rng.range(usual / 2, usual * 2);
         let (after, outcome) = match self.natures[&number] {
+            _ if oom => (service, failed(ErrorCode::WorkerOom, true)),
             Nature::Good => (service, answer()),
             Nature::Slow => (service * 10, answer()),
             Nature::Refused => (service / 4, failed(ErrorCode::UpstreamRejected, false)),
@@ -1382,6 +1395,7 @@ impl Sim {
             Nature::Flaky(_) => (service, answer()),
             Nature::Killer => return self.of_worker(index, service / 2, Ev::Kills(index, task)),
             Nature::Hanging => return,
+            Nature::Hungry(_) => (service, answer()),
         };
         if streams {
             self.server().tasks.get_mut(&task).unwrap().relayed = true;
@@ -1413,6 +1427,8 @@ impl Sim {
             crashes: one.job.crashes,
             max_attempts: one.job.max_attempts,
             isolated: one.alone,
+            run_jobs: u32::try_from(one.run.map_or(1, |(_, count)| count)).unwrap(),
+            after_oom: one.alone && one.job.crash.is_some_and(retry::is_oom_mark),
             cancelling: one.cancelled.get(),
             stopping: false,
             relayed: one.relayed,
@@ -1425,6 +1441,11 @@ impl Sim {
         let (name, number, since) = (one.name.clone(), one.number(), one.since);
         if silent && is_timeout {
             self.tell(Message::Event(Event::Silent { model: name, number, since }));
+        }
+        if matches!(&outcome, Outcome::Failed { error, .. } if error.code == ErrorCode::WorkerOom) {
+            self.seen.ooms += 1;
+            let (model, jobs) = (self.server().tasks[&task].name.clone(), attempt.run_jobs);
+            self.tell(Message::Event(Event::OutOfMemory { model, number, jobs }));
         }
         let now = self.clock();
         let verdict = retry::judge(outcome, &attempt, now);
@@ -1681,7 +1702,15 @@ impl Sim {
             Nature::Killer
         } else if rng.chance(self.setup.troubles / 4) {
             let times = rng.range(1, 3);
-            rng.pick(&[Nature::Refused, Nature::Flaky(times), Nature::Flaky(1), Nature::Slow, Nature::Hanging])
+            rng.pick(&[
+                Nature::Refused,
+                Nature::Hungry(1),
+                Nature::Hungry(2),
+                Nature::Flaky(times),
+                Nature::Flaky(1),
+                Nature::Slow,
+                Nature::Hanging,
+            ])
         } else {
             Nature::Good
         }
@@ -1859,6 +1888,8 @@ impl Sim {
             match self.natures[&row.id.number] {
                 Nature::Killer => deaths += 7,
                 Nature::Flaky(_) | Nature::Hanging => attempts += 3,
+                // Among 32, 16, 8, 4 and 2, alone, and with nothing beside; it takes its run along.
+                Nature::Hungry(_) => attempts += 7,
                 Nature::Good | Nature::Refused | Nature::Slow => attempts += 2,
             }
         }
@@ -1896,8 +1927,12 @@ impl Sim {
             assert!(run.jobs.iter().all(|job| job.batch_key == run.jobs[0].batch_key), "{run:?}");
             return;
         }
-        self.seen.probes += 1;
         let crash = run.jobs[0].crash.expect("isolated by a death");
+        if retry::is_oom_mark(crash) {
+            assert_eq!(run.jobs.iter().map(|job| -job.number).collect::<Vec<_>>(), [crash], "{run:?}");
+            return;
+        }
+        self.seen.probes += 1;
         assert!(run.jobs.iter().all(|job| job.crash == Some(crash)), "suspects of two deaths: {run:?}");
         let died = self.deaths.get(&crash).copied().unwrap_or_default();
         let kept = self.kept.get(&crash).copied().unwrap_or_default();
@@ -1935,6 +1970,14 @@ impl Sim {
         let one = &self.server.as_ref().unwrap().tasks[&task];
         let number = one.number();
         let Some(Verdict::Fail(error)) = &one.verdict else { return };
+        if error.code == ErrorCode::WorkerOom && !one.relayed {
+            assert_eq!(
+                (one.alone, self.natures[&number]),
+                (true, Nature::Hungry(1)),
+                "{number} needs no more than it got"
+            );
+            self.seen.hungry += 1;
+        }
         if error.code != ErrorCode::WorkerLost || one.relayed {
             return;
         }
@@ -2235,6 +2278,8 @@ impl Seen {
         self.events += other.events;
         self.jobs += other.jobs;
         self.crashes += other.crashes;
+        self.ooms += other.ooms;
+        self.hungry += other.hungry;
         self.deaths += other.deaths;
         self.killers += other.killers;
         self.probes += other.probes;
@@ -2256,6 +2301,8 @@ impl Seen {
     fn assert_nothing_is_in_vain(&self) {
         let counts = [
             self.crashes,
+            self.ooms,
+            self.hungry,
             self.deaths,
             self.killers,
             self.probes,

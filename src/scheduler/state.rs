@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use crate::domain::worker::{FetchReport, Report};
 use crate::domain::{Class, Control, Controls, ErrorCode, GpuSet, JobError, Millis, ModelSpec, StateReason};
+use crate::policy::batching::{Batching, Change};
 use crate::policy::learn::{LOAD_WEIGHT, blend};
 use crate::policy::order::Served;
 use crate::policy::plan::{Decision, Reservation};
@@ -86,6 +87,24 @@ pub enum Event {
         model: Arc<str>,
         /// Its number; it counts as running until `Ended`.
         number: i64,
+    },
+    /// A running job ran out of memory; it is about to go back, or has failed.
+    OutOfMemory {
+        /// Entry name.
+        model: Arc<str>,
+        /// Its number; it counts as running until `Ended`.
+        number: i64,
+        /// Jobs of its run.
+        jobs: u32,
+    },
+    /// What the shape of a running job is, in words.
+    Shape {
+        /// Entry name.
+        model: Arc<str>,
+        /// Its number.
+        number: i64,
+        /// See `domain::shape::words`.
+        words: String,
     },
     /// An attempt ran into its time limit and showed no progress for the last half of it: its worker may hang, though its
     /// health is well.
@@ -429,7 +448,9 @@ impl State {
         self.lift(&job.tenant);
         let to = self.to(index, place.replica);
         self.count_running(&job.tenant);
-        self.models[index].queue.start(job.clone(), false, to, &mut self.served, now);
+        let model = &mut self.models[index];
+        model.queue.reserve(job.clone(), to, &mut self.served, now);
+        model.begin(&Run { jobs: vec![job.clone()], alone: false }, &place, now);
         Some(place)
     }
 
@@ -463,6 +484,13 @@ impl State {
             }
             Event::Silent { model, number, since } => self.on_silent(&model, number, since, now),
             Event::CanaryFailed { model, number } => self.on_canary_failed(&model, number, now),
+            Event::OutOfMemory { model, number, jobs } => {
+                self.on_shape(&model, number, now, |batching, key| batching.out_of_memory(key, jobs))
+            }
+            Event::Shape { model, number, words } => self.on_shape(&model, number, now, |batching, key| {
+                batching.name(key, words);
+                None
+            }),
             Event::Ended { model, number, answered, suspect, back } => {
                 self.on_ended(&model, number, answered, suspect, back, now)
             }
@@ -566,6 +594,28 @@ impl State {
         effects
     }
 
+    /// Something is learned about the shape of a running job.
+    fn on_shape(
+        &mut self,
+        model: &str,
+        number: i64,
+        now: Millis,
+        learn: impl FnOnce(&mut Batching, i64) -> Option<Change>,
+    ) -> Vec<Effect> {
+        let Some(index) = self.index_of(model) else { return Vec::new() };
+        let model = &mut self.models[index];
+        let Some(key) = model.queue.running().get(&number).map(|running| running.job.batch_key) else {
+            return Vec::new();
+        };
+        let change = learn(&mut model.batching, key);
+        self.tell_change(index, change, now)
+    }
+
+    fn tell_change(&mut self, index: usize, change: Option<Change>, now: Millis) -> Vec<Effect> {
+        let decision = change.map(|change| change.decision(&self.models[index].name, now));
+        decision.and_then(|decision| self.journal.keep(decision)).map(Effect::Announce).into_iter().collect()
+    }
+
     /// The place of a worker.
     fn find(&self, model: usize, replica: u32) -> Option<usize> {
         self.workers.iter().position(|worker| worker.model == model && worker.replica == replica)
@@ -591,21 +641,23 @@ impl State {
             model.queue.count_answer(running.worker, now);
         }
         model.count_end(answered.then_some(now - running.claimed_at), now);
+        let change = model.end_of_run(running.worker, answered, now);
+        let mut effects = self.tell_change(index, change, now);
         if let Some(Back { not_before, crash }) = back {
             self.enqueue(&QueuedJob { was_started: true, not_before, crash, ..running.job }, now);
         }
         let Some(worker) = self.find(index, running.worker) else {
-            return Vec::new();
+            return effects;
         };
         let Phase::Serving { suspect: is_suspected, place, .. } = &mut self.workers[worker].phase else {
-            return Vec::new();
+            return effects;
         };
         place.canary &= !answered;
-        if !suspect {
-            return Vec::new();
-        }
         // Once: a worker that dies takes up to `limit` jobs along, and each of them says so.
-        if std::mem::replace(is_suspected, true) { Vec::new() } else { vec![self.order(worker, Order::Suspect)] }
+        if suspect && !std::mem::replace(is_suspected, true) {
+            effects.push(self.order(worker, Order::Suspect));
+        }
+        effects
     }
 
     fn on_report(&mut self, index: usize, replica: u32, report: Report, now: Millis) -> Vec<Effect> {
@@ -766,7 +818,9 @@ impl State {
         let places: Vec<Place> = places.into_iter().cloned().collect();
         places.into_iter().find_map(|place| {
             let to = self.to(index, place.replica);
-            let run = self.models[index].queue.admit_one(to, &mut self.served, now)?;
+            let model = &mut self.models[index];
+            let run = model.queue.admit_one(to, &model.batching, &mut self.served, now)?;
+            model.begin(&run, &place, now);
             Some((place, run))
         })
     }
@@ -811,6 +865,10 @@ fn first_line(text: &str) -> &str {
 #[cfg(test)]
 #[path = "state_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "batching_tests.rs"]
+mod batching_tests;
 
 #[cfg(test)]
 #[path = "device_tests.rs"]

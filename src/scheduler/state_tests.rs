@@ -18,6 +18,7 @@ pub(super) fn spec(name: &str, limit: u32) -> ModelSpec {
         aliases: Vec::new(),
         limit,
         max_batch: 1,
+        first_batch: 1,
         timeout: Duration::from_secs(60),
         max_attempts: 3,
         idle_ttl: None,

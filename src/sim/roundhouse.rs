@@ -310,6 +310,7 @@ fn spec(trace: &Trace, model: &TraceModel) -> ModelSpec {
         aliases: Vec::new(),
         limit,
         max_batch: if model.join { 1 } else { limit },
+        first_batch: if model.join { 1 } else { limit },
         timeout: Duration::from_secs(u64::from(u32::MAX)),
         max_attempts: 1,
         idle_ttl: None,

@@ -31,7 +31,8 @@ pub struct QueuedJob {
     pub created_at: Millis,
     /// Whether it was ever claimed.
     pub was_started: bool,
-    /// The death of a worker that it was part of: it runs with others of the same death only.
+    /// The death of a worker that it was part of: it runs with others of the same death only. Less than 0: it ran out of
+    /// memory alone, and runs with nothing beside it.
     pub crash: Option<i64>,
     /// Not to be claimed before.
     pub not_before: Option<Millis>,

@@ -285,7 +285,7 @@ impl Store {
     /// Gives a running job back to the queue. `None`: not this attempt's any more, or being cancelled.
     pub async fn requeue(&self, token: Token, back: GiveBack) -> Result<Option<Change>, StoreError> {
         let now = self.clock.now();
-        let rescued = back.crash.is_some();
+        let rescued = back.crash.is_some_and(|crash| crash >= 0);
         let pending = self.writer.apply(Kind::Change, 0, move |session| requeue_one(session, token, &back, now));
         let change = answer(pending).await?;
         match change {

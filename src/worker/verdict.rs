@@ -89,9 +89,16 @@ impl Complaint {
                 || message.contains("context size"))
     }
 
+    /// Engines that know no code for it say so in words: torch, CUDA and ROCm, vLLM, llama.cpp.
+    fn is_out_of_memory(&self) -> bool {
+        let message = self.message.to_ascii_lowercase();
+        let says_so = message.contains("out of memory") || message.contains("outofmemory");
+        self.code == "worker_oom" || self.status == 507 || (self.status >= 500 && says_so)
+    }
+
     fn judge(self, details: Value) -> Failure {
         let status = self.status;
-        let (code, retriable) = if self.code == "worker_oom" || status == 507 {
+        let (code, retriable) = if self.is_out_of_memory() {
             (ErrorCode::WorkerOom, true)
         } else if self.is_about_context_length() {
             (ErrorCode::ContextLengthExceeded, false)
@@ -324,6 +331,22 @@ mod tests {
         ] {
             let failure = refused(400, body.as_bytes());
             assert_eq!(code_of(&failure), (ErrorCode::ContextLengthExceeded, false), "{body}");
+        }
+    }
+
+    #[test]
+    fn out_of_memory_in_engines_words() {
+        for (status, text, is_oom) in [
+            (500, "CUDA out of memory. Tried to allocate 2.00 GiB.", true),
+            (500, "torch.OutOfMemoryError: HIP", true),
+            (503, "CUDA error: out of memory", true),
+            (400, "a poem about a robot that runs out of memory", false),
+            (500, "the memory of this engine is fine", false),
+        ] {
+            let failure = refused(status, json!({"error": {"message": text}}).to_string().as_bytes());
+            assert_eq!(failure.error.code == ErrorCode::WorkerOom, is_oom, "{status} {text}");
+            let line = line_error(Some(status), Some("worker_error"), Some(text), None);
+            assert_eq!(line.error.code == ErrorCode::WorkerOom, is_oom, "{status} {text}");
         }
     }
 

@@ -8,6 +8,7 @@ mod common;
 mod api;
 mod auth;
 mod backups;
+mod batching;
 mod broken_models;
 mod checkpoint;
 mod controls;

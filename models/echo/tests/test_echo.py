@@ -13,6 +13,7 @@ import os
 import selectors
 import signal
 import struct
+import subprocess
 import sys
 import time
 import wave
@@ -383,6 +384,30 @@ def test_requests_are_counted_to_the_one_that_fails_and_the_one_that_crashes():
         with pytest.raises(httpx.RemoteProtocolError):
             worker.post("/echo")
         assert worker.wait_exit() == -signal.SIGKILL
+
+
+def test_passes_have_a_cost_and_a_size_that_does_not_fit():
+    with Worker(SERVER, "--batch-cost", "40+30", "--oom-above", "2", "--oom-item", "6") as worker:
+        worker.ready()
+
+        def run(name: str, size: int) -> list[int]:
+            call = functools.partial(worker.post, "/echo", {}, x_roundhouse_run=f"{name};n={size}")
+            return [answer.status_code for answer in worker.at_once([call] * size)]
+
+        started = time.monotonic()
+        assert run("two", 2) == [200, 200]
+        assert time.monotonic() - started >= 0.1
+        assert run("three", 3) == [507] * 3
+        assert [worker.post("/echo").status_code for _ in range(2)] == [507, 200]
+
+
+@pytest.mark.parametrize("cost", ["", "x+1", "1", "-1+1", "1+inf"])
+def test_a_cost_is_two_numbers(cost: str):
+    checked = subprocess.run(
+        [sys.executable, SERVER, "--check", "--batch-cost", cost], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 1
+    assert "--batch-cost" in checked.stdout
 
 
 def test_health_hangs_after_the_first_request():

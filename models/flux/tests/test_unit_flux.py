@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,3 +72,17 @@ def test_no_host_copy_is_made_before_a_sleep_needs_it() -> None:
     parser = argparse.ArgumentParser()
     server.FluxServer.add_arguments(parser)
     assert parser.parse_args([]).host_copy == "sleep"
+
+
+def test_its_batch_keys_are_those_the_scheduler_knows() -> None:
+    fixture = Path(__file__).parents[3] / "tests/fixtures/batch_keys.json"
+    flux = object.__new__(server.FluxServer)
+    flux._default_size = (1024, 1024)
+    flux._defaults = server.Defaults(steps=4, guidance=1.0)
+    flux._takes = {"negative_prompt", "true_cfg_scale"}
+    keys = []
+    for case in json.loads(fixture.read_text())["flux"]:
+        item = server.Item("r", case["endpoint"], case["body"])
+        item.params = flux.parse(item)
+        keys.append((case["worker"], flux.batch_key(item)))
+    assert [(a, b) for a, x in keys for b, y in keys if (a == b) != (x == y)] == []

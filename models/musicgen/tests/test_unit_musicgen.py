@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,16 @@ def test_no_host_copy_is_made_before_a_sleep_needs_it() -> None:
     parser = argparse.ArgumentParser()
     server.MusicgenServer.add_arguments(parser)
     assert parser.parse_args([]).host_copy == "sleep"
+
+
+def test_its_batch_keys_are_those_the_scheduler_knows() -> None:
+    fixture = Path(__file__).parents[3] / "tests/fixtures/batch_keys.json"
+    musicgen = object.__new__(server.MusicgenServer)
+    musicgen.options = argparse.Namespace(default_seconds=10.0)
+    items, keys = [], []
+    for case in json.loads(fixture.read_text())["musicgen"]:
+        item = server.Item("r", case["endpoint"], case["body"])
+        item.params = musicgen.parse(item)
+        items.append(item)  # a key may name its item
+        keys.append((case["worker"], musicgen.batch_key(item)))
+    assert [(a, b) for a, x in keys for b, y in keys if (a == b) != (x == y)] == []
