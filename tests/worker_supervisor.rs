@@ -768,7 +768,7 @@ async fn a_parked_worker_that_is_wanted_on_another_gpu_is_loaded_there_from_noth
     let bench = Bench::with_gpus(Some(&format!("dir:{}", gpus.path().display())));
     let mut worker = bench.supervise(ModelSpec { gpus: 1, ..bench.spec(&[]) });
     for (order, gpu, starts) in [(Order::Load, 0, 1), (Order::Wake, 0, 1), (Order::Wake, 1, 2)] {
-        worker.handle.order_on(order, GpuSet::one(gpu));
+        worker.handle.order_on(order, GpuSet::one(gpu), None);
         assert!(matches!(worker.settled().await, Report::Ready { .. }));
         let view = worker.handle.view();
         assert_eq!((view.gpus, view.starts), (vec![gpu], starts));

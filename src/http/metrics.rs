@@ -173,6 +173,7 @@ mod tests {
             paused: false,
             draining: false,
             pinned: false,
+            parking: None,
             model: "flux".into(),
             queued: 7,
             queued_interactive: 0,

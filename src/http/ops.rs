@@ -82,6 +82,7 @@ pub(super) fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) 
             "paused": view.is_some_and(|view| view.paused),
             "draining": view.is_some_and(|view| view.draining),
             "pinned": view.is_some_and(|view| view.pinned),
+            "parking": view.and_then(|view| view.parking.as_ref()),
             "est_wait_s": view.and_then(|view| view.est_wait_s),
         },
     })
@@ -180,6 +181,7 @@ mod tests {
             paused: false,
             draining: false,
             pinned: false,
+            parking: None,
             model: "flux".into(),
             queued: 2,
             queued_interactive: 1,

@@ -352,6 +352,7 @@ mod tests {
             paused: false,
             draining: false,
             pinned: false,
+            parking: None,
             model: "flux".into(),
             queued: 1,
             queued_interactive: 0,

@@ -345,7 +345,7 @@ impl Boxed {
         for effect in effects {
             match effect {
                 Effect::Claim { model, place, run } => self.start(&model, &place, &run),
-                Effect::Order { model, replica, set, order } => {
+                Effect::Order { model, replica, set, order, .. } => {
                     let index = self.state.index_of(&model).unwrap();
                     self.obey(index, replica, set, order);
                 }

@@ -13,6 +13,7 @@ use crate::domain::{
 };
 use crate::lifecycle::Tasks;
 pub use crate::policy::plan::Decision;
+pub use crate::policy::tier::Outlook;
 use crate::scheduler::hub::JobWatch;
 use crate::scheduler::hub::{Ended, Hub};
 pub use crate::scheduler::journal::{DecisionFilter, DecisionPage};
@@ -102,6 +103,8 @@ pub struct ModelQueueView {
     pub draining: bool,
     /// It is never displaced.
     pub pinned: bool,
+    /// Whether it can be parked in host memory, and why not; `None`: it is not to be.
+    pub parking: Option<Outlook>,
 }
 
 /// The body of `GET /v1/queue`.

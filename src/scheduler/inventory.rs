@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::domain::worker::HostCopy;
 use crate::domain::{GpuSet, Millis};
 use crate::policy::view::{self, WorkerView};
 use crate::scheduler::state::Place;
@@ -107,6 +108,10 @@ pub(super) struct Worker {
     pub(super) phase: Phase,
     /// It makes room at this time.
     pub(super) guest_until: Option<Millis>,
+    /// What it says of its copy in host memory.
+    pub(super) host: HostCopy,
+    /// Most host memory that its copy may take, as it was told when it was loaded, in bytes.
+    pub(super) promised: Option<u64>,
 }
 
 impl Worker {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::domain::worker::HostCopy;
 use crate::domain::{Class, ErrorCode, Held, JobError, Millis, ModelKind, ModelSpec, StateReason};
 use crate::policy::learn::{self, LOAD_WEIGHT, Rate, SERVICE_WEIGHT, blend};
 use crate::policy::plan::Decision;
@@ -40,6 +41,19 @@ struct Group {
     count: u32,
 }
 
+/// What its workers have told about their copies in host memory.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Host {
+    /// As one of them said last.
+    said: HostCopy,
+    /// What such a copy takes, in bytes.
+    bytes: Option<u64>,
+    /// Whether it is made when a worker is loaded, not when it is parked.
+    at_load: Option<bool>,
+    /// What the last one that could not be parked might have taken, in bytes.
+    refused: Option<u64>,
+}
+
 /// One model.
 #[derive(Debug)]
 pub(super) struct Model {
@@ -60,6 +74,7 @@ pub(super) struct Model {
     pub(super) unload: bool,
     /// Workers can be parked in host memory.
     pub(super) park: bool,
+    host: Host,
     gpus: u32,
     /// Memory that it takes on each device, as models.yaml says.
     declared_bytes: Option<u64>,
@@ -126,6 +141,7 @@ impl Model {
             wanted_at: None,
             unload: false,
             park: false,
+            host: Host::default(),
             gpus: 1,
             declared_bytes: None,
             tells_bytes: false,
@@ -226,13 +242,41 @@ impl Model {
     /// Host memory that a parked worker takes.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes are far below 2^53 bytes")]
     pub(super) fn parked(&self, now: Millis) -> Parked {
-        let bytes = self.bytes().unwrap_or(0).saturating_mul(u64::from(self.gpus));
-        Parked {
-            rate: self.rate.per_ms(now),
-            cold_ms: self.cold_ms(),
-            wake_ms: self.wake_ms(),
-            bytes: (bytes as f64 * PARKED_SHARE) as u64,
+        let on_devices = self.bytes().unwrap_or(0).saturating_mul(u64::from(self.gpus));
+        let bytes = self.host.bytes.unwrap_or((on_devices as f64 * PARKED_SHARE) as u64);
+        Parked { rate: self.rate.per_ms(now), cold_ms: self.cold_ms(), wake_ms: self.wake_ms(), bytes }
+    }
+
+    /// A worker, which may take so many bytes of host memory, says what its copy takes.
+    pub(super) fn count_host(&mut self, said: &HostCopy, promised: Option<u64>) {
+        self.host.bytes = said.bytes.filter(|bytes| *bytes > 0).or(self.host.bytes);
+        self.host.refused = promised.filter(|_| said.can_park == Some(false));
+        self.host.said = said.clone();
+    }
+
+    /// As a worker said last.
+    pub(super) fn host_said(&self) -> &HostCopy {
+        &self.host.said
+    }
+
+    /// A worker is ready after a load from nothing, and has said this. One that could not make its copy shows nothing.
+    pub(super) fn count_copy(&mut self, said: &HostCopy) {
+        if said.can_park != Some(false) {
+            self.host.at_load = Some(said.bytes.is_some_and(|bytes| bytes > 0));
         }
+    }
+
+    /// Whether a load is known to take host memory at once; or would, if it had not been too little the last time.
+    pub(super) fn copies_at_load(&self) -> bool {
+        let takes = self.parked(0).bytes;
+        takes > 0 && (self.host.at_load == Some(true) || self.host.refused.is_some_and(|most| most < takes))
+    }
+
+    /// Host memory that a worker takes for its copy while it loads, of what it was promised; bytes.
+    pub(super) fn host_at_load(&self, promised: Option<u64>) -> u64 {
+        let takes =
+            if self.host.at_load == Some(false) { Some(0) } else { Some(self.parked(0).bytes).filter(|b| *b > 0) };
+        promised.map_or(0, |promised| takes.map_or(promised, |takes| takes.min(promised)))
     }
 
     /// A submission came in.

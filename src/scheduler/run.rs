@@ -152,7 +152,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         .on(Inventory { host: park_bytes, ..Inventory::of(&there, cpu_bytes) })
         .with_tenants(&served, &weights)
         .with_controls(&controls);
-    state.tell_parking(clock.now());
+    state.tell_parking();
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
     // Known before the first plan; the supervisors' own reports come later.
@@ -576,8 +576,8 @@ impl Scheduler {
         for effect in effects {
             match effect {
                 Effect::Claim { model, place, run } => self.claim(&model, place, run),
-                Effect::Order { model, replica, set, order } => match self.workers.get(&(model, replica)) {
-                    Some(worker) => worker.order_on(order, set),
+                Effect::Order { model, replica, set, order, park_bytes } => match self.workers.get(&(model, replica)) {
+                    Some(worker) => worker.order_on(order, set, park_bytes),
                     None => tracing::error!(replica, ?order, "an order for a worker that has no supervisor"),
                 },
                 Effect::Evict { numbers } => {
@@ -745,6 +745,7 @@ impl Scheduler {
             paused: model.held.paused,
             draining: model.held.draining,
             pinned: model.is_pinned(),
+            parking: self.state.parking(index),
         }
     }
 }

@@ -7,11 +7,24 @@ const MEMORY_SLACK_BYTES: u64 = 1 << 30;
 
 impl Supervisor {
     /// What a worker says of its memory; whoever plays the driver takes it from there.
-    pub(super) fn note_memory(&self, running: &mut Running, device_bytes: Option<u64>) {
+    pub(super) fn note_memory(&self, running: &mut Running, memory: Memory) {
+        self.note_host(running, memory.host);
+        let device_bytes = memory.device_bytes;
         if let Some(bytes) = device_bytes.filter(|_| self.spec.gpus > 0) {
             self.around.gpus.hold(running.process.mark(), &self.gpus, bytes);
         }
         running.own = device_bytes.or(running.own);
+    }
+
+    /// What it says of its copy in host memory: reported when it is another than before.
+    pub(super) fn note_host(&self, running: &mut Running, host: HostCopy) {
+        if running.host != host {
+            self.view.send_modify(|v| {
+                (v.host_bytes, v.can_park, v.park_note) = (host.bytes, host.can_park, host.note.clone())
+            });
+            running.host = host.clone();
+            self.report(Report::Host(host));
+        }
     }
 
     pub(super) fn release(&self, running: &Running) {

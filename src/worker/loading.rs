@@ -99,7 +99,7 @@ impl Supervisor {
                     return Try::Ended;
                 }
                 order = self.orders.recv() => {
-                    match order.map(|(order, _)| order) {
+                    match order.map(|asked| asked.order) {
                         Some(Order::Stop | Order::Park) => {
                             let ordered_at = Instant::now();
                             self.enter(ModelState::Draining);
@@ -129,10 +129,11 @@ impl Supervisor {
                 strange_since = None;
             }
             match health {
-                Health::Ready { device_bytes } => {
+                Health::Ready(memory) => {
                     let since = Instant::now();
-                    let mut running = Running { process, doctor, since, memory_before, own: None, grown: None };
-                    self.note_memory(&mut running, device_bytes);
+                    let host = HostCopy::default();
+                    let mut running = Running { process, doctor, since, memory_before, own: None, grown: None, host };
+                    self.note_memory(&mut running, memory);
                     if let Some(before) = memory_before {
                         running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
                     }
@@ -162,6 +163,7 @@ impl Supervisor {
             spec: &self.spec,
             replica: self.replica,
             gpus: &self.gpus,
+            park_bytes: self.park_bytes,
             lease,
             data_dir_id: &self.around.data_dir_id,
             log_dir: &self.around.log_dir,

@@ -31,7 +31,7 @@ impl Supervisor {
                 .unwrap_or_else(|_| Err(format!("it was not asleep within {} s", limit.as_secs_f64())))
         };
         let failed = match self.meanwhile(&mut running, fall_asleep).await {
-            Turn::Done(()) => match self.shows_back(&running, at_most).await {
+            Turn::Done(()) => match self.shows_back(&mut running, at_most).await {
                 Ok(()) => {
                     let park_ms = millis(ordered_at.elapsed());
                     tracing::info!(model = self.spec.name, park_ms, "parked");
@@ -58,9 +58,9 @@ impl Supervisor {
                 biased;
                 () = self.hard.cancelled() => return self.end(running).await,
                 order = self.orders.recv() => {
-                    let Some((order, set)) = order else { return self.end(running).await };
-                    match order {
-                        Order::Load | Order::Wake => return self.wake(running, order, set).await,
+                    let Some(asked) = order else { return self.end(running).await };
+                    match asked.order {
+                        Order::Load | Order::Wake => return self.wake(running, asked).await,
                         Order::Stop => return self.leave(running, None, Instant::now()).await,
                         Order::Park => self.report(Report::Parked { park_ms: 0 }),
                         Order::Retry => self.forget_failures(),
@@ -72,7 +72,10 @@ impl Supervisor {
                 pulse = &mut probe => pulse,
             };
             match pulse {
-                Pulse::Alive { .. } => misses = 0,
+                Pulse::Alive(memory) => {
+                    misses = 0;
+                    self.note_host(&mut running, memory.host);
+                }
                 Pulse::Missed(_) | Pulse::Refused => misses += 1,
             }
             if misses >= self.tempo.watch_misses {
@@ -83,10 +86,10 @@ impl Supervisor {
     }
 
     /// Back to the device where it was; else its process is ended, and a cold load follows.
-    async fn wake(&mut self, mut running: Running, order: Order, set: Option<GpuSet>) -> Phase {
+    async fn wake(&mut self, mut running: Running, asked: Asked) -> Phase {
         let ordered_at = Instant::now();
         let was_on = self.gpus.clone();
-        self.note_set(order, set);
+        self.note_set(asked);
         let wanted_on = std::mem::replace(&mut self.gpus, was_on);
         let failed = if wanted_on == self.gpus {
             let Some(before) = self.device_memory().await else {
@@ -96,8 +99,8 @@ impl Supervisor {
             self.enter(ModelState::Waking);
             let woken = self.come_back(&running.doctor);
             match self.meanwhile(&mut running, woken).await {
-                Turn::Done(device_bytes) => {
-                    self.note_memory(&mut running, device_bytes);
+                Turn::Done(memory) => {
+                    self.note_memory(&mut running, memory);
                     (running.since, running.memory_before) = (Instant::now(), before);
                     if let Some(before) = before {
                         running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
@@ -124,14 +127,14 @@ impl Supervisor {
         Phase::Loading
     }
 
-    fn come_back(&self, doctor: &Doctor) -> impl Future<Output = Result<Option<u64>, String>> + use<> {
+    fn come_back(&self, doctor: &Doctor) -> impl Future<Output = Result<Memory, String>> + use<> {
         let (doctor, tempo) = (doctor.clone(), self.tempo.clone());
         async move {
             let awake = async {
                 doctor.wake_up().await?;
                 loop {
                     match doctor.ask(tempo.probe_limit).await {
-                        Health::Ready { device_bytes } => return Ok(device_bytes),
+                        Health::Ready(memory) => return Ok(memory),
                         Health::Failed(why) => return Err(format!("it says: {why}")),
                         _ => sleep(tempo.probe_every).await,
                     }
@@ -151,7 +154,7 @@ impl Supervisor {
                 () = self.hard.cancelled() => return Turn::Ended,
                 order = self.orders.recv() => match order {
                     None => return Turn::Ended,
-                    Some((Order::Stop, _)) => return Turn::Stopped,
+                    Some(Asked { order: Order::Stop, .. }) => return Turn::Stopped,
                     Some(_) => {}
                 },
                 how = running.process.exited() => return Turn::Failed(format!("it {how}")),
@@ -170,11 +173,14 @@ impl Supervisor {
     }
 
     /// Whether the driver shows that it has given its memory back.
-    async fn shows_back(&self, running: &Running, at_most: Option<u64>) -> Result<(), String> {
-        let Some(at_most) = at_most else { return Ok(()) };
-        if let Health::NotYet { device_bytes: Some(bytes), .. } = running.doctor.ask(self.tempo.watch_limit).await {
-            self.around.gpus.hold(running.process.mark(), &self.gpus, bytes);
+    async fn shows_back(&self, running: &mut Running, at_most: Option<u64>) -> Result<(), String> {
+        if let Health::NotYet { memory, .. } = running.doctor.ask(self.tempo.watch_limit).await {
+            if let Some(bytes) = memory.device_bytes.filter(|_| self.spec.gpus > 0) {
+                self.around.gpus.hold(running.process.mark(), &self.gpus, bytes);
+            }
+            self.note_host(running, memory.host);
         }
+        let Some(at_most) = at_most else { return Ok(()) };
         let until = Instant::now() + self.tempo.park_memory_limit;
         loop {
             let Some(used) = self.used_bytes().await else { return Err("its GPU is gone".to_owned()) };
