@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::domain::Millis;
+use crate::domain::{GpuSet, Millis};
 use crate::policy::decision::{Decision, gib, in_gib, seconds, short};
 
 /// A parked model, or one that might be.
@@ -82,6 +82,16 @@ impl Tier {
     pub fn drop(&self, name: &str, it: &Parked, other: &str) -> Decision {
         let reason = format!("drop {name} from host memory: {}", self.worth(it));
         self.decide("drop", name, it, reason).against(other)
+    }
+
+    /// A parked worker is wanted where it cannot wake, and loads from disk there.
+    pub fn elsewhere(&self, name: &str, it: &Parked, (lies, wanted): (GpuSet, GpuSet)) -> Decision {
+        let reason = format!(
+            "drop {name} from host memory: it is parked on {lies} and wanted on {wanted}, where it cannot wake; a load from \
+             disk takes {}",
+            seconds(it.cold_ms)
+        );
+        self.decide("drop", name, it, reason)
     }
 
     /// A worker that leaves its devices is not parked, though the tier is on.

@@ -113,6 +113,18 @@ impl State {
         Some(self.inventory.host.saturating_sub(used))
     }
 
+    /// A parked worker loads where it cannot wake.
+    pub(super) fn lose_copy(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) {
+        let worker = &self.workers[place];
+        let size = self.parked_size(worker, now);
+        let others = self.workers.iter().enumerate().filter(|(other, _)| *other != place);
+        let used = others.map(|(_, worker)| self.host_bytes(worker)).sum();
+        let places = (worker.lies_on.unwrap_or(worker.set), worker.set);
+        let tier = Tier { host: self.inventory.host, used, now };
+        let decision = tier.elsewhere(&self.models[worker.model].name, &size, places);
+        self.announce(decision, effects);
+    }
+
     /// A worker says what its copy in host memory takes.
     pub(super) fn on_host(&mut self, index: usize, place: Option<usize>, host: HostCopy) {
         if let Some(place) = place {

@@ -220,3 +220,56 @@ fn a_newcomer_that_is_worth_more_has_the_room_of_what_is_parked() {
     assert_eq!(case.orders, [order("a", Order::Stop, None), order("b", Order::Load, Some(55))]);
     assert!(case.said("a").starts_with("drop a from host memory"), "{}", case.said("a"));
 }
+
+/// `a` is parked on the first GPU, where `b` serves and is never displaced.
+fn locked_out() -> Case {
+    let mut case = Case::new(&[parks("a"), ModelSpec { pin: true, ..parks("b") }, parks("c")], 2, 200);
+    case.visit("a", None);
+    case.wants("c");
+    case.ready("c");
+    case.wants("b");
+    assert_eq!(case.orders, [order("a", Order::Park, None)]);
+    case.report("a", Report::Parked { park_ms: 1 });
+    assert_eq!(case.orders.last(), Some(&order("b", Order::Load, Some(170))));
+    case.ready("b");
+    case
+}
+
+#[test]
+fn a_copy_that_cannot_be_used_where_its_model_is_wanted_is_dropped_in_words() {
+    let mut case = locked_out();
+    case.answered("c", 2);
+    case.now += 2_000_000;
+    case.wants("a");
+    assert_eq!(case.orders, [order("c", Order::Park, None)]);
+    let wake_ms = case.state.models[0].load_ms(true);
+    case.report("c", Report::Parked { park_ms: 1 });
+    assert_eq!(case.orders, [order("a", Order::Wake, Some(170))], "its supervisor loads it from nothing there");
+    assert_eq!(
+        case.said("a"),
+        "drop a from host memory: it is parked on gpu0 and wanted on gpu1, where it cannot wake; a load from disk takes 20 s"
+    );
+    case.report("a", Report::Loading { phase: None, percent: None });
+    case.ready("a");
+    assert_eq!(case.state.models[0].load_ms(true), wake_ms, "that says nothing about wakes");
+}
+
+#[test]
+fn a_parked_worker_that_is_wanted_no_more_lies_where_it_lay() {
+    let mut case = locked_out();
+    case.answered("c", 2);
+    case.now += 2_000_000;
+    let number = case.wants("a");
+    assert_eq!(case.orders, [order("c", Order::Park, None)]);
+    case.tell(Event::Gone { model: "a".into(), priority: 5, number });
+    let a = case.state.workers.iter().find(|worker| worker.model == 0).unwrap();
+    assert_eq!((a.phase.clone(), a.set), (Phase::Parked, GpuSet::one(0)));
+}
+
+#[test]
+fn a_model_that_shares_its_gpus_with_nobody_is_parked_too() {
+    let exclusive = |name| ModelSpec { exclusive: true, ..parks(name) };
+    let mut case = Case::new(&[exclusive("a"), exclusive("b")], 1, 60);
+    case.visit("a", None);
+    assert_eq!(case.swap("a", "b", None).0, Order::Park);
+}

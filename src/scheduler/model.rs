@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::domain::worker::HostCopy;
-use crate::domain::{Class, ErrorCode, Held, JobError, Millis, ModelKind, ModelSpec, StateReason};
+use crate::domain::{Class, ErrorCode, GpuSet, Held, JobError, Millis, ModelKind, ModelSpec, StateReason};
 use crate::policy::learn::{self, LOAD_WEIGHT, Rate, SERVICE_WEIGHT, blend};
 use crate::policy::plan::Decision;
 use crate::policy::tier::Parked;
@@ -78,6 +78,8 @@ pub(super) struct Model {
     gpus: u32,
     /// Memory that it takes on each device, as models.yaml says.
     declared_bytes: Option<u64>,
+    /// The same, whoever shares its devices.
+    memory_bytes: Option<u64>,
     /// Its memory is for it to tell: neither declared nor all of the device.
     tells_bytes: bool,
     pin: bool,
@@ -106,6 +108,7 @@ impl Model {
             park: spec.park,
             gpus: spec.gpus,
             declared_bytes: spec.memory.filter(|_| !spec.exclusive),
+            memory_bytes: spec.memory,
             tells_bytes: spec.memory.is_none() && !spec.exclusive,
             pin: spec.pin,
             max_replicas: spec.max_replicas.max(1),
@@ -144,6 +147,7 @@ impl Model {
             host: Host::default(),
             gpus: 1,
             declared_bytes: None,
+            memory_bytes: None,
             tells_bytes: false,
             pin: false,
             max_replicas: 1,
@@ -242,7 +246,7 @@ impl Model {
     /// Host memory that a parked worker takes.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes are far below 2^53 bytes")]
     pub(super) fn parked(&self, now: Millis) -> Parked {
-        let on_devices = self.bytes().unwrap_or(0).saturating_mul(u64::from(self.gpus));
+        let on_devices = self.memory_bytes.or_else(|| self.bytes()).unwrap_or(0).saturating_mul(u64::from(self.gpus));
         let bytes = self.host.bytes.unwrap_or((on_devices as f64 * PARKED_SHARE) as u64);
         Parked { rate: self.rate.per_ms(now), cold_ms: self.cold_ms(), wake_ms: self.wake_ms(), bytes }
     }
@@ -364,8 +368,13 @@ impl Model {
         blend(&mut self.learned.wake_ms, cold_ms, LOAD_WEIGHT);
     }
 
-    /// As the policy sees it; `parked`: a worker of it waits in host memory.
-    pub(super) fn view(&self, inventory: &Inventory, parked: bool, now: Millis) -> ModelView {
+    /// Most workers of it at once.
+    pub(super) fn max_replicas(&self) -> usize {
+        self.max_replicas as usize
+    }
+
+    /// As the policy sees it; `parked`: where workers of it wait in host memory.
+    pub(super) fn view(&self, inventory: &Inventory, parked: Vec<GpuSet>, now: Millis) -> ModelView {
         let (pending_interactive, pending_batch) = self.pending();
         // What is paused waits for nothing but the end of the pause.
         let waiting = Some(&self.queue).filter(|_| !self.held.paused);
@@ -383,7 +392,9 @@ impl Model {
             left_at: self.learned.left_at,
             gpus,
             bytes: self.bytes_on(inventory),
-            load_ms: self.load_ms(parked),
+            load_ms: self.load_ms(!parked.is_empty()),
+            cold_ms: self.cold_ms(),
+            parked,
             reload_ms: self.learned.reload_ms.unwrap_or_else(|| self.cold_ms()),
             stop_ms: self.stop_ms(),
             service_ms: self.service_ms(),

@@ -57,7 +57,7 @@ impl State {
 
     /// When a model's turn must come; `None` without waiting jobs.
     pub(in crate::scheduler) fn due(&self, index: usize) -> Option<Millis> {
-        self.models[index].view(&self.inventory, false, 0).due(&self.knobs).map(|due| due.at)
+        self.models[index].view(&self.inventory, Vec::new(), 0).due(&self.knobs).map(|due| due.at)
     }
 
     /// Where a waiting job stands: (jobs the plan starts first, jobs of its own model before it, swaps before its start).

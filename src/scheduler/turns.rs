@@ -53,7 +53,10 @@ impl State {
 
     /// The view, and the place among our workers of each of its workers.
     pub(super) fn view_with_places(&self, now: Millis) -> (View, Vec<usize>) {
-        let parked = |index: usize| self.workers.iter().any(|w| w.model == index && w.phase == Phase::Parked);
+        let parked = |index: usize| {
+            let lies = self.workers.iter().filter(|w| w.model == index && w.phase == Phase::Parked);
+            lies.map(|w| w.set).collect::<Vec<GpuSet>>()
+        };
         let models = self.models.iter().enumerate().map(|(i, m)| m.view(&self.inventory, parked(i), now)).collect();
         let seen = self.workers.iter().enumerate().filter_map(|(place, worker)| {
             let model = &self.models[worker.model];
@@ -90,7 +93,7 @@ impl State {
         View {
             devices: inventory.devices(),
             gpus: inventory.gpu_count(),
-            models: self.models.iter().map(|m| m.view(inventory, false, 0)).collect(),
+            models: self.models.iter().map(|m| m.view(inventory, Vec::new(), 0)).collect(),
             ..View::default()
         }
     }
@@ -106,9 +109,10 @@ impl State {
     /// Gives a set to a new worker of a model, or to a parked one, to be loaded when those who leave have left.
     fn assign(&mut self, model: usize, set: GpuSet, guest_until: Option<Millis>) {
         let is_parked = |worker: &Worker| worker.model == model && worker.phase == Phase::Parked;
-        // One wakes only where it was; elsewhere it is loaded from nothing.
+        // One wakes only where it was; elsewhere it is loaded from nothing, and its place in host memory lost.
         let there = self.workers.iter().position(|worker| is_parked(worker) && worker.set == set);
-        if let Some(parked) = there.or_else(|| self.workers.iter().position(is_parked)) {
+        let is_full = self.workers.iter().filter(|w| w.model == model).count() >= self.models[model].max_replicas();
+        if let Some(parked) = there.or_else(|| self.workers.iter().position(is_parked).filter(|_| is_full)) {
             let worker = &mut self.workers[parked];
             (worker.set, worker.guest_until) = (set, guest_until);
             worker.phase = Phase::Waiting { was_parked: true };
@@ -123,6 +127,7 @@ impl State {
             set,
             phase,
             guest_until,
+            lies_on: None,
             host: HostCopy::default(),
             promised: None,
         });
@@ -143,7 +148,7 @@ impl State {
                 // Its jobs were cancelled, or it is in trouble: the next plan decides anew.
                 self.plan_now = true;
                 if was_parked {
-                    self.workers[place].phase = Phase::Parked;
+                    self.workers[place].lie_down();
                     place += 1;
                 } else {
                     self.workers.remove(place);
@@ -173,16 +178,20 @@ impl State {
     }
 
     fn load(&mut self, place: usize, was_parked: bool, now: Millis, effects: &mut Vec<Effect>) {
+        let wakes = was_parked && self.workers[place].lies_on == Some(self.workers[place].set);
+        if was_parked && !wakes {
+            self.lose_copy(place, now, effects);
+        }
         let promised = self.promise(place, now, effects);
         let worker = &mut self.workers[place];
         (worker.phase, worker.promised) = (Phase::Loading { since: now, was_parked }, promised);
-        if !was_parked {
+        if !wakes {
             worker.host = HostCopy::default();
         }
         let model = &self.models[worker.model];
         let numbers = model.queue.heads(TOLD_MAX);
         if !numbers.is_empty() {
-            let eta = now + round(model.load_ms(was_parked));
+            let eta = now + round(model.load_ms(wakes));
             effects.push(Effect::TellLoading { numbers, model: model.name.to_string(), eta });
         }
         effects.push(self.order(place, if was_parked { Order::Wake } else { Order::Load }));
@@ -291,7 +300,8 @@ impl State {
 
     pub(super) fn on_parked(&mut self, place: usize, now: Millis) -> Vec<Effect> {
         let index = self.workers[place].model;
-        (self.workers[place].phase, self.workers[place].guest_until) = (Phase::Parked, None);
+        let worker = &mut self.workers[place];
+        (worker.phase, worker.guest_until, worker.lies_on) = (Phase::Parked, None, Some(worker.set));
         self.note_left(index, now);
         vec![self.learn(index)]
     }
@@ -322,8 +332,11 @@ impl State {
         if let Phase::Loading { was_parked, .. } = &mut self.workers[place].phase
             && std::mem::take(was_parked)
         {
-            self.workers[place].host = HostCopy::default();
-            self.models[self.workers[place].model].count_failed_wake();
+            let worker = &mut self.workers[place];
+            worker.host = HostCopy::default();
+            if worker.lies_on == Some(worker.set) {
+                self.models[worker.model].count_failed_wake();
+            }
         }
     }
 
