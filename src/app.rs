@@ -27,7 +27,7 @@ use crate::store::snapshots::{self, Durability, Prepared, Snapshots};
 use crate::worker::client::WorkerClient;
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::host;
-use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
+use crate::worker::supervisor::{self, StuckMemory, Surroundings, WorkerHandle};
 
 /// How long tasks may take to end after the hard stage, beyond the workers' own grace.
 const HARD_LIMIT: Duration = Duration::from_secs(5);
@@ -328,6 +328,7 @@ fn start_workers(
         grace: config.server.worker_grace,
         backoff_first: config.server.backoff_first,
         backoff_max: config.server.backoff_max,
+        stuck: StuckMemory::default(),
     };
     let (sender, reports) = mpsc::unbounded_channel();
     let all = config.models.iter().flat_map(|spec| (0..spec.max_replicas.max(1)).map(move |replica| (spec, replica)));

@@ -23,11 +23,14 @@ enum Try {
 impl Supervisor {
     pub(super) async fn load(&mut self) -> Phase {
         let ordered_at = Instant::now();
+        self.enter(ModelState::Loading);
+        if let Err(reason) = self.leftovers_are_free().await {
+            return self.failed_load(reason, &Tail::default(), None).await;
+        }
         let memory_before = match self.device_memory().await {
             Some(memory) => memory,
             None => return Phase::Blocked,
         };
-        self.enter(ModelState::Loading);
         let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
         let deadline = ordered_at + limit;
         let mut avoid = BTreeSet::new();
@@ -61,7 +64,7 @@ impl Supervisor {
                     return self.failed_load(reason, &tail, memory_before).await;
                 }
                 Try::Stopped(ordered_at) => {
-                    self.wait_memory_free(memory_before).await;
+                    self.wait_memory_free(self.free_as_before(memory_before)).await;
                     self.enter(ModelState::Absent);
                     self.report(Report::Stopped { stop_ms: self.around.clock.millis_in(ordered_at.elapsed()) });
                     return Phase::Absent;
@@ -132,8 +135,11 @@ impl Supervisor {
                 Health::Ready(memory) => {
                     let since = Instant::now();
                     let host = HostCopy::default();
-                    let mut running = Running { process, doctor, since, memory_before, own: None, grown: None, host };
+                    let pids = BTreeSet::new();
+                    let mut running =
+                        Running { process, doctor, since, memory_before, own: None, grown: None, host, pids };
                     self.note_memory(&mut running, memory);
+                    self.note_pids(&mut running).await;
                     if let Some(before) = memory_before {
                         running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
                     }
@@ -174,7 +180,7 @@ impl Supervisor {
     }
 
     async fn failed_load(&mut self, reason: String, tail: &Tail, memory: Option<u64>) -> Phase {
-        self.wait_memory_free(memory).await;
+        self.wait_memory_free(self.free_as_before(memory)).await;
         self.failed_loads += 1;
         let quarantined = self.failed_loads >= QUARANTINE_AFTER;
         let reason = match tail.reason() {

@@ -22,8 +22,8 @@ impl Supervisor {
         let ordered_at = Instant::now();
         self.enter(ModelState::Parking);
         self.note_life(running.since);
-        let free = self.free_when(&running).await;
-        let at_most = self.parked_use(free).await;
+        let free = self.free_when(&mut running).await;
+        let at_most = self.parked_use(free.as_ref().map(|free| free.at_most)).await;
         let (doctor, limit) = (running.doctor.clone(), self.tempo.park_limit);
         let fall_asleep = async move {
             timeout(limit, doctor.put_to_sleep())
@@ -61,7 +61,10 @@ impl Supervisor {
                     let Some(asked) = order else { return self.end(running).await };
                     match asked.order {
                         Order::Load | Order::Wake => return self.wake(running, asked).await,
-                        Order::Stop => return self.leave(running, None, Instant::now()).await,
+                        Order::Stop => {
+                            let free = self.free_when_parked(&running, None);
+                            return self.leave(running, free, Instant::now()).await;
+                        }
                         Order::Park => self.report(Report::Parked { park_ms: 0 }),
                         Order::Retry => self.forget_failures(),
                         Order::Suspect => {} // Nothing runs on it.
@@ -91,16 +94,19 @@ impl Supervisor {
         let was_on = self.gpus.clone();
         self.note_set(asked);
         let wanted_on = std::mem::replace(&mut self.gpus, was_on);
+        let mut before_wake = None;
         let failed = if wanted_on == self.gpus {
             let Some(before) = self.device_memory().await else {
                 self.kill(running).await;
                 return Phase::Loading; // Which finds that the GPU is not there.
             };
+            before_wake = before;
             self.enter(ModelState::Waking);
             let woken = self.come_back(&running.doctor);
             match self.meanwhile(&mut running, woken).await {
                 Turn::Done(memory) => {
                     self.note_memory(&mut running, memory);
+                    self.note_pids(&mut running).await;
                     (running.since, running.memory_before) = (Instant::now(), before);
                     if let Some(before) = before {
                         running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
@@ -113,14 +119,17 @@ impl Supervisor {
                     return Phase::Serving(Box::new(running));
                 }
                 Turn::Failed(why) => why,
-                Turn::Stopped => return self.leave(running, before, ordered_at).await,
+                Turn::Stopped => {
+                    let free = self.free_when_parked(&running, before);
+                    return self.leave(running, free, ordered_at).await;
+                }
                 Turn::Ended => return self.end(running).await,
             }
         } else {
             format!("it lies where GPUs {:?} are its own, and is wanted on {wanted_on:?}", self.gpus)
         };
         tracing::warn!(model = self.spec.name, "could not be woken, so it is loaded anew: {failed}");
-        let free = running.memory_before;
+        let free = self.free_when_parked(&running, before_wake);
         self.kill(running).await;
         self.wait_memory_free(free).await;
         self.gpus = wanted_on;
@@ -165,6 +174,13 @@ impl Supervisor {
 
     // ---- its device memory ------------------------------------------------------------------------------------------
 
+    /// When the memory is free of a worker that was parked; `before`: the use before it was told to wake. What was in use before
+    /// its load says nothing any more, since others have come to its GPUs.
+    fn free_when_parked(&self, running: &Running, before: Option<u64>) -> Option<Free> {
+        let (pids, is_shared) = (running.pids.clone(), true);
+        (before.is_some() || !pids.is_empty()).then(|| Free { at_most: before.unwrap_or(0), pids, is_shared })
+    }
+
     /// The use of device memory, in bytes, with which a worker is parked without which `free` is used; `None`: on the CPU.
     async fn parked_use(&self, free: Option<u64>) -> Option<u64> {
         let free = free?;
@@ -176,7 +192,7 @@ impl Supervisor {
     async fn shows_back(&self, running: &mut Running, at_most: Option<u64>) -> Result<(), String> {
         if let Health::NotYet { memory, .. } = running.doctor.ask(self.tempo.watch_limit).await {
             if let Some(bytes) = memory.device_bytes.filter(|_| self.spec.gpus > 0) {
-                self.around.gpus.hold(running.process.mark(), &self.gpus, bytes);
+                self.hold(running, bytes);
             }
             self.note_host(running, memory.host);
         }
@@ -199,7 +215,7 @@ impl Supervisor {
     // ---- ends -------------------------------------------------------------------------------------------------------
 
     /// Stopped, from wherever it was.
-    async fn leave(&mut self, running: Running, free: Option<u64>, ordered_at: Instant) -> Phase {
+    async fn leave(&mut self, running: Running, free: Option<Free>, ordered_at: Instant) -> Phase {
         self.enter(ModelState::Draining);
         self.release(&running);
         running.process.stop(self.around.grace).await;

@@ -1,6 +1,6 @@
 //! One worker process: start under the guard, log capture, stop of the whole group, sweep by instance mark.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -115,6 +115,13 @@ impl WorkerProcess {
     /// The guard's process id.
     pub(super) fn pid(&self) -> u32 {
         self.pid.cast_unsigned()
+    }
+
+    /// The numbers of its processes, its guard among them.
+    pub(super) async fn pids(&self) -> BTreeSet<u32> {
+        let family = Family::Instance { mark: self.mark.clone(), session: Some(self.pid) };
+        let living = blocking(move || family.living(None)).await.unwrap_or_default();
+        living.iter().map(|process| process.pid.cast_unsigned()).chain([self.pid()]).collect()
     }
 
     pub(super) fn port(&self) -> u16 {

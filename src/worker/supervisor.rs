@@ -56,7 +56,12 @@ pub struct Surroundings {
     pub backoff_first: Duration,
     /// Longest back-off; also how often a quarantined model is tried.
     pub backoff_max: Duration,
+    /// Device memory that ended workers have left in use.
+    pub stuck: StuckMemory,
 }
+
+use device_memory::Free;
+pub use device_memory::StuckMemory;
 
 /// Where supervisors report to: (model, number of the worker, report).
 pub type Reports = mpsc::UnboundedSender<(String, u32, Report)>;
@@ -267,6 +272,8 @@ struct Running {
     grown: Option<u64>,
     /// What was reported of its copy in host memory.
     host: HostCopy,
+    /// Those of its processes that the driver has shown on its GPUs; none: it shows no numbers that are ours.
+    pids: BTreeSet<u32>,
 }
 
 /// What a ready worker's watch found.
@@ -440,11 +447,11 @@ impl Supervisor {
 
     // ---- steps ------------------------------------------------------------------------------------------------------
 
-    async fn stop(&mut self, running: Running) -> Phase {
+    async fn stop(&mut self, mut running: Running) -> Phase {
         let ordered_at = Instant::now();
         self.enter(ModelState::Draining);
         self.note_life(running.since);
-        let free = self.free_when(&running).await;
+        let free = self.free_when(&mut running).await;
         self.release(&running);
         running.process.stop(self.around.grace).await;
         self.wait_memory_free(free).await;
@@ -456,10 +463,14 @@ impl Supervisor {
     }
 
     /// A worker that had been ready is gone or has to go.
-    async fn died(&mut self, running: Running, reason: String) -> Phase {
+    async fn died(&mut self, mut running: Running, reason: String) -> Phase {
         let lived = running.since.elapsed();
         // A part of its memory may be free already: then what is left of the use says nothing.
-        let free = self.free_when(&running).await.max(running.memory_before);
+        let before = running.memory_before;
+        let free = self
+            .free_when(&mut running)
+            .await
+            .map(|free| Free { at_most: free.at_most.max(before.unwrap_or(0)), ..free });
         self.release(&running);
         let tail = running.process.clear_away().await;
         let reason = match tail.reason() {
