@@ -748,7 +748,9 @@ async fn parked_means_that_the_driver_shows_the_memory_back() {
     let mut worker = bench.supervise(spec.clone());
     worker.load().await;
     // It keeps 0.7 GB, as a process with a CUDA context does.
-    worker.park().await;
+    worker.handle.order_on(Order::Park, GpuSet::one(0), None);
+    assert!(matches!(worker.settled().await, Report::Parked { .. }));
+    assert_eq!(worker.handle.view().device_bytes, Some(700_000_000));
     worker.handle.order(Order::Wake);
     assert!(matches!(worker.settled().await, Report::Ready { .. }));
     let toy = bench.toys().into_iter().find(|pid| is_alive(*pid)).unwrap();

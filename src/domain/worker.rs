@@ -99,6 +99,13 @@ pub struct WorkerView {
     pub retry_at: Option<Millis>,
     /// Why it is in `backoff`, `quarantined` or `blocked`.
     pub reason: Option<String>,
+    /// Memory that it takes on each of its GPUs, in bytes, as it says itself; while it is parked, what it keeps there, as the
+    /// driver shows it.
+    #[serde(default)]
+    pub device_bytes: Option<u64>,
+    /// How its copy in host memory was lost, until its next load.
+    #[serde(default)]
+    pub lost_copy: Option<String>,
     /// Host memory that the copy of its weights takes now, in bytes, as it says itself.
     #[serde(default)]
     pub host_bytes: Option<u64>,

@@ -16,6 +16,7 @@ impl Supervisor {
             self.hold(running, bytes);
         }
         running.own = device_bytes.or(running.own);
+        self.view.send_if_modified(|v| std::mem::replace(&mut v.device_bytes, running.own) != running.own);
     }
 
     /// What it says of its copy in host memory: reported when it is another than before.
@@ -180,6 +181,26 @@ impl Supervisor {
             }
         }
         Ok(())
+    }
+
+    /// Memory that is free on the fullest of its GPUs, in bytes; what parked workers keep there is not.
+    pub(super) async fn least_free(&self) -> Option<u64> {
+        let gpus = self.look().await;
+        let own = gpus.iter().filter(|gpu| self.gpus.contains(&gpu.index));
+        own.map(|gpu| gpu.total_bytes.saturating_sub(gpu.used_bytes)).min()
+    }
+
+    /// What a worker that has just been parked keeps on each of its GPUs, in bytes: what the driver shows of its processes, or
+    /// else how much more than `free` is in use.
+    pub(super) async fn kept_bytes(&self, free: Option<&Free>) -> Option<u64> {
+        let free = free?;
+        let gpus = u64::try_from(self.gpus.len()).unwrap_or(1).max(1);
+        let all = if free.pids.is_empty() {
+            self.used_bytes().await?.saturating_sub(free.at_most)
+        } else {
+            free.used_by_it(&self.users(&self.gpus).await?).unwrap_or(0)
+        };
+        Some(all / gpus)
     }
 
     /// Whether what it is declared to take is free on each of its GPUs.

@@ -12,9 +12,12 @@ use crate::worker::gpu::{Gpu, GpuProbe};
 #[derive(Debug)]
 pub struct FakeGpus {
     source: Source,
-    /// Process, GPUs and bytes on each, by worker.
-    held: Mutex<BTreeMap<String, (u32, Vec<u32>, u64)>>,
+    /// By worker.
+    held: Mutex<BTreeMap<String, Held>>,
 }
+
+/// Process, GPUs and bytes on each.
+type Held = (u32, Vec<u32>, u64);
 
 #[derive(Debug)]
 enum Source {

@@ -31,6 +31,7 @@ impl Supervisor {
             Some(memory) => memory,
             None => return Phase::Blocked,
         };
+        self.free_bytes = self.least_free().await;
         let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
         let deadline = ordered_at + limit;
         let mut avoid = BTreeSet::new();
@@ -170,6 +171,7 @@ impl Supervisor {
             replica: self.replica,
             gpus: &self.gpus,
             park_bytes: self.park_bytes,
+            free_bytes: self.free_bytes,
             lease,
             data_dir_id: &self.around.data_dir_id,
             log_dir: &self.around.log_dir,

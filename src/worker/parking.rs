@@ -35,7 +35,9 @@ impl Supervisor {
                 Ok(()) => {
                     let park_ms = millis(ordered_at.elapsed());
                     tracing::info!(model = self.spec.name, park_ms, "parked");
+                    let kept = self.kept_bytes(free.as_ref()).await;
                     self.enter(ModelState::Parked);
+                    self.view.send_modify(|v| v.device_bytes = kept);
                     self.report(Report::Parked { park_ms });
                     return Phase::Parked(Box::new(running));
                 }
@@ -237,6 +239,7 @@ impl Supervisor {
         };
         tracing::error!(model = self.spec.name, "the worker died: {reason}");
         self.enter(ModelState::Absent);
+        self.view.send_modify(|v| v.lost_copy = Some(format!("lost its copy in host memory: {reason}")));
         self.report(Report::Died { reason });
         Phase::Absent
     }

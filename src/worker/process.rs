@@ -46,6 +46,8 @@ pub(super) struct Start<'a> {
     pub(super) gpus: &'a [u32],
     /// Host memory that the copy of its weights may take, in bytes; `None`: it will not be parked.
     pub(super) park_bytes: Option<u64>,
+    /// Memory that is free on the fullest of its GPUs, in bytes.
+    pub(super) free_bytes: Option<u64>,
     pub(super) lease: Lease,
     pub(super) data_dir_id: &'a str,
     pub(super) log_dir: &'a Path,
@@ -80,7 +82,7 @@ impl WorkerProcess {
             .arg("--")
             .args(&command)
             .env_clear()
-            .envs(environment(std::env::vars_os(), start.spec, start.gpus, start.park_bytes, &mark))
+            .envs(environment(std::env::vars_os(), start.spec, start.gpus, (start.park_bytes, start.free_bytes), &mark))
             .current_dir(&start.spec.dir)
             .stdin(Stdio::piped())
             .stdout(Stdio::from(writer))
@@ -270,7 +272,7 @@ fn environment(
     inherited: impl Iterator<Item = (OsString, OsString)>,
     spec: &ModelSpec,
     gpus: &[u32],
-    park_bytes: Option<u64>,
+    (park_bytes, free_bytes): (Option<u64>, Option<u64>),
     mark: &str,
 ) -> BTreeMap<OsString, OsString> {
     let is_secret =
@@ -294,6 +296,9 @@ fn environment(
     }
     if let Some(bytes) = park_bytes {
         set("ROUNDHOUSE_PARK_BYTES", &bytes.to_string());
+    }
+    if let Some(bytes) = free_bytes {
+        set("ROUNDHOUSE_DEVICE_FREE_BYTES", &bytes.to_string());
     }
     for (name, value) in &spec.env {
         set(name, value);
@@ -397,7 +402,7 @@ pub(super) mod tests {
         let mut spec = spec(&["x"]);
         let seen = |spec: &ModelSpec, gpus: &[u32]| {
             let inherited = [("CUDA_VISIBLE_DEVICES".into(), "7".into())];
-            let vars = environment(inherited.into_iter(), spec, gpus, None, "id:1");
+            let vars = environment(inherited.into_iter(), spec, gpus, (None, None), "id:1");
             ["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"]
                 .map(|name| vars.get(&OsString::from(name)).and_then(|v| v.to_str()).unwrap_or("-").to_owned())
         };
@@ -422,7 +427,7 @@ pub(super) mod tests {
         spec.env =
             BTreeMap::from([("HF_HUB_OFFLINE".to_owned(), "0".to_owned()), (MARK.to_owned(), "forged".to_owned())]);
         let inherited = inherited.map(|(k, v)| (OsString::from(k), OsString::from(v)));
-        let vars = environment(inherited.into_iter(), &spec, &[], Some(0), "id:1");
+        let vars = environment(inherited.into_iter(), &spec, &[], (Some(0), Some(9)), "id:1");
         let get = |name: &str| vars.get(&OsString::from(name)).and_then(|v| v.to_str());
         assert!(vars.values().all(|v| v != "t" && v != "a:t"));
         assert_eq!(get("PATH"), Some("/bin"));
@@ -430,8 +435,9 @@ pub(super) mod tests {
         assert_eq!(get("HF_HUB_OFFLINE"), Some("0"), "the entry wins");
         assert_eq!(get("CUDA_VISIBLE_DEVICES"), Some(""));
         assert_eq!(get("ROUNDHOUSE_MEMORY_BYTES"), Some("5"));
+        assert_eq!(get("ROUNDHOUSE_DEVICE_FREE_BYTES"), Some("9"));
         assert_eq!(get("ROUNDHOUSE_PARK_BYTES"), Some("0"), "none is left, which is not that nobody parks it");
-        let vars = environment(std::iter::empty(), &spec, &[], None, "id:1");
+        let vars = environment(std::iter::empty(), &spec, &[], (None, None), "id:1");
         assert_eq!(vars.get(&OsString::from("ROUNDHOUSE_PARK_BYTES")), None);
         assert_eq!(get(MARK), Some("id:1"), "but not over the mark");
     }

@@ -184,6 +184,8 @@ impl WorkerHandle {
             starts: 0,
             retry_at: None,
             reason: None,
+            device_bytes: None,
+            lost_copy: None,
             host_bytes: None,
             can_park: None,
             park_note: None,
@@ -196,6 +198,7 @@ impl WorkerHandle {
             replica,
             gpus: Vec::new(),
             park_bytes: None,
+            free_bytes: None,
             around,
             tempo,
             orders: inbox,
@@ -302,6 +305,8 @@ struct Supervisor {
     gpus: Vec<u32>,
     /// Host memory that its next load may take for the copy that is parked, in bytes; `None`: it will not be.
     park_bytes: Option<u64>,
+    /// Memory that was free on the fullest of its GPUs before it was loaded, in bytes.
+    free_bytes: Option<u64>,
     around: Surroundings,
     tempo: Tempo,
     hard: CancellationToken,
@@ -569,11 +574,14 @@ impl Supervisor {
             v.reason = None;
             v.phase = None;
             v.percent = None;
+            if state == ModelState::Loading {
+                v.lost_copy = None;
+            }
             use ModelState::{Draining, Parked, Parking, Resident, Waking};
             if !matches!(state, Resident | Draining | Parking | Parked | Waking) {
                 v.pid = None;
                 v.port = None;
-                (v.host_bytes, v.can_park, v.park_note) = (None, None, None);
+                (v.device_bytes, v.host_bytes, v.can_park, v.park_note) = (None, None, None, None);
             }
         });
     }

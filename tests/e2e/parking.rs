@@ -121,6 +121,9 @@ async fn a_worker_that_dies_while_it_is_parked_costs_a_cold_load() {
     is(api, "a", "parked").await;
     server.worker("a").await.signal(Signal::SIGKILL);
     is(api, "a", "absent").await;
+    let lost = api.worker("a").await["lost_copy"].clone();
+    let why = "lost its copy in host memory: it was killed by SIGKILL while it was parked";
+    assert!(lost.as_str().is_some_and(|lost| lost.starts_with(why)), "{lost}");
     assert_eq!(visit(api, "a").await["attempt"], 1);
     assert_eq!(loads(api, "a").await, (2, 0));
 }
