@@ -30,7 +30,7 @@ use crate::worker::client::WorkerClient;
 use crate::worker::fetching::Fetches;
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::host;
-use crate::worker::supervisor::{self, Surroundings, Tempo, WorkerHandle};
+use crate::worker::supervisor::{self, StuckMemory, Surroundings, Tempo, WorkerHandle};
 
 /// How long tasks may take to end after the hard stage, beyond the workers' own grace.
 const HARD_LIMIT: Duration = Duration::from_secs(5);
@@ -339,6 +339,7 @@ fn surroundings(
         grace: config.server.worker_grace,
         backoff_first: config.server.backoff_first,
         backoff_max: config.server.backoff_max,
+        stuck: StuckMemory::default(),
     })
 }
 

@@ -16,7 +16,7 @@ use roundhouse::domain::worker::Report;
 use roundhouse::domain::{ErrorCode, GpuSet, Launch, ModelKind, ModelSpec, ModelState};
 use roundhouse::lifecycle::Tasks;
 use roundhouse::worker::gpu::{self, Gpu, GpuProbe};
-use roundhouse::worker::supervisor::{Order, Surroundings, Tempo, WorkerHandle, end_orphans};
+use roundhouse::worker::supervisor::{Order, StuckMemory, Surroundings, Tempo, WorkerHandle, end_orphans};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -40,6 +40,7 @@ flags.add_argument("--sleepless", action="store_true")
 flags.add_argument("--wake-hangs", action="store_true")
 flags.add_argument("--memory-dir")
 flags.add_argument("--memory-bytes", type=int, default=0)
+flags.add_argument("--device-bytes", type=int)
 args = flags.parse_args()
 started = time.monotonic()
 
@@ -80,6 +81,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status = "asleep" if sleeping else "failed" if args.fail else "ready" if done == 1 else "loading"
         instance = "another" if args.strange_on == args.port else os.environ.get("ROUNDHOUSE_INSTANCE")
         body = {"status": status, "phase": "weights", "percent": int(done * 4) * 25, "instance": instance}
+        if args.device_bytes is not None:
+            body["device_bytes"] = args.device_bytes
         self.answer(200 if status == "ready" else 503, body | ({"error": args.fail} if args.fail else {}))
 
     def do_POST(self):
@@ -137,6 +140,7 @@ impl Bench {
                 log_dir: dir.path().join("logs"),
                 program: PathBuf::from(env!("CARGO_BIN_EXE_roundhouse")),
                 grace: GRACE,
+                stuck: StuckMemory::default(),
                 backoff_first: Duration::from_millis(20),
                 backoff_max: Duration::from_millis(100),
             },
@@ -745,7 +749,9 @@ async fn parked_means_that_the_driver_shows_the_memory_back() {
     let mut worker = bench.supervise(spec.clone());
     worker.load().await;
     // It keeps 0.7 GB, as a process with a CUDA context does.
-    worker.park().await;
+    worker.handle.order_on(Order::Park, GpuSet::one(0), None);
+    assert!(matches!(worker.settled().await, Report::Parked { .. }));
+    assert_eq!(worker.handle.view().device_bytes, Some(700_000_000));
     worker.handle.order(Order::Wake);
     assert!(matches!(worker.settled().await, Report::Ready { .. }));
     let toy = bench.toys().into_iter().find(|pid| is_alive(*pid)).unwrap();
@@ -769,7 +775,7 @@ async fn a_parked_worker_that_is_wanted_on_another_gpu_is_loaded_there_from_noth
     let bench = Bench::with_gpus(Some(&format!("dir:{}", gpus.path().display())));
     let mut worker = bench.supervise(ModelSpec { gpus: 1, ..bench.spec(&[]) });
     for (order, gpu, starts) in [(Order::Load, 0, 1), (Order::Wake, 0, 1), (Order::Wake, 1, 2)] {
-        worker.handle.order_on(order, GpuSet::one(gpu));
+        worker.handle.order_on(order, GpuSet::one(gpu), None);
         assert!(matches!(worker.settled().await, Report::Ready { .. }));
         let view = worker.handle.view();
         assert_eq!((view.gpus, view.starts), (vec![gpu], starts));
@@ -876,4 +882,101 @@ fn the_guard_passes_its_workers_exit_on() {
     assert_eq!(guard(&["sh", "-c", "exit 7"]), Some(7));
     assert_eq!(guard(&["sh", "-c", "kill -KILL $$"]), Some(137));
     assert_eq!(guard(&["/no/such/program"]), Some(127));
+}
+
+/// A bench with one GPU that a folder plays, and a toy that takes 5 GB of it.
+fn on_one_gpu() -> (tempfile::TempDir, Bench, ModelSpec) {
+    let gpus = tempfile::tempdir().unwrap();
+    let card = r#"[{"index":0,"name":"Fake","total_bytes":80000000000}]"#;
+    std::fs::write(gpus.path().join("gpus.json"), card).unwrap();
+    let mut bench = Bench::with_gpus(Some(&format!("dir:{}", gpus.path().display())));
+    bench.tempo.memory_limit = Duration::from_millis(300);
+    let memory_dir = gpus.path().display().to_string();
+    let mut spec = bench.spec(&["--memory-dir", &memory_dir, "--memory-bytes", "5000000000"]);
+    spec.gpus = 1;
+    (gpus, bench, spec)
+}
+
+async fn load_on_gpu(worker: &mut Worker) -> Report {
+    worker.handle.order_on(Order::Load, GpuSet::one(0), None);
+    worker.settled().await
+}
+
+#[tokio::test]
+async fn memory_of_a_stopped_worker_is_free_when_the_driver_shows_its_processes_no_more() {
+    let (gpus, mut bench, spec) = on_one_gpu();
+    bench.tempo.memory_limit = Duration::from_secs(20);
+    let mut worker = bench.supervise(spec);
+    assert!(matches!(load_on_gpu(&mut worker).await, Report::Ready { .. }));
+    let toy = bench.toys()[0];
+    // Another program comes, so that the use never is what it was before.
+    std::fs::write(gpus.path().join("1"), "60000000000").unwrap();
+    worker.handle.order(Order::Stop);
+    until("the toy is gone", || !is_alive(toy)).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(worker.reports.try_recv().is_err(), "its memory is still in use");
+    std::fs::remove_file(gpus.path().join(toy.to_string())).unwrap();
+    let report = worker.settled().await;
+    assert!(matches!(report, Report::Stopped { stop_ms } if stop_ms < 15_000), "{report:?}");
+}
+
+#[tokio::test]
+async fn nothing_is_loaded_where_an_ended_worker_has_left_memory_in_use() {
+    let (gpus, bench, spec) = on_one_gpu();
+    for shows_pids in [true, false] {
+        if !shows_pids {
+            std::fs::write(gpus.path().join("no-pids"), "").unwrap();
+        }
+        let mut worker = bench.supervise(spec.clone());
+        assert!(matches!(load_on_gpu(&mut worker).await, Report::Ready { .. }));
+        let toy = bench.toys().into_iter().find(|pid| is_alive(*pid)).unwrap();
+        // The driver keeps it in use: nobody removes the file.
+        worker.stop().await;
+        let mut next = bench.supervise(spec.clone());
+        let Report::LoadFailed { error, .. } = load_on_gpu(&mut next).await else { panic!("loaded") };
+        let left = "the worker of `toy` that was on gpu0 has ended, and 4.7 GiB are still in use there: ";
+        assert!(error.message.contains(left), "{}", error.message);
+        let whose =
+            if shows_pids { format!("process {toy} has 4.7 GiB of gpu0") } else { "does not say by whom".into() };
+        assert!(error.message.contains(&whose) && error.message.contains("end these processes"), "{}", error.message);
+        std::fs::remove_file(gpus.path().join(toy.to_string())).unwrap();
+        next.handle.order(Order::Retry);
+        while next.settled().await != Report::Available {}
+        assert!(matches!(load_on_gpu(&mut next).await, Report::Ready { .. }));
+        let toy = bench.toys().into_iter().find(|pid| is_alive(*pid)).unwrap();
+        next.handle.order(Order::Stop);
+        until("the toy is gone", || !is_alive(toy)).await;
+        std::fs::remove_file(gpus.path().join(toy.to_string())).unwrap();
+        assert!(matches!(next.settled().await, Report::Stopped { .. }));
+    }
+}
+
+/// A driver that fails to answer once when it is told to. 20 GiB are others'.
+#[derive(Default)]
+struct Hiccup {
+    fails: std::sync::atomic::AtomicBool,
+}
+
+impl GpuProbe for Hiccup {
+    fn gpus(&self) -> Vec<gpu::Gpu> {
+        let card = gpu::Gpu { index: 0, name: "odd".into(), total_bytes: 80 << 30, used_bytes: 20 << 30 };
+        let fails = self.fails.swap(false, std::sync::atomic::Ordering::SeqCst);
+        if fails { Vec::new() } else { vec![card] }
+    }
+}
+
+#[tokio::test]
+async fn a_driver_that_fails_to_answer_has_not_said_that_nothing_is_in_use() {
+    let driver = Arc::new(Hiccup::default());
+    let mut bench = Bench::new();
+    bench.around.gpus = driver.clone();
+    bench.tempo.memory_limit = Duration::from_secs(20);
+    let mut worker = bench.supervise(ModelSpec { gpus: 1, ..bench.spec(&["--device-bytes", "1000000000"]) });
+    worker.handle.order_on(Order::Load, GpuSet::one(0), None);
+    while !matches!(worker.settled().await, Report::Ready { .. }) {}
+    // Taken for 0, what is in use would be waited for as long as there is time.
+    driver.fails.store(true, std::sync::atomic::Ordering::SeqCst);
+    worker.handle.order(Order::Stop);
+    let report = worker.settled().await;
+    assert!(matches!(report, Report::Stopped { stop_ms } if stop_ms < 15_000), "{report:?}");
 }

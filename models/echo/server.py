@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import heapq
 import io
+import json
 import math
 import os
 import re
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 try:
     import roundhouse_worker as rw
@@ -183,6 +184,8 @@ class EchoService(rw.BaseService):
         whole.add_argument("--hang-health", action="store_true", help="/health hangs after the first request")
         whole.add_argument("--ignore-sigterm", action="store_true")
         whole.add_argument("--end-at-once", action="store_true", help="no orderly end: gone on the first signal")
+        whole.add_argument("--host-bytes", type=int, metavar="N", help="/health tells a copy of N bytes, made at load")
+        whole.add_argument("--no-park", metavar="NOTE", help="/health tells that it cannot be parked, with this note")
         whole.add_argument("--park-s", type=float, default=0.0, help="how long /sleep takes")
         whole.add_argument("--wake-s", type=float, default=0.0, help="how long /wake_up takes")
         whole.add_argument("--park-lie", action="store_true", help="say that it sleeps, and keep the device's memory")
@@ -272,7 +275,23 @@ class EchoService(rw.BaseService):
         """Answer, unless told to hang."""
         if self.options.hang_health and self._taken:
             await asyncio.Event().wait()
-        return await super().health(request)
+        reply = await super().health(request)
+        return JSONResponse(json.loads(reply.body) | self._host_copy(), reply.status_code)
+
+    def _host_copy(self) -> dict[str, Any]:
+        """What `/health` tells of the copy in host memory: one is made at load if it may be as large as it is."""
+        if self.options.no_park is not None:
+            return {"host_bytes": 0, "can_park": False, "park_note": self.options.no_park}
+        size = self.options.host_bytes
+        if size is None or self.status.value == "loading":
+            return {}
+        most = os.environ.get("ROUNDHOUSE_PARK_BYTES")
+        if most is None:
+            return {"host_bytes": 0}
+        if size > int(most):
+            note = f"the copy takes {size} bytes, and {most} are left for it"
+            return {"host_bytes": 0, "can_park": False, "park_note": note}
+        return {"host_bytes": size, "can_park": True}
 
     # ---- requests ------------------------------------------------------------
 

@@ -28,6 +28,8 @@ pub enum Report {
         /// Device memory, in bytes.
         device_bytes: u64,
     },
+    /// What it says of its copy in host memory; comes before `Ready`, and again when that has changed.
+    Host(HostCopy),
     /// Stopped as ordered; its device memory is free.
     Stopped {
         /// Time from the order to stop to free memory, in ms.
@@ -56,6 +58,18 @@ pub enum Report {
     NoGpu,
     /// May be loaded again: back-off is over, a GPU came back, or a person asked for a retry.
     Available,
+}
+
+/// What a worker says of the copy of its weights in host memory; one that does not know about it says nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostCopy {
+    /// Host memory that it takes now, in bytes; 0: there is none. Some workers make it when they are loaded, not when they are
+    /// parked.
+    pub bytes: Option<u64>,
+    /// False: if it is sent to sleep, its device memory does not come back.
+    pub can_park: Option<bool>,
+    /// Why not, or what else there is to know about it, in a sentence.
+    pub note: Option<String>,
 }
 
 text_enum! {
@@ -150,6 +164,22 @@ pub struct WorkerView {
     pub retry_at: Option<Millis>,
     /// Why it is in `backoff`, `quarantined` or `blocked`.
     pub reason: Option<String>,
+    /// Memory that it takes on each of its GPUs, in bytes, as it says itself; while it is parked, what it keeps there, as the
+    /// driver shows it.
+    #[serde(default)]
+    pub device_bytes: Option<u64>,
+    /// How its copy in host memory was lost, until its next load.
+    #[serde(default)]
+    pub lost_copy: Option<String>,
+    /// Host memory that the copy of its weights takes now, in bytes, as it says itself.
+    #[serde(default)]
+    pub host_bytes: Option<u64>,
+    /// Whether it can be parked, as it says itself.
+    #[serde(default)]
+    pub can_park: Option<bool>,
+    /// Why it cannot, or what else it says about that.
+    #[serde(default)]
+    pub park_note: Option<String>,
     /// Where its log is.
     pub log_path: String,
 }

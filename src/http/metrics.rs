@@ -190,6 +190,7 @@ mod tests {
             draining: false,
             pinned: false,
             batching: vec![shape],
+            parking: None,
             model: "flux".into(),
             queued: 7,
             queued_interactive: 0,

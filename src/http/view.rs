@@ -353,6 +353,7 @@ mod tests {
             draining: false,
             pinned: false,
             batching: Vec::new(),
+            parking: None,
             model: "flux".into(),
             queued: 1,
             queued_interactive: 0,

@@ -142,6 +142,21 @@ impl Words<'_> {
         if self.view.devices.len() < 2 { String::new() } else { format!(" on {}", self.set(set)) }
     }
 
+    /// `wake a on gpu1`, if it is parked there, or `load a on gpu1`.
+    fn bring(&self, m: &ModelView, set: GpuSet) -> String {
+        let verb = if m.parked.contains(&set) { "wake" } else { "load" };
+        format!("{verb} {}{}", m.name, self.place(set))
+    }
+
+    /// A swap, and that the newcomer wakes from host memory.
+    pub(super) fn with_wake(&self, m: &ModelView, set: GpuSet, swap: Decision) -> Decision {
+        if !m.parked.contains(&set) {
+            return swap;
+        }
+        let reason = format!("{}; it wakes from host memory, in {}", swap.reason, seconds(m.load_ms));
+        Decision { reason, ..swap }
+    }
+
     fn set(&self, set: GpuSet) -> String {
         if set.first >= self.view.gpus { "the CPU".to_owned() } else { set.to_string() }
     }
@@ -249,7 +264,7 @@ impl Words<'_> {
     }
 
     pub(super) fn preload(&self, m: &ModelView, set: GpuSet) -> Decision {
-        let reason = format!("load {}{}: preload, and the device is free", m.name, self.place(set));
+        let reason = format!("{}: preload, and the device is free", self.bring(m, set));
         Decision::new(self.now, "load", "fits", reason).of(&m.name).on(self.view, set)
     }
 
@@ -258,15 +273,14 @@ impl Words<'_> {
             None => "the device is free".to_owned(),
             Some(worker) => format!("it fits beside {}", self.name(worker)),
         };
-        let reason = format!("load {}{}: {why}; {} pending", m.name, self.place(set), m.pending());
+        let reason = format!("{}: {why}; {} pending", self.bring(m, set), m.pending());
         Decision::new(self.now, "load", "fits", reason).of(&m.name).on(self.view, set).with(&self.basics(m, due))
     }
 
     pub(super) fn guest(&self, m: &ModelView, due: Due, set: GpuSet, of: &Reservation) -> Decision {
         let reason = format!(
-            "load {}{} for at most {}: {} {} reserved for {} from {}",
-            m.name,
-            self.place(set),
+            "{} for at most {}: {} {} reserved for {} from {}",
+            self.bring(m, set),
             seconds((of.at - self.now) as f64),
             self.set(of.set),
             if of.set.count > 1 { "are" } else { "is" },
@@ -284,9 +298,8 @@ impl Words<'_> {
     pub(super) fn replica(&self, m: &ModelView, set: GpuSet) -> Decision {
         let work = m.pending() as f64 * m.each_ms;
         let reason = format!(
-            "load {}{}: one more worker, {} pending are {} of work and a load takes {}",
-            m.name,
-            self.place(set),
+            "{}: one more worker, {} pending are {} of work and a load takes {}",
+            self.bring(m, set),
             m.pending(),
             seconds(work),
             seconds(m.load_ms)

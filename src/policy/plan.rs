@@ -4,6 +4,7 @@
 //! 2. A model takes the set of devices where all who must leave yield, at the least cost: the price of a swap for those
 //!    with work, what will be missed for idle ones. A model with work keeps its devices until it is dry or a late model has
 //!    outwaited its hold (`hold`).
+//!    One that is parked wakes only where it was: it goes there if that costs no more, or less than the load time it saves.
 //! 3. A late model for which no set is found reserves the one that yields first. One that is due later may be a guest there
 //!    if three of its loads fit in before; it makes room then, whatever its hold.
 //! 4. When nobody waits: one more worker for a model whose backlog is worth more than three loads; models with `preload`;
@@ -228,14 +229,20 @@ impl Round<'_> {
         Some(all.fold(first, |a, b| if b.at < a.at { *b } else { a }))
     }
 
-    /// The set that can be had now at the least cost.
+    /// The set that can be had now at the least cost. Where it is parked, if that costs not so much more as a wake saves.
     fn find(&self, model: usize, times: &[Option<Yields>]) -> Option<Found> {
         let m = &self.view.models[model];
         let cost = |(worker, yields): (usize, &Option<Yields>)| {
             yields.filter(|yields| yields.at <= self.now).map(|_| self.cost(worker, model))
         };
         let costs: Vec<Option<f64>> = times.iter().enumerate().map(cost).collect();
-        let mut best: Option<((f64, bool, u64), Found)> = None;
+        type Ranked = ((f64, bool, u64), Found);
+        let (mut best, mut home): (Option<Ranked>, Option<Ranked>) = (None, None);
+        let keep = |kept: &mut Option<Ranked>, rank: (f64, bool, u64), found: Found| {
+            if kept.as_ref().is_none_or(|(other, _)| is_less(rank, *other)) {
+                *kept = Some((rank, found));
+            }
+        };
         for set in sets::aligned(&self.view, model) {
             let guest = self.reserved(set);
             let too_long = |r: Reservation| self.now + round_up(GUEST_LOADS * m.load_ms) > r.at;
@@ -245,11 +252,25 @@ impl Round<'_> {
             let Some(out) = self.leave(model, set, &costs, times) else { continue };
             let cost: f64 = out.iter().filter_map(|worker| costs[*worker]).sum();
             let rank = (cost, guest.is_some(), sets::used(&self.view, set, true));
-            if best.as_ref().is_none_or(|(other, _)| is_less(rank, *other)) {
-                best = Some((rank, Found { set, out, guest }));
+            if m.parked.contains(&set) {
+                keep(&mut home, rank, Found { set, out: out.clone(), guest });
             }
+            keep(&mut best, rank, Found { set, out, guest });
         }
-        best.map(|(_, found)| found)
+        let (best, home) = (best?.1, home.map(|(_, found)| found));
+        let pays =
+            |home: &Found| self.displaced_ms(home, model) <= self.displaced_ms(&best, model) + m.lost_ms(best.set);
+        Some(home.filter(pays).unwrap_or(best))
+    }
+
+    /// Device time that it costs, now or later, that those who must leave do.
+    fn displaced_ms(&self, found: &Found, model: usize) -> f64 {
+        let each = |worker: &usize| {
+            let v = &self.view.workers[*worker];
+            let busy = self.view.has_work(v).then(|| hold::price(&self.view, v, &self.view.models[model]).ms());
+            busy.unwrap_or(self.view.model_of(v).reload_ms)
+        };
+        found.out.iter().map(each).sum()
     }
 
     /// What it costs that a worker leaves: a whole price if it has work, else the jobs that will come for it meanwhile.
@@ -305,7 +326,8 @@ impl Round<'_> {
             Some((Reservation { model, set, at }, out))
         };
         let free = sets::aligned(&self.view, model).filter(|set| self.reserved(*set).is_none());
-        let best = free.filter_map(when).min_by_key(|(reservation, _)| reservation.at)?;
+        let ready = |set: GpuSet, at: Millis| at + round_up(self.view.models[model].lost_ms(set));
+        let best = free.filter_map(when).min_by_key(|(reservation, _)| ready(reservation.set, reservation.at))?;
         // What was reserved stays so, unless another set is free much sooner.
         let before = self.view.reservations.iter().find(|r| r.model == model && r.set != best.0.set);
         let kept = before.filter(|r| self.reserved(r.set).is_none()).and_then(|r| when(r.set));
@@ -325,9 +347,12 @@ impl Round<'_> {
             (Some(worker), None) if self.view.has_work(&self.view.workers[worker]) => {
                 let v = &self.view.workers[worker];
                 let is_replica = self.serving_in(&found.out, v.model) < self.view.serving_of(v.model);
-                words.early(m, due, found.set, (v, is_replica), &self.weigh(worker, model))
+                let decision = words.early(m, due, found.set, (v, is_replica), &self.weigh(worker, model));
+                words.with_wake(m, found.set, decision)
             }
-            (Some(worker), None) => words.dry(m, due, found.set, &self.view.workers[worker]),
+            (Some(worker), None) => {
+                words.with_wake(m, found.set, words.dry(m, due, found.set, &self.view.workers[worker]))
+            }
             (None, None) => {
                 let beside = self.view.workers.iter().find(|w| w.stays() && w.set.overlaps(found.set));
                 words.fits(m, due, found.set, beside)
@@ -341,6 +366,7 @@ impl Round<'_> {
             self.view.workers[*worker].phase = Phase::Leaving;
         }
         self.view.workers.push(WorkerView::to_load(model, found.set, guest_until, self.now));
+        self.view.models[model].parked.retain(|there| *there != found.set);
         let action = Action::Load { model, set: found.set, out: found.out, guest_until };
         self.plan.steps.push(Step { action, decision });
     }

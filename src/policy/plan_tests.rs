@@ -19,6 +19,8 @@ pub(crate) fn model(name: &str) -> ModelView {
         gpus: 1,
         bytes: None,
         load_ms: 28_000.0,
+        cold_ms: 28_000.0,
+        parked: Vec::new(),
         reload_ms: 28_000.0,
         stop_ms: 0.0,
         service_ms: 9_000.0,
@@ -267,6 +269,30 @@ fn an_idle_model_that_is_missed_least_makes_room() {
     let workers = vec![on(serving(0, 0), 0, 1), on(serving(1, 0), 1, 1)];
     let got = look(&gpus(2, models, workers), NOW);
     assert_eq!(got.actions, ["load new on gpu1 out rare"]);
+}
+
+/// A model with a job on a box of two GPUs, parked on the second one: a wake takes 3 s, a load from disk 28 s.
+fn parked_on_second(workers: Vec<WorkerView>, idle: ModelView) -> Decided {
+    let there = vec![GpuSet::one(1)];
+    let parked = ModelView { load_ms: 3_000.0, parked: there, ..batch(sized(model("new"), 1, 60), 1, NOW) };
+    look(&gpus(2, vec![parked, sized(idle, 1, 50)], workers), NOW)
+}
+
+#[test]
+fn a_parked_model_goes_where_it_can_wake() {
+    let got = parked_on_second(Vec::new(), model("idle"));
+    assert_eq!(got.actions, ["load new on gpu1"], "both are free");
+    assert_eq!(got.plan.steps[0].decision.reason, "wake new on gpu1: the device is free; 1 pending");
+    let there = || vec![on(serving(1, 0), 1, 1)];
+    // To bring the idle one back costs less than a wake saves, or more.
+    let idle = |reload_ms: f64| ModelView { reload_ms, ..model("idle") };
+    let got = parked_on_second(there(), idle(20_000.0));
+    assert_eq!(got.actions, ["load new on gpu1 out idle"]);
+    let reason = &got.plan.steps[0].decision.reason;
+    assert!(reason.ends_with("; it wakes from host memory, in 3 s"), "{reason}");
+    let got = parked_on_second(there(), idle(26_000.0));
+    assert_eq!(got.actions, ["load new on gpu0"]);
+    assert_eq!(got.plan.steps[0].decision.reason, "load new on gpu0: the device is free; 1 pending");
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Which models stay parked in host memory while it is short, and the reasons for that in words.
 
-use crate::domain::Millis;
+use serde::Serialize;
+
+use crate::domain::{GpuSet, Millis};
 use crate::policy::decision::{Decision, gib, in_gib, seconds, short};
 
 /// A parked model, or one that might be.
@@ -82,6 +84,16 @@ impl Tier {
         self.decide("drop", name, it, reason).against(other)
     }
 
+    /// A parked worker is wanted where it cannot wake, and loads from disk there.
+    pub fn elsewhere(&self, name: &str, it: &Parked, (lies, wanted): (GpuSet, GpuSet)) -> Decision {
+        let reason = format!(
+            "drop {name} from host memory: it is parked on {lies} and wanted on {wanted}, where it cannot wake; a load from \
+             disk takes {}",
+            seconds(it.cold_ms)
+        );
+        self.decide("drop", name, it, reason)
+    }
+
     /// A worker that leaves its devices is not parked, though the tier is on.
     pub fn stop(&self, name: &str, it: &Parked) -> Decision {
         let reason = if it.bytes == 0 {
@@ -94,6 +106,12 @@ impl Tier {
         self.decide("drop", name, it, reason)
     }
 
+    /// A worker that leaves its devices says that it cannot be parked.
+    pub fn refused(&self, name: &str, it: &Parked, note: Option<&str>) -> Decision {
+        let reason = format!("stop {name} without parking it: {}", says(note.unwrap_or_default()));
+        self.decide("drop", name, it, reason)
+    }
+
     fn worth(&self, it: &Parked) -> String {
         format!(
             "{} of host memory are too few, and it saves least there for its {} ({} a load, {} jobs an hour)",
@@ -102,6 +120,40 @@ impl Tier {
             seconds(it.cold_ms - it.wake_ms),
             short(it.rate * 3.6e9)
         )
+    }
+}
+
+/// Whether a model can be parked.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Outlook {
+    /// `None`: nobody knows yet.
+    pub can: Option<bool>,
+    /// Why, in words.
+    pub why: String,
+}
+
+/// Whether a model that takes so many bytes of host memory (0: nobody knows) can be parked in the `host` bytes that there are
+/// for it. `refusal`: its worker says that it cannot, and why; `note`: what else it says about that.
+pub fn outlook(bytes: u64, host: u64, refusal: Option<&str>, note: Option<&str>) -> Outlook {
+    let (can, why) = match refusal {
+        _ if host == 0 => (Some(false), "scheduler.park_ram is 0".to_owned()),
+        Some(refusal) => (Some(false), says(refusal)),
+        None if bytes == 0 => (None, "it is not known what it takes: set `memory`, or its worker tells".to_owned()),
+        None if bytes > host => {
+            let why = format!("it takes {}, and scheduler.park_ram is {}; raise that", gib(bytes), gib(host));
+            (Some(false), why)
+        }
+        None => (Some(true), format!("it takes {} of {} of host memory", gib(bytes), gib(host))),
+    };
+    let note = note.filter(|_| refusal.is_none()).map_or(String::new(), |note| format!("; its worker says: {note}"));
+    Outlook { can, why: why + &note }
+}
+
+fn says(note: &str) -> String {
+    if note.is_empty() {
+        "its worker says that it cannot be".to_owned()
+    } else {
+        format!("its worker says that it cannot be: {note}")
     }
 }
 
@@ -120,6 +172,34 @@ mod tests {
         assert_eq!(to_drop(&all, 80), [1]);
         assert_eq!(to_drop(&all, 49), [1, 0]);
         assert_eq!(to_drop(&all, 0), [1, 0, 2]);
+    }
+
+    #[test]
+    fn a_model_that_can_be_parked_or_not_says_so() {
+        let gib = 1 << 30;
+        let all = [
+            (outlook(0, 0, None, None), Some(false), "scheduler.park_ram is 0"),
+            (outlook(0, gib, None, None), None, "it is not known what it takes: set `memory`, or its worker tells"),
+            (
+                outlook(2 * gib, gib, None, None),
+                Some(false),
+                "it takes 2 GiB, and scheduler.park_ram is 1 GiB; raise that",
+            ),
+            (
+                outlook(gib, gib, Some("no room"), Some("no room")),
+                Some(false),
+                "its worker says that it cannot be: no room",
+            ),
+            (outlook(gib, gib, Some(""), None), Some(false), "its worker says that it cannot be"),
+            (
+                outlook(gib, 2 * gib, None, Some("the copy is pageable")),
+                Some(true),
+                "it takes 1 GiB of 2 GiB of host memory; its worker says: the copy is pageable",
+            ),
+        ];
+        for (outlook, can, why) in all {
+            assert_eq!((outlook.can, outlook.why.as_str()), (can, why));
+        }
     }
 
     #[test]

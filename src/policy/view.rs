@@ -96,6 +96,10 @@ pub struct ModelView {
     pub bytes: Option<u64>,
     /// Expected load: from host memory if it is parked there, else from disk.
     pub load_ms: f64,
+    /// Expected load from disk: on any other set than those where it is parked.
+    pub cold_ms: f64,
+    /// Where workers of it are parked. They wake there and nowhere else.
+    pub parked: Vec<GpuSet>,
     /// What loads of it have cost of late, from wherever.
     pub reload_ms: f64,
     /// Expected stop, device memory free.
@@ -133,6 +137,12 @@ impl ModelView {
     /// Whether a worker may be loaded.
     pub fn can_load(&self) -> bool {
         self.trouble.is_none()
+    }
+
+    /// What a load on this set takes more than one where it is parked, in ms.
+    pub(super) fn lost_ms(&self, set: GpuSet) -> f64 {
+        let is_elsewhere = !self.parked.is_empty() && !self.parked.contains(&set);
+        if is_elsewhere { (self.cold_ms - self.load_ms).max(0.0) } else { 0.0 }
     }
 
     /// The load rounded to ms.

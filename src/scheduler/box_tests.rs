@@ -348,7 +348,7 @@ impl Boxed {
         for effect in effects {
             match effect {
                 Effect::Claim { model, place, run } => self.start(&model, &place, &run),
-                Effect::Order { model, replica, set, order } => {
+                Effect::Order { model, replica, set, order, .. } => {
                     let index = self.state.index_of(&model).unwrap();
                     self.obey(index, replica, set, order);
                 }
@@ -392,7 +392,7 @@ impl Boxed {
     }
 
     /// Who is parked, dropped or stopped instead was said to be, just before.
-    fn check_parking(&mut self, model: usize, replica: u32, stage: Option<Stage>, order: Order) {
+    fn check_parking(&mut self, model: usize, replica: u32, stage: Option<Stage>, (order, set): (Order, GpuSet)) {
         let spec = &self.setup.specs[model];
         // With its GPU, what would be parked has gone.
         let vanished = self.there.get(&(model, replica)).is_some_and(|there| there.vanished);
@@ -403,6 +403,7 @@ impl Boxed {
                 "park"
             }
             (Order::Stop, Some(Stage::Parked)) => "drop",
+            (Order::Wake, _) if self.there.get(&(model, replica)).is_some_and(|there| there.set != set) => "drop",
             (Order::Stop, Some(Stage::Ready)) if spec.park.is_on() && self.setup.inventory.host > 0 => "drop",
             _ => return,
         };
@@ -414,10 +415,11 @@ impl Boxed {
     fn obey(&mut self, model: usize, replica: u32, set: GpuSet, order: Order) {
         let key = (model, replica);
         let stage = self.there.get(&key).map(|there| there.stage);
-        self.check_parking(model, replica, stage, order);
+        self.check_parking(model, replica, stage, (order, set));
         match (order, stage) {
             (Order::Load, None) | (Order::Wake, Some(Stage::Parked)) => {
-                let takes = if order == Order::Wake { self.setup.wake_ms[model] } else { self.setup.cold_ms[model] };
+                let wakes = order == Order::Wake && self.there.get(&key).is_some_and(|there| there.set == set);
+                let takes = if wakes { self.setup.wake_ms[model] } else { self.setup.cold_ms[model] };
                 self.loads += 1;
                 let told = self.told_loads.entry(self.setup.specs[model].name.clone()).or_default();
                 *told = told.checked_sub(1).expect("each load has a decision, made before it");

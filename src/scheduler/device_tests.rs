@@ -53,7 +53,9 @@ impl Case {
     /// Orders since the last event: model, worker, where, what.
     fn orders(&self) -> Vec<(String, u32, String, Order)> {
         let order = |effect: &Effect| match effect {
-            Effect::Order { model, replica, set, order } => Some((model.clone(), *replica, set.to_string(), *order)),
+            Effect::Order { model, replica, set, order, .. } => {
+                Some((model.clone(), *replica, set.to_string(), *order))
+            }
             _ => None,
         };
         self.effects.iter().filter_map(order).collect()

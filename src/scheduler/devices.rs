@@ -35,7 +35,7 @@ impl State {
     fn drop_vanished(&mut self, place: usize, effects: &mut Vec<Effect>) -> bool {
         let worker = &self.workers[place];
         match worker.phase {
-            Phase::Waiting { was_parked: true } => self.workers[place].phase = Phase::Parked,
+            Phase::Waiting { was_parked: true } => self.workers[place].lie_down(),
             Phase::Waiting { was_parked: false } => {
                 self.workers.remove(place);
                 return true;
@@ -62,7 +62,7 @@ impl State {
 
     /// The CPU comes after the GPUs: with more of these it has another number.
     fn make_room_for(&mut self, more: u32, before: u32) {
-        let workers = self.workers.iter_mut().map(|worker| &mut worker.set);
+        let workers = self.workers.iter_mut().flat_map(|w| std::iter::once(&mut w.set).chain(&mut w.lies_on));
         let sets = workers.chain(self.reservations.iter_mut().map(|reservation| &mut reservation.set));
         sets.filter(|set| set.first >= before).for_each(|set| set.first += more);
         for _ in 0..more {

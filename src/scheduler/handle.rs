@@ -14,6 +14,7 @@ use crate::domain::{
 use crate::lifecycle::Tasks;
 pub use crate::policy::batching::ShapeView;
 pub use crate::policy::plan::Decision;
+pub use crate::policy::tier::Outlook;
 use crate::scheduler::hub::JobWatch;
 use crate::scheduler::hub::{Ended, Hub};
 pub use crate::scheduler::journal::{DecisionFilter, DecisionPage};
@@ -108,6 +109,8 @@ pub struct ModelQueueView {
     pub pinned: bool,
     /// Jobs in its passes by their shape, last used first, at most 16; empty if it takes one at a time.
     pub batching: Vec<ShapeView>,
+    /// Whether it can be parked in host memory, and why not; `None`: it is not to be.
+    pub parking: Option<Outlook>,
 }
 
 /// The body of `GET /v1/queue`.

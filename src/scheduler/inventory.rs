@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::domain::worker::HostCopy;
 use crate::domain::{GpuSet, Millis};
 use crate::policy::view::{self, WorkerView};
 use crate::scheduler::state::Place;
@@ -107,6 +108,12 @@ pub(super) struct Worker {
     pub(super) phase: Phase,
     /// It makes room at this time.
     pub(super) guest_until: Option<Millis>,
+    /// Where it was parked last: it wakes there and nowhere else.
+    pub(super) lies_on: Option<GpuSet>,
+    /// What it says of its copy in host memory.
+    pub(super) host: HostCopy,
+    /// Most host memory that its copy may take, as it was told when it was loaded, in bytes.
+    pub(super) promised: Option<u64>,
 }
 
 impl Worker {
@@ -121,6 +128,12 @@ impl Worker {
     /// Whether it is to keep its devices.
     pub(super) fn stays(&self) -> bool {
         matches!(self.phase, Phase::Waiting { .. } | Phase::Loading { .. } | Phase::Serving { .. })
+    }
+
+    /// Back in host memory, since it is not wanted any more.
+    pub(super) fn lie_down(&mut self) {
+        self.phase = Phase::Parked;
+        self.set = self.lies_on.unwrap_or(self.set);
     }
 
     /// As the policy sees it; `None`: it holds no device. `load_ms`: how long its load should take.

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::domain::{Class, ErrorCode, Held, JobError, Millis, ModelKind, ModelSpec, StateReason};
+use crate::domain::worker::HostCopy;
+use crate::domain::{Class, ErrorCode, GpuSet, Held, JobError, Millis, ModelKind, ModelSpec, StateReason};
 use crate::policy::batching::{Batching, Change, Pass};
 use crate::policy::learn::{self, LOAD_WEIGHT, Rate, SERVICE_WEIGHT, blend};
 use crate::policy::plan::Decision;
@@ -53,6 +54,19 @@ struct Running {
     answered: u32,
 }
 
+/// What its workers have told about their copies in host memory.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Host {
+    /// As one of them said last.
+    said: HostCopy,
+    /// What such a copy takes, in bytes.
+    bytes: Option<u64>,
+    /// Whether it is made when a worker is loaded, not when it is parked.
+    at_load: Option<bool>,
+    /// What the last one that could not be parked might have taken, in bytes.
+    refused: Option<u64>,
+}
+
 /// One model.
 #[derive(Debug)]
 pub(super) struct Model {
@@ -83,9 +97,12 @@ pub(super) struct Model {
     pub(super) unload: bool,
     /// Workers can be parked in host memory.
     pub(super) park: bool,
+    host: Host,
     gpus: u32,
     /// Memory that it takes on each device, as models.yaml says.
     declared_bytes: Option<u64>,
+    /// The same, whoever shares its devices.
+    memory_bytes: Option<u64>,
     /// Its memory is for it to tell: neither declared nor all of the device.
     tells_bytes: bool,
     pin: bool,
@@ -117,6 +134,7 @@ impl Model {
             fetches: spec.repository().is_some(),
             gpus: spec.gpus,
             declared_bytes: spec.memory.filter(|_| !spec.exclusive),
+            memory_bytes: spec.memory,
             tells_bytes: spec.memory.is_none() && !spec.exclusive,
             pin: spec.pin,
             max_replicas: spec.max_replicas.max(1),
@@ -190,8 +208,10 @@ impl Model {
             wanted_at: None,
             unload: false,
             park: false,
+            host: Host::default(),
             gpus: 1,
             declared_bytes: None,
+            memory_bytes: None,
             tells_bytes: false,
             pin: false,
             max_replicas: 1,
@@ -323,13 +343,41 @@ impl Model {
     /// Host memory that a parked worker takes.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes are far below 2^53 bytes")]
     pub(super) fn parked(&self, now: Millis) -> Parked {
-        let bytes = self.bytes().unwrap_or(0).saturating_mul(u64::from(self.gpus));
-        Parked {
-            rate: self.rate.per_ms(now),
-            cold_ms: self.cold_ms(),
-            wake_ms: self.wake_ms(),
-            bytes: (bytes as f64 * PARKED_SHARE) as u64,
+        let on_devices = self.memory_bytes.or_else(|| self.bytes()).unwrap_or(0).saturating_mul(u64::from(self.gpus));
+        let bytes = self.host.bytes.unwrap_or((on_devices as f64 * PARKED_SHARE) as u64);
+        Parked { rate: self.rate.per_ms(now), cold_ms: self.cold_ms(), wake_ms: self.wake_ms(), bytes }
+    }
+
+    /// A worker, which may take so many bytes of host memory, says what its copy takes.
+    pub(super) fn count_host(&mut self, said: &HostCopy, promised: Option<u64>) {
+        self.host.bytes = said.bytes.filter(|bytes| *bytes > 0).or(self.host.bytes);
+        self.host.refused = promised.filter(|_| said.can_park == Some(false));
+        self.host.said = said.clone();
+    }
+
+    /// As a worker said last.
+    pub(super) fn host_said(&self) -> &HostCopy {
+        &self.host.said
+    }
+
+    /// A worker is ready after a load from nothing, and has said this. One that could not make its copy shows nothing.
+    pub(super) fn count_copy(&mut self, said: &HostCopy) {
+        if said.can_park != Some(false) {
+            self.host.at_load = Some(said.bytes.is_some_and(|bytes| bytes > 0));
         }
+    }
+
+    /// Whether a load is known to take host memory at once; or would, if it had not been too little the last time.
+    pub(super) fn copies_at_load(&self) -> bool {
+        let takes = self.parked(0).bytes;
+        takes > 0 && (self.host.at_load == Some(true) || self.host.refused.is_some_and(|most| most < takes))
+    }
+
+    /// Host memory that a worker takes for its copy while it loads, of what it was promised; bytes.
+    pub(super) fn host_at_load(&self, promised: Option<u64>) -> u64 {
+        let takes =
+            if self.host.at_load == Some(false) { Some(0) } else { Some(self.parked(0).bytes).filter(|b| *b > 0) };
+        promised.map_or(0, |promised| takes.map_or(promised, |takes| takes.min(promised)))
     }
 
     /// A submission came in.
@@ -417,8 +465,8 @@ impl Model {
         blend(&mut self.learned.wake_ms, cold_ms, LOAD_WEIGHT);
     }
 
-    /// As the policy sees it; `parked`: a worker of it waits in host memory.
-    pub(super) fn view(&self, inventory: &Inventory, parked: bool, now: Millis) -> ModelView {
+    /// As the policy sees it; `parked`: where workers of it wait in host memory.
+    pub(super) fn view(&self, inventory: &Inventory, parked: Vec<GpuSet>, now: Millis) -> ModelView {
         let (pending_interactive, pending_batch) = self.pending();
         // What is paused waits for nothing but the end of the pause.
         let waiting = Some(&self.queue).filter(|_| !self.held.paused);
@@ -436,7 +484,9 @@ impl Model {
             left_at: self.learned.left_at,
             gpus,
             bytes: self.bytes_on(inventory),
-            load_ms: self.load_ms(parked),
+            load_ms: self.load_ms(!parked.is_empty()),
+            cold_ms: self.cold_ms(),
+            parked,
             reload_ms: self.learned.reload_ms.unwrap_or_else(|| self.cold_ms()),
             stop_ms: self.stop_ms(),
             service_ms: self.service_ms(),

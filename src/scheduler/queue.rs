@@ -145,7 +145,7 @@ pub struct Run {
 }
 
 /// Limits of the model's worker.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Slots {
     /// Most jobs on the worker.
     pub(super) limit: u32,

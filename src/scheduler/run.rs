@@ -184,7 +184,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         .with_tenants(&served, &weights)
         .with_controls(&controls)
         .without_weights(&missing);
-    state.tell_parking(clock.now());
+    state.tell_parking();
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
     // Known before the first plan; the supervisors' own reports come later.
@@ -632,8 +632,8 @@ impl Scheduler {
         for effect in effects {
             match effect {
                 Effect::Claim { model, place, run } => self.claim(&model, place, run),
-                Effect::Order { model, replica, set, order } => match self.workers.get(&(model, replica)) {
-                    Some(worker) => worker.order_on(order, set),
+                Effect::Order { model, replica, set, order, park_bytes } => match self.workers.get(&(model, replica)) {
+                    Some(worker) => worker.order_on(order, set, park_bytes),
                     None => tracing::error!(replica, ?order, "an order for a worker that has no supervisor"),
                 },
                 Effect::Fetch { model } => self.fetching.want(&model),
@@ -816,6 +816,7 @@ impl Scheduler {
             draining: model.held.draining,
             pinned: model.is_pinned(),
             batching: model.batching.shapes(),
+            parking: self.state.parking(index),
         }
     }
 }

@@ -2174,7 +2174,7 @@ impl Sim {
             if learned(&server.state) != learned(&rebuilt) {
                 // The store refused to keep them: advice only.
                 (their.load_ms, their.reload_ms, their.group) = (our.load_ms, our.reload_ms, our.group);
-                (their.stop_ms, their.left_at) = (our.stop_ms, our.left_at);
+                (their.stop_ms, their.left_at, their.cold_ms) = (our.stop_ms, our.left_at, our.cold_ms);
             }
             if nothing_runs {
                 assert_eq!(our, their, "the view after a restart is another one");

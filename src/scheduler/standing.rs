@@ -43,27 +43,6 @@ impl State {
         matches!(worker, Some(Phase::Loading { .. }))
     }
 
-    /// Says for each model that is to be parked whether it can be.
-    pub(in crate::scheduler) fn tell_parking(&self, now: Millis) {
-        let host = self.inventory.host;
-        for model in self.models.iter().filter(|model| model.park) {
-            let (name, bytes) = (&*model.name, model.parked(now).bytes);
-            match bytes {
-                0 => tracing::info!(
-                    model = name,
-                    "is parked once it is known what it takes: set `memory`, or its worker tells"
-                ),
-                bytes if bytes > host => tracing::warn!(
-                    model = name,
-                    bytes,
-                    park_ram.bytes = host,
-                    "cannot be parked: it would take more than there is for parked models; raise scheduler.park_ram"
-                ),
-                bytes => tracing::info!(model = name, bytes, park_ram.bytes = host, "can be parked"),
-            }
-        }
-    }
-
     /// Whether a worker is on its way back from host memory.
     pub(in crate::scheduler) fn is_waking(&self, index: usize, replica: u32) -> bool {
         let worker = self.find(index, replica).map(|place| &self.workers[place].phase);
@@ -78,7 +57,7 @@ impl State {
 
     /// When a model's turn must come; `None` without waiting jobs.
     pub(in crate::scheduler) fn due(&self, index: usize) -> Option<Millis> {
-        self.models[index].view(&self.inventory, false, 0).due(&self.knobs).map(|due| due.at)
+        self.models[index].view(&self.inventory, Vec::new(), 0).due(&self.knobs).map(|due| due.at)
     }
 
     /// Where a waiting job stands: (jobs the plan starts first, jobs of its own model before it, swaps before its start).

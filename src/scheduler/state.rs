@@ -3,14 +3,14 @@
 //! tell it by events and are asked by effects.
 //!
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
-//! `weights` is about models whose weights have to be fetched first;
+//! `weights` is about models whose weights have to be fetched first; `host` says whose host memory is whose;
 //! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an
 //! operator says, `edits` what an edited models.yaml does; `accounts` counts where the time goes; `model` and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
-use crate::domain::worker::{FetchReport, Report};
+use crate::domain::worker::{FetchReport, HostCopy, Report};
 use crate::domain::{Class, Control, Controls, ErrorCode, GpuSet, JobError, Millis, ModelSpec, StateReason};
 use crate::policy::batching::{Batching, Change};
 use crate::policy::learn::{LOAD_WEIGHT, blend};
@@ -38,6 +38,8 @@ mod edits;
 mod eta;
 #[path = "hints.rs"]
 mod hints;
+#[path = "host.rs"]
+mod host;
 #[path = "standing.rs"]
 mod standing;
 #[path = "turns.rs"]
@@ -213,6 +215,8 @@ pub enum Effect {
         set: GpuSet,
         /// The order.
         order: Order,
+        /// With a load: most host memory that the copy of its weights may take, in bytes; `None`: it is never parked.
+        park_bytes: Option<u64>,
     },
     /// Look for the weights of a model, and fetch them if they are not here.
     Fetch {
@@ -669,6 +673,10 @@ impl State {
             }
             Report::Takes { device_bytes } => {
                 self.models[index].count_bytes(device_bytes);
+                Vec::new()
+            }
+            Report::Host(host) => {
+                self.on_host(index, worker, host);
                 Vec::new()
             }
             Report::Ready { base_url, load_ms } => self.on_ready(index, replica, base_url, load_ms, now),

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::policy::plan::{self, Action, Step, View};
-use crate::policy::{decision, sets, tier};
+use crate::policy::{decision, sets};
 
 /// Decisions that changed something, kept for a person to look back on.
 const HISTORY_MAX: usize = 50;
@@ -53,7 +53,10 @@ impl State {
 
     /// The view, and the place among our workers of each of its workers.
     pub(super) fn view_with_places(&self, now: Millis) -> (View, Vec<usize>) {
-        let parked = |index: usize| self.workers.iter().any(|w| w.model == index && w.phase == Phase::Parked);
+        let parked = |index: usize| {
+            let lies = self.workers.iter().filter(|w| w.model == index && w.phase == Phase::Parked);
+            lies.map(|w| w.set).collect::<Vec<GpuSet>>()
+        };
         let models = self.models.iter().enumerate().map(|(i, m)| m.view(&self.inventory, parked(i), now)).collect();
         let seen = self.workers.iter().enumerate().filter_map(|(place, worker)| {
             let model = &self.models[worker.model];
@@ -90,7 +93,7 @@ impl State {
         View {
             devices: inventory.devices(),
             gpus: inventory.gpu_count(),
-            models: self.models.iter().map(|m| m.view(inventory, false, 0)).collect(),
+            models: self.models.iter().map(|m| m.view(inventory, Vec::new(), 0)).collect(),
             ..View::default()
         }
     }
@@ -106,9 +109,11 @@ impl State {
     /// Gives a set to a new worker of a model, or to a parked one, to be loaded when those who leave have left.
     fn assign(&mut self, model: usize, set: GpuSet, guest_until: Option<Millis>) {
         let is_parked = |worker: &Worker| worker.model == model && worker.phase == Phase::Parked;
-        // One wakes only where it was; elsewhere it is loaded from nothing.
+        // One wakes only where it was; elsewhere it is loaded from nothing, and its place in host memory lost.
         let there = self.workers.iter().position(|worker| is_parked(worker) && worker.set == set);
-        if let Some(parked) = there.or_else(|| self.workers.iter().position(is_parked)) {
+        let is_full =
+            self.workers.iter().filter(|w| w.model == model).count() >= self.models[model].max_replicas() as usize;
+        if let Some(parked) = there.or_else(|| self.workers.iter().position(is_parked).filter(|_| is_full)) {
             let worker = &mut self.workers[parked];
             (worker.set, worker.guest_until) = (set, guest_until);
             worker.phase = Phase::Waiting { was_parked: true };
@@ -117,7 +122,16 @@ impl State {
         let is_free = |replica: &u32| self.find(model, *replica).is_none();
         let replica = (0..).find(is_free).unwrap_or(u32::MAX);
         let phase = Phase::Waiting { was_parked: false };
-        self.workers.push(Worker { model, replica, set, phase, guest_until });
+        self.workers.push(Worker {
+            model,
+            replica,
+            set,
+            phase,
+            guest_until,
+            lies_on: None,
+            host: HostCopy::default(),
+            promised: None,
+        });
     }
 
     /// Loads the workers whose sets are free now, in the order of decisions.
@@ -135,7 +149,7 @@ impl State {
                 // Its jobs were cancelled, or it is in trouble: the next plan decides anew.
                 self.plan_now = true;
                 if was_parked {
-                    self.workers[place].phase = Phase::Parked;
+                    self.workers[place].lie_down();
                     place += 1;
                 } else {
                     self.workers.remove(place);
@@ -165,11 +179,20 @@ impl State {
     }
 
     fn load(&mut self, place: usize, was_parked: bool, now: Millis, effects: &mut Vec<Effect>) {
-        self.workers[place].phase = Phase::Loading { since: now, was_parked };
-        let model = &self.models[self.workers[place].model];
+        let wakes = was_parked && self.workers[place].lies_on == Some(self.workers[place].set);
+        if was_parked && !wakes {
+            self.lose_copy(place, now, effects);
+        }
+        let promised = self.promise(place, now, effects);
+        let worker = &mut self.workers[place];
+        (worker.phase, worker.promised) = (Phase::Loading { since: now, was_parked }, promised);
+        if !wakes {
+            worker.host = HostCopy::default();
+        }
+        let model = &self.models[worker.model];
         let numbers = model.queue.heads(TOLD_MAX);
         if !numbers.is_empty() {
-            let eta = now + round(model.load_ms(was_parked));
+            let eta = now + round(model.load_ms(wakes));
             effects.push(Effect::TellLoading { numbers, model: model.name.to_string(), eta });
         }
         effects.push(self.order(place, if was_parked { Order::Wake } else { Order::Load }));
@@ -186,7 +209,7 @@ impl State {
         let Some(place) = self.find(index, replica) else {
             // Ready after we changed our mind: it must not stay beside another.
             let (model, set) = (self.models[index].name.to_string(), GpuSet::one(0));
-            return vec![Effect::Order { model, replica, set, order: Order::Stop }];
+            return vec![Effect::Order { model, replica, set, order: Order::Stop, park_bytes: None }];
         };
         let load = self.next_load;
         let max_batch = self.models[index].slots.max_batch;
@@ -207,6 +230,9 @@ impl State {
         let at = Place { replica, base_url, load, max_batch, gpus, canary: was_parked };
         worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false };
         let set = worker.set;
+        if !was_parked {
+            self.models[index].count_copy(&worker.host);
+        }
         self.next_load += 1;
         if set.gpus().any(|device| self.is_swap(index, device)) {
             self.swaps += 1;
@@ -265,51 +291,6 @@ impl State {
         }
     }
 
-    /// Whether a worker that leaves its devices is parked; if so, parked ones that are worth less make room for it.
-    fn parks(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) -> bool {
-        if self.inventory.host == 0 || !self.models[self.workers[place].model].park {
-            return false;
-        }
-        let in_host = |worker: &Worker| {
-            matches!(
-                worker.phase,
-                Phase::Parked
-                    | Phase::Stopping { park: true }
-                    | Phase::Waiting { was_parked: true }
-                    | Phase::Loading { was_parked: true, .. }
-            )
-        };
-        let all: Vec<usize> = (0..self.workers.len()).filter(|w| *w == place || in_host(&self.workers[*w])).collect();
-        let sizes: Vec<tier::Parked> = all.iter().map(|w| self.models[self.workers[*w].model].parked(now)).collect();
-        let (movable, fixed): (Vec<_>, Vec<_>) =
-            all.into_iter().zip(sizes).partition(|(w, _)| *w == place || self.workers[*w].phase == Phase::Parked);
-        let fixed: u64 = fixed.iter().map(|(_, size)| size.bytes).sum();
-        let sizes: Vec<tier::Parked> = movable.iter().map(|(_, size)| *size).collect();
-        let own = movable.iter().position(|(worker, _)| *worker == place).unwrap_or(0);
-        // Of what nobody knows the size of, nobody can say whether it fits.
-        let gone = match sizes[own].bytes {
-            0 => vec![own],
-            _ => tier::to_drop(&sizes, self.inventory.host.saturating_sub(fixed)),
-        };
-        let name = |which: usize| self.models[self.workers[movable[which].0].model].name.clone();
-        let stay = (0..sizes.len()).filter(|which| !gone.contains(which));
-        let used = fixed + stay.map(|which| sizes[which].bytes).sum::<u64>();
-        let tier = tier::Tier { host: self.inventory.host, used, now };
-        let parks = !gone.contains(&own);
-        let mut said: Vec<Decision> = gone
-            .iter()
-            .filter(|which| **which != own)
-            .map(|which| tier.drop(&name(*which), &sizes[*which], &name(own)))
-            .collect();
-        said.push(if parks { tier.park(&name(own), &sizes[own]) } else { tier.stop(&name(own), &sizes[own]) });
-        said.into_iter().for_each(|decision| self.announce(decision, effects));
-        for dropped in gone.into_iter().filter(|which| *which != own).map(|which| movable[which].0) {
-            self.workers[dropped].phase = Phase::Dropping;
-            effects.push(self.order(dropped, Order::Stop));
-        }
-        parks
-    }
-
     pub(super) fn on_left(&mut self, place: usize, now: Millis) -> Vec<Effect> {
         let index = self.workers[place].model;
         self.workers.remove(place);
@@ -320,7 +301,8 @@ impl State {
 
     pub(super) fn on_parked(&mut self, place: usize, now: Millis) -> Vec<Effect> {
         let index = self.workers[place].model;
-        (self.workers[place].phase, self.workers[place].guest_until) = (Phase::Parked, None);
+        let worker = &mut self.workers[place];
+        (worker.phase, worker.guest_until, worker.lies_on) = (Phase::Parked, None, Some(worker.set));
         self.note_left(index, now);
         let mut effects = vec![self.learn(index)];
         if self.is_unloaded(index) {
@@ -339,6 +321,7 @@ impl State {
         if let Phase::Loading { since, was_parked: true } = self.workers[place].phase {
             // It died in host memory before it heard that it is wanted: it will, and be loaded from nothing.
             self.workers[place].phase = Phase::Loading { since, was_parked: false };
+            self.workers[place].host = HostCopy::default();
             return Vec::new();
         }
         if !self.workers[place].is_on_device() {
@@ -356,7 +339,11 @@ impl State {
         if let Phase::Loading { was_parked, .. } = &mut self.workers[place].phase
             && std::mem::take(was_parked)
         {
-            self.models[self.workers[place].model].count_failed_wake();
+            let worker = &mut self.workers[place];
+            worker.host = HostCopy::default();
+            if worker.lies_on == Some(worker.set) {
+                self.models[worker.model].count_failed_wake();
+            }
         }
     }
 
@@ -377,7 +364,8 @@ impl State {
     pub(super) fn order(&self, place: usize, order: Order) -> Effect {
         let worker = &self.workers[place];
         let model = self.models[worker.model].name.to_string();
-        Effect::Order { model, replica: worker.replica, set: worker.set, order }
+        let park_bytes = worker.promised.filter(|_| matches!(order, Order::Load | Order::Wake));
+        Effect::Order { model, replica: worker.replica, set: worker.set, order, park_bytes }
     }
 
     fn learn(&self, index: usize) -> Effect {

@@ -166,10 +166,10 @@ impl Roundhouse {
                         self.start(world, &model, place.replica, job.number)?;
                     }
                 }
-                Effect::Order { model, replica, set, order: Order::Load } => {
+                Effect::Order { model, replica, set, order: Order::Load, .. } => {
                     self.load(world, &model, replica, set, false)?;
                 }
-                Effect::Order { model, replica, set, order: Order::Wake } => {
+                Effect::Order { model, replica, set, order: Order::Wake, .. } => {
                     self.load(world, &model, replica, set, true)?;
                 }
                 Effect::Order { model, replica, order: Order::Park, .. } => {

@@ -1,5 +1,7 @@
 //! What a supervisor knows of the memory of its worker's GPUs, and when that is free again.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use super::*;
 
 /// Device memory that may stay in use after a stop, in bytes: other programs come and go.
@@ -7,24 +9,72 @@ const MEMORY_SLACK_BYTES: u64 = 1 << 30;
 
 impl Supervisor {
     /// What a worker says of its memory; whoever plays the driver takes it from there.
-    pub(super) fn note_memory(&self, running: &mut Running, device_bytes: Option<u64>) {
+    pub(super) fn note_memory(&self, running: &mut Running, memory: Memory) {
+        self.note_host(running, memory.host);
+        let device_bytes = memory.device_bytes;
         if let Some(bytes) = device_bytes.filter(|_| self.spec.gpus > 0) {
-            self.around.gpus.hold(running.process.mark(), &self.gpus, bytes);
+            self.hold(running, bytes);
         }
         running.own = device_bytes.or(running.own);
+        self.view.send_if_modified(|v| std::mem::replace(&mut v.device_bytes, running.own) != running.own);
+    }
+
+    /// What it says of its copy in host memory: reported when it is another than before.
+    pub(super) fn note_host(&self, running: &mut Running, host: HostCopy) {
+        if running.host != host {
+            self.view.send_modify(|v| {
+                (v.host_bytes, v.can_park, v.park_note) = (host.bytes, host.can_park, host.note.clone())
+            });
+            running.host = host.clone();
+            self.report(Report::Host(host));
+        }
     }
 
     pub(super) fn release(&self, running: &Running) {
-        self.around.gpus.hold(running.process.mark(), &self.gpus, 0);
+        self.hold(running, 0);
     }
 
-    /// The use of memory at which that of a worker, which is about to be stopped, is free.
-    pub(super) async fn free_when(&self, running: &Running) -> Option<u64> {
+    pub(super) fn hold(&self, running: &Running, bytes: u64) {
+        self.around.gpus.hold((running.process.mark(), running.process.pid()), &self.gpus, bytes);
+    }
+
+    /// When the memory of a worker, which is about to be stopped, is free; `None`: on the CPU, or the driver does not say.
+    pub(super) async fn free_when(&self, running: &mut Running) -> Option<Free> {
         let before = running.memory_before?;
-        let is_shared = running.own.is_some() || (self.spec.memory.is_some() && !self.spec.exclusive);
-        let now = if is_shared { self.used_bytes().await.unwrap_or(0) } else { 0 };
+        self.note_pids(running).await;
+        let is_shared = self.is_shared(running.own);
+        let now = if is_shared { self.used_bytes_now().await? } else { 0 };
         let all = |each: u64| each.saturating_mul(u64::try_from(self.gpus.len()).unwrap_or(1).max(1));
-        Some(free_at(before, now, running.own.map(all), running.grown.filter(|_| is_shared)))
+        let at_most = free_at(before, now, running.own.map(all), running.grown.filter(|_| is_shared));
+        Some(Free { at_most, pids: running.pids.clone(), is_shared })
+    }
+
+    /// When it is free after a load that came to nothing.
+    pub(super) fn free_as_before(&self, before: Option<u64>) -> Option<Free> {
+        Some(Free { at_most: before?, pids: BTreeSet::new(), is_shared: self.is_shared(None) })
+    }
+
+    /// Whether others may take and free memory of the same GPUs meanwhile.
+    fn is_shared(&self, own: Option<u64>) -> bool {
+        own.is_some() || (self.spec.memory.is_some() && !self.spec.exclusive)
+    }
+
+    /// Which of its processes the driver shows; they are remembered, since a dead one has no parents any more.
+    pub(super) async fn note_pids(&self, running: &mut Running) {
+        if self.spec.gpus > 0 {
+            let ours = running.process.pids().await;
+            let users = self.users(&self.gpus).await.unwrap_or_default();
+            running.pids.extend(users.iter().map(|(_, pid, _)| *pid).filter(|pid| ours.contains(pid)));
+        }
+    }
+
+    /// Who uses memory of these GPUs: GPU, process, bytes. `None`: the driver does not say.
+    async fn users(&self, gpus: &[u32]) -> Option<Vec<(u32, u32, u64)>> {
+        let (probe, gpus) = (self.around.gpus.clone(), gpus.to_vec());
+        let each = move |gpu: u32| Some(probe.users(gpu)?.into_iter().map(move |(pid, bytes)| (gpu, pid, bytes)));
+        let ask = move || gpus.into_iter().map(each).collect::<Option<Vec<_>>>();
+        let all = tokio::task::spawn_blocking(ask).await.ok()??;
+        Some(all.into_iter().flatten().collect())
     }
 
     /// Device memory in use, in bytes: `Some(None)` for a CPU model, `None` if a GPU is needed and there is none.
@@ -51,39 +101,181 @@ impl Supervisor {
 
     /// Of its own GPUs, or of all if nobody said which; `None` if one of them is not there.
     pub(super) async fn used_bytes(&self) -> Option<u64> {
-        let mut gpus = self.look().await;
-        if !self.gpus.is_empty() {
-            gpus.retain(|gpu| self.gpus.contains(&gpu.index));
+        self.used_of(&self.gpus).await
+    }
+
+    /// The same, asked again if the driver fails to answer once.
+    async fn used_bytes_now(&self) -> Option<u64> {
+        for _ in 1..ASKED_MAX {
+            if let Some(used) = self.used_bytes().await {
+                return Some(used);
+            }
+            sleep(LOOK_EVERY).await;
         }
-        let is_there = !gpus.is_empty() && gpus.len() >= self.gpus.len();
+        self.used_bytes().await
+    }
+
+    async fn used_of(&self, indices: &[u32]) -> Option<u64> {
+        let mut gpus = self.look().await;
+        if !indices.is_empty() {
+            gpus.retain(|gpu| indices.contains(&gpu.index));
+        }
+        let is_there = !gpus.is_empty() && gpus.len() >= indices.len();
         is_there.then(|| gpus.iter().map(|gpu| gpu.used_bytes).sum())
     }
 
-    /// Memory is free when the driver says so, not when the process is gone.
-    pub(super) async fn wait_memory_free(&self, before: Option<u64>) {
-        let Some(before) = before else {
-            return;
-        };
-        let until = Instant::now() + self.tempo.memory_limit;
+    /// Memory is free when the driver says so, not when the process is gone. What is not free in time is remembered: no
+    /// worker is loaded there until it is.
+    pub(super) async fn wait_memory_free(&self, free: Option<Free>) {
+        let Some(free) = free else { return };
+        let Err(used) = self.until_free(&self.gpus, &free, self.tempo.memory_limit).await else { return };
+        tracing::warn!(
+            model = self.spec.name,
+            memory.used_bytes = used,
+            memory.free_at_bytes = free.at_most,
+            "the driver still shows the memory of a stopped worker in use"
+        );
+        // Where others come and go, totals do not prove that it is this worker's.
+        if !free.is_shared || !free.pids.is_empty() {
+            self.around.stuck.lock().push(Stuck { model: self.spec.name.clone(), gpus: self.gpus.clone(), free });
+        }
+    }
+
+    /// An error: so many bytes are still in use after `limit`.
+    async fn until_free(&self, gpus: &[u32], free: &Free, limit: Duration) -> Result<(), u64> {
+        let until = Instant::now() + limit;
         loop {
-            let used = self.used_bytes().await.unwrap_or(0);
-            if used <= before.saturating_add(MEMORY_SLACK_BYTES) {
-                return;
-            }
-            if Instant::now() >= until {
-                tracing::warn!(
-                    model = self.spec.name,
-                    memory.used_bytes = used,
-                    memory.before_bytes = before,
-                    "the driver still shows the memory of a stopped worker in use: going on"
-                );
-                return;
+            let used = match free.pids.is_empty() {
+                true => self.used_of(gpus).await.filter(|used| *used > free.at_most.saturating_add(MEMORY_SLACK_BYTES)),
+                false => self.users(gpus).await.and_then(|users| free.used_by_it(&users)),
+            };
+            // A driver that does not answer says neither that it is free nor that it is not.
+            let is_heard = used.is_some() || self.is_heard(gpus, free).await;
+            match used {
+                None if is_heard => return Ok(()),
+                Some(used) if Instant::now() >= until => return Err(used),
+                None if Instant::now() >= until => return Ok(()),
+                _ => {}
             }
             tokio::select! {
-                () = self.hard.cancelled() => return,
-                () = sleep(Duration::from_millis(50)) => {}
+                () = self.hard.cancelled() => return Ok(()),
+                () = sleep(LOOK_EVERY) => {}
             }
         }
+    }
+
+    async fn is_heard(&self, gpus: &[u32], free: &Free) -> bool {
+        if free.pids.is_empty() { self.used_of(gpus).await.is_some() } else { self.users(gpus).await.is_some() }
+    }
+
+    /// Whether the memory that ended workers left in use where it is to be loaded is free at last; an error says whose it is,
+    /// where, and what to do.
+    pub(super) async fn leftovers_are_free(&self) -> Result<(), String> {
+        let overlaps = |stuck: &Stuck| stuck.gpus.is_empty() || stuck.gpus.iter().any(|gpu| self.gpus.contains(gpu));
+        let left: Vec<Stuck> = self.around.stuck.lock().iter().filter(|stuck| overlaps(stuck)).cloned().collect();
+        for stuck in left {
+            match self.until_free(&stuck.gpus, &stuck.free, self.tempo.memory_limit).await {
+                Ok(()) => self.around.stuck.lock().retain(|other| *other != stuck),
+                Err(_) if self.has_room().await => {}
+                Err(used) => {
+                    let users = self.users(&stuck.gpus).await.unwrap_or_default();
+                    return Err(stuck.words(used, &users));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Memory that is free on the fullest of its GPUs, in bytes; what parked workers keep there is not.
+    pub(super) async fn least_free(&self) -> Option<u64> {
+        let gpus = self.look().await;
+        let own = gpus.iter().filter(|gpu| self.gpus.contains(&gpu.index));
+        own.map(|gpu| gpu.total_bytes.saturating_sub(gpu.used_bytes)).min()
+    }
+
+    /// What a worker that has just been parked keeps on each of its GPUs, in bytes: what the driver shows of its processes, or
+    /// else how much more than `free` is in use.
+    pub(super) async fn kept_bytes(&self, free: Option<&Free>) -> Option<u64> {
+        let free = free?;
+        let gpus = u64::try_from(self.gpus.len()).unwrap_or(1).max(1);
+        let all = if free.pids.is_empty() {
+            self.used_bytes().await?.saturating_sub(free.at_most)
+        } else {
+            free.used_by_it(&self.users(&self.gpus).await?).unwrap_or(0)
+        };
+        Some(all / gpus)
+    }
+
+    /// Whether what it is declared to take is free on each of its GPUs.
+    async fn has_room(&self) -> bool {
+        let Some(memory) = self.spec.memory.filter(|_| !self.gpus.is_empty()) else { return false };
+        let gpus = self.look().await;
+        let is_free = |gpu: &Gpu| gpu.total_bytes.saturating_sub(gpu.used_bytes) >= memory;
+        let mut own = gpus.iter().filter(|gpu| self.gpus.contains(&gpu.index));
+        own.clone().count() == self.gpus.len() && own.all(is_free)
+    }
+}
+
+/// How many times a driver is asked that fails to answer.
+const ASKED_MAX: usize = 5;
+/// Between two looks at memory that is to be free.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// When the memory of a worker is free.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Free {
+    /// At this use of its GPUs together, in bytes, if the driver shows none of its processes.
+    pub(super) at_most: u64,
+    /// When it shows none of these any more.
+    pub(super) pids: BTreeSet<u32>,
+    /// Others may take and free memory of the same GPUs meanwhile.
+    pub(super) is_shared: bool,
+}
+
+impl Free {
+    /// What its processes still use; `None`: none of them is shown.
+    pub(super) fn used_by_it(&self, users: &[(u32, u32, u64)]) -> Option<u64> {
+        let its: Vec<u64> =
+            users.iter().filter(|(_, pid, _)| self.pids.contains(pid)).map(|(.., bytes)| *bytes).collect();
+        (!its.is_empty()).then(|| its.iter().sum())
+    }
+}
+
+/// Memory of an ended worker that was not free in time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Stuck {
+    model: String,
+    gpus: Vec<u32>,
+    free: Free,
+}
+
+impl Stuck {
+    fn words(&self, used: u64, users: &[(u32, u32, u64)]) -> String {
+        let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
+        let gpus: Vec<String> = self.gpus.iter().map(|gpu| format!("gpu{gpu}")).collect();
+        let name = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let who = |(gpu, pid, bytes): &(u32, u32, u64)| {
+            format!("process {pid} {} has {} of gpu{gpu}", name(pid).trim(), gib(*bytes)).replace("  ", " ")
+        };
+        let whose: Vec<String> = users.iter().map(who).collect();
+        let whose = if whose.is_empty() { "the driver does not say by whom".to_owned() } else { whose.join(", ") };
+        format!(
+            "the worker of `{}` that was on {} has ended, and {} are still in use there: {whose}; end these processes, or \
+             restart the machine if there are none",
+            self.model,
+            if gpus.is_empty() { "the GPUs".to_owned() } else { gpus.join(" and ") },
+            gib(used),
+        )
+    }
+}
+
+/// Device memory that ended workers have left in use, of all supervisors.
+#[derive(Clone, Debug, Default)]
+pub struct StuckMemory(Arc<Mutex<Vec<Stuck>>>);
+
+impl StuckMemory {
+    fn lock(&self) -> MutexGuard<'_, Vec<Stuck>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

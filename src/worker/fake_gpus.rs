@@ -12,9 +12,12 @@ use crate::worker::gpu::{Gpu, GpuProbe};
 #[derive(Debug)]
 pub struct FakeGpus {
     source: Source,
-    /// GPUs and bytes on each, by worker.
-    held: Mutex<BTreeMap<String, (Vec<u32>, u64)>>,
+    /// By worker.
+    held: Mutex<BTreeMap<String, Held>>,
 }
+
+/// Process, GPUs and bytes on each.
+type Held = (u32, Vec<u32>, u64);
 
 #[derive(Debug)]
 enum Source {
@@ -88,19 +91,25 @@ impl GpuProbe for FakeGpus {
             }),
         };
         let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let used = |index| held.values().filter(|(gpus, _)| gpus.contains(&index)).map(|(_, bytes)| bytes).sum();
+        let used = |index| held.values().filter(|(_, gpus, _)| gpus.contains(&index)).map(|(.., bytes)| bytes).sum();
         (0..seen.count)
             .filter(|index| !seen.without.contains(index))
             .map(|index| Gpu { index, name: "fake".to_owned(), total_bytes: seen.total_bytes, used_bytes: used(index) })
             .collect()
     }
 
-    fn hold(&self, worker: &str, gpus: &[u32], bytes: u64) {
+    fn users(&self, gpu: u32) -> Option<Vec<(u32, u64)>> {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let on_it = held.values().filter(|(_, gpus, _)| gpus.contains(&gpu));
+        Some(on_it.map(|(pid, _, bytes)| (*pid, *bytes)).collect())
+    }
+
+    fn hold(&self, (worker, pid): (&str, u32), gpus: &[u32], bytes: u64) {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         if bytes == 0 {
             held.remove(worker);
         } else {
-            held.insert(worker.to_owned(), (gpus.to_vec(), bytes));
+            held.insert(worker.to_owned(), (pid, gpus.to_vec(), bytes));
         }
     }
 }
@@ -116,10 +125,12 @@ mod tests {
     #[test]
     fn a_text_describes_gpus_and_workers_take_their_memory() {
         let probe = FakeGpus::parse("3x80GiB").unwrap();
-        probe.hold("a", &[0, 1], 7);
-        probe.hold("b", &[1], 5);
+        probe.hold(("a", 10), &[0, 1], 7);
+        probe.hold(("b", 11), &[1], 5);
         assert_eq!(seen(&probe), [(0, 80, 7), (1, 80, 12), (2, 80, 0)]);
-        probe.hold("a", &[0, 1], 0);
+        assert_eq!(probe.users(1), Some(vec![(10, 7), (11, 5)]));
+        assert_eq!(probe.users(2), Some(Vec::new()));
+        probe.hold(("a", 10), &[0, 1], 0);
         assert_eq!(seen(&probe), [(0, 80, 0), (1, 80, 5), (2, 80, 0)]);
     }
 

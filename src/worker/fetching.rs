@@ -412,7 +412,7 @@ fn environment(
 ) -> BTreeMap<OsString, OsString> {
     let inherited: Vec<(OsString, OsString)> = inherited.collect();
     let token = inherited.iter().find(|(name, _)| name == "HF_TOKEN").cloned();
-    let mut vars = process::environment(inherited.into_iter(), spec, &[], mark);
+    let mut vars = process::environment(inherited.into_iter(), spec, &[], (None, None), mark);
     if let Some((name, value)) = token {
         vars.entry(name).or_insert(value);
     }

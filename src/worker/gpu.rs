@@ -1,11 +1,14 @@
 //! What the driver says about GPUs.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nvml_wrapper::Nvml;
+use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use serde::Deserialize;
 
 use crate::worker::fake_gpus::FakeGpus;
@@ -28,8 +31,15 @@ pub trait GpuProbe: Send + Sync + 'static {
     /// The GPUs of this box; empty without driver or card.
     fn gpus(&self) -> Vec<Gpu>;
 
-    /// A worker says that it takes so many bytes on each of these GPUs; 0: it is gone. A driver knows that by itself.
-    fn hold(&self, _worker: &str, _gpus: &[u32], _bytes: u64) {}
+    /// Memory in use on a GPU by process, in bytes; `None`: the driver does not say now. In a container it may show none of the
+    /// processes, or know them by other numbers.
+    fn users(&self, _gpu: u32) -> Option<Vec<(u32, u64)>> {
+        None
+    }
+
+    /// A worker, by its mark and process, says that it takes so many bytes on each of these GPUs; 0: it is gone. A driver
+    /// knows that by itself.
+    fn hold(&self, _worker: (&str, u32), _gpus: &[u32], _bytes: u64) {}
 }
 
 /// The probe that the environment names: `ROUNDHOUSE_FAKE_GPUS` or `ROUNDHOUSE_GPU_PROBE`, by their values; the driver
@@ -93,6 +103,27 @@ fn is_visible(list: Option<&str>, index: u32, uuid: &str) -> bool {
 }
 
 impl GpuProbe for NvmlProbe {
+    fn users(&self, gpu: u32) -> Option<Vec<(u32, u64)>> {
+        let nvml = self.nvml.lock().unwrap_or_else(PoisonError::into_inner);
+        let read = || {
+            let device = nvml.as_ref()?.device_by_index(gpu).ok()?;
+            let (compute, graphics) =
+                (device.running_compute_processes().ok()?, device.running_graphics_processes().ok()?);
+            let bytes = |process: &ProcessInfo| match process.used_gpu_memory {
+                UsedGpuMemory::Used(bytes) => bytes,
+                UsedGpuMemory::Unavailable => 0,
+            };
+            let mut users: BTreeMap<u32, u64> = BTreeMap::new();
+            // One that does both is in both lists, with all of its memory.
+            for process in compute.iter().chain(&graphics) {
+                let most = users.entry(process.pid).or_default();
+                *most = bytes(process).max(*most);
+            }
+            Some(users.into_iter().collect())
+        };
+        read()
+    }
+
     fn gpus(&self) -> Vec<Gpu> {
         let mut nvml = self.nvml.lock().unwrap_or_else(PoisonError::into_inner);
         if nvml.is_none() {
@@ -159,25 +190,27 @@ impl FakeProbe {
         Self { dir: dir.into() }
     }
 
-    fn used_bytes(&self) -> u64 {
+    fn by_process(&self) -> Vec<(u32, u64)> {
         let Ok(entries) = std::fs::read_dir(&self.dir) else {
-            return 0;
+            return Vec::new();
         };
-        entries
-            .flatten()
-            .filter(|entry| {
-                let name = entry.file_name();
-                name.to_str().is_some_and(|n| n.parse::<u32>().is_ok())
-            })
-            .filter_map(|entry| {
-                let text = std::fs::read_to_string(entry.path()).ok()?;
-                text.trim().parse::<u64>().ok()
-            })
-            .sum()
+        let read = |entry: std::fs::DirEntry| {
+            let pid = entry.file_name().to_str()?.parse::<u32>().ok()?;
+            let text = std::fs::read_to_string(entry.path()).ok()?;
+            Some((pid, text.trim().parse::<u64>().ok()?))
+        };
+        entries.flatten().filter_map(read).collect()
     }
 }
 
 impl GpuProbe for FakeProbe {
+    /// Says nothing as long as there is a file `no-pids`, as in a container.
+    fn users(&self, gpu: u32) -> Option<Vec<(u32, u64)>> {
+        let is_first = self.gpus().first().is_some_and(|first| first.index == gpu);
+        let says = !self.dir.join("no-pids").exists();
+        says.then(|| if is_first { self.by_process() } else { Vec::new() })
+    }
+
     fn gpus(&self) -> Vec<Gpu> {
         let path = self.dir.join("gpus.json");
         let Ok(text) = std::fs::read(&path) else {
@@ -187,7 +220,7 @@ impl GpuProbe for FakeProbe {
             tracing::warn!(path = %path.display(), "the fake GPUs cannot be read: {error}");
             Vec::new()
         });
-        let used = self.used_bytes();
+        let used = self.by_process().iter().map(|(_, bytes)| bytes).sum();
         listed
             .into_iter()
             .enumerate()

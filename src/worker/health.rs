@@ -6,19 +6,23 @@ use hyper::Method;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::domain::worker::HostCopy;
 use crate::worker::verdict::cut;
 use crate::worker::wire::{Ask, Lost, Pool};
 
 /// Most that is read of an answer, in bytes.
 const LIMIT_BYTES: usize = 256 << 10;
 
+/// Longest note about parking, in bytes.
+const NOTE_LIMIT: usize = 400;
+
 /// How a worker says it is.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Health {
-    /// Takes jobs; the device memory that it takes on each GPU, in bytes, if it says so.
-    Ready { device_bytes: Option<u64> },
+    /// Takes jobs.
+    Ready(Memory),
     /// Lives and takes no jobs now: loading or asleep.
-    NotYet { phase: Option<String>, percent: Option<f64>, device_bytes: Option<u64> },
+    NotYet { phase: Option<String>, percent: Option<f64>, memory: Memory },
     /// Says that it has failed and why.
     Failed(String),
     /// Another worker answers on this port.
@@ -27,6 +31,14 @@ pub(super) enum Health {
     Silent(String),
     /// Nobody listens on the port: it has not got that far, or it is gone.
     Refused,
+}
+
+/// What it says of its memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Memory {
+    /// What it takes on each GPU, in bytes.
+    pub(super) device_bytes: Option<u64>,
+    pub(super) host: HostCopy,
 }
 
 /// Asks the worker that listens on one port.
@@ -46,6 +58,9 @@ struct Body {
     percent: Option<f64>,
     error: Option<String>,
     device_bytes: Option<u64>,
+    host_bytes: Option<u64>,
+    can_park: Option<bool>,
+    park_note: Option<String>,
 }
 
 impl Doctor {
@@ -92,7 +107,7 @@ impl Doctor {
     async fn exchange(&self) -> Health {
         match self.get("/health").await {
             Ok((404, _)) => match self.get("/v1/models").await {
-                Ok((200, _)) => Health::Ready { device_bytes: None },
+                Ok((200, _)) => Health::Ready(Memory::default()),
                 Ok((status, _)) => Health::Silent(format!("/v1/models answers with status {status}")),
                 Err(lost) => unheard(&lost),
             },
@@ -122,14 +137,17 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
         if body.instance.as_deref() != Some(mark) {
             return Health::Stranger;
         }
+        let note = body.park_note.map(|note| cut(note, NOTE_LIMIT));
+        let host = HostCopy { bytes: body.host_bytes, can_park: body.can_park, note };
+        let memory = Memory { device_bytes: body.device_bytes, host };
         return match body.status.as_str() {
-            "ready" if status == 200 => Health::Ready { device_bytes: body.device_bytes },
+            "ready" if status == 200 => Health::Ready(memory),
             "failed" => Health::Failed(cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400)),
-            _ => Health::NotYet { phase: body.phase, percent: body.percent, device_bytes: body.device_bytes },
+            _ => Health::NotYet { phase: body.phase, percent: body.percent, memory },
         };
     }
     match status {
-        200..=299 => Health::Ready { device_bytes: None },
+        200..=299 => Health::Ready(Memory::default()),
         _ => Health::Silent(format!("/health answers with status {status}")),
     }
 }
@@ -146,10 +164,15 @@ mod tests {
                 json!({"status": word, "phase": "weights", "percent": 40.0, "instance": instance, "error": "no file"});
             read(status, body.to_string().as_bytes(), "id:1")
         };
-        assert_eq!(ask(200, "ready", "id:1".into()), Health::Ready { device_bytes: None });
+        assert_eq!(ask(200, "ready", "id:1".into()), Health::Ready(Memory::default()));
         let tells = br#"{"status": "ready", "instance": "m", "device_bytes": 7}"#;
-        assert_eq!(read(200, tells, "m"), Health::Ready { device_bytes: Some(7) });
-        let not_yet = Health::NotYet { phase: Some("weights".into()), percent: Some(40.0), device_bytes: None };
+        assert_eq!(read(200, tells, "m"), Health::Ready(Memory { device_bytes: Some(7), ..Memory::default() }));
+        let tells =
+            br#"{"status": "ready", "instance": "m", "host_bytes": 5, "can_park": false, "park_note": "no room"}"#;
+        let host = HostCopy { bytes: Some(5), can_park: Some(false), note: Some("no room".into()) };
+        assert_eq!(read(200, tells, "m"), Health::Ready(Memory { device_bytes: None, host }));
+        let memory = Memory::default();
+        let not_yet = Health::NotYet { phase: Some("weights".into()), percent: Some(40.0), memory };
         assert_eq!(ask(503, "loading", "id:1".into()), not_yet);
         assert_eq!(ask(503, "asleep", "id:1".into()), not_yet);
         assert_eq!(ask(503, "ready", "id:1".into()), not_yet, "ready but stopping");
@@ -160,8 +183,8 @@ mod tests {
 
     #[test]
     fn stock_servers_are_told_by_their_status() {
-        assert_eq!(read(200, b"", "m"), Health::Ready { device_bytes: None });
-        assert_eq!(read(200, br#"{"status":"ok"}"#, "m"), Health::Ready { device_bytes: None });
+        assert_eq!(read(200, b"", "m"), Health::Ready(Memory::default()));
+        assert_eq!(read(200, br#"{"status":"ok"}"#, "m"), Health::Ready(Memory::default()));
         assert!(matches!(read(503, br#"{"error":{"message":"Loading model"}}"#, "m"), Health::Silent(_)));
     }
 }

@@ -24,11 +24,15 @@ impl Supervisor {
     pub(super) async fn load(&mut self) -> Phase {
         let ordered_at = Instant::now();
         self.take_spec();
+        self.enter(ModelState::Loading);
+        if let Err(reason) = self.leftovers_are_free().await {
+            return self.failed_load(reason, &Tail::default(), None).await;
+        }
         let memory_before = match self.device_memory().await {
             Some(memory) => memory,
             None => return Phase::Blocked,
         };
-        self.enter(ModelState::Loading);
+        self.free_bytes = self.least_free().await;
         let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
         let deadline = ordered_at + limit;
         let mut avoid = BTreeSet::new();
@@ -62,7 +66,7 @@ impl Supervisor {
                     return self.failed_load(reason, &tail, memory_before).await;
                 }
                 Try::Stopped(ordered_at) => {
-                    self.wait_memory_free(memory_before).await;
+                    self.wait_memory_free(self.free_as_before(memory_before)).await;
                     self.enter(ModelState::Absent);
                     self.report(Report::Stopped { stop_ms: self.around.clock.millis_in(ordered_at.elapsed()) });
                     return Phase::Absent;
@@ -100,7 +104,7 @@ impl Supervisor {
                     return Try::Ended;
                 }
                 order = self.orders.recv() => {
-                    match order.map(|(order, _)| order) {
+                    match order.map(|asked| asked.order) {
                         Some(Order::Stop | Order::Park) => {
                             let ordered_at = Instant::now();
                             self.enter(ModelState::Draining);
@@ -130,10 +134,14 @@ impl Supervisor {
                 strange_since = None;
             }
             match health {
-                Health::Ready { device_bytes } => {
+                Health::Ready(memory) => {
                     let since = Instant::now();
-                    let mut running = Running { process, doctor, since, memory_before, own: None, grown: None };
-                    self.note_memory(&mut running, device_bytes);
+                    let host = HostCopy::default();
+                    let pids = BTreeSet::new();
+                    let mut running =
+                        Running { process, doctor, since, memory_before, own: None, grown: None, host, pids };
+                    self.note_memory(&mut running, memory);
+                    self.note_pids(&mut running).await;
                     if let Some(before) = memory_before {
                         running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
                     }
@@ -163,6 +171,8 @@ impl Supervisor {
             spec: &self.spec,
             replica: self.replica,
             gpus: &self.gpus,
+            park_bytes: self.park_bytes,
+            free_bytes: self.free_bytes,
             lease,
             data_dir_id: &self.around.data_dir_id,
             log_dir: &self.around.log_dir,
@@ -173,7 +183,7 @@ impl Supervisor {
     }
 
     async fn failed_load(&mut self, reason: String, tail: &Tail, memory: Option<u64>) -> Phase {
-        self.wait_memory_free(memory).await;
+        self.wait_memory_free(self.free_as_before(memory)).await;
         self.failed_loads += 1;
         let quarantined = self.failed_loads >= QUARANTINE_AFTER;
         let reason = match tail.reason() {

@@ -2,7 +2,6 @@
 //! the next load is a cold one.
 
 use super::*;
-use crate::domain::Park;
 use crate::worker::checkpoint::{self, Way};
 
 /// Device memory that a sleeping process may keep (its context, its engine's buffers), in bytes; never more than half of what
@@ -24,15 +23,17 @@ impl Supervisor {
         let ordered_at = Instant::now();
         self.enter(ModelState::Parking);
         self.note_life(running.since);
-        let free = self.free_when(&running).await;
-        let at_most = self.parked_use(free).await;
+        let free = self.free_when(&mut running).await;
+        let at_most = self.parked_use(free.as_ref().map(|free| free.at_most)).await;
         let fall_asleep = self.fall_asleep(&running);
         let failed = match self.meanwhile(&mut running, fall_asleep).await {
-            Turn::Done(()) => match self.shows_back(&running, at_most).await {
+            Turn::Done(()) => match self.shows_back(&mut running, at_most).await {
                 Ok(()) => {
                     let park_ms = millis(ordered_at.elapsed());
                     tracing::info!(model = self.spec.name, park_ms, "parked");
+                    let kept = self.kept_bytes(free.as_ref()).await;
                     self.enter(ModelState::Parked);
+                    self.view.send_modify(|v| v.device_bytes = kept);
                     self.report(Report::Parked { park_ms });
                     return Phase::Parked(Box::new(running));
                 }
@@ -55,9 +56,9 @@ impl Supervisor {
                 biased;
                 () = self.hard.cancelled() => return self.end_parked(running).await,
                 order = self.orders.recv() => {
-                    let Some((order, set)) = order else { return self.end_parked(running).await };
-                    match order {
-                        Order::Load | Order::Wake => return self.wake(running, order, set).await,
+                    let Some(asked) = order else { return self.end_parked(running).await };
+                    match asked.order {
+                        Order::Load | Order::Wake => return self.wake(running, asked).await,
                         Order::Stop => return self.leave_parked(running).await,
                         Order::Park => self.report(Report::Parked { park_ms: 0 }),
                         Order::Retry => self.forget_failures(),
@@ -69,7 +70,10 @@ impl Supervisor {
                 pulse = &mut probe => pulse,
             };
             match pulse {
-                Pulse::Alive { .. } => misses = 0,
+                Pulse::Alive(memory) => {
+                    misses = 0;
+                    self.note_host(&mut running, memory.host);
+                }
                 // Whatever asks its GPU something waits until it is back.
                 Pulse::Missed(_) if self.is_checkpointed() => {}
                 Pulse::Missed(_) | Pulse::Refused => misses += 1,
@@ -82,21 +86,24 @@ impl Supervisor {
     }
 
     /// Back to the device where it was; else its process is ended, and a cold load follows.
-    async fn wake(&mut self, mut running: Running, order: Order, set: Option<GpuSet>) -> Phase {
+    async fn wake(&mut self, mut running: Running, asked: Asked) -> Phase {
         let ordered_at = Instant::now();
         let was_on = self.gpus.clone();
-        self.note_set(order, set);
+        self.note_set(asked);
         let wanted_on = std::mem::replace(&mut self.gpus, was_on);
+        let mut before_wake = None;
         let failed = if wanted_on == self.gpus {
             let Some(before) = self.device_memory().await else {
                 self.kill(running).await;
                 return Phase::Loading; // Which finds that the GPU is not there.
             };
+            before_wake = before;
             self.enter(ModelState::Waking);
             let woken = self.come_back(&running);
             match self.meanwhile(&mut running, woken).await {
-                Turn::Done(device_bytes) => {
-                    self.note_memory(&mut running, device_bytes);
+                Turn::Done(memory) => {
+                    self.note_memory(&mut running, memory);
+                    self.note_pids(&mut running).await;
                     (running.since, running.memory_before) = (Instant::now(), before);
                     if let Some(before) = before {
                         running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
@@ -109,14 +116,17 @@ impl Supervisor {
                     return Phase::Serving(Box::new(running));
                 }
                 Turn::Failed(why) => why,
-                Turn::Stopped => return self.leave(running, before, ordered_at).await,
+                Turn::Stopped => {
+                    let free = self.free_when_parked(&running, before);
+                    return self.leave(running, free, ordered_at).await;
+                }
                 Turn::Ended => return self.end(running).await,
             }
         } else {
             format!("it lies where GPUs {:?} are its own, and is wanted on {wanted_on:?}", self.gpus)
         };
         tracing::warn!(model = self.spec.name, "could not be woken, so it is loaded anew: {failed}");
-        let free = running.memory_before;
+        let free = self.free_when_parked(&running, before_wake);
         self.kill(running).await;
         self.wait_memory_free(free).await;
         self.gpus = wanted_on;
@@ -149,7 +159,7 @@ impl Supervisor {
         }
     }
 
-    fn come_back(&self, running: &Running) -> impl Future<Output = Result<Option<u64>, String>> + use<> {
+    fn come_back(&self, running: &Running) -> impl Future<Output = Result<Memory, String>> + use<> {
         let by_driver = self.is_checkpointed().then(|| self.checkpoint(Way::Wake, &running.process));
         let (doctor, tempo) = (running.doctor.clone(), self.tempo.clone());
         let limit = if by_driver.is_some() { tempo.checkpoint_limit } else { tempo.wake_limit };
@@ -161,7 +171,7 @@ impl Supervisor {
                 }
                 loop {
                     match doctor.ask(tempo.probe_limit).await {
-                        Health::Ready { device_bytes } => return Ok(device_bytes),
+                        Health::Ready(memory) => return Ok(memory),
                         Health::Failed(why) => return Err(format!("it says: {why}")),
                         _ => sleep(tempo.probe_every).await,
                     }
@@ -181,7 +191,7 @@ impl Supervisor {
                 () = self.hard.cancelled() => return Turn::Ended,
                 order = self.orders.recv() => match order {
                     None => return Turn::Ended,
-                    Some((Order::Stop, _)) => return Turn::Stopped,
+                    Some(Asked { order: Order::Stop, .. }) => return Turn::Stopped,
                     Some(_) => {}
                 },
                 how = running.process.exited() => return Turn::Failed(format!("it {how}")),
@@ -192,6 +202,13 @@ impl Supervisor {
 
     // ---- its device memory ------------------------------------------------------------------------------------------
 
+    /// When the memory is free of a worker that was parked; `before`: the use before it was told to wake. What was in use before
+    /// its load says nothing any more, since others have come to its GPUs.
+    fn free_when_parked(&self, running: &Running, before: Option<u64>) -> Option<Free> {
+        let (pids, is_shared) = (running.pids.clone(), true);
+        (before.is_some() || !pids.is_empty()).then(|| Free { at_most: before.unwrap_or(0), pids, is_shared })
+    }
+
     /// The use of device memory, in bytes, with which a worker is parked without which `free` is used; `None`: on the CPU.
     async fn parked_use(&self, free: Option<u64>) -> Option<u64> {
         let free = free?;
@@ -200,16 +217,17 @@ impl Supervisor {
     }
 
     /// Whether the driver shows that it has given its memory back.
-    async fn shows_back(&self, running: &Running, at_most: Option<u64>) -> Result<(), String> {
-        let Some(at_most) = at_most else { return Ok(()) };
+    async fn shows_back(&self, running: &mut Running, at_most: Option<u64>) -> Result<(), String> {
         if self.is_checkpointed() {
             // It does not know of it, and may not be able to answer.
             self.release(running);
-        } else if let Health::NotYet { device_bytes: Some(bytes), .. } =
-            running.doctor.ask(self.tempo.watch_limit).await
-        {
-            self.around.gpus.hold(running.process.mark(), &self.gpus, bytes);
+        } else if let Health::NotYet { memory, .. } = running.doctor.ask(self.tempo.watch_limit).await {
+            if let Some(bytes) = memory.device_bytes.filter(|_| self.spec.gpus > 0) {
+                self.hold(running, bytes);
+            }
+            self.note_host(running, memory.host);
         }
+        let Some(at_most) = at_most else { return Ok(()) };
         let until = Instant::now() + self.tempo.park_memory_limit;
         loop {
             let Some(used) = self.used_bytes().await else { return Err("its GPU is gone".to_owned()) };
@@ -228,7 +246,7 @@ impl Supervisor {
     // ---- ends -------------------------------------------------------------------------------------------------------
 
     /// Stopped, from wherever it was.
-    async fn leave(&mut self, running: Running, free: Option<u64>, ordered_at: Instant) -> Phase {
+    async fn leave(&mut self, running: Running, free: Option<Free>, ordered_at: Instant) -> Phase {
         self.enter(ModelState::Draining);
         self.release(&running);
         running.process.stop(self.around.grace).await;
@@ -243,7 +261,8 @@ impl Supervisor {
     /// A process whose memory the driver has taken cannot end in good order, so it is not asked to.
     async fn leave_parked(&mut self, running: Running) -> Phase {
         if !self.is_checkpointed() {
-            return self.leave(running, None, Instant::now()).await;
+            let free = self.free_when_parked(&running, None);
+            return self.leave(running, free, Instant::now()).await;
         }
         let ordered_at = Instant::now();
         self.enter(ModelState::Draining);
@@ -263,6 +282,7 @@ impl Supervisor {
         };
         tracing::error!(model = self.spec.name, "the worker died: {reason}");
         self.enter(ModelState::Absent);
+        self.view.send_modify(|v| v.lost_copy = Some(format!("lost its copy in host memory: {reason}")));
         self.report(Report::Died { reason });
         Phase::Absent
     }

@@ -1,6 +1,6 @@
 //! One worker process: start under the guard, log capture, stop of the whole group, sweep by instance mark.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
@@ -36,6 +36,10 @@ pub(super) struct Start<'a> {
     pub(super) replica: u32,
     /// The GPUs that it may see, by the driver's numbers.
     pub(super) gpus: &'a [u32],
+    /// Host memory that the copy of its weights may take, in bytes; `None`: it will not be parked.
+    pub(super) park_bytes: Option<u64>,
+    /// Memory that is free on the fullest of its GPUs, in bytes.
+    pub(super) free_bytes: Option<u64>,
     pub(super) lease: Lease,
     pub(super) data_dir_id: &'a str,
     pub(super) log_dir: &'a Path,
@@ -71,7 +75,7 @@ impl WorkerProcess {
             .arg("--")
             .args(&command)
             .env_clear()
-            .envs(environment(std::env::vars_os(), start.spec, start.gpus, &mark))
+            .envs(environment(std::env::vars_os(), start.spec, start.gpus, (start.park_bytes, start.free_bytes), &mark))
             .current_dir(&start.spec.dir)
             .stdin(Stdio::piped())
             .stdout(Stdio::from(writer))
@@ -111,6 +115,13 @@ impl WorkerProcess {
     /// All processes that belong to it, its guard too.
     pub(super) fn family(&self) -> Family {
         Family::Instance { mark: self.mark.clone(), session: Some(self.pid) }
+    }
+
+    /// The numbers of its processes, its guard among them.
+    pub(super) async fn pids(&self) -> BTreeSet<u32> {
+        let family = self.family();
+        let living = blocking(move || family.living(None)).await.unwrap_or_default();
+        living.iter().map(|process| process.pid.cast_unsigned()).chain([self.pid()]).collect()
     }
 
     pub(super) fn port(&self) -> u16 {
@@ -261,6 +272,7 @@ pub(super) fn environment(
     inherited: impl Iterator<Item = (OsString, OsString)>,
     spec: &ModelSpec,
     gpus: &[u32],
+    (park_bytes, free_bytes): (Option<u64>, Option<u64>),
     mark: &str,
 ) -> BTreeMap<OsString, OsString> {
     // A name that is no text cannot be judged.
@@ -281,6 +293,12 @@ pub(super) fn environment(
     }
     if let Some(bytes) = spec.memory {
         set("ROUNDHOUSE_MEMORY_BYTES", &bytes.to_string());
+    }
+    if let Some(bytes) = park_bytes {
+        set("ROUNDHOUSE_PARK_BYTES", &bytes.to_string());
+    }
+    if let Some(bytes) = free_bytes {
+        set("ROUNDHOUSE_DEVICE_FREE_BYTES", &bytes.to_string());
     }
     for (name, value) in &spec.env {
         set(name, value);
@@ -388,7 +406,7 @@ pub(super) mod tests {
         let mut spec = spec(&["x"]);
         let seen = |spec: &ModelSpec, gpus: &[u32]| {
             let inherited = [("CUDA_VISIBLE_DEVICES".into(), "7".into())];
-            let vars = environment(inherited.into_iter(), spec, gpus, "id:1");
+            let vars = environment(inherited.into_iter(), spec, gpus, (None, None), "id:1");
             ["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"]
                 .map(|name| vars.get(&OsString::from(name)).and_then(|v| v.to_str()).unwrap_or("-").to_owned())
         };
@@ -416,7 +434,7 @@ pub(super) mod tests {
         let own = [("HF_HUB_OFFLINE", "0"), ("WANTED_TOKEN", "of the entry"), (MARK, "forged")];
         spec.env = own.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         let inherited = inherited.map(|(k, v)| (OsString::from(k), OsString::from(v)));
-        let vars = environment(inherited.into_iter(), &spec, &[], "id:1");
+        let vars = environment(inherited.into_iter(), &spec, &[], (Some(0), Some(9)), "id:1");
         let get = |name: &str| vars.get(&OsString::from(name)).and_then(|v| v.to_str());
         assert!(vars.values().all(|v| v != "t" && v != "a:t"));
         assert_eq!(get("PATH"), Some("/bin"));
@@ -425,6 +443,10 @@ pub(super) mod tests {
         assert_eq!(get("WANTED_TOKEN"), Some("of the entry"), "what the entry gives, the worker gets");
         assert_eq!(get("CUDA_VISIBLE_DEVICES"), Some(""));
         assert_eq!(get("ROUNDHOUSE_MEMORY_BYTES"), Some("5"));
+        assert_eq!(get("ROUNDHOUSE_DEVICE_FREE_BYTES"), Some("9"));
+        assert_eq!(get("ROUNDHOUSE_PARK_BYTES"), Some("0"), "none is left, which is not that nobody parks it");
+        let vars = environment(std::iter::empty(), &spec, &[], (None, None), "id:1");
+        assert_eq!(vars.get(&OsString::from("ROUNDHOUSE_PARK_BYTES")), None);
         assert_eq!(get(MARK), Some("id:1"), "but not over the mark");
     }
 }

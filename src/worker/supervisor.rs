@@ -13,11 +13,11 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
-use crate::domain::worker::{Report, WorkerView};
-use crate::domain::{ErrorCode, GpuSet, JobError, Millis, ModelSpec, ModelState};
+use crate::domain::worker::{HostCopy, Report, WorkerView};
+use crate::domain::{ErrorCode, GpuSet, JobError, Millis, ModelSpec, ModelState, Park};
 use crate::lifecycle::Tasks;
 use crate::worker::gpu::{Gpu, GpuProbe};
-use crate::worker::health::{Doctor, Health};
+use crate::worker::health::{Doctor, Health, Memory};
 use crate::worker::logs::{self, Tail};
 use crate::worker::ports;
 use crate::worker::process::{self, Start, WorkerProcess};
@@ -56,7 +56,12 @@ pub struct Surroundings {
     pub backoff_first: Duration,
     /// Longest back-off; also how often a quarantined model is tried.
     pub backoff_max: Duration,
+    /// Device memory that ended workers have left in use.
+    pub stuck: StuckMemory,
 }
+
+use device_memory::Free;
+pub use device_memory::StuckMemory;
 
 /// Where supervisors report to: (model, number of the worker, report).
 pub type Reports = mpsc::UnboundedSender<(String, u32, Report)>;
@@ -64,10 +69,20 @@ pub type Reports = mpsc::UnboundedSender<(String, u32, Report)>;
 /// Asks one supervisor; the answers are [`Report`]s. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct WorkerHandle {
-    orders: mpsc::Sender<(Order, Option<GpuSet>)>,
+    orders: mpsc::Sender<Asked>,
     spec: watch::Sender<ModelSpec>,
     view: watch::Receiver<WorkerView>,
     has_looked: watch::Receiver<bool>,
+}
+
+/// An order and what goes with it.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    order: Order,
+    /// Where it is to be loaded.
+    set: Option<GpuSet>,
+    /// With a load: most host memory that the copy of its weights may take, in bytes; `None`: it is not to be parked.
+    park_bytes: Option<u64>,
 }
 
 /// What a supervisor can be asked.
@@ -173,6 +188,11 @@ impl WorkerHandle {
             starts: 0,
             retry_at: None,
             reason: None,
+            device_bytes: None,
+            lost_copy: None,
+            host_bytes: None,
+            can_park: None,
+            park_note: None,
             log_path: log_path.display().to_string(),
         });
         let tasks = around.tasks.clone();
@@ -183,6 +203,8 @@ impl WorkerHandle {
             next_spec,
             replica,
             gpus: Vec::new(),
+            park_bytes: None,
+            free_bytes: None,
             around,
             tempo,
             orders: inbox,
@@ -211,16 +233,18 @@ impl WorkerHandle {
     /// Gives an order. Orders are followed in turn; one that is given in the middle of a transition is followed after it,
     /// except that `Stop` breaks a load off.
     pub fn order(&self, order: Order) {
-        self.give(order, None);
+        self.give(Asked { order, set: None, park_bytes: None });
     }
 
-    /// As [`Self::order`]; a load is to be on these devices. Without any word of them a worker may see all GPUs.
-    pub fn order_on(&self, order: Order, set: GpuSet) {
-        self.give(order, Some(set));
+    /// As [`Self::order`]; a load is to be on these devices, and may take `park_bytes` of host memory for the copy that is
+    /// parked (`None`: it will not be). Without any word of the devices a worker may see all GPUs.
+    pub fn order_on(&self, order: Order, set: GpuSet, park_bytes: Option<u64>) {
+        self.give(Asked { order, set: Some(set), park_bytes });
     }
 
-    fn give(&self, order: Order, set: Option<GpuSet>) {
-        if let Err(error) = self.orders.try_send((order, set)) {
+    fn give(&self, asked: Asked) {
+        if let Err(error) = self.orders.try_send(asked) {
+            let order = asked.order;
             let model = &self.view.borrow().model;
             tracing::error!(model, ?order, "a supervisor takes no order: {error}");
         }
@@ -260,13 +284,15 @@ struct Running {
     own: Option<u64>,
     /// How much more device memory was in use when it was ready, in bytes.
     grown: Option<u64>,
+    /// What was reported of its copy in host memory.
+    host: HostCopy,
+    /// Those of its processes that the driver has shown on its GPUs; none: it shows no numbers that are ours.
+    pids: BTreeSet<u32>,
 }
 
 /// What a ready worker's watch found.
 enum Pulse {
-    Alive {
-        device_bytes: Option<u64>,
-    },
+    Alive(Memory),
     Missed(String),
     /// Nobody listens: it is gone or about to be, and its guard will say how.
     Refused,
@@ -291,10 +317,14 @@ struct Supervisor {
     replica: u32,
     /// Where it is loaded or to be loaded, by the driver's numbers; empty: nobody said.
     gpus: Vec<u32>,
+    /// Host memory that its next load may take for the copy that is parked, in bytes; `None`: it will not be.
+    park_bytes: Option<u64>,
+    /// Memory that was free on the fullest of its GPUs before it was loaded, in bytes.
+    free_bytes: Option<u64>,
     around: Surroundings,
     tempo: Tempo,
     hard: CancellationToken,
-    orders: mpsc::Receiver<(Order, Option<GpuSet>)>,
+    orders: mpsc::Receiver<Asked>,
     reports: Reports,
     view: watch::Sender<WorkerView>,
     /// Whether the driver was asked for the first time.
@@ -347,7 +377,7 @@ impl Supervisor {
             let event = tokio::select! {
                 biased;
                 () = self.hard.cancelled() => Event::Hard,
-                order = self.orders.recv() => Event::Order(order.map(|(order, _)| order)),
+                order = self.orders.recv() => Event::Order(order.map(|asked| asked.order)),
                 how = running.process.exited() => Event::Exited(how),
                 pulse = &mut probe => Event::Pulse(pulse),
             };
@@ -365,9 +395,9 @@ impl Supervisor {
                 }
                 Event::Order(Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect)) => {}
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
-                Event::Pulse(Pulse::Alive { device_bytes }) => {
+                Event::Pulse(Pulse::Alive(memory)) => {
                     misses = 0;
-                    self.note_memory(&mut running, device_bytes);
+                    self.note_memory(&mut running, memory);
                     if std::mem::take(&mut suspected) {
                         let base_url = format!("http://127.0.0.1:{}", running.process.port());
                         self.report(Report::Ready { base_url, load_ms: 0 });
@@ -437,11 +467,11 @@ impl Supervisor {
 
     // ---- steps ------------------------------------------------------------------------------------------------------
 
-    async fn stop(&mut self, running: Running) -> Phase {
+    async fn stop(&mut self, mut running: Running) -> Phase {
         let ordered_at = Instant::now();
         self.enter(ModelState::Draining);
         self.note_life(running.since);
-        let free = self.free_when(&running).await;
+        let free = self.free_when(&mut running).await;
         self.release(&running);
         running.process.stop(self.around.grace).await;
         self.wait_memory_free(free).await;
@@ -453,10 +483,14 @@ impl Supervisor {
     }
 
     /// A worker that had been ready is gone or has to go.
-    async fn died(&mut self, running: Running, reason: String) -> Phase {
+    async fn died(&mut self, mut running: Running, reason: String) -> Phase {
         let lived = running.since.elapsed();
         // A part of its memory may be free already: then what is left of the use says nothing.
-        let free = self.free_when(&running).await.max(running.memory_before);
+        let before = running.memory_before;
+        let free = self
+            .free_when(&mut running)
+            .await
+            .map(|free| Free { at_most: free.at_most.max(before.unwrap_or(0)), ..free });
         self.release(&running);
         let tail = running.process.clear_away().await;
         let reason = match tail.reason() {
@@ -509,7 +543,7 @@ impl Supervisor {
         Box::pin(async move {
             let mut last = pulse(&doctor, limit).await;
             for _ in 0..2 {
-                if matches!(last, Pulse::Alive { .. }) {
+                if matches!(last, Pulse::Alive(_)) {
                     break;
                 }
                 sleep(limit / 5).await;
@@ -527,9 +561,9 @@ impl Supervisor {
             biased;
             () = self.hard.cancelled() => None,
             order = self.orders.recv() => {
-                let (order, set) = order?;
-                self.note_set(order, set);
-                Some(order)
+                let asked = order?;
+                self.note_set(asked);
+                Some(asked.order)
             }
         }
     }
@@ -539,13 +573,15 @@ impl Supervisor {
         self.spec.clone_from(&self.next_spec.borrow());
     }
 
-    /// A load goes where it is ordered to.
-    fn note_set(&mut self, order: Order, set: Option<GpuSet>) {
+    /// A load goes where it is ordered to, and takes of host memory what it may.
+    fn note_set(&mut self, asked: Asked) {
         if self.view.borrow().pid.is_none() {
             self.take_spec();
         }
-        if matches!(order, Order::Load | Order::Wake) {
-            self.gpus = set.filter(|_| self.spec.gpus > 0).map_or_else(Vec::new, |set| set.gpus().collect());
+        if matches!(asked.order, Order::Load | Order::Wake) {
+            let set = asked.set.filter(|_| self.spec.gpus > 0);
+            self.gpus = set.map_or_else(Vec::new, |set| set.gpus().collect());
+            self.park_bytes = asked.park_bytes.filter(|_| self.spec.park == Park::Ram);
         }
     }
 
@@ -561,10 +597,14 @@ impl Supervisor {
             v.reason = None;
             v.phase = None;
             v.percent = None;
+            if state == ModelState::Loading {
+                v.lost_copy = None;
+            }
             use ModelState::{Draining, Parked, Parking, Resident, Waking};
             if !matches!(state, Resident | Draining | Parking | Parked | Waking) {
                 v.pid = None;
                 v.port = None;
+                (v.device_bytes, v.host_bytes, v.can_park, v.park_note) = (None, None, None, None);
             }
         });
     }
@@ -590,9 +630,9 @@ impl Supervisor {
 
 async fn pulse(doctor: &Doctor, limit: Duration) -> Pulse {
     match doctor.ask(limit).await {
-        // Asleep is alive.
-        Health::Ready { device_bytes } => Pulse::Alive { device_bytes },
-        Health::NotYet { .. } => Pulse::Alive { device_bytes: None },
+        // Asleep is alive; what it keeps on its devices then is not what it takes.
+        Health::Ready(memory) => Pulse::Alive(memory),
+        Health::NotYet { memory, .. } => Pulse::Alive(Memory { device_bytes: None, ..memory }),
         Health::Failed(why) => Pulse::Missed(format!("it says that it failed: {why}")),
         Health::Stranger => Pulse::Missed("another program answers on its port".to_owned()),
         Health::Silent(why) => Pulse::Missed(why),

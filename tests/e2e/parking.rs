@@ -121,6 +121,9 @@ async fn a_worker_that_dies_while_it_is_parked_costs_a_cold_load() {
     is(api, "a", "parked").await;
     server.worker("a").await.signal(Signal::SIGKILL);
     is(api, "a", "absent").await;
+    let lost = api.worker("a").await["lost_copy"].clone();
+    let why = "lost its copy in host memory: it was killed by SIGKILL while it was parked";
+    assert!(lost.as_str().is_some_and(|lost| lost.starts_with(why)), "{lost}");
     assert_eq!(visit(api, "a").await["attempt"], 1);
     assert_eq!(loads(api, "a").await, (2, 0));
 }
@@ -157,4 +160,42 @@ async fn nothing_parked_outlives_a_killed_server() {
     assert_eq!(server.api.worker("a").await["state"], "absent");
     there_and_back(&server.api).await;
     assert_eq!(loads(&server.api, "a").await, (1, 1));
+}
+
+#[tokio::test]
+async fn workers_are_told_what_is_left_for_their_copy_and_tell_what_it_takes() {
+    // Theirs are made when they are loaded: 34 + 30 GiB are more than there is.
+    let copy = |gib: u64| (gib << 30).to_string();
+    let (first, second) = (copy(34), copy(30));
+    let site = site(&["--host-bytes", &first]).model("b", parking(&["--host-bytes", &second]));
+    let site = site.model("c", parking(&["--no-park", "its weights are offloaded"]));
+    let server = site.scheduler("park_ram", "60GiB").start().await;
+    let api = &server.api;
+    let parking_of = async |model: &str| {
+        let shown = api.get(&format!("/v1/models/{model}")).await.is(200).json();
+        shown["roundhouse"]["parking"].clone()
+    };
+    assert_eq!(parking_of("a").await["can"], true, "30 GiB, as far as anybody knows");
+    visit(api, "a").await;
+    let worker = api.worker("a").await;
+    assert_eq!((&worker["host_bytes"], &worker["can_park"]), (&json!(34_u64 << 30), &json!(true)), "{worker}");
+    visit(api, "b").await;
+    is(api, "a", "parked").await;
+    assert_eq!(api.worker("a").await["host_bytes"], 34_u64 << 30);
+    let worker = api.worker("b").await;
+    let left = (60_u64 - 34) << 30;
+    let note = format!("the copy takes {second} bytes, and {left} are left for it");
+    assert_eq!((&worker["can_park"], &worker["park_note"]), (&json!(false), &json!(note)), "{worker}");
+    assert_eq!(worker["host_bytes"], 0);
+    visit(api, "c").await;
+    is(api, "b", "absent").await;
+    visit(api, "a").await;
+    is(api, "c", "absent").await;
+    assert_eq!((loads(api, "a").await, loads(api, "b").await, loads(api, "c").await), ((1, 1), (1, 0), (1, 0)));
+    let reasons = api.queue().await["history"].to_string();
+    assert!(
+        reasons.contains("stop c without parking it: its worker says that it cannot be: its weights are offloaded")
+    );
+    assert_eq!(parking_of("c").await["can"], false);
+    assert!(parking_of("c").await["why"].as_str().unwrap().contains("offloaded"));
 }

@@ -479,6 +479,19 @@ def test_what_it_tells_of_its_memory_follows_parking():
         assert told == [5000, 70, 5000]
 
 
+def test_what_it_tells_of_its_copy_in_host_memory():
+    flags = ("--host-bytes", "50")
+    for most, told in (("50", (50, True)), ("49", (0, False)), (None, (0, None))):
+        environment = {} if most is None else {"ROUNDHOUSE_PARK_BYTES": most}
+        with Worker(SERVER, *flags, environment=environment) as worker:
+            health = worker.ready().get("/health").json()
+            assert (health["host_bytes"], health.get("can_park")) == told
+            assert ("49 are left" in health.get("park_note", "")) == (most == "49")
+    with Worker(SERVER, "--no-park", "offloaded") as worker:
+        health = worker.ready().get("/health").json()
+        assert (health["can_park"], health["park_note"]) == (False, "offloaded")
+
+
 def test_a_lying_sleeper_keeps_the_memory(tmp_path: Path):
     flags = ("--device-memory-dir", str(tmp_path), "--device-memory-bytes", "5000", "--device-bytes", "5000")
     with Worker(SERVER, *flags, "--park-lie") as worker:
