@@ -109,6 +109,17 @@ class FluxServer(BaseService):
             "or auto: at load if the memory is there",
         )
 
+    @classmethod
+    def preload(cls) -> None:
+        parking.prepare_environment()
+        import diffusers
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+
+        # diffusers imports the file of a class when it is asked for; which one is wanted, only the model says.
+        for name in ("FluxPipeline", "Flux2KleinPipeline"):
+            getattr(diffusers, name, None)
+
     def check(self) -> dict[str, Any]:
         self._default_size = parse_size(self.options.default_size, "--default-size")
         folder = weights.local_folder(self.options.model, self.options.revision)

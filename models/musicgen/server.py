@@ -90,6 +90,13 @@ class MusicgenServer(BaseService):
             "or auto: at load if the memory is there",
         )
 
+    @classmethod
+    def preload(cls) -> None:
+        parking.prepare_environment()
+        import soundfile  # noqa: F401
+        import torch  # noqa: F401
+        from transformers import AutoProcessor, MusicgenForConditionalGeneration  # noqa: F401
+
     def check(self) -> dict[str, Any]:
         if not SECONDS_MIN <= self.options.default_seconds <= SECONDS_MAX:
             raise ValueError(f"--default-seconds must be from {SECONDS_MIN} to {SECONDS_MAX:g}")

@@ -21,6 +21,11 @@ pub enum Report {
         /// Time from the order to load to readiness, in ms.
         load_ms: i64,
     },
+    /// Where the time of its cold load went, in order; comes before `Ready`.
+    Loaded {
+        /// See [`PhaseTime`].
+        phases: Vec<PhaseTime>,
+    },
     /// What it takes on each of its GPUs, as it says itself; comes before `Ready`.
     Takes {
         /// Device memory, in bytes.
@@ -56,6 +61,16 @@ pub enum Report {
     Available,
 }
 
+/// One part of a cold load.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PhaseTime {
+    /// `spawn` (until somebody listens on the worker's port), then what the worker tells: `import`, `read` (from disk), `device`
+    /// (to the GPU), `warm_up`; of a server that tells nothing, `load` is all the rest.
+    pub phase: String,
+    /// How long it took, in ms.
+    pub ms: i64,
+}
+
 /// A supervisor's view of its worker, for `/v1/workers`; stale by the time it is read.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct WorkerView {
@@ -71,6 +86,8 @@ pub struct WorkerView {
     pub phase: Option<String>,
     /// Loading progress, 0 to 100.
     pub percent: Option<f64>,
+    /// Where the time of its last cold load went, in order.
+    pub phases: Vec<PhaseTime>,
     /// The guard's process id.
     pub pid: Option<u32>,
     /// Port it listens on.

@@ -155,6 +155,8 @@ pub struct Counters {
     pub ended: BTreeMap<JobState, u64>,
     /// Loads from nothing by model: (count, seconds in all).
     pub loads: BTreeMap<String, (u64, f64)>,
+    /// Parts of those loads by model and phase, in the same way.
+    pub load_phases: BTreeMap<(String, String), (u64, f64)>,
     /// Wakes of parked workers, in the same way.
     pub wakes: BTreeMap<String, (u64, f64)>,
     /// Failed loads by model.

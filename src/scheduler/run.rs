@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::clock::Clock;
-use crate::domain::worker::Report;
+use crate::domain::worker::{PhaseTime, Report};
 use crate::domain::{
     Class, Control, Controls, Face, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob,
     StateReason, Token,
@@ -24,10 +24,10 @@ use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, Queue
 use crate::scheduler::hub::{Ended, Hub, JobWatch};
 use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::queue::{Run, shared};
-use crate::scheduler::state::{Effect, Event, Holding, Inventory, Place, State};
+use crate::scheduler::state::{Effect, Event, Holding, Inventory, Place, State, TOLD_MAX};
 use crate::scheduler::watch as devices;
 use crate::store::{
-    self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Spent, Store, StoreError,
+    self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Spent, Store, StoreError, Told,
 };
 use crate::worker::client::{RunTag, WorkerClient};
 use crate::worker::gpu::GpuProbe;
@@ -329,10 +329,21 @@ impl Scheduler {
                 *count += 1;
                 *seconds += *load_ms as f64 / 1e3;
             }
+            Report::Loaded { phases } => {
+                for PhaseTime { phase, ms } in phases {
+                    let (count, seconds) = counters.load_phases.entry((model.clone(), phase.clone())).or_default();
+                    *count += 1;
+                    *seconds += *ms as f64 / 1e3;
+                }
+            }
             Report::LoadFailed { .. } => *counters.failed_loads.entry(model.clone()).or_default() += 1,
             Report::Died { .. } => *counters.worker_deaths.entry(model.clone()).or_default() += 1,
             _ => {}
         });
+        if let (Report::Loaded { phases }, Some(index)) = (&report, index) {
+            let numbers = self.state.models[index].queue.heads(TOLD_MAX);
+            self.tell(numbers, Told::Loaded { model: model.clone(), phases: phases.clone() });
+        }
         self.apply(Event::Report { model, replica, report });
     }
 
@@ -589,7 +600,7 @@ impl Scheduler {
                     self.end_queued(numbers, ending);
                 }
                 Effect::CancelQueued(numbers) => self.end_queued(numbers, Ending::Cancelled),
-                Effect::TellLoading { numbers, model, eta } => self.tell_loading(numbers, model, eta),
+                Effect::TellLoading { numbers, model, eta } => self.tell(numbers, Told::Loading { model, eta }),
                 Effect::AddLoadTime { numbers, load_ms } => {
                     let store = self.context.store.clone();
                     self.beside("add load time", async move { store.add_load_time(numbers, load_ms).await });
@@ -677,10 +688,13 @@ impl Scheduler {
         });
     }
 
-    fn tell_loading(&self, numbers: Vec<i64>, model: String, eta: Millis) {
+    fn tell(&self, numbers: Vec<i64>, what: Told) {
+        if numbers.is_empty() {
+            return;
+        }
         let context = self.context.clone();
         self.context.tasks.spawn("tell loading", async move {
-            match context.store.tell_loading(numbers, model, eta).await {
+            match context.store.tell_loading(numbers, what).await {
                 Ok(changes) => changes.iter().for_each(|c| context.hub.publish(c.number, c.version, c.seq)),
                 Err(error) => tracing::warn!("job.loading was not stored: {error}"),
             }

@@ -40,6 +40,7 @@ mod standing;
 mod turns;
 pub use eta::Expected;
 pub(super) use standing::Holding;
+pub(super) use turns::TOLD_MAX;
 
 /// How long a plan stands while only more of the same arrives.
 const PLAN_EVERY_MS: i64 = 5;
@@ -589,6 +590,7 @@ impl State {
                 self.models[index].count_bytes(device_bytes);
                 Vec::new()
             }
+            Report::Loaded { .. } => Vec::new(),
             Report::Ready { base_url, load_ms } => self.on_ready(index, replica, base_url, load_ms, now),
             Report::Stopped { stop_ms } => match worker.map(|worker| (worker, &self.workers[worker].phase)) {
                 Some((worker, Phase::Stopping { .. })) => {

@@ -6,6 +6,7 @@ use hyper::Method;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::domain::worker::PhaseTime;
 use crate::worker::verdict::cut;
 use crate::worker::wire::{Ask, Lost, Pool};
 
@@ -15,8 +16,8 @@ const LIMIT_BYTES: usize = 256 << 10;
 /// How a worker says it is.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Health {
-    /// Takes jobs; the device memory that it takes on each GPU, in bytes, if it says so.
-    Ready { device_bytes: Option<u64> },
+    /// Takes jobs; the device memory that it takes on each GPU, in bytes, and where the time of its load went, if it says so.
+    Ready { device_bytes: Option<u64>, phases: Vec<PhaseTime> },
     /// Lives and takes no jobs now: loading or asleep.
     NotYet { phase: Option<String>, percent: Option<f64>, device_bytes: Option<u64> },
     /// Says that it has failed and why.
@@ -46,6 +47,8 @@ struct Body {
     percent: Option<f64>,
     error: Option<String>,
     device_bytes: Option<u64>,
+    #[serde(default)]
+    phases: Vec<PhaseTime>,
 }
 
 impl Doctor {
@@ -92,7 +95,7 @@ impl Doctor {
     async fn exchange(&self) -> Health {
         match self.get("/health").await {
             Ok((404, _)) => match self.get("/v1/models").await {
-                Ok((200, _)) => Health::Ready { device_bytes: None },
+                Ok((200, _)) => Health::Ready { device_bytes: None, phases: Vec::new() },
                 Ok((status, _)) => Health::Silent(format!("/v1/models answers with status {status}")),
                 Err(lost) => unheard(&lost),
             },
@@ -123,13 +126,13 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
             return Health::Stranger;
         }
         return match body.status.as_str() {
-            "ready" if status == 200 => Health::Ready { device_bytes: body.device_bytes },
+            "ready" if status == 200 => Health::Ready { device_bytes: body.device_bytes, phases: body.phases },
             "failed" => Health::Failed(cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400)),
             _ => Health::NotYet { phase: body.phase, percent: body.percent, device_bytes: body.device_bytes },
         };
     }
     match status {
-        200..=299 => Health::Ready { device_bytes: None },
+        200..=299 => Health::Ready { device_bytes: None, phases: Vec::new() },
         _ => Health::Silent(format!("/health answers with status {status}")),
     }
 }
@@ -139,6 +142,10 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    fn ready(device_bytes: Option<u64>) -> Health {
+        Health::Ready { device_bytes, phases: Vec::new() }
+    }
+
     #[test]
     fn our_workers_are_told_by_their_instance() {
         let ask = |status: u16, word: &str, instance: Value| {
@@ -146,9 +153,11 @@ mod tests {
                 json!({"status": word, "phase": "weights", "percent": 40.0, "instance": instance, "error": "no file"});
             read(status, body.to_string().as_bytes(), "id:1")
         };
-        assert_eq!(ask(200, "ready", "id:1".into()), Health::Ready { device_bytes: None });
-        let tells = br#"{"status": "ready", "instance": "m", "device_bytes": 7}"#;
-        assert_eq!(read(200, tells, "m"), Health::Ready { device_bytes: Some(7) });
+        assert_eq!(ask(200, "ready", "id:1".into()), ready(None));
+        let tells =
+            br#"{"status": "ready", "instance": "m", "device_bytes": 7, "phases": [{"phase": "read", "ms": 9}]}"#;
+        let phases = vec![PhaseTime { phase: "read".into(), ms: 9 }];
+        assert_eq!(read(200, tells, "m"), Health::Ready { device_bytes: Some(7), phases });
         let not_yet = Health::NotYet { phase: Some("weights".into()), percent: Some(40.0), device_bytes: None };
         assert_eq!(ask(503, "loading", "id:1".into()), not_yet);
         assert_eq!(ask(503, "asleep", "id:1".into()), not_yet);
@@ -160,8 +169,8 @@ mod tests {
 
     #[test]
     fn stock_servers_are_told_by_their_status() {
-        assert_eq!(read(200, b"", "m"), Health::Ready { device_bytes: None });
-        assert_eq!(read(200, br#"{"status":"ok"}"#, "m"), Health::Ready { device_bytes: None });
+        assert_eq!(read(200, b"", "m"), ready(None));
+        assert_eq!(read(200, br#"{"status":"ok"}"#, "m"), ready(None));
         assert!(matches!(read(503, br#"{"error":{"message":"Loading model"}}"#, "m"), Health::Silent(_)));
     }
 }

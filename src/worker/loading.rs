@@ -9,9 +9,13 @@ const PORTS_TRIED: usize = 3;
 /// How often the clock is asked whether a back-off is over.
 const BACKOFF_LOOK_EVERY: Duration = Duration::from_millis(250);
 
+/// Names of the phases that are measured here.
+const SPAWN: &str = "spawn";
+const REST: &str = "load";
+
 /// How one try of a load ended.
 enum Try {
-    Ready(Box<Running>),
+    Ready(Box<Running>, Vec<PhaseTime>),
     /// Another program answers on the port.
     Stranger(u16),
     Failed(String, Tail),
@@ -33,12 +37,14 @@ impl Supervisor {
         let mut avoid = BTreeSet::new();
         loop {
             match self.try_load(&avoid, deadline, memory_before).await {
-                Try::Ready(running) => {
+                Try::Ready(running, phases) => {
                     let base_url = format!("http://127.0.0.1:{}", running.process.port());
                     self.failed_loads = 0;
                     self.enter(ModelState::Resident);
                     let load_ms = self.around.clock.millis_in(ordered_at.elapsed());
-                    tracing::info!(model = self.spec.name, base_url, load_ms, "ready");
+                    tracing::info!(model = self.spec.name, base_url, load_ms, phases = in_words(&phases), "ready");
+                    self.view.send_modify(|v| v.phases.clone_from(&phases));
+                    self.report(Report::Loaded { phases });
                     if let Some(device_bytes) = running.own {
                         self.report(Report::Takes { device_bytes });
                     }
@@ -73,6 +79,7 @@ impl Supervisor {
 
     /// Starts the process and probes it until it is ready. Whatever the end but `Ready`, nothing of it runs any more.
     async fn try_load(&mut self, avoid: &BTreeSet<u16>, deadline: Instant, memory_before: Option<u64>) -> Try {
+        let started = Instant::now();
         let mut process = match self.start_process(avoid) {
             Ok(process) => process,
             Err(reason) => return Try::Failed(reason, Tail::default()),
@@ -87,6 +94,7 @@ impl Supervisor {
         tracing::info!(model = self.spec.name, process.pid = process.pid(), port = process.port(), "loading");
         self.report(Report::Loading { phase: None, percent: None });
         let mut strange_since = None;
+        let mut spawned = None;
         loop {
             let probe = async {
                 sleep(self.tempo.probe_every).await;
@@ -127,16 +135,20 @@ impl Supervisor {
             };
             if health != Health::Stranger {
                 strange_since = None;
+                if health != Health::Refused {
+                    spawned.get_or_insert_with(|| started.elapsed());
+                }
             }
             match health {
-                Health::Ready { device_bytes } => {
+                Health::Ready { device_bytes, phases } => {
                     let since = Instant::now();
+                    let phases = whole(spawned.unwrap_or_default(), started.elapsed(), phases);
                     let mut running = Running { process, doctor, since, memory_before, own: None, grown: None };
                     self.note_memory(&mut running, device_bytes);
                     if let Some(before) = memory_before {
                         running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
                     }
-                    return Try::Ready(Box::new(running));
+                    return Try::Ready(Box::new(running), phases);
                 }
                 Health::NotYet { phase, percent, .. } => self.show_progress(phase, percent),
                 Health::Failed(why) => {
@@ -240,6 +252,19 @@ impl Supervisor {
     }
 }
 
+/// All phases of a load that took `all`: of a server that does not tell any, what came after the start is one.
+fn whole(spawn: Duration, all: Duration, told: Vec<PhaseTime>) -> Vec<PhaseTime> {
+    let phase = |phase: &str, took: Duration| PhaseTime { phase: phase.to_owned(), ms: millis(took) };
+    let rest = told.is_empty().then(|| phase(REST, all.saturating_sub(spawn)));
+    std::iter::once(phase(SPAWN, spawn)).chain(told).chain(rest).collect()
+}
+
+/// `spawn 812 ms, import 4210 ms`
+fn in_words(phases: &[PhaseTime]) -> String {
+    let each = phases.iter().map(|PhaseTime { phase, ms }| format!("{phase} {ms} ms"));
+    each.collect::<Vec<_>>().join(", ")
+}
+
 /// Longest time of a load: ten times what it usually takes, at least `at_least`.
 fn load_limit(startup_time: Duration, at_least: Duration) -> Duration {
     startup_time.saturating_mul(10).max(at_least)
@@ -260,6 +285,17 @@ mod tests {
         let least = Tempo::default().load_limit_min;
         let limit = |s: u64| load_limit(Duration::from_secs(s), least).as_secs();
         assert_eq!((limit(10), limit(140)), (600, 1400));
+    }
+
+    #[test]
+    fn what_a_worker_does_not_tell_is_one_phase() {
+        let (spawn, all) = (Duration::from_millis(30), Duration::from_millis(100));
+        let said = |told: &[(&str, i64)]| {
+            let told = told.iter().map(|(phase, ms)| PhaseTime { phase: (*phase).to_owned(), ms: *ms }).collect();
+            in_words(&whole(spawn, all, told))
+        };
+        assert_eq!(said(&[]), "spawn 30 ms, load 70 ms");
+        assert_eq!(said(&[("import", 40), ("read", 25)]), "spawn 30 ms, import 40 ms, read 25 ms");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
-use crate::domain::worker::{Report, WorkerView};
+use crate::domain::worker::{PhaseTime, Report, WorkerView};
 use crate::domain::{ErrorCode, GpuSet, JobError, Millis, ModelSpec, ModelState};
 use crate::lifecycle::Tasks;
 use crate::worker::gpu::{Gpu, GpuProbe};
@@ -166,6 +166,7 @@ impl WorkerHandle {
             state: ModelState::Absent,
             phase: None,
             percent: None,
+            phases: Vec::new(),
             pid: None,
             port: None,
             since: around.clock.now(),
@@ -572,7 +573,7 @@ impl Supervisor {
 async fn pulse(doctor: &Doctor, limit: Duration) -> Pulse {
     match doctor.ask(limit).await {
         // Asleep is alive.
-        Health::Ready { device_bytes } => Pulse::Alive { device_bytes },
+        Health::Ready { device_bytes, .. } => Pulse::Alive { device_bytes },
         Health::NotYet { .. } => Pulse::Alive { device_bytes: None },
         Health::Failed(why) => Pulse::Missed(format!("it says that it failed: {why}")),
         Health::Stranger => Pulse::Missed("another program answers on its port".to_owned()),

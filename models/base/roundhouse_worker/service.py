@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from roundhouse_worker import flags, log, metrics, process
+from roundhouse_worker import flags, log, metrics, process, spare
 from roundhouse_worker.endpoint import Endpoint
 from roundhouse_worker.errors import (
     Cancelled,
@@ -43,6 +43,8 @@ CANCEL_WAIT_S = 1.0
 """How long a cancelled pass may take to notice, before the process ends under it."""
 RELEASE_WAIT_S = 0.7
 LOGGED_IDS_LIMIT = 16
+PHASES = ("import", "read", "device", "warm_up")
+"""Names of the phases of a load whose times `/health` tells."""
 
 
 class Status(StrEnum):
@@ -60,6 +62,8 @@ class Loading:
     def __init__(self) -> None:
         self.phase = "starting"
         self.percent: float | None = 0.0
+        self.phases: list[dict[str, Any]] = []
+        self._since = time.monotonic()
         self.stopping = False
 
     def __call__(self, phase: str, percent: float | None = None) -> None:
@@ -71,9 +75,18 @@ class Loading:
         if self.stopping:
             raise Cancelled("the worker is stopping")
         fresh = phase != self.phase
+        if fresh:
+            self.finish()
         self.phase, self.percent = phase, percent
         if fresh:
             log.event(logging.INFO, "loading", load_phase=phase)
+
+    def finish(self) -> None:
+        """The running phase has ended; `phases` tells how long it took."""
+        now = time.monotonic()
+        if self.phase in PHASES:
+            self.phases.append({"phase": self.phase, "ms": round(1000 * (now - self._since))})
+        self._since = now
 
 
 class BaseService:
@@ -95,6 +108,10 @@ class BaseService:
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the worker's own flags."""
+
+    @classmethod
+    def preload(cls) -> None:
+        """Import what is heavy and touch no device, as a spare process that has no model yet. *A thread of its own.*"""
 
     def check(self) -> dict[str, Any]:
         """Look at the flags without loading anything, for `--check` and before each start.
@@ -171,6 +188,7 @@ class BaseService:
             Route("/is_sleeping", self.is_sleeping),
             Route("/sleep", self.sleep, methods=["POST"]),
             Route("/wake_up", self.wake_up, methods=["POST"]),
+            Route("/take_over", spare.refuse, methods=["POST"]),
         ]
         return Starlette(
             routes=posts + verbs, exception_handlers={HTTPException: _http_error, WorkerError: _worker_error}
@@ -179,11 +197,19 @@ class BaseService:
     # ---- the process ---------------------------------------------------------
 
     @classmethod
+    def parser(cls) -> argparse.ArgumentParser:
+        """The shared flags and those of the model."""
+        parser = flags.parser(cls.__doc__ or cls.__name__, name=cls.name, model=cls.model)
+        cls.add_arguments(parser)
+        return parser
+
+    @classmethod
     def main(cls, argv: Sequence[str] | None = None) -> int:
         """Parse the flags and serve until a signal; the exit code."""
         arguments = list(sys.argv[1:] if argv is None else argv)
-        parser = flags.parser(cls.__doc__ or cls.__name__, name=cls.name, model=cls.model)
-        cls.add_arguments(parser)
+        if "--spare" in arguments:
+            return spare.main(cls, arguments)
+        parser = cls.parser()
         try:
             service = cls(parser.parse_args(arguments))
             facts = service.check()
@@ -255,6 +281,7 @@ class BaseService:
             self._fail("initialize failed", error)
             return
         self.status = Status.READY
+        self.loading.finish()
         self.loading.phase, self.loading.percent = "ready", 100.0
         log.event(logging.INFO, "ready", load_seconds=time.monotonic() - started)
 
@@ -390,6 +417,8 @@ class BaseService:
             "model": self.served_name,
             "instance": os.environ.get("ROUNDHOUSE_INSTANCE"),
         }
+        if self.loading.phases:
+            body["phases"] = self.loading.phases
         if (size := self.device_bytes()) is not None:
             body["device_bytes"] = size
         if self._failure is not None:
