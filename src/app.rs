@@ -27,6 +27,7 @@ use crate::store::snapshots::{self, Durability, Prepared, Snapshots};
 use crate::worker::client::WorkerClient;
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::host;
+use crate::worker::spare::Spares;
 use crate::worker::supervisor::{self, Surroundings, WorkerHandle};
 
 /// How long tasks may take to end after the hard stage, beyond the workers' own grace.
@@ -96,7 +97,8 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         );
     }
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
-    let (workers, reports) = start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
+    let (workers, spares, reports) =
+        start_workers(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
     let reader = opened.store.reader().clone();
     let live_sync_jobs = reader.live_sync_jobs().await?;
     let store = opened.store.clone();
@@ -108,6 +110,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         models: config.models.clone(),
         knobs: config.scheduler.clone(),
         workers,
+        spares,
         reports,
         epoch: opened.epoch,
         learned: opened.learned,
@@ -308,7 +311,7 @@ fn api_keys(data_dir: &Path, loopback: bool) -> anyhow::Result<ApiKeys> {
     }
 }
 
-type Supervised = (Workers, mpsc::UnboundedReceiver<(String, u32, crate::domain::worker::Report)>);
+type Supervised = (Workers, Spares, mpsc::UnboundedReceiver<(String, u32, crate::domain::worker::Report)>);
 
 fn start_workers(
     config: &Config,
@@ -318,7 +321,7 @@ fn start_workers(
     gpus: Arc<dyn GpuProbe>,
     tasks: &Tasks,
 ) -> anyhow::Result<Supervised> {
-    let around = Surroundings {
+    let mut around = Surroundings {
         clock: clock.clone(),
         gpus,
         tasks: tasks.clone(),
@@ -328,14 +331,17 @@ fn start_workers(
         grace: config.server.worker_grace,
         backoff_first: config.server.backoff_first,
         backoff_max: config.server.backoff_max,
+        spares: Spares::default(),
     };
+    around.spares = Spares::start(&config.models, &around);
+    let spares = around.spares.clone();
     let (sender, reports) = mpsc::unbounded_channel();
     let all = config.models.iter().flat_map(|spec| (0..spec.max_replicas.max(1)).map(move |replica| (spec, replica)));
     let start = |(spec, replica): (&crate::domain::ModelSpec, u32)| {
         let worker = WorkerHandle::start(spec.clone(), replica, around.clone(), sender.clone());
         ((spec.name.clone(), replica), worker)
     };
-    Ok((all.map(start).collect(), reports))
+    Ok((all.map(start).collect(), spares, reports))
 }
 
 /// Parked models that this machine has no memory for would be killed by it.

@@ -139,6 +139,7 @@ impl Bench {
                 grace: GRACE,
                 backoff_first: Duration::from_millis(20),
                 backoff_max: Duration::from_millis(100),
+                spares: roundhouse::worker::spare::Spares::default(),
             },
             tempo: Tempo {
                 watch_every: Duration::from_millis(100),
@@ -181,6 +182,7 @@ impl Bench {
             pin: false,
             exclusive: false,
             park: roundhouse::domain::Park::Off,
+            spare: false,
             upstream_model: "toy".into(),
             dir: self.path().to_owned(),
         }

@@ -106,6 +106,43 @@ pub struct WorkerView {
     pub log_path: String,
 }
 
+/// How a spare process is, for `/v1/workers`; stale by the time it is read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SpareView {
+    /// The models that it could become.
+    pub models: Vec<String>,
+    /// Where it is.
+    pub state: SpareState,
+    /// The guard's process id.
+    pub pid: Option<u32>,
+    /// Port it listens on.
+    pub port: Option<u16>,
+    /// Host memory that it takes, in bytes; no part of `scheduler.park_ram`.
+    pub host_bytes: Option<u64>,
+    /// Spare processes that were started.
+    pub starts: u64,
+    /// Loads that have taken one.
+    pub taken: u64,
+    /// Why the last one is gone, unless a load took it.
+    pub reason: Option<String>,
+    /// Where its log is while it is a spare.
+    pub log_path: String,
+}
+
+/// Where a spare process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SpareState {
+    /// There is none, since somebody loads or has just done so.
+    Absent,
+    /// It imports; a load would take it.
+    Importing,
+    /// It waits for a load.
+    Ready,
+    /// The last one failed or was refused; another is started later.
+    Backoff,
+}
+
 /// The answer to one job.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {

@@ -374,6 +374,7 @@ pub mod tests {
             pin: false,
             exclusive: false,
             park: crate::domain::Park::Off,
+            spare: false,
             upstream_model: format!("org/{name}"),
             dir: "/".into(),
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::domain::worker::WorkerView;
+use crate::domain::worker::{SpareView, WorkerView};
 use crate::domain::{
     BatchId, Control, ErrorCode, Job, JobError, JobId, JobState, Millis, ModelState, NewJob, StateReason,
 };
@@ -19,6 +19,7 @@ pub use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::run::Message;
 pub use crate::scheduler::state::Expected;
 use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics, Trouble};
+use crate::worker::spare::Spares;
 use crate::worker::supervisor::{Order, WorkerHandle};
 
 /// Why jobs were not accepted; nothing was stored.
@@ -192,6 +193,7 @@ pub struct Handle {
     hub: Hub,
     store: Store,
     workers: Arc<Workers>,
+    spares: Spares,
     view: watch::Receiver<Arc<QueueView>>,
     counters: Arc<Mutex<Counters>>,
     tasks: Tasks,
@@ -203,12 +205,14 @@ impl Handle {
         hub: Hub,
         store: Store,
         workers: Workers,
+        spares: Spares,
         view: watch::Receiver<Arc<QueueView>>,
         tasks: Tasks,
     ) -> Self {
         let counters =
             Counters { wait_buckets: WAIT_BUCKETS.iter().map(|le| (*le, 0)).collect(), ..Counters::default() };
-        Self { messages, hub, store, workers: Arc::new(workers), view, counters: Arc::new(Mutex::new(counters)), tasks }
+        let workers = Arc::new(workers);
+        Self { messages, hub, store, workers, spares, view, counters: Arc::new(Mutex::new(counters)), tasks }
     }
 
     /// Commits jobs (all or none) and returns them in order. All are of one tenant. With a `key` that came before, those of
@@ -324,6 +328,11 @@ impl Handle {
     /// Views of all workers, by name and number.
     pub fn workers(&self) -> Vec<WorkerView> {
         self.workers.values().map(WorkerHandle::view).collect()
+    }
+
+    /// How the spare processes are.
+    pub fn spares(&self) -> Vec<SpareView> {
+        self.spares.views()
     }
 
     /// Forgets a model's back-off and quarantine. False: no such model.

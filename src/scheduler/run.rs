@@ -31,6 +31,7 @@ use crate::store::{
 };
 use crate::worker::client::{RunTag, WorkerClient};
 use crate::worker::gpu::GpuProbe;
+use crate::worker::spare::Spares;
 
 #[path = "operate.rs"]
 mod operate;
@@ -100,6 +101,8 @@ pub struct Parts {
     pub knobs: Knobs,
     /// Supervisors by model and number.
     pub workers: Workers,
+    /// Processes that their loads may take over.
+    pub spares: Spares,
     /// Their reports.
     pub reports: mpsc::UnboundedReceiver<(String, u32, Report)>,
     /// Number of this run of the server on its data dir.
@@ -132,6 +135,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         models,
         knobs,
         workers,
+        spares,
         reports,
         epoch,
         learned,
@@ -146,7 +150,8 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
     let (messages, inbox) = mpsc::unbounded_channel();
     let (view, viewed) = watch::channel(Arc::new(QueueView::default()));
     let hub = Hub::default();
-    let handle = Handle::new(messages.clone(), hub.clone(), store.clone(), workers.clone(), viewed, tasks.clone());
+    let handle =
+        Handle::new(messages.clone(), hub.clone(), store.clone(), workers.clone(), spares, viewed, tasks.clone());
     let there = devices::look(&gpus).await;
     let mut state = State::new(&models, knobs, &learned, epoch)
         .on(Inventory { host: park_bytes, ..Inventory::of(&there, cpu_bytes) })

@@ -28,6 +28,7 @@ pub(super) fn spec(name: &str, limit: u32) -> ModelSpec {
         pin: false,
         exclusive: false,
         park: Park::Off,
+        spare: false,
         upstream_model: name.to_owned(),
         dir: "/".into(),
     }

@@ -79,8 +79,18 @@ impl Doctor {
         self.tell("/wake_up").await
     }
 
+    /// Has a spare process become the worker that `order` describes; an error says why it does not.
+    pub(super) async fn take_over(&self, order: &Value) -> Result<(), String> {
+        self.tell_with("/take_over", Some(order)).await
+    }
+
     async fn tell(&self, path: &str) -> Result<(), String> {
-        let ask = Ask { method: Method::POST, ..Ask::get(path) };
+        self.tell_with(path, None).await
+    }
+
+    async fn tell_with(&self, path: &str, body: Option<&Value>) -> Result<(), String> {
+        let body = body.map(|body| bytes::Bytes::from(body.to_string())).unwrap_or_default();
+        let ask = Ask { method: Method::POST, body, ..Ask::get(path) };
         let mut reply = self.pool.call(&self.authority, &ask).await.map_err(|lost| lost.to_string())?;
         let status = reply.status;
         let body = reply.whole(LIMIT_BYTES).await.map_err(|lost| lost.to_string())?.unwrap_or_default();

@@ -9,6 +9,8 @@ const PORTS_TRIED: usize = 3;
 /// How often the clock is asked whether a back-off is over.
 const BACKOFF_LOOK_EVERY: Duration = Duration::from_millis(250);
 
+/// Longest time in which a spare process has to say that it becomes a worker.
+const TAKE_OVER_LIMIT: Duration = Duration::from_secs(5);
 /// Names of the phases that are measured here.
 const SPAWN: &str = "spawn";
 const REST: &str = "load";
@@ -27,6 +29,7 @@ enum Try {
 impl Supervisor {
     pub(super) async fn load(&mut self) -> Phase {
         let ordered_at = Instant::now();
+        let _loading = self.around.spares.loading();
         let memory_before = match self.device_memory().await {
             Some(memory) => memory,
             None => return Phase::Blocked,
@@ -80,7 +83,9 @@ impl Supervisor {
     /// Starts the process and probes it until it is ready. Whatever the end but `Ready`, nothing of it runs any more.
     async fn try_load(&mut self, avoid: &BTreeSet<u16>, deadline: Instant, memory_before: Option<u64>) -> Try {
         let started = Instant::now();
-        let mut process = match self.start_process(avoid) {
+        let spare = if avoid.is_empty() { self.take_spare().await } else { None };
+        let was_spare = spare.is_some();
+        let mut process = match spare.map_or_else(|| self.start_process(avoid), Ok) {
             Ok(process) => process,
             Err(reason) => return Try::Failed(reason, Tail::default()),
         };
@@ -91,7 +96,13 @@ impl Supervisor {
             v.gpus.clone_from(&self.gpus);
             v.starts += 1;
         });
-        tracing::info!(model = self.spec.name, process.pid = process.pid(), port = process.port(), "loading");
+        tracing::info!(
+            model = self.spec.name,
+            process.pid = process.pid(),
+            port = process.port(),
+            was_spare,
+            "loading"
+        );
         self.report(Report::Loading { phase: None, percent: None });
         let mut strange_since = None;
         let mut spawned = None;
@@ -170,17 +181,44 @@ impl Supervisor {
 
     fn start_process(&self, avoid: &BTreeSet<u16>) -> Result<WorkerProcess, String> {
         let lease = ports::lease(self.spec.port, avoid).ok_or("no port from 8001 to 8999 is free on 127.0.0.1")?;
-        WorkerProcess::start(Start {
+        WorkerProcess::start(&self.wanted(), lease)
+    }
+
+    /// A spare process of its environment that has become its worker. Whatever is wrong with one costs a start from nothing.
+    async fn take_spare(&self) -> Option<WorkerProcess> {
+        let process = self.around.spares.take(&self.spec).await?;
+        let doctor = Doctor::new(process.port(), process.mark());
+        let took = match process.order(&self.wanted()) {
+            Ok(order) => timeout(TAKE_OVER_LIMIT, doctor.take_over(&order))
+                .await
+                .unwrap_or_else(|_| Err(format!("no answer to /take_over within {} s", TAKE_OVER_LIMIT.as_secs()))),
+            Err(why) => Err(why),
+        };
+        let process = match &took {
+            Ok(()) => {
+                process.became(&self.wanted());
+                Some(process)
+            }
+            Err(_) => {
+                process.clear_away().await;
+                None
+            }
+        };
+        self.around.spares.came(&self.spec, took).await;
+        process
+    }
+
+    fn wanted(&self) -> Start<'_> {
+        Start {
             spec: &self.spec,
             replica: self.replica,
             gpus: &self.gpus,
-            lease,
             data_dir_id: &self.around.data_dir_id,
             log_dir: &self.around.log_dir,
             program: &self.around.program,
             grace: self.around.grace,
             tasks: &self.around.tasks,
-        })
+        }
     }
 
     async fn failed_load(&mut self, reason: String, tail: &Tail, memory: Option<u64>) -> Phase {
@@ -271,7 +309,7 @@ fn load_limit(startup_time: Duration, at_least: Duration) -> Duration {
 }
 
 /// `first`, doubled for each further failure, at most `max`.
-fn backoff(first: Duration, max: Duration, failures: u32) -> Duration {
+pub(in crate::worker) fn backoff(first: Duration, max: Duration, failures: u32) -> Duration {
     let doublings = failures.saturating_sub(1).min(20);
     first.saturating_mul(1 << doublings).min(max)
 }

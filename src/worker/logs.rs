@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
+use tokio::sync::watch;
 
 /// A log file is moved to `.1` when it reaches this; so one model's logs take twice as much at most.
 pub(super) const FILE_LIMIT_BYTES: u64 = 10 << 20;
@@ -17,17 +18,21 @@ const TAIL_LINES: usize = 50;
 
 /// Where the log of a model's worker is. No name has a `+` in it, so no other model's log is there.
 pub(super) fn path(dir: &Path, model: &str, replica: u32) -> PathBuf {
-    let name: String = model
-        .chars()
-        .map(|c| match c {
-            'a'..='z' | 'A'..='Z' | '0'..='9' | '-' | '_' | '.' => c,
-            _ => '_',
-        })
-        .collect();
+    let name = plain(model);
     match replica {
         0 => dir.join(format!("{name}.log")),
         _ => dir.join(format!("{name}+{replica}.log")),
     }
+}
+
+/// Where the log of a spare process is until it is a model's worker: no model's name starts with a `+`.
+pub(super) fn spare_path(dir: &Path, folder: &str, index: usize) -> PathBuf {
+    dir.join(format!("+spare-{}-{index}.log", plain(folder)))
+}
+
+fn plain(name: &str) -> String {
+    let keep = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    name.chars().map(|c| if keep(c) { c } else { '_' }).collect()
 }
 
 /// The latest lines of one process. Cheap to clone.
@@ -57,6 +62,14 @@ impl Tail {
             .map(|line| super::verdict::cut(line.trim().to_owned(), 400))
     }
 
+    /// `reason` and the line that explains it best.
+    pub(super) fn explain(&self, reason: String) -> String {
+        match self.reason() {
+            Some(line) => format!("{reason}; its log says: {line}"),
+            None => reason,
+        }
+    }
+
     fn push(&self, line: &[u8]) {
         let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         if lines.len() == TAIL_LINES {
@@ -68,7 +81,8 @@ impl Tail {
 
 /// Reads `pipe` until every process that holds its other end is gone. Trouble with the file never stops the draining: a
 /// worker whose pipe is full would hang.
-pub(super) async fn capture(pipe: PipeReader, path: PathBuf, tail: Tail, limit_bytes: u64) {
+/// What comes after `path` has changed goes there.
+pub(super) async fn capture(pipe: PipeReader, mut path: watch::Receiver<PathBuf>, tail: Tail, limit_bytes: u64) {
     let mut pipe = match pipe::Receiver::from_owned_fd(pipe.into()) {
         Ok(pipe) => pipe,
         Err(error) => {
@@ -76,7 +90,8 @@ pub(super) async fn capture(pipe: PipeReader, path: PathBuf, tail: Tail, limit_b
             return;
         }
     };
-    let mut file = File::open(path, limit_bytes).await;
+    let first = path.borrow_and_update().clone();
+    let mut file = File::open(first, limit_bytes).await;
     let mut lines = Lines::default();
     let mut buffer = vec![0; 64 << 10];
     loop {
@@ -84,6 +99,11 @@ pub(super) async fn capture(pipe: PipeReader, path: PathBuf, tail: Tail, limit_b
             Ok(0) => break,
             Ok(count) => {
                 let cut = lines.take(&buffer[..count], &tail);
+                // An error: nobody can change it any more.
+                if path.has_changed().unwrap_or(false) {
+                    let next = path.borrow_and_update().clone();
+                    file = File::open(next, limit_bytes).await;
+                }
                 file.write(&cut).await;
             }
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
@@ -259,7 +279,7 @@ mod tests {
                 writeln!(writer, "this is line number {at}").unwrap();
             }
         });
-        capture(reader, path.clone(), tail.clone(), 100_000).await;
+        capture(reader, watch::channel(path.clone()).1, tail.clone(), 100_000).await;
         writing.join().unwrap();
         let size = |p: &Path| std::fs::metadata(p).unwrap().len();
         assert!(size(&path) <= 100_000);

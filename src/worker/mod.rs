@@ -14,6 +14,7 @@ mod logs;
 mod ports;
 pub mod process;
 mod procfs;
+pub mod spare;
 mod sse;
 pub mod supervisor;
 mod verdict;

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use serde_json::{Map, Value, json};
 use tokio::process::{Child, ChildStdin, Command};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::clock::{Clock, SystemClock};
@@ -44,7 +46,6 @@ pub(super) struct Start<'a> {
     pub(super) replica: u32,
     /// The GPUs that it may see, by the driver's numbers.
     pub(super) gpus: &'a [u32],
-    pub(super) lease: Lease,
     pub(super) data_dir_id: &'a str,
     pub(super) log_dir: &'a Path,
     pub(super) program: &'a Path,
@@ -62,13 +63,42 @@ pub(super) struct WorkerProcess {
     started_at: Millis,
     tail: Tail,
     capture: JoinHandle<()>,
+    /// What it was started with.
+    environment: BTreeMap<OsString, OsString>,
+    log_path: watch::Sender<PathBuf>,
+}
+
+impl Start<'_> {
+    fn environment(&self, mark: &str) -> BTreeMap<OsString, OsString> {
+        environment(std::env::vars_os(), self.spec, self.gpus, mark)
+    }
+
+    fn log_path(&self) -> PathBuf {
+        logs::path(self.log_dir, &self.spec.name, self.replica)
+    }
 }
 
 impl WorkerProcess {
     /// Starts the guard with the worker's command; the text of an error is for a person.
-    pub(super) fn start(start: Start) -> Result<Self, String> {
-        let command = command_line(start.spec, start.lease.port())?;
+    pub(super) fn start(start: &Start, lease: Lease) -> Result<Self, String> {
+        let command = command_line(start.spec, lease.port())?;
+        Self::run(start, lease, &command, start.log_path())
+    }
+
+    /// As [`Self::start`], but it is a spare process, whose log is in `log_path` until it is a worker.
+    pub(super) fn start_spare(start: &Start, lease: Lease, log_path: PathBuf) -> Result<Self, String> {
+        let Launch::Script { python, script } = &start.spec.launch else {
+            return Err(format!("model `{}`: its `command` cannot be started as a spare process", start.spec.name));
+        };
+        script_is_there(start.spec, python, script)?;
+        let port = lease.port().to_string();
+        let command = [python.into(), script.into(), "--spare".into(), "--port".into(), port.into()];
+        Self::run(start, lease, &command, log_path)
+    }
+
+    fn run(start: &Start, lease: Lease, command: &[OsString], log_path: PathBuf) -> Result<Self, String> {
         let mark = format!("{}:{}", start.data_dir_id, nonce()?);
+        let environment = start.environment(&mark);
         let (reader, writer) = std::io::pipe().map_err(|e| format!("cannot make a pipe: {e}"))?;
         let stderr = writer.try_clone().map_err(|e| format!("cannot make a pipe: {e}"))?;
         let mut guard = Command::new(start.program)
@@ -76,9 +106,9 @@ impl WorkerProcess {
             .arg("--grace-ms")
             .arg(start.grace.as_millis().to_string())
             .arg("--")
-            .args(&command)
+            .args(command)
             .env_clear()
-            .envs(environment(std::env::vars_os(), start.spec, start.gpus, &mark))
+            .envs(&environment)
             .current_dir(&start.spec.dir)
             .stdin(Stdio::piped())
             .stdout(Stdio::from(writer))
@@ -89,25 +119,43 @@ impl WorkerProcess {
         let lifeline = guard.stdin.take();
         let pid = guard.id().map_or(0, u32::cast_signed);
         let tail = Tail::default();
-        let capture = start.tasks.spawn(
-            "worker log",
-            logs::capture(
-                reader,
-                logs::path(start.log_dir, &start.spec.name, start.replica),
-                tail.clone(),
-                logs::FILE_LIMIT_BYTES,
-            ),
-        );
+        let (log_path, path) = watch::channel(log_path);
+        let capture =
+            start.tasks.spawn("worker log", logs::capture(reader, path, tail.clone(), logs::FILE_LIMIT_BYTES));
         Ok(Self {
             guard,
             pid,
             lifeline,
-            lease: start.lease,
+            lease,
             mark,
             started_at: SystemClock::default().now(),
             tail,
             capture,
+            environment,
+            log_path,
         })
+    }
+
+    /// What a spare process is to be told to become the worker of `start`.
+    pub(super) fn order(&self, start: &Start) -> Result<Value, String> {
+        let text = |value: &OsString| value.to_str().map(str::to_owned);
+        let (has, wants) = (&self.environment, start.environment(&self.mark));
+        let changed = wants.iter().filter(|(name, value)| has.get(*name) != Some(value));
+        let dropped = has.keys().filter(|name| !wants.contains_key(*name));
+        let changed = changed.map(|(name, value)| (text(name), text(value).map(Value::from)));
+        let environment = changed.chain(dropped.map(|name| (text(name), Some(Value::Null))));
+        let environment: Option<Map<String, Value>> = environment.map(|(name, value)| name.zip(value)).collect();
+        let words = command_line(start.spec, self.lease.port())?;
+        // The interpreter and the script run already.
+        let arguments: Option<Vec<String>> = words.iter().skip(2).map(text).collect();
+        let (environment, arguments) =
+            environment.zip(arguments).ok_or("its arguments or its environment are not in UTF-8")?;
+        Ok(json!({"arguments": arguments, "environment": environment, "instance": self.mark}))
+    }
+
+    /// It is the worker of `start` now: so is its log from here on.
+    pub(super) fn became(&self, start: &Start) {
+        self.log_path.send_replace(start.log_path());
     }
 
     /// The guard's process id.
@@ -348,6 +396,7 @@ pub(super) mod tests {
             pin: false,
             exclusive: false,
             park: Park::Off,
+            spare: false,
             upstream_model: "toy".into(),
             dir: "/".into(),
         }

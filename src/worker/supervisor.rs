@@ -21,11 +21,13 @@ use crate::worker::health::{Doctor, Health};
 use crate::worker::logs::{self, Tail};
 use crate::worker::ports;
 use crate::worker::process::{self, Start, WorkerProcess};
+use crate::worker::spare::Spares;
 
 #[path = "device_memory.rs"]
 mod device_memory;
 #[path = "loading.rs"]
 mod loading;
+pub(super) use loading::backoff;
 #[path = "parking.rs"]
 mod parking;
 
@@ -56,6 +58,8 @@ pub struct Surroundings {
     pub backoff_first: Duration,
     /// Longest back-off; also how often a quarantined model is tried.
     pub backoff_max: Duration,
+    /// Processes that a load may take over.
+    pub spares: Spares,
 }
 
 /// Where supervisors report to: (model, number of the worker, report).

@@ -23,6 +23,7 @@ mod parking;
 mod replay;
 mod restarts;
 mod retention;
+mod starts;
 mod streams;
 mod swaps;
 mod sync_calls;
