@@ -156,6 +156,9 @@ class EchoService(rw.BaseService):
         whole.add_argument("--load-s", type=float, default=0.0, help="how long loading takes")
         whole.add_argument("--load-from-start", action="store_true", help="--load-s counts from the process's start")
         whole.add_argument("--load-fail", metavar="TEXT", help="fail to load, with this text")
+        whole.add_argument(
+            "--load-oom", type=int, default=0, metavar="N", help="the first N (1, 2) tries of a load run out of memory"
+        )
         whole.add_argument("--fail-item", type=int, default=0, metavar="K", help="the K-th request fails")
         whole.add_argument("--crash-after", type=int, default=0, metavar="N", help="the N-th request crashes it")
         whole.add_argument("--device-bytes", type=int, metavar="N", help="device memory that /health tells")
@@ -218,6 +221,9 @@ class EchoService(rw.BaseService):
         while (spent := time.monotonic() - started) < self.options.load_s:
             loading("read", round(100 * spent / self.options.load_s, 1))
             time.sleep(min(NAP_S, self.options.load_s - spent))
+        tries = 2 if "ROUNDHOUSE_MEMORY_SCALE" in os.environ else 1
+        if tries <= self.options.load_oom:
+            raise RuntimeError("CUDA out of memory (not really: it was asked for)")
         if self.options.load_fail is not None:
             raise RuntimeError(self.options.load_fail)
 

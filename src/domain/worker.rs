@@ -55,6 +55,12 @@ pub enum Report {
         /// Five in a row.
         quarantined: bool,
     },
+    /// Its GPU has not enough memory for it, also when it is told to take less. Nothing of it runs; tried again when there is
+    /// more room, which `Available` tells.
+    DoesNotFit {
+        /// For a person, with numbers and advice.
+        error: JobError,
+    },
     /// Needs GPUs that the box does not see.
     NoGpu,
     /// May be loaded again: back-off is over, a GPU came back, or a person asked for a retry.

@@ -341,7 +341,9 @@ impl Scheduler {
                     *seconds += *ms as f64 / 1e3;
                 }
             }
-            Report::LoadFailed { .. } => *counters.failed_loads.entry(model.clone()).or_default() += 1,
+            Report::LoadFailed { .. } | Report::DoesNotFit { .. } => {
+                *counters.failed_loads.entry(model.clone()).or_default() += 1
+            }
             Report::Died { .. } => *counters.worker_deaths.entry(model.clone()).or_default() += 1,
             _ => {}
         });

@@ -614,8 +614,10 @@ impl State {
             },
             Report::Died { .. } => worker.map_or(Vec::new(), |worker| self.on_died(worker, now)),
             Report::LoadFailed { error, retry_at, quarantined } => {
-                self.on_load_failed(index, worker, error, retry_at, quarantined)
+                let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
+                self.on_load_failed(index, worker, error, Some(retry_at), word)
             }
+            Report::DoesNotFit { error } => self.on_load_failed(index, worker, error, None, "blocked"),
             Report::NoGpu => {
                 self.models[index].trouble = Some(self.models[index].lacks_gpus());
                 self.models[index].block_too_big();
@@ -637,17 +639,16 @@ impl State {
         index: usize,
         worker: Option<usize>,
         error: JobError,
-        retry_at: Millis,
-        quarantined: bool,
+        retry_at: Option<Millis>,
+        word: &str,
     ) -> Vec<Effect> {
-        let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
         let text = format!("{word}: {}", first_line(&error.message));
         self.give_up(worker);
         let serves = self.serves(index);
         let model = &mut self.models[index];
         (model.preload, model.wanted_at) = (false, None);
         let told = (!serves).then(|| error.clone());
-        model.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: told, text, until: Some(retry_at) });
+        model.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: told, text, until: retry_at });
         if serves {
             // Callers have another worker.
             return Vec::new();

@@ -20,8 +20,8 @@ pub(super) enum Health {
     Ready { device_bytes: Option<u64>, phases: Vec<PhaseTime> },
     /// Lives and takes no jobs now: loading or asleep.
     NotYet { phase: Option<String>, percent: Option<f64>, device_bytes: Option<u64> },
-    /// Says that it has failed and why.
-    Failed(String),
+    /// Says that it has failed and why; `oom`: its device ran out of memory.
+    Failed { why: String, oom: bool },
     /// Another worker answers on this port.
     Stranger,
     /// No answer, or one that says nothing good.
@@ -46,6 +46,7 @@ struct Body {
     phase: Option<String>,
     percent: Option<f64>,
     error: Option<String>,
+    code: Option<String>,
     device_bytes: Option<u64>,
     #[serde(default)]
     phases: Vec<PhaseTime>,
@@ -137,7 +138,10 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
         }
         return match body.status.as_str() {
             "ready" if status == 200 => Health::Ready { device_bytes: body.device_bytes, phases: body.phases },
-            "failed" => Health::Failed(cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400)),
+            "failed" => Health::Failed {
+                why: cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400),
+                oom: body.code.as_deref() == Some("worker_oom"),
+            },
             _ => Health::NotYet { phase: body.phase, percent: body.percent, device_bytes: body.device_bytes },
         };
     }
@@ -172,7 +176,9 @@ mod tests {
         assert_eq!(ask(503, "loading", "id:1".into()), not_yet);
         assert_eq!(ask(503, "asleep", "id:1".into()), not_yet);
         assert_eq!(ask(503, "ready", "id:1".into()), not_yet, "ready but stopping");
-        assert_eq!(ask(503, "failed", "id:1".into()), Health::Failed("no file".into()));
+        assert_eq!(ask(503, "failed", "id:1".into()), Health::Failed { why: "no file".into(), oom: false });
+        let oom = br#"{"status": "failed", "instance": "m", "error": "no room", "code": "worker_oom"}"#;
+        assert_eq!(read(503, oom, "m"), Health::Failed { why: "no room".into(), oom: true });
         assert_eq!(ask(200, "ready", "id:2".into()), Health::Stranger);
         assert_eq!(ask(200, "ready", Value::Null), Health::Stranger, "started by hand");
     }

@@ -16,11 +16,13 @@ const SPAWN: &str = "spawn";
 const REST: &str = "load";
 
 /// How one try of a load ended.
-enum Try {
+pub(super) enum Try {
     Ready(Box<Running>, Vec<PhaseTime>),
     /// Another program answers on the port.
     Stranger(u16),
     Failed(String, Tail),
+    /// Its device has not enough memory.
+    OutOfMemory(String, Tail),
     /// By an order given at this time.
     Stopped(Instant),
     Ended,
@@ -35,6 +37,7 @@ impl Supervisor {
             None => return Phase::Blocked,
         };
         self.enter(ModelState::Loading);
+        self.is_small = false;
         let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
         let deadline = ordered_at + limit;
         let mut avoid = BTreeSet::new();
@@ -66,6 +69,13 @@ impl Supervisor {
                     let reason = format!("another program answers on port {port}");
                     return self.failed_load(reason, &Tail::default(), memory_before).await;
                 }
+                Try::OutOfMemory(reason, _) if !self.is_small => {
+                    let model = &self.spec.name;
+                    tracing::warn!(model, "out of memory while loading, tried once more with less: {reason}");
+                    self.is_small = true;
+                    self.wait_memory_free(memory_before).await;
+                }
+                Try::OutOfMemory(reason, tail) => return self.does_not_fit(reason, &tail, memory_before).await,
                 Try::Failed(reason, tail) => {
                     return self.failed_load(reason, &tail, memory_before).await;
                 }
@@ -83,7 +93,7 @@ impl Supervisor {
     /// Starts the process and probes it until it is ready. Whatever the end but `Ready`, nothing of it runs any more.
     async fn try_load(&mut self, avoid: &BTreeSet<u16>, deadline: Instant, memory_before: Option<u64>) -> Try {
         let started = Instant::now();
-        let spare = if avoid.is_empty() { self.take_spare().await } else { None };
+        let spare = if avoid.is_empty() && !self.is_small { self.take_spare().await } else { None };
         let was_spare = spare.is_some();
         let mut process = match spare.map_or_else(|| self.start_process(avoid), Ok) {
             Ok(process) => process,
@@ -134,7 +144,7 @@ impl Supervisor {
                 }
                 how = process.exited() => {
                     let tail = process.clear_away().await;
-                    return Try::Failed(format!("its worker {how}"), tail);
+                    return self.failed(format!("its worker {how}"), false, tail);
                 }
                 () = sleep_until(deadline) => {
                     let tail = process.stop(self.around.grace).await;
@@ -162,9 +172,9 @@ impl Supervisor {
                     return Try::Ready(Box::new(running), phases);
                 }
                 Health::NotYet { phase, percent, .. } => self.show_progress(phase, percent),
-                Health::Failed(why) => {
+                Health::Failed { why, oom } => {
                     let tail = process.stop(self.around.grace).await;
-                    return Try::Failed(format!("its worker says: {why}"), tail);
+                    return self.failed(format!("its worker says: {why}"), oom, tail);
                 }
                 Health::Stranger => {
                     let since = *strange_since.get_or_insert_with(Instant::now);
@@ -213,6 +223,7 @@ impl Supervisor {
             spec: &self.spec,
             replica: self.replica,
             gpus: &self.gpus,
+            is_small: self.is_small,
             data_dir_id: &self.around.data_dir_id,
             log_dir: &self.around.log_dir,
             program: &self.around.program,

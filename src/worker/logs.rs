@@ -15,6 +15,16 @@ pub(super) const FILE_LIMIT_BYTES: u64 = 10 << 20;
 const LINE_LIMIT_BYTES: usize = 8 << 10;
 /// Lines kept in memory for reasons.
 const TAIL_LINES: usize = 50;
+/// How engines say that a device has not enough memory, in small letters.
+const OUT_OF_MEMORY: [&str; 6] = [
+    "cuda out of memory",
+    "outofmemoryerror",
+    "out of memory on the gpu",
+    // vLLM: nothing is left beside the weights; others hold too much; too little is left for one request of the longest kind.
+    "no available memory for the cache blocks",
+    "is less than desired gpu memory utilization",
+    "larger than the available kv cache memory",
+];
 
 /// Where the log of a model's worker is. No name has a `+` in it, so no other model's log is there.
 pub(super) fn path(dir: &Path, model: &str, replica: u32) -> PathBuf {
@@ -60,6 +70,15 @@ impl Tail {
             .find(names_error)
             .or_else(|| meaningful().next())
             .map(|line| super::verdict::cut(line.trim().to_owned(), 400))
+    }
+
+    /// Whether a line says, in the words of torch or vLLM, that the device has not enough memory.
+    pub(super) fn tells_out_of_memory(&self) -> bool {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().any(|line| {
+            let line = line.to_ascii_lowercase();
+            OUT_OF_MEMORY.iter().any(|words| line.contains(words))
+        })
     }
 
     /// `reason` and the line that explains it best.
@@ -258,6 +277,23 @@ mod tests {
         tail.push(b"bye");
         tail.push(b"  ");
         assert_eq!(tail.reason().as_deref(), Some("ValueError: no such folder"));
+    }
+
+    #[test]
+    fn engines_say_in_many_words_that_memory_ran_out() {
+        for line in [
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.",
+            "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.",
+            "ValueError: Free memory on device (9.1/79.1 GiB) on startup is less than desired GPU memory utilization (0.9)",
+            "(9.00 GiB KV cache is needed, which is larger than the available KV cache memory (2.00 GiB)",
+        ] {
+            let tail = Tail::default();
+            tail.push(b"loading");
+            assert!(!tail.tells_out_of_memory());
+            tail.push(line.as_bytes());
+            tail.push(b"bye");
+            assert!(tail.tells_out_of_memory(), "{line}");
+        }
     }
 
     #[test]

@@ -162,7 +162,7 @@ impl Supervisor {
                 loop {
                     match doctor.ask(tempo.probe_limit).await {
                         Health::Ready { device_bytes, .. } => return Ok(device_bytes),
-                        Health::Failed(why) => return Err(format!("it says: {why}")),
+                        Health::Failed { why, .. } => return Err(format!("it says: {why}")),
                         _ => sleep(tempo.probe_every).await,
                     }
                 }

@@ -28,6 +28,8 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// Most that is waited at server start for orphans to end by themselves; they had their grace when the server died.
 const ORPHAN_GRACE_MAX: Duration = Duration::from_secs(3);
+/// Of what it would take by itself, the share that a worker is to make do with after it ran out of memory.
+const SMALL_SCALE: &str = "0.85";
 /// Never inherited by a worker. Everything that starts with `ROUNDHOUSE_` is not either.
 const SECRETS: [&str; 8] = [
     "HF_TOKEN",
@@ -46,6 +48,8 @@ pub(super) struct Start<'a> {
     pub(super) replica: u32,
     /// The GPUs that it may see, by the driver's numbers.
     pub(super) gpus: &'a [u32],
+    /// It ran out of memory, and is to make do with less.
+    pub(super) is_small: bool,
     pub(super) data_dir_id: &'a str,
     pub(super) log_dir: &'a Path,
     pub(super) program: &'a Path,
@@ -70,7 +74,11 @@ pub(super) struct WorkerProcess {
 
 impl Start<'_> {
     fn environment(&self, mark: &str) -> BTreeMap<OsString, OsString> {
-        environment(std::env::vars_os(), self.spec, self.gpus, mark)
+        let mut vars = environment(std::env::vars_os(), self.spec, self.gpus, mark);
+        if self.is_small {
+            vars.insert("ROUNDHOUSE_MEMORY_SCALE".into(), SMALL_SCALE.into());
+        }
+        vars
     }
 
     fn log_path(&self) -> PathBuf {

@@ -303,7 +303,7 @@ impl Keeper {
                     continue;
                 }
                 Health::Ready { .. } => "it has a model, though it was started as a spare".to_owned(),
-                Health::Failed(why) => format!("it says: {why}"),
+                Health::Failed { why, .. } => format!("it says: {why}"),
                 Health::Stranger => "another program answers on its port".to_owned(),
                 Health::Silent(_) | Health::Refused if turn.is_some() => continue,
                 Health::Silent(_) | Health::Refused if misses + 1 < WATCH_MISSES => {
@@ -324,6 +324,7 @@ impl Keeper {
             spec: &self.spec,
             replica: 0,
             gpus: &[],
+            is_small: false,
             data_dir_id: &self.around.data_dir_id,
             log_dir: &self.around.log_dir,
             program: &self.around.program,

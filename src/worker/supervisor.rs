@@ -28,6 +28,8 @@ mod device_memory;
 #[path = "loading.rs"]
 mod loading;
 pub(super) use loading::backoff;
+#[path = "out_of_memory.rs"]
+mod out_of_memory;
 #[path = "parking.rs"]
 mod parking;
 
@@ -194,6 +196,7 @@ impl WorkerHandle {
             looked,
             failed_loads: 0,
             early_deaths: 0,
+            is_small: false,
         };
         tasks.spawn("supervisor", supervisor.run());
         Self { orders, view, has_looked }
@@ -242,8 +245,16 @@ enum Phase {
     Loading,
     Serving(Box<Running>),
     Parked(Box<Running>),
-    BackingOff { error: JobError, until: Millis },
+    BackingOff {
+        error: JobError,
+        until: Millis,
+    },
     Blocked,
+    /// Its GPU has not enough memory for it: waits until one has more free than this, in bytes.
+    DoesNotFit {
+        error: JobError,
+        free: u64,
+    },
     Ended,
 }
 
@@ -296,6 +307,8 @@ struct Supervisor {
     looked: watch::Sender<bool>,
     failed_loads: u32,
     early_deaths: u32,
+    /// The present load has run out of memory, and is tried once more with less.
+    is_small: bool,
 }
 
 impl Supervisor {
@@ -313,6 +326,7 @@ impl Supervisor {
                 Phase::Parked(running) => self.lie_parked(*running).await,
                 Phase::BackingOff { error, until } => self.back_off(error, until).await,
                 Phase::Blocked => self.blocked().await,
+                Phase::DoesNotFit { error, free } => self.wait_for_room(error, free).await,
                 Phase::Ended => break,
             };
         }
@@ -579,7 +593,7 @@ async fn pulse(doctor: &Doctor, limit: Duration) -> Pulse {
         // Asleep is alive.
         Health::Ready { device_bytes, .. } => Pulse::Alive { device_bytes },
         Health::NotYet { .. } => Pulse::Alive { device_bytes: None },
-        Health::Failed(why) => Pulse::Missed(format!("it says that it failed: {why}")),
+        Health::Failed { why, .. } => Pulse::Missed(format!("it says that it failed: {why}")),
         Health::Stranger => Pulse::Missed("another program answers on its port".to_owned()),
         Health::Silent(why) => Pulse::Missed(why),
         Health::Refused => Pulse::Refused,

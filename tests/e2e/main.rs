@@ -18,6 +18,7 @@ mod explain;
 mod gpu;
 mod input;
 mod limits;
+mod load_oom;
 mod messages;
 mod parking;
 mod replay;
