@@ -27,10 +27,11 @@ async fn a_load_that_runs_out_of_memory_is_tried_once_more_with_less() {
 
 #[tokio::test]
 async fn a_model_that_does_not_fit_is_blocked_with_advice() {
-    let site = Site::new().env("ROUNDHOUSE_FAKE_GPUS", "1x80GiB").model("a", on_gpu(&["--load-oom", "2"]));
-    let server = site.start().await;
+    let entry = with(echo("text", &["--load-oom", "2"]), json!({"gpus": 1, "memory": "20GiB"}));
+    let server = Site::new().env("ROUNDHOUSE_FAKE_GPUS", "1x80GiB").model("a", entry).start().await;
     let api = &server.api;
-    let id = api.submit_echo("a", json!({})).await;
+    let chat = json!({"model": "a", "messages": [{"role": "user", "content": "hi"}]});
+    let id = api.submit(&json!({"endpoint": "/v1/chat/completions", "body": chat})).await;
     is(api, "a", "blocked").await;
     let worker = api.worker("a").await;
     let reason = worker["reason"].as_str().unwrap();
@@ -44,7 +45,7 @@ async fn a_model_that_does_not_fit_is_blocked_with_advice() {
         (api.job(&id).await["state_reason"] == "model_blocked").then_some(())
     })
     .await;
-    let refused = api.post("/echo", &json!({"model": "a"})).await.refused(503, "model_load_failed");
+    let refused = api.post("/v1/chat/completions", &chat).await.refused(503, "model_load_failed");
     assert!(refused.text().contains("does not fit"), "{}", refused.text());
     assert_eq!(starts(api).await, 2, "it is not tried again and again");
     api.poke("/v1/models/a/retry").await.is(200);
