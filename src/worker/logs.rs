@@ -304,6 +304,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_comes_after_the_path_has_changed_is_in_the_other_file() {
+        use std::io::Write as _;
+        let dir = tempfile::tempdir().unwrap();
+        let (first, second) = (dir.path().join("spare.log"), dir.path().join("m.log"));
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let (target, path) = watch::channel(first.clone());
+        let capturing = capture(reader, path, Tail::default(), 100_000);
+        let text = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
+        let told = async {
+            writeln!(writer, "imported").unwrap();
+            while text(&first).is_empty() {
+                tokio::task::yield_now().await;
+            }
+            target.send_replace(second.clone());
+            writeln!(writer, "reading").unwrap();
+            drop(writer);
+        };
+        tokio::join!(capturing, told);
+        assert_eq!((text(&first).as_str(), text(&second).as_str()), ("imported\n", "reading\n"));
+    }
+
+    #[tokio::test]
     async fn a_full_file_is_moved_aside() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.log");

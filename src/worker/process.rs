@@ -146,19 +146,9 @@ impl WorkerProcess {
 
     /// What a spare process is to be told to become the worker of `start`.
     pub(super) fn order(&self, start: &Start) -> Result<Value, String> {
-        let text = |value: &OsString| value.to_str().map(str::to_owned);
-        let (has, wants) = (&self.environment, start.environment(&self.mark));
-        let changed = wants.iter().filter(|(name, value)| has.get(*name) != Some(value));
-        let dropped = has.keys().filter(|name| !wants.contains_key(*name));
-        let changed = changed.map(|(name, value)| (text(name), text(value).map(Value::from)));
-        let environment = changed.chain(dropped.map(|name| (text(name), Some(Value::Null))));
-        let environment: Option<Map<String, Value>> = environment.map(|(name, value)| name.zip(value)).collect();
         let words = command_line(start.spec, self.lease.port())?;
         // The interpreter and the script run already.
-        let arguments: Option<Vec<String>> = words.iter().skip(2).map(text).collect();
-        let (environment, arguments) =
-            environment.zip(arguments).ok_or("its arguments or its environment are not in UTF-8")?;
-        Ok(json!({"arguments": arguments, "environment": environment, "instance": self.mark}))
+        order(&words[2..], &self.environment, &start.environment(&self.mark), &self.mark)
     }
 
     /// It is the worker of `start` now: so is its log from here on.
@@ -230,6 +220,24 @@ impl WorkerProcess {
         }
         self.tail
     }
+}
+
+/// What makes a process that was started with the environment `has` the worker of these arguments; a null unsets a variable.
+fn order(
+    words: &[OsString],
+    has: &BTreeMap<OsString, OsString>,
+    wants: &BTreeMap<OsString, OsString>,
+    mark: &str,
+) -> Result<Value, String> {
+    let text = |value: &OsString| value.to_str().map(str::to_owned);
+    let changed = wants.iter().filter(|(name, value)| has.get(*name) != Some(value));
+    let changed = changed.map(|(name, value)| (text(name), text(value).map(Value::from)));
+    let dropped = has.keys().filter(|name| !wants.contains_key(*name)).map(|name| (text(name), Some(Value::Null)));
+    let environment: Option<Map<String, Value>> = changed.chain(dropped).map(|(name, value)| name.zip(value)).collect();
+    let arguments: Option<Vec<String>> = words.iter().map(text).collect();
+    let (environment, arguments) =
+        environment.zip(arguments).ok_or("its arguments or its environment are not in UTF-8")?;
+    Ok(json!({"arguments": arguments, "environment": environment, "instance": mark}))
 }
 
 /// See [`super::supervisor::end_orphans`].
@@ -439,6 +447,38 @@ pub(super) mod tests {
         let words = command_line(&spec, 8002).unwrap();
         assert_eq!(words[1], script);
         assert_eq!(words[2..], ["--name", "toy", "--port", "8002", "--model", "/weights", "--x"]);
+    }
+
+    #[test]
+    fn a_spare_process_is_told_only_what_it_does_not_have() {
+        let vars =
+            |pairs: &[(&str, &str)]| pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        let has = vars(&[("PATH", "/bin"), ("ROUNDHOUSE_MEMORY_BYTES", "5"), ("X", "1")]);
+        let wants = vars(&[("PATH", "/bin"), ("CUDA_VISIBLE_DEVICES", "0"), ("X", "2")]);
+        let told = order(&["--name".into(), "toy".into()], &has, &wants, "id:1").unwrap();
+        let environment = json!({"CUDA_VISIBLE_DEVICES": "0", "ROUNDHOUSE_MEMORY_BYTES": null, "X": "2"});
+        assert_eq!(told, json!({"arguments": ["--name", "toy"], "environment": environment, "instance": "id:1"}));
+    }
+
+    #[test]
+    fn only_a_second_try_is_told_to_take_less() {
+        let spec = spec(&["x"]);
+        let tasks = Tasks::new();
+        let path = Path::new("/");
+        let grace = Duration::ZERO;
+        let start = |is_small| Start {
+            spec: &spec,
+            replica: 0,
+            gpus: &[],
+            is_small,
+            data_dir_id: "id",
+            log_dir: path,
+            program: path,
+            grace,
+            tasks: &tasks,
+        };
+        let scale = |is_small| start(is_small).environment("id:1").remove(&OsString::from("ROUNDHOUSE_MEMORY_SCALE"));
+        assert_eq!((scale(false), scale(true)), (None, Some("0.85".into())));
     }
 
     #[test]
