@@ -54,6 +54,7 @@ fn spec(name: &str, kind: ModelKind, endpoint: &str) -> ModelSpec {
         pin: false,
         exclusive: false,
         park: roundhouse::domain::Park::Off,
+        spare: false,
         upstream_model: name.to_owned(),
         dir: "/".into(),
     }
@@ -102,6 +103,7 @@ impl Bench {
             models: models.clone(),
             knobs: Knobs::default(),
             workers: BTreeMap::new(),
+            spares: roundhouse::worker::spare::Spares::default(),
             reports,
             epoch: opened.epoch,
             learned: opened.learned,
