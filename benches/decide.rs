@@ -51,6 +51,7 @@ fn spec(index: usize) -> ModelSpec {
         pin: false,
         exclusive: false,
         park: roundhouse::domain::Park::Ram,
+        spare: false,
         upstream_model: String::new(),
         dir: "/".into(),
     }

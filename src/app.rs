@@ -30,6 +30,7 @@ use crate::worker::client::WorkerClient;
 use crate::worker::fetching::Fetches;
 use crate::worker::gpu::{self, GpuProbe};
 use crate::worker::host;
+use crate::worker::spare::Spares;
 use crate::worker::supervisor::{self, StuckMemory, Surroundings, Tempo, WorkerHandle};
 
 /// How long tasks may take to end after the hard stage, beyond the workers' own grace.
@@ -101,6 +102,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     let keys = api_keys(&data_dir, address.ip().is_loopback())?;
     let around = surroundings(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
     let (workers, start_worker, reports) = start_workers(&config, &around);
+    let spares = around.spares.clone();
     let fetches = Fetches::start(&config.models, around).await;
     let reader = opened.store.reader().clone();
     let live_sync_jobs = reader.live_sync_jobs().await?;
@@ -114,6 +116,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
         knobs: config.scheduler.clone(),
         workers,
         start_worker,
+        spares,
         reports,
         fetches,
         epoch: opened.epoch,
@@ -329,7 +332,7 @@ fn surroundings(
     gpus: Arc<dyn GpuProbe>,
     tasks: &Tasks,
 ) -> anyhow::Result<Surroundings> {
-    Ok(Surroundings {
+    let mut around = Surroundings {
         clock: clock.clone(),
         gpus,
         tasks: tasks.clone(),
@@ -340,7 +343,10 @@ fn surroundings(
         backoff_first: config.server.backoff_first,
         backoff_max: config.server.backoff_max,
         stuck: StuckMemory::default(),
-    })
+        spares: Spares::default(),
+    };
+    around.spares = Spares::start(&config.models, &around);
+    Ok(around)
 }
 
 fn start_workers(config: &Config, around: &Surroundings) -> Supervised {

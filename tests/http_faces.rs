@@ -56,6 +56,7 @@ fn spec(name: &str, kind: ModelKind, endpoint: &str) -> ModelSpec {
         pin: false,
         exclusive: false,
         park: roundhouse::domain::Park::Off,
+        spare: false,
         upstream_model: name.to_owned(),
         dir: "/".into(),
     }
@@ -105,6 +106,7 @@ impl Bench {
             knobs: Knobs::default(),
             workers: BTreeMap::new(),
             start_worker: Arc::new(|_, _| unreachable!("nothing is edited")),
+            spares: roundhouse::worker::spare::Spares::default(),
             reports,
             fetches: Fetches::none(),
             epoch: opened.epoch,

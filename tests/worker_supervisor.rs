@@ -143,6 +143,7 @@ impl Bench {
                 stuck: StuckMemory::default(),
                 backoff_first: Duration::from_millis(20),
                 backoff_max: Duration::from_millis(100),
+                spares: roundhouse::worker::spare::Spares::default(),
             },
             tempo: Tempo {
                 watch_every: Duration::from_millis(100),
@@ -186,6 +187,7 @@ impl Bench {
             pin: false,
             exclusive: false,
             park: roundhouse::domain::Park::Off,
+            spare: false,
             upstream_model: "toy".into(),
             dir: self.path().to_owned(),
         }
@@ -238,7 +240,7 @@ impl Worker {
     async fn settled(&mut self) -> Report {
         loop {
             match self.next().await {
-                Report::Loading { .. } => {}
+                Report::Loading { .. } | Report::Loaded { .. } => {}
                 other => return other,
             }
         }
@@ -298,6 +300,11 @@ async fn loads_tells_its_progress_and_stops() {
     let base_url = loop {
         match worker.next().await {
             Report::Loading { percent, phase } => percents.push((phase, percent)),
+            Report::Loaded { phases } => {
+                let names: Vec<&str> = phases.iter().map(|phase| phase.phase.as_str()).collect();
+                assert_eq!(names, ["spawn", "load"], "it tells no phases itself");
+                assert!(phases.iter().map(|phase| phase.ms).sum::<i64>() >= 398, "{phases:?}");
+            }
             Report::Ready { base_url, load_ms } => {
                 assert!(load_ms >= 400, "{load_ms}");
                 break base_url;

@@ -167,6 +167,7 @@ class EchoService(rw.BaseService):
         whole = parser.add_argument_group("what the process does")
         whole.add_argument("--concurrency", type=int, default=256, help="text requests worked on at once")
         whole.add_argument("--share-alpha", type=float, metavar="A", help="n text requests share: each at 1/(1+A(n-1))")
+        whole.add_argument("--import-ms", type=float, default=0.0, help="how long its imports take")
         whole.add_argument("--load-s", type=float, default=0.0, help="how long loading takes")
         whole.add_argument("--load-from-start", action="store_true", help="--load-s counts from the process's start")
         whole.add_argument("--load-fail", metavar="TEXT", help="fail to load, with this text")
@@ -178,6 +179,9 @@ class EchoService(rw.BaseService):
         )
         whole.add_argument("--oom-above", type=int, default=0, metavar="N", help="larger passes run out of memory")
         whole.add_argument("--oom-item", type=int, default=0, metavar="K", help="the K-th request runs out of memory")
+        whole.add_argument(
+            "--load-oom", type=int, default=0, metavar="N", help="the first N (1, 2) tries of a load run out of memory"
+        )
         whole.add_argument("--fail-item", type=int, default=0, metavar="K", help="the K-th request fails")
         whole.add_argument("--crash-after", type=int, default=0, metavar="N", help="the N-th request crashes it")
         whole.add_argument("--device-bytes", type=int, metavar="N", help="device memory that /health tells")
@@ -227,13 +231,24 @@ class EchoService(rw.BaseService):
 
     # ---- loading, parking, ending --------------------------------------------
 
+    @classmethod
+    def preload(cls) -> None:
+        """Spend as long as the environment's ECHO_IMPORT_MS says; `--import-ms` is not known yet."""
+        _import(float(os.environ.get("ECHO_IMPORT_MS", "0")))
+
     def initialize(self, loading: rw.Loading) -> None:
-        """Take the device's memory, spend `--load-s`, fail if told to."""
+        """Import, take the device's memory, spend `--load-s`, fail if told to."""
+        loading("import", 0.0)
+        _import(self.options.import_ms)
+        loading("read", 0.0)
         self._device.hold(self.options.device_memory_bytes, total=self.options.device_total_bytes)
         started = time.monotonic() - (_age_s() if self.options.load_from_start else 0.0)
         while (spent := time.monotonic() - started) < self.options.load_s:
-            loading("weights", round(100 * spent / self.options.load_s, 1))
+            loading("read", round(100 * spent / self.options.load_s, 1))
             time.sleep(min(NAP_S, self.options.load_s - spent))
+        tries = 2 if "ROUNDHOUSE_MEMORY_SCALE" in os.environ else 1
+        if tries <= self.options.load_oom:
+            raise RuntimeError("CUDA out of memory (not really: it was asked for)")
         if self.options.load_fail is not None:
             raise RuntimeError(self.options.load_fail)
 
@@ -456,6 +471,17 @@ class Share:
             if not end.done():
                 end.set_result(None)
         self._wait()
+
+
+_imported = False
+
+
+def _import(ms: float) -> None:
+    """What is imported stays so: only the first time takes any."""
+    global _imported
+    if not _imported:
+        time.sleep(ms / 1000)
+    _imported = True
 
 
 def _age_s() -> float:

@@ -107,7 +107,8 @@ class FluxServer(TorchService):
 
     # ---- loading -------------------------------------------------------------
 
-    def import_libraries(self) -> None:
+    @classmethod
+    def import_libraries(cls, folder: pathlib.Path | None) -> None:
         import diffusers
         import transformers
 
@@ -116,7 +117,7 @@ class FluxServer(TorchService):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         # Both import a class only when it is asked for, which takes seconds: not while weights are read.
-        for library, name in CLASSES if self.folder is None else classes_of(self.folder):
+        for library, name in CLASSES if folder is None else classes_of(folder):
             if library in ("diffusers", "transformers"):
                 getattr(importlib.import_module(library), name, None)
 

@@ -86,7 +86,8 @@ class MusicgenServer(TorchService):
 
     # ---- loading -------------------------------------------------------------
 
-    def import_libraries(self) -> None:
+    @classmethod
+    def import_libraries(cls, folder: pathlib.Path | None) -> None:
         import soundfile  # noqa: F401 - a missing library should show here, not in the first request
         import transformers
         from transformers import MusicgenForConditionalGeneration  # noqa: F401 - transformers imports when asked

@@ -117,6 +117,7 @@ impl Reader<'_> {
             pin: entry.pin.unwrap_or(false),
             exclusive: entry.exclusive.unwrap_or(false),
             park: self.park(),
+            spare: self.spare(),
             upstream_model: entry.upstream_model.as_ref().map_or(&self.name.value, |at| &at.value).clone(),
             dir: self.dir.to_path_buf(),
         })
@@ -347,6 +348,14 @@ impl Reader<'_> {
             self.problem(at.line, "park", "a model on the CPU (gpus: 0) lies in host memory anyway; remove it");
         }
         if at.value == Park::Ram { domain::Park::Ram } else { domain::Park::Checkpoint }
+    }
+
+    fn spare(&mut self) -> bool {
+        let Some(at) = self.entry.spare.as_ref().filter(|at| at.value) else { return false };
+        if self.entry.command.is_some() {
+            self.problem(at.line, "spare", "goes with `service_script`; a `command` has no spare process");
+        }
+        true
     }
 
     fn env(&mut self) -> BTreeMap<String, String> {

@@ -112,6 +112,10 @@ pub(super) struct Entry {
     /// worker answers `POST /sleep` and `/wake_up`; see `scheduler.park_ram`), `checkpoint` has the driver do the same to any
     /// worker, slower (NVIDIA driver 570 or newer), `off` ends its worker. Default off.
     pub(super) park: Option<At<Park>>,
+    /// Keep a process that has imported everything heavy and becomes its next worker, so that a cold load begins with reading. It
+    /// takes host memory (1-2 GB with torch) that `scheduler.park_ram` does not count; models with the same script, interpreter
+    /// and `env` share one. Default false.
+    pub(super) spare: Option<At<bool>>,
     /// Interpreter of `service_script`, if not the one of its `.venv`.
     pub(super) python: Option<At<String>>,
     /// The `model` field of requests as the worker sees it. Default: the entry's name.

@@ -236,6 +236,9 @@ fn a_model_is_parked_in_host_memory_if_it_says_so() {
     }
     let error = entry("    type: text\n    park: disk\n").unwrap_err();
     assert!(error.starts_with("models.yaml:5: models.m.park: ") && error.contains("ram"), "{error}");
+    assert!(!entry("    type: text\n").unwrap().spare);
+    let error = entry("    type: text\n    spare: true\n").unwrap_err();
+    assert!(error.starts_with("models.yaml:5: models.m.spare: goes with `service_script`"), "{error}");
     let error = entry("    type: text\n    gpus: 0\n    park: ram\n").unwrap_err();
     assert!(error.starts_with("models.yaml:6: models.m.park: a model on the CPU"), "{error}");
 }

@@ -135,6 +135,8 @@ pub struct ModelSpec {
     pub exclusive: bool,
     /// How its worker can go to host memory and come back.
     pub park: Park,
+    /// A process that has imported what it needs is kept, and becomes its next worker.
+    pub spare: bool,
     /// The `model` field of forwarded bodies.
     pub upstream_model: String,
     /// Working directory of the worker.

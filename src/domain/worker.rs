@@ -23,6 +23,11 @@ pub enum Report {
         /// Time from the order to load to readiness, in ms.
         load_ms: i64,
     },
+    /// Where the time of its cold load went, in order; comes before `Ready`.
+    Loaded {
+        /// See [`PhaseTime`].
+        phases: Vec<PhaseTime>,
+    },
     /// What it takes on each of its GPUs, as it says itself; comes before `Ready`.
     Takes {
         /// Device memory, in bytes.
@@ -54,10 +59,26 @@ pub enum Report {
         /// Five in a row.
         quarantined: bool,
     },
+    /// Its GPU has not enough memory for it, also when it is told to take less. Nothing of it runs; tried again when there is
+    /// more room, which `Available` tells.
+    DoesNotFit {
+        /// For a person, with numbers and advice.
+        error: JobError,
+    },
     /// Needs GPUs that the box does not see.
     NoGpu,
     /// May be loaded again: back-off is over, a GPU came back, or a person asked for a retry.
     Available,
+}
+
+/// One part of a cold load.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PhaseTime {
+    /// `spawn` (until somebody listens on the worker's port), then what the worker tells: `import`, `read` (from disk), `device`
+    /// (to the GPU), `warm_up`; of a server that tells nothing, `load` is all the rest.
+    pub phase: String,
+    /// How long it took, in ms.
+    pub ms: i64,
 }
 
 /// What a worker says of the copy of its weights in host memory; one that does not know about it says nothing.
@@ -150,6 +171,8 @@ pub struct WorkerView {
     pub phase: Option<String>,
     /// Loading progress, 0 to 100.
     pub percent: Option<f64>,
+    /// Where the time of its last cold load went, in order.
+    pub phases: Vec<PhaseTime>,
     /// The guard's process id.
     pub pid: Option<u32>,
     /// Port it listens on.
@@ -182,6 +205,43 @@ pub struct WorkerView {
     pub park_note: Option<String>,
     /// Where its log is.
     pub log_path: String,
+}
+
+/// How a spare process is, for `/v1/workers`; stale by the time it is read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SpareView {
+    /// The models that it could become.
+    pub models: Vec<String>,
+    /// Where it is.
+    pub state: SpareState,
+    /// The guard's process id.
+    pub pid: Option<u32>,
+    /// Port it listens on.
+    pub port: Option<u16>,
+    /// Host memory that it takes, in bytes; no part of `scheduler.park_ram`.
+    pub host_bytes: Option<u64>,
+    /// Spare processes that were started.
+    pub starts: u64,
+    /// Loads that have taken one.
+    pub taken: u64,
+    /// Why the last one is gone, unless a load took it.
+    pub reason: Option<String>,
+    /// Where its log is while it is a spare.
+    pub log_path: String,
+}
+
+/// Where a spare process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SpareState {
+    /// There is none, since somebody loads or has just done so.
+    Absent,
+    /// It imports; a load would take it.
+    Importing,
+    /// It waits for a load.
+    Ready,
+    /// The last one failed or was refused; another is started later.
+    Backoff,
 }
 
 /// The answer to one job.

@@ -7,12 +7,13 @@ use crate::scheduler::handle::{Counters, QueueView};
 use crate::store::StoreMetrics;
 
 /// Name, type and help of every series.
-pub const SERIES: [(&str, &str, &str); 28] = [
+pub const SERIES: [(&str, &str, &str); 29] = [
     ("roundhouse_jobs", "gauge", "Jobs that have not ended, by model and state."),
     ("roundhouse_jobs_ended_total", "counter", "Jobs that ended since the server started, by state."),
     ("roundhouse_swaps_total", "counter", "Loads of a model after another one had held the device."),
     ("roundhouse_swaps_in_arrival_order_total", "counter", "Swaps that arrival order would have cost."),
     ("roundhouse_load_seconds", "summary", "Time of cold loads until ready, by model."),
+    ("roundhouse_load_phase_seconds", "summary", "Time of the parts of cold loads, by model and phase."),
     ("roundhouse_wake_seconds", "summary", "Time of wakes from host memory until ready, by model."),
     ("roundhouse_failed_loads_total", "counter", "Loads that failed, by model."),
     ("roundhouse_worker_deaths_total", "counter", "Times a ready worker died, by model."),
@@ -87,6 +88,12 @@ fn samples(name: &str, seen: &Seen<'_>, out: &mut String) {
         "roundhouse_swaps_total" => sample(out, name, &[], queue.swaps),
         "roundhouse_swaps_in_arrival_order_total" => sample(out, name, &[], queue.swaps_in_arrival_order),
         "roundhouse_load_seconds" => timed_by_model(out, name, &counters.loads),
+        "roundhouse_load_phase_seconds" => {
+            for ((model, phase), (count, seconds)) in &counters.load_phases {
+                sample(out, "roundhouse_load_phase_seconds_sum", &[("model", model), ("phase", phase)], seconds);
+                sample(out, "roundhouse_load_phase_seconds_count", &[("model", model), ("phase", phase)], count);
+            }
+        }
         "roundhouse_wake_seconds" => timed_by_model(out, name, &counters.wakes),
         "roundhouse_failed_loads_total" => by_model(out, name, &counters.failed_loads),
         "roundhouse_worker_deaths_total" => by_model(out, name, &counters.worker_deaths),
@@ -170,6 +177,7 @@ mod tests {
         let counters = Counters {
             ended: [(JobState::Succeeded, 3)].into(),
             loads: [("a\"b".to_owned(), (2, 3.5))].into(),
+            load_phases: [(("flux".to_owned(), "read".to_owned()), (2, 1.5))].into(),
             wakes: [("flux".to_owned(), (2, 0.5))].into(),
             failed_loads: [("flux".to_owned(), 1)].into(),
             worker_deaths: [("flux".to_owned(), 4)].into(),
@@ -225,6 +233,7 @@ mod tests {
             "roundhouse_jobs_ended_total{state=\"succeeded\"} 3",
             "roundhouse_jobs_ended_total{state=\"failed\"} 0",
             "roundhouse_load_seconds_sum{model=\"a\\\"b\"} 3.5",
+            "roundhouse_load_phase_seconds_sum{model=\"flux\",phase=\"read\"} 1.5",
             "roundhouse_wait_seconds_bucket{le=\"0.5\"} 1",
             "roundhouse_wait_seconds_bucket{le=\"+Inf\"} 3",
             "roundhouse_batch_size{model=\"flux\",shape=\"size 64x64\",key=\"00ff\"} 4",

@@ -127,7 +127,7 @@ pub(super) fn retry_model(state: &AppState, name: &str) -> Result<Response, ApiE
 /// `GET /v1/workers`
 pub async fn workers(State(state): State<AppState>) -> Response {
     let data: Vec<Value> = state.handle.workers().iter().map(worker_json).collect();
-    Json(json!({"object": "list", "data": data})).into_response()
+    Json(json!({"object": "list", "data": data, "spares": state.handle.spares()})).into_response()
 }
 
 fn worker_json(view: &WorkerView) -> Value {

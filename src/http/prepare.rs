@@ -376,6 +376,7 @@ pub mod tests {
             pin: false,
             exclusive: false,
             park: crate::domain::Park::Off,
+            spare: false,
             upstream_model: format!("org/{name}"),
             dir: "/".into(),
         }

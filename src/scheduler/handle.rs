@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::domain::worker::{Fetch, FetchPhase, WorkerView};
+use crate::domain::worker::{Fetch, FetchPhase, SpareView, WorkerView};
 use crate::domain::{
     BatchId, Control, ErrorCode, Job, JobError, JobId, JobState, Millis, ModelSpec, ModelState, NewJob, StateReason,
 };
@@ -22,6 +22,7 @@ use crate::scheduler::run::{Message, Reload};
 pub use crate::scheduler::state::Expected;
 use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics, Trouble};
 use crate::worker::fetching::FetchHandle;
+use crate::worker::spare::Spares;
 use crate::worker::supervisor::{Order, WorkerHandle};
 
 /// Why jobs were not accepted; nothing was stored.
@@ -164,6 +165,8 @@ pub struct Counters {
     pub ended: BTreeMap<JobState, u64>,
     /// Loads from nothing by model: (count, seconds in all).
     pub loads: BTreeMap<String, (u64, f64)>,
+    /// Parts of those loads by model and phase, in the same way.
+    pub load_phases: BTreeMap<(String, String), (u64, f64)>,
     /// Wakes of parked workers, in the same way.
     pub wakes: BTreeMap<String, (u64, f64)>,
     /// Failed loads by model.
@@ -200,6 +203,7 @@ pub struct Handle {
     store: Store,
     workers: Arc<Mutex<Workers>>,
     fetching: FetchHandle,
+    spares: Spares,
     view: watch::Receiver<Arc<QueueView>>,
     counters: Arc<Mutex<Counters>>,
     tasks: Tasks,
@@ -210,14 +214,14 @@ impl Handle {
         messages: mpsc::UnboundedSender<Message>,
         hub: Hub,
         store: Store,
-        (workers, fetching): (Workers, FetchHandle),
+        (workers, fetching, spares): (Workers, FetchHandle, Spares),
         view: watch::Receiver<Arc<QueueView>>,
         tasks: Tasks,
     ) -> Self {
         let counters =
             Counters { wait_buckets: WAIT_BUCKETS.iter().map(|le| (*le, 0)).collect(), ..Counters::default() };
         let (workers, counters) = (Arc::new(Mutex::new(workers)), Arc::new(Mutex::new(counters)));
-        Self { messages, hub, store, workers, fetching, view, counters, tasks }
+        Self { messages, hub, store, workers, fetching, spares, view, counters, tasks }
     }
 
     /// Commits jobs (all or none) and returns them in order. All are of one tenant. With a `key` that came before, those of
@@ -343,6 +347,11 @@ impl Handle {
             }
         };
         self.supervisors().values().map(show).collect()
+    }
+
+    /// How the spare processes are.
+    pub fn spares(&self) -> Vec<SpareView> {
+        self.spares.views()
     }
 
     /// Forgets a model's back-off and quarantine, and the pause before its weights are asked for again. False: no such model.

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::clock::Clock;
-use crate::domain::worker::{FetchPhase, FetchReport, Report};
+use crate::domain::worker::{FetchPhase, FetchReport, PhaseTime, Report};
 use crate::domain::{
     Class, Control, Controls, Face, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob,
     StateReason, Token,
@@ -24,14 +24,15 @@ use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, Queue
 use crate::scheduler::hub::{Ended, Hub, JobWatch};
 use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::queue::{Run, shared};
-use crate::scheduler::state::{Effect, Event, Holding, Inventory, Lack, Place, State, edits};
+use crate::scheduler::state::{Effect, Event, Holding, Inventory, Lack, Place, State, TOLD_MAX, edits};
 use crate::scheduler::watch as devices;
 use crate::store::{
-    self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Spent, Store, StoreError,
+    self, Body, Change, ClaimedJob, End, IdempotencyKey, Inserted, Learned, QueuedJob, Spent, Store, StoreError, Told,
 };
 use crate::worker::client::{RunTag, WorkerClient};
 use crate::worker::fetching::{FetchHandle, Fetches};
 use crate::worker::gpu::GpuProbe;
+use crate::worker::spare::Spares;
 use crate::worker::supervisor::{Order, WorkerHandle};
 
 #[path = "operate.rs"]
@@ -120,6 +121,8 @@ pub struct Parts {
     pub workers: Workers,
     /// Starts those of models that come later.
     pub start_worker: StartWorker,
+    /// Processes that their loads may take over.
+    pub spares: Spares,
     /// Their reports.
     pub reports: mpsc::UnboundedReceiver<(String, u32, Report)>,
     /// Fetches weights.
@@ -155,6 +158,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         knobs,
         workers,
         start_worker,
+        spares,
         reports,
         fetches: Fetches { handle: fetching, reports: fetches, missing },
         epoch,
@@ -174,7 +178,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         messages.clone(),
         hub.clone(),
         store.clone(),
-        (workers.clone(), fetching.clone()),
+        (workers.clone(), fetching.clone(), spares),
         viewed,
         tasks.clone(),
     );
@@ -376,11 +380,24 @@ impl Scheduler {
                 *count += 1;
                 *seconds += *load_ms as f64 / 1e3;
             }
-            Report::LoadFailed { .. } => *counters.failed_loads.entry(model.clone()).or_default() += 1,
+            Report::Loaded { phases } => {
+                for PhaseTime { phase, ms } in phases {
+                    let (count, seconds) = counters.load_phases.entry((model.clone(), phase.clone())).or_default();
+                    *count += 1;
+                    *seconds += *ms as f64 / 1e3;
+                }
+            }
+            Report::LoadFailed { .. } | Report::DoesNotFit { .. } => {
+                *counters.failed_loads.entry(model.clone()).or_default() += 1
+            }
             Report::Died { .. } => *counters.worker_deaths.entry(model.clone()).or_default() += 1,
             _ => {}
         });
         let may_be_last = !self.is_settled && matches!(report, Report::Stopped { .. } | Report::Died { .. });
+        if let (Report::Loaded { phases }, Some(index)) = (&report, index) {
+            let numbers = self.state.models[index].queue.heads(TOLD_MAX);
+            self.tell(numbers, Told::Loaded { model: model.clone(), phases: phases.clone() });
+        }
         self.apply(Event::Report { model, replica, report });
         if may_be_last {
             self.let_go();
@@ -646,7 +663,7 @@ impl Scheduler {
                     self.end_queued(numbers, ending);
                 }
                 Effect::CancelQueued(numbers) => self.end_queued(numbers, Ending::Cancelled),
-                Effect::TellLoading { numbers, model, eta } => self.tell_loading(numbers, model, eta),
+                Effect::TellLoading { numbers, model, eta } => self.tell(numbers, Told::Loading { model, eta }),
                 Effect::AddLoadTime { numbers, load_ms } => {
                     let store = self.context.store.clone();
                     self.beside("add load time", async move { store.add_load_time(numbers, load_ms).await });
@@ -737,10 +754,13 @@ impl Scheduler {
         });
     }
 
-    fn tell_loading(&self, numbers: Vec<i64>, model: String, eta: Millis) {
+    fn tell(&self, numbers: Vec<i64>, what: Told) {
+        if numbers.is_empty() {
+            return;
+        }
         let context = self.context.clone();
         self.context.tasks.spawn("tell loading", async move {
-            match context.store.tell_loading(numbers, model, eta).await {
+            match context.store.tell_loading(numbers, what).await {
                 Ok(changes) => changes.iter().for_each(|c| context.hub.publish(c.number, c.version, c.seq)),
                 Err(error) => tracing::warn!("job.loading was not stored: {error}"),
             }

@@ -450,6 +450,7 @@ fn setup(rng: &mut Rng) -> Setup {
             pin: false,
             exclusive: false,
             park: crate::domain::Park::Off,
+            spare: false,
             upstream_model: String::new(),
             dir: "/".into(),
         });

@@ -49,6 +49,7 @@ mod weights;
 pub use edits::{Edit, edits};
 pub use eta::Expected;
 pub(super) use standing::Holding;
+pub(super) use turns::TOLD_MAX;
 pub(super) use weights::Lack;
 
 /// How long a plan stands while only more of the same arrives.
@@ -679,6 +680,7 @@ impl State {
                 self.on_host(index, worker, host);
                 Vec::new()
             }
+            Report::Loaded { .. } => Vec::new(),
             Report::Ready { base_url, load_ms } => self.on_ready(index, replica, base_url, load_ms, now),
             Report::Stopped { stop_ms } => match worker.map(|worker| (worker, &self.workers[worker].phase)) {
                 Some((worker, Phase::Stopping { .. })) => {
@@ -702,8 +704,10 @@ impl State {
             },
             Report::Died { .. } => worker.map_or(Vec::new(), |worker| self.on_died(worker, now)),
             Report::LoadFailed { error, retry_at, quarantined } => {
-                self.on_load_failed(index, worker, error, retry_at, quarantined)
+                let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
+                self.on_load_failed(index, worker, error, Some(retry_at), word)
             }
+            Report::DoesNotFit { error } => self.on_load_failed(index, worker, error, None, "blocked"),
             Report::NoGpu => {
                 self.models[index].trouble = Some(self.models[index].lacks_gpus());
                 self.models[index].block_too_big();
@@ -725,10 +729,9 @@ impl State {
         index: usize,
         worker: Option<usize>,
         error: JobError,
-        retry_at: Millis,
-        quarantined: bool,
+        retry_at: Option<Millis>,
+        word: &str,
     ) -> Vec<Effect> {
-        let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
         let text = format!("{word}: {}", first_line(&error.message));
         self.give_up(worker);
         self.look_for_weights_again(index);
@@ -736,7 +739,7 @@ impl State {
         let model = &mut self.models[index];
         (model.preload, model.wanted_at) = (false, None);
         let told = (!serves).then(|| error.clone());
-        model.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: told, text, until: Some(retry_at) });
+        model.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: told, text, until: retry_at });
         if serves {
             // Callers have another worker.
             return Vec::new();

@@ -29,6 +29,7 @@ pub(super) fn spec(name: &str, limit: u32) -> ModelSpec {
         pin: false,
         exclusive: false,
         park: Park::Off,
+        spare: false,
         upstream_model: name.to_owned(),
         dir: "/".into(),
     }
@@ -181,6 +182,23 @@ fn a_failed_load_tells_sync_callers_at_once_and_keeps_async_jobs() {
     world.report("a", Report::Available);
     world.finish_all();
     assert_eq!((world.state.queued(), world.loaded.as_slice()), (0, ["b".to_owned(), "a".to_owned()].as_slice()));
+}
+
+#[test]
+fn a_model_that_does_not_fit_waits_without_a_time_until_there_is_room() {
+    let mut world = World::new(&[("a", 1)]);
+    world.queue(vec![QueuedJob { face: Face::Sync, ..job(1, "a") }, job(2, "a")]);
+    let error = JobError::new(ErrorCode::ModelLoadFailed, "it takes 20 GiB", true);
+    world.report("a", Report::DoesNotFit { error });
+    assert_eq!(world.ended, [(1, ErrorCode::ModelLoadFailed)]);
+    let trouble = world.state.models[0].trouble.clone().unwrap();
+    assert_eq!((trouble.reason, trouble.until), (StateReason::ModelBlocked, None));
+    assert_eq!(trouble.text, "blocked: it takes 20 GiB");
+    world.event(Event::Gone { model: "a".into(), priority: 5, number: 1 });
+    world.orders.clear();
+    world.report("a", Report::Available);
+    world.finish_all();
+    assert_eq!((world.state.queued(), world.loaded.as_slice()), (0, ["a".to_owned()].as_slice()));
 }
 
 #[test]

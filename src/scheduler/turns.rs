@@ -7,7 +7,7 @@ use crate::policy::{decision, sets};
 /// Decisions that changed something, kept for a person to look back on.
 const HISTORY_MAX: usize = 50;
 /// Waiting jobs that are told when their model is being loaded.
-const TOLD_MAX: usize = 256;
+pub(in crate::scheduler) const TOLD_MAX: usize = 256;
 
 impl State {
     pub(super) fn plan(&mut self, now: Millis, effects: &mut Vec<Effect>) -> Option<Millis> {

@@ -321,6 +321,7 @@ fn spec(trace: &Trace, model: &TraceModel) -> ModelSpec {
         pin: false,
         exclusive: false,
         park: if trace.host_gb > 0.0 { Park::Ram } else { Park::Off },
+        spare: false,
         upstream_model: model.name.clone(),
         dir: PathBuf::new(),
     }

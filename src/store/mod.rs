@@ -52,7 +52,7 @@ pub use recovery::QueuedJob;
 pub use retention::Purged;
 pub use submit::Inserted;
 pub use usage::{Spent, hour_of};
-pub use verbs::{Cancelled, Change, ClaimedJob, End, GiveBack, Learned, Store, cancelled_by_user};
+pub use verbs::{Cancelled, Change, ClaimedJob, End, GiveBack, Learned, Store, Told, cancelled_by_user};
 pub use writer::OnFatal;
 
 use crate::domain::storage::shown_bytes;

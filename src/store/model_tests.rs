@@ -313,8 +313,14 @@ impl Bench {
             Op::TellLoading { which } => {
                 let numbers = self.numbers(&which);
                 let expected = Told::Changes(self.rows.tell_loading(&numbers));
-                let asked =
-                    async move { Told::Changes(store.tell_loading(numbers, "echo".to_owned(), now).await.unwrap()) };
+                let asked = async move {
+                    Told::Changes(
+                        store
+                            .tell_loading(numbers, crate::store::Told::Loading { model: "echo".to_owned(), eta: now })
+                            .await
+                            .unwrap(),
+                    )
+                };
                 (Box::pin(asked), expected)
             }
             Op::AddLoadTime { which } => {

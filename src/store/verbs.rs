@@ -26,10 +26,29 @@ use super::submit::{self, Inserted, Submission};
 use super::usage::Used;
 use super::writer::{Kind, Session, Writer, answer};
 use crate::clock::Clock;
-use crate::domain::worker::Answer;
+use crate::domain::worker::{Answer, PhaseTime};
 use crate::domain::{
     BatchId, ErrorCode, Face, JobError, JobId, JobKind, JobState, Millis, NewJob, StorageSettings, Token,
 };
+
+/// What jobs are told about the load of their model, as `job.loading`.
+#[derive(Clone, Debug)]
+pub enum Told {
+    /// It begins.
+    Loading {
+        /// Entry name.
+        model: String,
+        /// When it should be ready.
+        eta: Millis,
+    },
+    /// It has ended well.
+    Loaded {
+        /// Entry name.
+        model: String,
+        /// Where its time went.
+        phases: Vec<PhaseTime>,
+    },
+}
 
 /// The durable queue. Cheap to clone.
 #[derive(Clone)]
@@ -303,20 +322,24 @@ impl Store {
         answer(pending).await?.ok_or(StoreError::NotFound)
     }
 
-    /// Tells queued jobs that their model is being loaded.
-    pub async fn tell_loading(&self, numbers: Vec<i64>, model: String, eta: Millis) -> Result<Vec<Change>, StoreError> {
+    /// Tells jobs about the load of their model: that it has begun only those that are queued still.
+    pub async fn tell_loading(&self, numbers: Vec<i64>, told: Told) -> Result<Vec<Change>, StoreError> {
         let now = self.clock.now();
-        let body = json!({"model": model, "eta_ms": eta}).to_string();
+        let (body, begins) = match told {
+            Told::Loading { model, eta } => (json!({"model": model, "eta_ms": eta}), true),
+            Told::Loaded { model, phases } => (json!({"model": model, "phases": phases}), false),
+        };
+        let body = body.to_string();
         let pending = self.writer.apply(Kind::Change, 0, move |session| {
             let mut changes = Vec::with_capacity(numbers.len());
             for number in &numbers {
                 let row = session
                     .c
                     .prepare_cached(
-                        "UPDATE job SET last_seq = last_seq + 1, version = version + 1 WHERE number = ?1 AND state = 'queued'
+                        "UPDATE job SET last_seq = last_seq + 1, version = version + 1 WHERE number = ?1 AND (state = 'queued' OR (state = 'running' AND NOT ?2))
                          RETURNING number, state, version, last_seq, attempt",
                     )?
-                    .query_row([number], |row| Ok((change(row)?, row.get::<_, i64>(4)?)))
+                    .query_row(params![number, begins], |row| Ok((change(row)?, row.get::<_, i64>(4)?)))
                     .optional()?;
                 if let Some((change, attempt)) = row {
                     session.touched.push(change.number);

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -382,7 +382,7 @@ impl Fetcher {
         let pid = guard.id().map_or(0, u32::cast_signed);
         let tail = Tail::default();
         let log = logs::fetch_path(&around.log_dir, &spec.name);
-        let capture = logs::capture(reader, log, tail.clone(), logs::FILE_LIMIT_BYTES);
+        let capture = logs::capture(reader, watch::channel(log).1, tail.clone(), logs::FILE_LIMIT_BYTES);
         let capture = around.tasks.spawn("fetcher log", capture);
         Ok(Self { guard, pid, lifeline, mark, tail, capture })
     }

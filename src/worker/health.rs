@@ -6,7 +6,7 @@ use hyper::Method;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::domain::worker::HostCopy;
+use crate::domain::worker::{HostCopy, PhaseTime};
 use crate::worker::verdict::cut;
 use crate::worker::wire::{Ask, Lost, Pool};
 
@@ -19,12 +19,12 @@ const NOTE_LIMIT: usize = 400;
 /// How a worker says it is.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Health {
-    /// Takes jobs.
-    Ready(Memory),
+    /// Takes jobs; where the time of its load went, if it says so.
+    Ready { memory: Memory, phases: Vec<PhaseTime> },
     /// Lives and takes no jobs now: loading or asleep.
     NotYet { phase: Option<String>, percent: Option<f64>, memory: Memory },
-    /// Says that it has failed and why.
-    Failed(String),
+    /// Says that it has failed and why; `oom`: its device ran out of memory.
+    Failed { why: String, oom: bool },
     /// Another worker answers on this port.
     Stranger,
     /// No answer, or one that says nothing good.
@@ -57,10 +57,13 @@ struct Body {
     phase: Option<String>,
     percent: Option<f64>,
     error: Option<String>,
+    code: Option<String>,
     device_bytes: Option<u64>,
     host_bytes: Option<u64>,
     can_park: Option<bool>,
     park_note: Option<String>,
+    #[serde(default)]
+    phases: Vec<PhaseTime>,
 }
 
 impl Doctor {
@@ -91,8 +94,18 @@ impl Doctor {
         self.tell("/wake_up").await
     }
 
+    /// Has a spare process become the worker that `order` describes; an error says why it does not.
+    pub(super) async fn take_over(&self, order: &Value) -> Result<(), String> {
+        self.tell_with("/take_over", Some(order)).await
+    }
+
     async fn tell(&self, path: &str) -> Result<(), String> {
-        let ask = Ask { method: Method::POST, ..Ask::get(path) };
+        self.tell_with(path, None).await
+    }
+
+    async fn tell_with(&self, path: &str, body: Option<&Value>) -> Result<(), String> {
+        let body = body.map(|body| bytes::Bytes::from(body.to_string())).unwrap_or_default();
+        let ask = Ask { method: Method::POST, body, ..Ask::get(path) };
         let mut reply = self.pool.call(&self.authority, &ask).await.map_err(|lost| lost.to_string())?;
         let status = reply.status;
         let body = reply.whole(LIMIT_BYTES).await.map_err(|lost| lost.to_string())?.unwrap_or_default();
@@ -107,7 +120,7 @@ impl Doctor {
     async fn exchange(&self) -> Health {
         match self.get("/health").await {
             Ok((404, _)) => match self.get("/v1/models").await {
-                Ok((200, _)) => Health::Ready(Memory::default()),
+                Ok((200, _)) => Health::Ready { memory: Memory::default(), phases: Vec::new() },
                 Ok((status, _)) => Health::Silent(format!("/v1/models answers with status {status}")),
                 Err(lost) => unheard(&lost),
             },
@@ -141,13 +154,16 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
         let host = HostCopy { bytes: body.host_bytes, can_park: body.can_park, note };
         let memory = Memory { device_bytes: body.device_bytes, host };
         return match body.status.as_str() {
-            "ready" if status == 200 => Health::Ready(memory),
-            "failed" => Health::Failed(cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400)),
+            "ready" if status == 200 => Health::Ready { memory, phases: body.phases },
+            "failed" => Health::Failed {
+                why: cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400),
+                oom: body.code.as_deref() == Some("worker_oom"),
+            },
             _ => Health::NotYet { phase: body.phase, percent: body.percent, memory },
         };
     }
     match status {
-        200..=299 => Health::Ready(Memory::default()),
+        200..=299 => Health::Ready { memory: Memory::default(), phases: Vec::new() },
         _ => Health::Silent(format!("/health answers with status {status}")),
     }
 }
@@ -157,6 +173,10 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    fn ready(memory: Memory) -> Health {
+        Health::Ready { memory, phases: Vec::new() }
+    }
+
     #[test]
     fn our_workers_are_told_by_their_instance() {
         let ask = |status: u16, word: &str, instance: Value| {
@@ -164,27 +184,32 @@ mod tests {
                 json!({"status": word, "phase": "weights", "percent": 40.0, "instance": instance, "error": "no file"});
             read(status, body.to_string().as_bytes(), "id:1")
         };
-        assert_eq!(ask(200, "ready", "id:1".into()), Health::Ready(Memory::default()));
-        let tells = br#"{"status": "ready", "instance": "m", "device_bytes": 7}"#;
-        assert_eq!(read(200, tells, "m"), Health::Ready(Memory { device_bytes: Some(7), ..Memory::default() }));
+        assert_eq!(ask(200, "ready", "id:1".into()), ready(Memory::default()));
+        let tells =
+            br#"{"status": "ready", "instance": "m", "device_bytes": 7, "phases": [{"phase": "read", "ms": 9}]}"#;
+        let phases = vec![PhaseTime { phase: "read".into(), ms: 9 }];
+        let memory = Memory { device_bytes: Some(7), ..Memory::default() };
+        assert_eq!(read(200, tells, "m"), Health::Ready { memory, phases });
         let tells =
             br#"{"status": "ready", "instance": "m", "host_bytes": 5, "can_park": false, "park_note": "no room"}"#;
         let host = HostCopy { bytes: Some(5), can_park: Some(false), note: Some("no room".into()) };
-        assert_eq!(read(200, tells, "m"), Health::Ready(Memory { device_bytes: None, host }));
+        assert_eq!(read(200, tells, "m"), ready(Memory { device_bytes: None, host }));
         let memory = Memory::default();
         let not_yet = Health::NotYet { phase: Some("weights".into()), percent: Some(40.0), memory };
         assert_eq!(ask(503, "loading", "id:1".into()), not_yet);
         assert_eq!(ask(503, "asleep", "id:1".into()), not_yet);
         assert_eq!(ask(503, "ready", "id:1".into()), not_yet, "ready but stopping");
-        assert_eq!(ask(503, "failed", "id:1".into()), Health::Failed("no file".into()));
+        assert_eq!(ask(503, "failed", "id:1".into()), Health::Failed { why: "no file".into(), oom: false });
+        let oom = br#"{"status": "failed", "instance": "m", "error": "no room", "code": "worker_oom"}"#;
+        assert_eq!(read(503, oom, "m"), Health::Failed { why: "no room".into(), oom: true });
         assert_eq!(ask(200, "ready", "id:2".into()), Health::Stranger);
         assert_eq!(ask(200, "ready", Value::Null), Health::Stranger, "started by hand");
     }
 
     #[test]
     fn stock_servers_are_told_by_their_status() {
-        assert_eq!(read(200, b"", "m"), Health::Ready(Memory::default()));
-        assert_eq!(read(200, br#"{"status":"ok"}"#, "m"), Health::Ready(Memory::default()));
+        assert_eq!(read(200, b"", "m"), ready(Memory::default()));
+        assert_eq!(read(200, br#"{"status":"ok"}"#, "m"), ready(Memory::default()));
         assert!(matches!(read(503, br#"{"error":{"message":"Loading model"}}"#, "m"), Health::Silent(_)));
     }
 }

@@ -9,12 +9,20 @@ const PORTS_TRIED: usize = 3;
 /// How often the clock is asked whether a back-off is over.
 const BACKOFF_LOOK_EVERY: Duration = Duration::from_millis(250);
 
+/// Longest time in which a spare process has to say that it becomes a worker.
+const TAKE_OVER_LIMIT: Duration = Duration::from_secs(5);
+/// Names of the phases that are measured here.
+const SPAWN: &str = "spawn";
+const REST: &str = "load";
+
 /// How one try of a load ended.
-enum Try {
-    Ready(Box<Running>),
+pub(super) enum Try {
+    Ready(Box<Running>, Vec<PhaseTime>),
     /// Another program answers on the port.
     Stranger(u16),
     Failed(String, Tail),
+    /// Its device has not enough memory.
+    OutOfMemory(String, Tail),
     /// By an order given at this time.
     Stopped(Instant),
     Ended,
@@ -24,7 +32,9 @@ impl Supervisor {
     pub(super) async fn load(&mut self) -> Phase {
         let ordered_at = Instant::now();
         self.take_spec();
+        let _loading = self.around.spares.loading();
         self.enter(ModelState::Loading);
+        self.is_small = false;
         if let Err(reason) = self.leftovers_are_free().await {
             return self.failed_load(reason, &Tail::default(), None).await;
         }
@@ -38,12 +48,14 @@ impl Supervisor {
         let mut avoid = BTreeSet::new();
         loop {
             match self.try_load(&avoid, deadline, memory_before).await {
-                Try::Ready(running) => {
+                Try::Ready(running, phases) => {
                     let base_url = format!("http://127.0.0.1:{}", running.process.port());
                     self.failed_loads = 0;
                     self.enter(ModelState::Resident);
                     let load_ms = self.around.clock.millis_in(ordered_at.elapsed());
-                    tracing::info!(model = self.spec.name, base_url, load_ms, "ready");
+                    tracing::info!(model = self.spec.name, base_url, load_ms, phases = in_words(&phases), "ready");
+                    self.view.send_modify(|v| v.phases.clone_from(&phases));
+                    self.report(Report::Loaded { phases });
                     if let Some(device_bytes) = running.own {
                         self.report(Report::Takes { device_bytes });
                     }
@@ -62,6 +74,13 @@ impl Supervisor {
                     let reason = format!("another program answers on port {port}");
                     return self.failed_load(reason, &Tail::default(), memory_before).await;
                 }
+                Try::OutOfMemory(reason, _) if !self.is_small => {
+                    let model = &self.spec.name;
+                    tracing::warn!(model, "out of memory while loading, tried once more with less: {reason}");
+                    self.is_small = true;
+                    self.wait_memory_free(self.free_as_before(memory_before)).await;
+                }
+                Try::OutOfMemory(reason, tail) => return self.does_not_fit(reason, &tail, memory_before).await,
                 Try::Failed(reason, tail) => {
                     return self.failed_load(reason, &tail, memory_before).await;
                 }
@@ -78,7 +97,10 @@ impl Supervisor {
 
     /// Starts the process and probes it until it is ready. Whatever the end but `Ready`, nothing of it runs any more.
     async fn try_load(&mut self, avoid: &BTreeSet<u16>, deadline: Instant, memory_before: Option<u64>) -> Try {
-        let mut process = match self.start_process(avoid) {
+        let started = Instant::now();
+        let spare = if avoid.is_empty() && !self.is_small { self.take_spare().await } else { None };
+        let was_spare = spare.is_some();
+        let mut process = match spare.map_or_else(|| self.start_process(avoid), Ok) {
             Ok(process) => process,
             Err(reason) => return Try::Failed(reason, Tail::default()),
         };
@@ -89,9 +111,16 @@ impl Supervisor {
             v.gpus.clone_from(&self.gpus);
             v.starts += 1;
         });
-        tracing::info!(model = self.spec.name, process.pid = process.pid(), port = process.port(), "loading");
+        tracing::info!(
+            model = self.spec.name,
+            process.pid = process.pid(),
+            port = process.port(),
+            was_spare,
+            "loading"
+        );
         self.report(Report::Loading { phase: None, percent: None });
         let mut strange_since = None;
+        let mut spawned = None;
         loop {
             let probe = async {
                 sleep(self.tempo.probe_every).await;
@@ -120,7 +149,7 @@ impl Supervisor {
                 }
                 how = process.exited() => {
                     let tail = process.clear_away().await;
-                    return Try::Failed(format!("its worker {how}"), tail);
+                    return self.failed(format!("its worker {how}"), false, tail);
                 }
                 () = sleep_until(deadline) => {
                     let tail = process.stop(self.around.grace).await;
@@ -132,10 +161,14 @@ impl Supervisor {
             };
             if health != Health::Stranger {
                 strange_since = None;
+                if health != Health::Refused {
+                    spawned.get_or_insert_with(|| started.elapsed());
+                }
             }
             match health {
-                Health::Ready(memory) => {
+                Health::Ready { memory, phases } => {
                     let since = Instant::now();
+                    let phases = whole(spawned.unwrap_or_default(), started.elapsed(), phases);
                     let host = HostCopy::default();
                     let pids = BTreeSet::new();
                     let mut running =
@@ -145,12 +178,12 @@ impl Supervisor {
                     if let Some(before) = memory_before {
                         running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
                     }
-                    return Try::Ready(Box::new(running));
+                    return Try::Ready(Box::new(running), phases);
                 }
                 Health::NotYet { phase, percent, .. } => self.show_progress(phase, percent),
-                Health::Failed(why) => {
+                Health::Failed { why, oom } => {
                     let tail = process.stop(self.around.grace).await;
-                    return Try::Failed(format!("its worker says: {why}"), tail);
+                    return self.failed(format!("its worker says: {why}"), oom, tail);
                 }
                 Health::Stranger => {
                     let since = *strange_since.get_or_insert_with(Instant::now);
@@ -167,19 +200,47 @@ impl Supervisor {
 
     fn start_process(&self, avoid: &BTreeSet<u16>) -> Result<WorkerProcess, String> {
         let lease = ports::lease(self.spec.port, avoid).ok_or("no port from 8001 to 8999 is free on 127.0.0.1")?;
-        WorkerProcess::start(Start {
+        WorkerProcess::start(&self.wanted(), lease)
+    }
+
+    /// A spare process of its environment that has become its worker. Whatever is wrong with one costs a start from nothing.
+    async fn take_spare(&self) -> Option<WorkerProcess> {
+        let process = self.around.spares.take(&self.spec).await?;
+        let doctor = Doctor::new(process.port(), process.mark());
+        let took = match process.order(&self.wanted()) {
+            Ok(order) => timeout(TAKE_OVER_LIMIT, doctor.take_over(&order))
+                .await
+                .unwrap_or_else(|_| Err(format!("no answer to /take_over within {} s", TAKE_OVER_LIMIT.as_secs()))),
+            Err(why) => Err(why),
+        };
+        let process = match &took {
+            Ok(()) => {
+                process.became(&self.wanted());
+                Some(process)
+            }
+            Err(_) => {
+                process.clear_away().await;
+                None
+            }
+        };
+        self.around.spares.came(&self.spec, took).await;
+        process
+    }
+
+    fn wanted(&self) -> Start<'_> {
+        Start {
             spec: &self.spec,
             replica: self.replica,
             gpus: &self.gpus,
             park_bytes: self.park_bytes,
             free_bytes: self.free_bytes,
-            lease,
+            is_small: self.is_small,
             data_dir_id: &self.around.data_dir_id,
             log_dir: &self.around.log_dir,
             program: &self.around.program,
             grace: self.around.grace,
             tasks: &self.around.tasks,
-        })
+        }
     }
 
     async fn failed_load(&mut self, reason: String, tail: &Tail, memory: Option<u64>) -> Phase {
@@ -251,13 +312,26 @@ impl Supervisor {
     }
 }
 
+/// All phases of a load that took `all`: of a server that does not tell any, what came after the start is one.
+fn whole(spawn: Duration, all: Duration, told: Vec<PhaseTime>) -> Vec<PhaseTime> {
+    let phase = |phase: &str, took: Duration| PhaseTime { phase: phase.to_owned(), ms: millis(took) };
+    let rest = told.is_empty().then(|| phase(REST, all.saturating_sub(spawn)));
+    std::iter::once(phase(SPAWN, spawn)).chain(told).chain(rest).collect()
+}
+
+/// `spawn 812 ms, import 4210 ms`
+fn in_words(phases: &[PhaseTime]) -> String {
+    let each = phases.iter().map(|PhaseTime { phase, ms }| format!("{phase} {ms} ms"));
+    each.collect::<Vec<_>>().join(", ")
+}
+
 /// Longest time of a load: ten times what it usually takes, at least `at_least`.
 fn load_limit(startup_time: Duration, at_least: Duration) -> Duration {
     startup_time.saturating_mul(10).max(at_least)
 }
 
 /// `first`, doubled for each further failure, at most `max`.
-fn backoff(first: Duration, max: Duration, failures: u32) -> Duration {
+pub(in crate::worker) fn backoff(first: Duration, max: Duration, failures: u32) -> Duration {
     let doublings = failures.saturating_sub(1).min(20);
     first.saturating_mul(1 << doublings).min(max)
 }
@@ -271,6 +345,17 @@ mod tests {
         let least = Tempo::default().load_limit_min;
         let limit = |s: u64| load_limit(Duration::from_secs(s), least).as_secs();
         assert_eq!((limit(10), limit(140)), (600, 1400));
+    }
+
+    #[test]
+    fn what_a_worker_does_not_tell_is_one_phase() {
+        let (spawn, all) = (Duration::from_millis(30), Duration::from_millis(100));
+        let said = |told: &[(&str, i64)]| {
+            let told = told.iter().map(|(phase, ms)| PhaseTime { phase: (*phase).to_owned(), ms: *ms }).collect();
+            in_words(&whole(spawn, all, told))
+        };
+        assert_eq!(said(&[]), "spawn 30 ms, load 70 ms");
+        assert_eq!(said(&[("import", 40), ("read", 25)]), "spawn 30 ms, import 40 ms, read 25 ms");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 /// A log file is moved to `.1` when it reaches this; so one model's logs take twice as much at most.
@@ -18,6 +19,16 @@ const LINE_LIMIT_BYTES: usize = 8 << 10;
 const TAIL_LINES: usize = 50;
 /// How long a file that could not be written is left alone: a full disk is not asked again for each line.
 const REOPEN_AFTER: Duration = Duration::from_secs(5);
+/// How engines say that a device has not enough memory, in small letters.
+const OUT_OF_MEMORY: [&str; 6] = [
+    "cuda out of memory",
+    "outofmemoryerror",
+    "out of memory on the gpu",
+    // vLLM: nothing is left beside the weights; others hold too much; too little is left for one request of the longest kind.
+    "no available memory for the cache blocks",
+    "is less than desired gpu memory utilization",
+    "larger than the available kv cache memory",
+];
 
 /// Where the log of a model's worker is. No name has a `+` in it, so no other model's log is there.
 pub(super) fn path(dir: &Path, model: &str, replica: u32) -> PathBuf {
@@ -33,14 +44,14 @@ pub(super) fn fetch_path(dir: &Path, model: &str) -> PathBuf {
     dir.join(format!("{}+fetch.log", plain(model)))
 }
 
-fn plain(model: &str) -> String {
-    model
-        .chars()
-        .map(|c| match c {
-            'a'..='z' | 'A'..='Z' | '0'..='9' | '-' | '_' | '.' => c,
-            _ => '_',
-        })
-        .collect()
+/// Where the log of a spare process is until it is a model's worker: no model's name starts with a `+`.
+pub(super) fn spare_path(dir: &Path, folder: &str, index: usize) -> PathBuf {
+    dir.join(format!("+spare-{}-{index}.log", plain(folder)))
+}
+
+fn plain(name: &str) -> String {
+    let keep = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    name.chars().map(|c| if keep(c) { c } else { '_' }).collect()
 }
 
 /// The latest lines of one process. Cheap to clone.
@@ -70,6 +81,23 @@ impl Tail {
             .map(|line| super::verdict::cut(line.trim().to_owned(), 400))
     }
 
+    /// Whether a line says, in the words of torch or vLLM, that the device has not enough memory.
+    pub(super) fn tells_out_of_memory(&self) -> bool {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().any(|line| {
+            let line = line.to_ascii_lowercase();
+            OUT_OF_MEMORY.iter().any(|words| line.contains(words))
+        })
+    }
+
+    /// `reason` and the line that explains it best.
+    pub(super) fn explain(&self, reason: String) -> String {
+        match self.reason() {
+            Some(line) => format!("{reason}; its log says: {line}"),
+            None => reason,
+        }
+    }
+
     fn push(&self, line: &[u8]) {
         let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         if lines.len() == TAIL_LINES {
@@ -81,7 +109,8 @@ impl Tail {
 
 /// Reads `pipe` until every process that holds its other end is gone. Trouble with the file never stops the draining: a
 /// worker whose pipe is full would hang.
-pub(super) async fn capture(pipe: PipeReader, path: PathBuf, tail: Tail, limit_bytes: u64) {
+/// What comes after `path` has changed goes there.
+pub(super) async fn capture(pipe: PipeReader, mut path: watch::Receiver<PathBuf>, tail: Tail, limit_bytes: u64) {
     let mut pipe = match pipe::Receiver::from_owned_fd(pipe.into()) {
         Ok(pipe) => pipe,
         Err(error) => {
@@ -89,7 +118,8 @@ pub(super) async fn capture(pipe: PipeReader, path: PathBuf, tail: Tail, limit_b
             return;
         }
     };
-    let mut file = File::open(path, limit_bytes).await;
+    let first = path.borrow_and_update().clone();
+    let mut file = File::open(first, limit_bytes).await;
     let mut lines = Lines::default();
     let mut buffer = vec![0; 64 << 10];
     loop {
@@ -97,6 +127,11 @@ pub(super) async fn capture(pipe: PipeReader, path: PathBuf, tail: Tail, limit_b
             Ok(0) => break,
             Ok(count) => {
                 let cut = lines.take(&buffer[..count], &tail);
+                // An error: nobody can change it any more.
+                if path.has_changed().unwrap_or(false) {
+                    let next = path.borrow_and_update().clone();
+                    file = File::open(next, limit_bytes).await;
+                }
                 file.write(&cut).await;
             }
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
@@ -265,6 +300,23 @@ mod tests {
     }
 
     #[test]
+    fn engines_say_in_many_words_that_memory_ran_out() {
+        for line in [
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.",
+            "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.",
+            "ValueError: Free memory on device (9.1/79.1 GiB) on startup is less than desired GPU memory utilization (0.9)",
+            "(9.00 GiB KV cache is needed, which is larger than the available KV cache memory (2.00 GiB)",
+        ] {
+            let tail = Tail::default();
+            tail.push(b"loading");
+            assert!(!tail.tells_out_of_memory());
+            tail.push(line.as_bytes());
+            tail.push(b"bye");
+            assert!(tail.tells_out_of_memory(), "{line}");
+        }
+    }
+
+    #[test]
     fn model_names_make_plain_file_names() {
         let file = path(Path::new("/logs"), "a/../b c", 0);
         assert_eq!(file, Path::new("/logs/a_.._b_c.log"));
@@ -288,6 +340,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_comes_after_the_path_has_changed_is_in_the_other_file() {
+        use std::io::Write as _;
+        let dir = tempfile::tempdir().unwrap();
+        let (first, second) = (dir.path().join("spare.log"), dir.path().join("m.log"));
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let (target, path) = watch::channel(first.clone());
+        let capturing = capture(reader, path, Tail::default(), 100_000);
+        let text = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
+        let told = async {
+            writeln!(writer, "imported").unwrap();
+            while text(&first).is_empty() {
+                tokio::task::yield_now().await;
+            }
+            target.send_replace(second.clone());
+            writeln!(writer, "reading").unwrap();
+            drop(writer);
+        };
+        tokio::join!(capturing, told);
+        assert_eq!((text(&first).as_str(), text(&second).as_str()), ("imported\n", "reading\n"));
+    }
+
+    #[tokio::test]
     async fn a_full_file_is_moved_aside() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.log");
@@ -299,7 +373,7 @@ mod tests {
                 writeln!(writer, "this is line number {at}").unwrap();
             }
         });
-        capture(reader, path.clone(), tail.clone(), 100_000).await;
+        capture(reader, watch::channel(path.clone()).1, tail.clone(), 100_000).await;
         writing.join().unwrap();
         let size = |p: &Path| std::fs::metadata(p).unwrap().len();
         assert!(size(&path) <= 100_000);

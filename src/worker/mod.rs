@@ -17,6 +17,7 @@ mod ports;
 pub mod process;
 mod procfs;
 mod secrets;
+pub mod spare;
 mod sse;
 pub mod supervisor;
 mod verdict;

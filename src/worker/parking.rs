@@ -171,8 +171,8 @@ impl Supervisor {
                 }
                 loop {
                     match doctor.ask(tempo.probe_limit).await {
-                        Health::Ready(memory) => return Ok(memory),
-                        Health::Failed(why) => return Err(format!("it says: {why}")),
+                        Health::Ready { memory, .. } => return Ok(memory),
+                        Health::Failed { why, .. } => return Err(format!("it says: {why}")),
                         _ => sleep(tempo.probe_every).await,
                     }
                 }

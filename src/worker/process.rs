@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use serde_json::{Map, Value, json};
 use tokio::process::{Child, ChildStdin, Command};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::clock::{Clock, SystemClock};
@@ -29,6 +31,8 @@ const LOG_LIMIT: Duration = Duration::from_secs(1);
 const ORPHAN_GRACE_MAX: Duration = Duration::from_secs(3);
 /// What a worker writes is for the user alone that runs it: prompts and answers may be in it.
 const UMASK: &str = "077";
+/// Of what it would take by itself, the share that a worker is to make do with after it ran out of memory.
+const SMALL_SCALE: &str = "0.85";
 
 /// What a start needs besides the model.
 pub(super) struct Start<'a> {
@@ -40,7 +44,8 @@ pub(super) struct Start<'a> {
     pub(super) park_bytes: Option<u64>,
     /// Memory that is free on the fullest of its GPUs, in bytes.
     pub(super) free_bytes: Option<u64>,
-    pub(super) lease: Lease,
+    /// It ran out of memory, and is to make do with less.
+    pub(super) is_small: bool,
     pub(super) data_dir_id: &'a str,
     pub(super) log_dir: &'a Path,
     pub(super) program: &'a Path,
@@ -58,13 +63,46 @@ pub(super) struct WorkerProcess {
     started_at: Millis,
     tail: Tail,
     capture: JoinHandle<()>,
+    /// What it was started with.
+    environment: BTreeMap<OsString, OsString>,
+    log_path: watch::Sender<PathBuf>,
+}
+
+impl Start<'_> {
+    fn environment(&self, mark: &str) -> BTreeMap<OsString, OsString> {
+        let mut vars = environment(std::env::vars_os(), self.spec, self.gpus, (self.park_bytes, self.free_bytes), mark);
+        if self.is_small {
+            vars.insert("ROUNDHOUSE_MEMORY_SCALE".into(), SMALL_SCALE.into());
+        }
+        vars
+    }
+
+    fn log_path(&self) -> PathBuf {
+        logs::path(self.log_dir, &self.spec.name, self.replica)
+    }
 }
 
 impl WorkerProcess {
     /// Starts the guard with the worker's command; the text of an error is for a person.
-    pub(super) fn start(start: Start) -> Result<Self, String> {
-        let command = command_line(start.spec, start.lease.port())?;
+    pub(super) fn start(start: &Start, lease: Lease) -> Result<Self, String> {
+        let command = command_line(start.spec, lease.port())?;
+        Self::run(start, lease, &command, start.log_path())
+    }
+
+    /// As [`Self::start`], but it is a spare process, whose log is in `log_path` until it is a worker.
+    pub(super) fn start_spare(start: &Start, lease: Lease, log_path: PathBuf) -> Result<Self, String> {
+        let Launch::Script { python, script } = &start.spec.launch else {
+            return Err(format!("model `{}`: its `command` cannot be started as a spare process", start.spec.name));
+        };
+        script_is_there(start.spec, python, script)?;
+        let port = lease.port().to_string();
+        let command = [python.into(), script.into(), "--spare".into(), "--port".into(), port.into()];
+        Self::run(start, lease, &command, log_path)
+    }
+
+    fn run(start: &Start, lease: Lease, command: &[OsString], log_path: PathBuf) -> Result<Self, String> {
         let mark = format!("{}:{}", start.data_dir_id, nonce()?);
+        let environment = start.environment(&mark);
         let (reader, writer) = std::io::pipe().map_err(|e| format!("cannot make a pipe: {e}"))?;
         let stderr = writer.try_clone().map_err(|e| format!("cannot make a pipe: {e}"))?;
         let mut guard = Command::new(start.program)
@@ -73,9 +111,9 @@ impl WorkerProcess {
             .arg(start.grace.as_millis().to_string())
             .args(["--umask", UMASK])
             .arg("--")
-            .args(&command)
+            .args(command)
             .env_clear()
-            .envs(environment(std::env::vars_os(), start.spec, start.gpus, (start.park_bytes, start.free_bytes), &mark))
+            .envs(&environment)
             .current_dir(&start.spec.dir)
             .stdin(Stdio::piped())
             .stdout(Stdio::from(writer))
@@ -86,25 +124,33 @@ impl WorkerProcess {
         let lifeline = guard.stdin.take();
         let pid = guard.id().map_or(0, u32::cast_signed);
         let tail = Tail::default();
-        let capture = start.tasks.spawn(
-            "worker log",
-            logs::capture(
-                reader,
-                logs::path(start.log_dir, &start.spec.name, start.replica),
-                tail.clone(),
-                logs::FILE_LIMIT_BYTES,
-            ),
-        );
+        let (log_path, path) = watch::channel(log_path);
+        let capture =
+            start.tasks.spawn("worker log", logs::capture(reader, path, tail.clone(), logs::FILE_LIMIT_BYTES));
         Ok(Self {
             guard,
             pid,
             lifeline,
-            lease: start.lease,
+            lease,
             mark,
             started_at: SystemClock::default().now(),
             tail,
             capture,
+            environment,
+            log_path,
         })
+    }
+
+    /// What a spare process is to be told to become the worker of `start`.
+    pub(super) fn order(&self, start: &Start) -> Result<Value, String> {
+        let words = command_line(start.spec, self.lease.port())?;
+        // The interpreter and the script run already.
+        order(&words[2..], &self.environment, &start.environment(&self.mark), &self.mark)
+    }
+
+    /// It is the worker of `start` now: so is its log from here on.
+    pub(super) fn became(&self, start: &Start) {
+        self.log_path.send_replace(start.log_path());
     }
 
     /// The guard's process id.
@@ -178,6 +224,24 @@ impl WorkerProcess {
         }
         self.tail
     }
+}
+
+/// What makes a process that was started with the environment `has` the worker of these arguments; a null unsets a variable.
+fn order(
+    words: &[OsString],
+    has: &BTreeMap<OsString, OsString>,
+    wants: &BTreeMap<OsString, OsString>,
+    mark: &str,
+) -> Result<Value, String> {
+    let text = |value: &OsString| value.to_str().map(str::to_owned);
+    let changed = wants.iter().filter(|(name, value)| has.get(*name) != Some(value));
+    let changed = changed.map(|(name, value)| (text(name), text(value).map(Value::from)));
+    let dropped = has.keys().filter(|name| !wants.contains_key(*name)).map(|name| (text(name), Some(Value::Null)));
+    let environment: Option<Map<String, Value>> = changed.chain(dropped).map(|(name, value)| name.zip(value)).collect();
+    let arguments: Option<Vec<String>> = words.iter().map(text).collect();
+    let (environment, arguments) =
+        environment.zip(arguments).ok_or("its arguments or its environment are not in UTF-8")?;
+    Ok(json!({"arguments": arguments, "environment": environment, "instance": mark}))
 }
 
 /// See [`super::supervisor::end_orphans`].
@@ -362,6 +426,7 @@ pub(super) mod tests {
             pin: false,
             exclusive: false,
             park: Park::Off,
+            spare: false,
             upstream_model: "toy".into(),
             dir: "/".into(),
         }
@@ -399,6 +464,40 @@ pub(super) mod tests {
         let words = command_line(&spec, 8002).unwrap();
         assert_eq!(words[1], script);
         assert_eq!(words[2..], ["--name", "toy", "--port", "8002", "--model", "/weights", "--x"]);
+    }
+
+    #[test]
+    fn a_spare_process_is_told_only_what_it_does_not_have() {
+        let vars =
+            |pairs: &[(&str, &str)]| pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        let has = vars(&[("PATH", "/bin"), ("ROUNDHOUSE_MEMORY_BYTES", "5"), ("X", "1")]);
+        let wants = vars(&[("PATH", "/bin"), ("CUDA_VISIBLE_DEVICES", "0"), ("X", "2")]);
+        let told = order(&["--name".into(), "toy".into()], &has, &wants, "id:1").unwrap();
+        let environment = json!({"CUDA_VISIBLE_DEVICES": "0", "ROUNDHOUSE_MEMORY_BYTES": null, "X": "2"});
+        assert_eq!(told, json!({"arguments": ["--name", "toy"], "environment": environment, "instance": "id:1"}));
+    }
+
+    #[test]
+    fn only_a_second_try_is_told_to_take_less() {
+        let spec = spec(&["x"]);
+        let tasks = Tasks::new();
+        let path = Path::new("/");
+        let grace = Duration::ZERO;
+        let start = |is_small| Start {
+            park_bytes: None,
+            free_bytes: None,
+            spec: &spec,
+            replica: 0,
+            gpus: &[],
+            is_small,
+            data_dir_id: "id",
+            log_dir: path,
+            program: path,
+            grace,
+            tasks: &tasks,
+        };
+        let scale = |is_small| start(is_small).environment("id:1").remove(&OsString::from("ROUNDHOUSE_MEMORY_SCALE"));
+        assert_eq!((scale(false), scale(true)), (None, Some("0.85".into())));
     }
 
     #[test]

@@ -51,6 +51,13 @@ fn parse_stat(pid: i32, stat: &[u8]) -> Option<Process> {
     Some(Process { pid, group: number()?, session: number()?, is_zombie: matches!(state, "Z" | "X") })
 }
 
+/// Host memory that a process has resident, in bytes.
+pub(super) fn resident_bytes(pid: i32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?.trim().strip_suffix("kB")?;
+    kib.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 /// Whether the environment that `pid` was started with has a mark that `accept` takes. Unreadable: no.
 fn has_mark(pid: i32, accept: impl Fn(&[u8]) -> bool) -> bool {
     let Ok(environ) = std::fs::read(format!("/proc/{pid}/environ")) else {

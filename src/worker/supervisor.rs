@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
-use crate::domain::worker::{HostCopy, Report, WorkerView};
+use crate::domain::worker::{HostCopy, PhaseTime, Report, WorkerView};
 use crate::domain::{ErrorCode, GpuSet, JobError, Millis, ModelSpec, ModelState, Park};
 use crate::lifecycle::Tasks;
 use crate::worker::gpu::{Gpu, GpuProbe};
@@ -21,11 +21,15 @@ use crate::worker::health::{Doctor, Health, Memory};
 use crate::worker::logs::{self, Tail};
 use crate::worker::ports;
 use crate::worker::process::{self, Start, WorkerProcess};
+use crate::worker::spare::Spares;
 
 #[path = "device_memory.rs"]
 mod device_memory;
 #[path = "loading.rs"]
 mod loading;
+pub(super) use loading::backoff;
+#[path = "out_of_memory.rs"]
+mod out_of_memory;
 #[path = "parking.rs"]
 mod parking;
 
@@ -58,6 +62,8 @@ pub struct Surroundings {
     pub backoff_max: Duration,
     /// Device memory that ended workers have left in use.
     pub stuck: StuckMemory,
+    /// Processes that a load may take over.
+    pub spares: Spares,
 }
 
 use device_memory::Free;
@@ -181,6 +187,7 @@ impl WorkerHandle {
             state: ModelState::Absent,
             phase: None,
             percent: None,
+            phases: Vec::new(),
             pid: None,
             port: None,
             since: around.clock.now(),
@@ -213,6 +220,7 @@ impl WorkerHandle {
             looked,
             failed_loads: 0,
             early_deaths: 0,
+            is_small: false,
         };
         tasks.spawn("supervisor", supervisor.run());
         Self { orders, spec: spec_writer, view, has_looked }
@@ -268,8 +276,16 @@ enum Phase {
     Loading,
     Serving(Box<Running>),
     Parked(Box<Running>),
-    BackingOff { error: JobError, until: Millis },
+    BackingOff {
+        error: JobError,
+        until: Millis,
+    },
     Blocked,
+    /// Its GPU has not enough memory for it: waits until one has more free than this, in bytes.
+    DoesNotFit {
+        error: JobError,
+        free: u64,
+    },
     Ended,
 }
 
@@ -331,6 +347,8 @@ struct Supervisor {
     looked: watch::Sender<bool>,
     failed_loads: u32,
     early_deaths: u32,
+    /// The present load has run out of memory, and is tried once more with less.
+    is_small: bool,
 }
 
 impl Supervisor {
@@ -348,6 +366,7 @@ impl Supervisor {
                 Phase::Parked(running) => self.lie_parked(*running).await,
                 Phase::BackingOff { error, until } => self.back_off(error, until).await,
                 Phase::Blocked => self.blocked().await,
+                Phase::DoesNotFit { error, free } => self.wait_for_room(error, free).await,
                 Phase::Ended => break,
             };
         }
@@ -631,9 +650,9 @@ impl Supervisor {
 async fn pulse(doctor: &Doctor, limit: Duration) -> Pulse {
     match doctor.ask(limit).await {
         // Asleep is alive; what it keeps on its devices then is not what it takes.
-        Health::Ready(memory) => Pulse::Alive(memory),
+        Health::Ready { memory, .. } => Pulse::Alive(memory),
         Health::NotYet { memory, .. } => Pulse::Alive(Memory { device_bytes: None, ..memory }),
-        Health::Failed(why) => Pulse::Missed(format!("it says that it failed: {why}")),
+        Health::Failed { why, .. } => Pulse::Missed(format!("it says that it failed: {why}")),
         Health::Stranger => Pulse::Missed("another program answers on its port".to_owned()),
         Health::Silent(why) => Pulse::Missed(why),
         Health::Refused => Pulse::Refused,

@@ -32,6 +32,11 @@ class Server:
         self._listening = asyncio.Event()
         self._uvicorn: _Uvicorn | None = None
 
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._sock.getsockname()[1]
+
     async def serve_app(self, app: Any) -> None:
         """Serve until `close`."""
         config = uvicorn.Config(

@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from roundhouse_worker import flags, log, metrics, process
+from roundhouse_worker import flags, log, metrics, process, spare
 from roundhouse_worker.endpoint import Endpoint
 from roundhouse_worker.errors import (
     Cancelled,
@@ -111,6 +111,10 @@ class BaseService:
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the worker's own flags."""
 
+    @classmethod
+    def preload(cls) -> None:
+        """Import what is heavy and touch no device, as a spare process that has no model yet. *A thread of its own.*"""
+
     def check(self) -> dict[str, Any]:
         """Look at the flags without loading anything, for `--check` and before each start.
 
@@ -187,6 +191,7 @@ class BaseService:
             Route("/is_sleeping", self.is_sleeping),
             Route("/sleep", self.sleep, methods=["POST"]),
             Route("/wake_up", self.wake_up, methods=["POST"]),
+            Route("/take_over", spare.refuse, methods=["POST"]),
         ]
         return Starlette(
             routes=posts + verbs, exception_handlers={HTTPException: _http_error, WorkerError: _worker_error}
@@ -195,11 +200,19 @@ class BaseService:
     # ---- the process ---------------------------------------------------------
 
     @classmethod
+    def parser(cls) -> argparse.ArgumentParser:
+        """The shared flags and those of the model."""
+        parser = flags.parser(cls.__doc__ or cls.__name__, name=cls.name, model=cls.model)
+        cls.add_arguments(parser)
+        return parser
+
+    @classmethod
     def main(cls, argv: Sequence[str] | None = None) -> int:
         """Parse the flags and serve until a signal; the exit code."""
         arguments = list(sys.argv[1:] if argv is None else argv)
-        parser = flags.parser(cls.__doc__ or cls.__name__, name=cls.name, model=cls.model)
-        cls.add_arguments(parser)
+        if "--spare" in arguments:
+            return spare.main(cls, arguments)
+        parser = cls.parser()
         try:
             service = cls(parser.parse_args(arguments))
             facts = service.check()

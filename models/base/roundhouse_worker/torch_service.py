@@ -55,10 +55,12 @@ class TorchService(BaseService):
 
     # ---- hooks ---------------------------------------------------------------
 
-    def import_libraries(self) -> None:
+    @classmethod
+    def import_libraries(cls, folder: pathlib.Path | None) -> None:
         """Import what is heavy besides torch; nothing here may touch the device. *Model thread.*
 
-        `self.folder` is None if it is not known yet which weights will be wanted.
+        Args:
+            folder: the weights; None if it is not known yet which will be wanted.
         """
 
     def load(self, loader: Loader) -> None:
@@ -119,6 +121,13 @@ class TorchService(BaseService):
         self._asleep_without = False  # asleep, and the weights are nowhere
         self._reference: list[Any] | None = None
 
+    @classmethod
+    def preload(cls) -> None:
+        parking.prepare_environment()
+        import torch  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
+
+        cls.import_libraries(None)
+
     def initialize(self, loading: Loading) -> None:
         self.folder = weights.local_folder(self.options.model, self.options.revision)
         loading("import", 2)
@@ -128,7 +137,7 @@ class TorchService(BaseService):
             hostcopy.start_context(int(device.partition(":")[2] or 0))
         import torch  # pyright: ignore[reportMissingImports]
 
-        self.import_libraries()
+        self.import_libraries(self.folder)
         self.torch: Any = torch
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.on_cuda = self.device.startswith("cuda")

@@ -6,8 +6,10 @@ request with `gated` needs a permit for every step.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,6 +37,15 @@ class Probe(BaseService):
         parser.add_argument("--park-error")
         parser.add_argument("--size", type=int, default=1)
 
+    @classmethod
+    def preload(cls):
+        print(f"importing niceness={os.getpriority(os.PRIO_PROCESS, threading.get_native_id())}", file=sys.stderr)
+        gate = os.environ.get("PROBE_GATE")
+        while gate and not os.path.exists(gate):
+            time.sleep(0.005)
+        if "PROBE_IMPORT_ERROR" in os.environ:
+            raise ImportError(os.environ["PROBE_IMPORT_ERROR"])
+
     def check(self):
         if self.options.size < 1:
             raise ValueError(f"--size must be positive, not {self.options.size}")
@@ -50,6 +61,9 @@ class Probe(BaseService):
         if self.options.gated:
             self.permits.acquire()
         loading("weights", 50)
+        loading("read", 60)
+        loading("device", 90)
+        self.seen.append(["environment", os.environ.get("PROBE_COLOUR"), os.environ.get("PROBE_OLD")])
         if self.options.load_error:
             raise RuntimeError(self.options.load_error)
 

@@ -364,7 +364,7 @@ def test_health_tells_the_device_memory_if_it_is_known():
 
 def test_slow_loading_has_a_percentage():
     with Worker(SERVER, "--load-s", "0.3") as worker:
-        health = until(lambda: (now := worker.get("/health").json())["phase"] == "weights" and now)
+        health = until(lambda: (now := worker.get("/health").json())["phase"] == "read" and now)
         assert health["status"] == "loading"
         assert 0 <= health["percent"] < 100
         assert worker.ready().get("/health").json()["percent"] == 100

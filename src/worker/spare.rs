@@ -1,0 +1,400 @@
+//! Spare processes: each has imported what an environment's workers import, and becomes the next worker that is loaded there.
+//! One task for each environment, the only owner of its spare until a load takes it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Mutex, OwnedMutexGuard, mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use crate::domain::worker::{SpareState, SpareView};
+use crate::domain::{Launch, ModelSpec};
+use crate::worker::health::{Doctor, Health};
+use crate::worker::process::{Start, WorkerProcess};
+use crate::worker::supervisor::{Surroundings, backoff};
+use crate::worker::{logs, ports, procfs};
+
+/// Where ports of spares are looked for first: above those that models usually prefer.
+const FIRST_PORT: u16 = 8601;
+/// How long nobody has to be loading before imports may take the processor's time.
+const QUIET: Duration = Duration::from_millis(500);
+/// Between two probes while it imports, and the longest answer to one.
+const IMPORT_PROBE_EVERY: Duration = Duration::from_millis(100);
+/// Longest time of the imports.
+const IMPORT_LIMIT: Duration = Duration::from_secs(600);
+/// Between two probes of a spare that waits.
+const WATCH_EVERY: Duration = Duration::from_secs(2);
+/// Longest answer to a probe.
+const PROBE_LIMIT: Duration = Duration::from_secs(5);
+/// Probes in a row without a good answer after which a spare is ended.
+const WATCH_MISSES: u32 = 3;
+/// Orders to one task that may wait.
+const MESSAGES_LIMIT: usize = 64;
+
+/// All spare processes of this server. Cheap to clone; the default has none.
+#[derive(Clone)]
+pub struct Spares {
+    keepers: Arc<Vec<Handle>>,
+    loads: Arc<watch::Sender<usize>>,
+}
+
+impl Default for Spares {
+    fn default() -> Self {
+        Self { keepers: Arc::default(), loads: Arc::new(watch::channel(0).0) }
+    }
+}
+
+/// One task, as seen from outside.
+struct Handle {
+    spec: ModelSpec,
+    messages: mpsc::Sender<Message>,
+    view: watch::Receiver<SpareView>,
+}
+
+enum Message {
+    /// A load wants it.
+    Take(oneshot::Sender<Option<WorkerProcess>>),
+    /// What came of the one that was taken last.
+    Came(Result<(), String>),
+}
+
+/// While it lives somebody is loading.
+pub(super) struct Loading(Arc<watch::Sender<usize>>);
+
+impl Drop for Loading {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
+
+impl Spares {
+    /// Starts a task for each environment of the models that want a spare.
+    pub fn start(models: &[ModelSpec], around: &Surroundings) -> Self {
+        let loads = Arc::new(watch::channel(0).0);
+        let turn = Arc::new(Mutex::new(()));
+        let mut firsts: Vec<&ModelSpec> = Vec::new();
+        for spec in models.iter().filter(|spec| spec.spare) {
+            if !firsts.iter().any(|first| is_one_environment(first, spec)) {
+                firsts.push(spec);
+            }
+        }
+        let keeper = |(index, spec): (usize, &&ModelSpec)| {
+            let spec = (*spec).clone();
+            let log_path = logs::spare_path(&around.log_dir, &folder(&spec), index);
+            let sharing = models.iter().filter(|other| other.spare && is_one_environment(&spec, other));
+            let (view_writer, view) = watch::channel(SpareView {
+                models: sharing.map(|other| other.name.clone()).collect(),
+                state: SpareState::Absent,
+                pid: None,
+                port: None,
+                host_bytes: None,
+                starts: 0,
+                taken: 0,
+                reason: None,
+                log_path: log_path.display().to_string(),
+            });
+            let (messages, inbox) = mpsc::channel(MESSAGES_LIMIT);
+            let keeper = Keeper {
+                spec: spec.clone(),
+                log_path,
+                around: around.clone(),
+                inbox,
+                loads: loads.subscribe(),
+                turn: turn.clone(),
+                view: view_writer,
+                failures: 0,
+                not_before: Instant::now(),
+            };
+            around.tasks.spawn("spare", keeper.run());
+            Handle { spec, messages, view }
+        };
+        let keepers = firsts.iter().enumerate().map(keeper).collect();
+        Self { keepers: Arc::new(keepers), loads }
+    }
+
+    /// How each is; may be stale.
+    pub fn views(&self) -> Vec<SpareView> {
+        self.keepers.iter().map(|keeper| keeper.view.borrow().clone()).collect()
+    }
+
+    /// Somebody loads from now on, and nobody else is to import meanwhile.
+    pub(super) fn loading(&self) -> Loading {
+        self.loads.send_modify(|count| *count += 1);
+        Loading(self.loads.clone())
+    }
+
+    /// The spare of a model's environment, if one is there and answers. What comes of it is to be told by [`Self::came`].
+    pub(super) async fn take(&self, spec: &ModelSpec) -> Option<WorkerProcess> {
+        let keeper = self.keeper(spec)?;
+        let (reply, answer) = oneshot::channel();
+        keeper.messages.send(Message::Take(reply)).await.ok()?;
+        answer.await.ok().flatten()
+    }
+
+    /// Whether the one that was taken last has become a worker.
+    pub(super) async fn came(&self, spec: &ModelSpec, of_it: Result<(), String>) {
+        if let Some(keeper) = self.keeper(spec) {
+            // An error: the server ends.
+            let _ = keeper.messages.send(Message::Came(of_it)).await;
+        }
+    }
+
+    fn keeper(&self, spec: &ModelSpec) -> Option<&Handle> {
+        self.keepers.iter().find(|keeper| spec.spare && is_one_environment(&keeper.spec, spec))
+    }
+}
+
+/// Whether one spare is good for both: the same interpreter runs the same script, and imports see the same variables.
+fn is_one_environment(a: &ModelSpec, b: &ModelSpec) -> bool {
+    matches!(a.launch, Launch::Script { .. }) && a.launch == b.launch && a.env == b.env && a.dir == b.dir
+}
+
+/// The name of its script's folder.
+fn folder(spec: &ModelSpec) -> String {
+    let folder = match &spec.launch {
+        Launch::Script { script, .. } => script.parent().and_then(|parent| parent.file_name()),
+        Launch::Command(_) => None,
+    };
+    folder.map_or_else(|| spec.name.clone(), |name| name.to_string_lossy().into_owned())
+}
+
+/// How it went with one spare.
+enum End {
+    /// A load has it.
+    Taken,
+    Failed(String),
+    /// The server ends.
+    Over,
+}
+
+struct Keeper {
+    /// One of the models that share it.
+    spec: ModelSpec,
+    log_path: PathBuf,
+    around: Surroundings,
+    inbox: mpsc::Receiver<Message>,
+    /// How many are loading.
+    loads: watch::Receiver<usize>,
+    /// One imports at a time.
+    turn: Arc<Mutex<()>>,
+    view: watch::Sender<SpareView>,
+    /// In a row.
+    failures: u32,
+    not_before: Instant,
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        while let Some(turn) = self.turn().await {
+            match self.keep(turn).await {
+                End::Taken => {
+                    self.view.send_modify(|v| v.taken += 1);
+                    self.enter(SpareState::Absent, None);
+                }
+                End::Failed(reason) => self.failed(reason),
+                End::Over => break,
+            }
+        }
+        self.enter(SpareState::Absent, None);
+    }
+
+    /// Comes back when nobody loads or imports and the last failure is long enough ago; `None`: the server ends.
+    async fn turn(&mut self) -> Option<OwnedMutexGuard<()>> {
+        loop {
+            let (not_before, turn, mut loads) = (self.not_before, self.turn.clone(), self.loads.clone());
+            let soft = self.around.tasks.soft().clone();
+            let mut mine = std::pin::pin!(async move {
+                sleep_until(not_before).await;
+                loop {
+                    let turn = turn.clone().lock_owned().await;
+                    loads.wait_for(|count| *count == 0).await.ok()?;
+                    if timeout(QUIET, loads.wait_for(|count| *count > 0)).await.is_err() {
+                        return Some(turn);
+                    }
+                }
+            });
+            loop {
+                tokio::select! {
+                    biased;
+                    () = soft.cancelled() => return None,
+                    message = self.inbox.recv() => match message? {
+                        Message::Take(reply) => drop(reply.send(None)),
+                        Message::Came(of_it) => {
+                            self.note(of_it);
+                            break;
+                        }
+                    },
+                    turn = &mut mine => return turn,
+                }
+            }
+        }
+    }
+
+    /// From its start until it is taken or gone.
+    async fn keep(&mut self, turn: OwnedMutexGuard<()>) -> End {
+        let mut process = match self.start() {
+            Ok(process) => process,
+            Err(reason) => return End::Failed(reason),
+        };
+        let (soft, grace) = (self.around.tasks.soft().clone(), self.around.grace);
+        let doctor = Doctor::new(process.port(), process.mark());
+        self.enter(SpareState::Importing, Some(&process));
+        let mut turn = Some(turn);
+        let (mut has_answered, mut misses) = (false, 0);
+        let deadline = Instant::now() + IMPORT_LIMIT;
+        loop {
+            let every = if turn.is_some() { IMPORT_PROBE_EVERY } else { WATCH_EVERY };
+            let probe = async {
+                sleep(every).await;
+                doctor.ask(PROBE_LIMIT).await
+            };
+            let health = tokio::select! {
+                biased;
+                () = soft.cancelled() => {
+                    process.stop(grace).await;
+                    return End::Over;
+                }
+                message = self.inbox.recv() => match message {
+                    // Even while it imports: that is a part of the load which is behind it.
+                    Some(Message::Take(reply)) if has_answered => match reply.send(Some(process)) {
+                        Ok(()) => return End::Taken,
+                        Err(back) => {
+                            let Some(back) = back else { return End::Taken };
+                            process = back;
+                            continue;
+                        }
+                    },
+                    Some(Message::Take(reply)) => {
+                        drop(reply.send(None));
+                        continue;
+                    }
+                    Some(Message::Came(of_it)) => {
+                        self.note(of_it);
+                        continue;
+                    }
+                    None => {
+                        process.stop(grace).await;
+                        return End::Over;
+                    }
+                },
+                how = process.exited() => {
+                    let tail = process.clear_away().await;
+                    return End::Failed(tail.explain(format!("it {how}")));
+                }
+                () = sleep_until(deadline), if turn.is_some() => {
+                    let tail = process.stop(grace).await;
+                    return End::Failed(tail.explain(format!("its imports took over {} s", IMPORT_LIMIT.as_secs())));
+                }
+                health = probe => health,
+            };
+            let why = match health {
+                Health::NotYet { phase, .. } => {
+                    (has_answered, misses) = (true, 0);
+                    let is_ready = phase.as_deref() == Some("spare");
+                    if is_ready {
+                        let bytes = host_bytes(&process).await;
+                        self.view.send_modify(|v| (v.state, v.host_bytes) = (SpareState::Ready, bytes));
+                    }
+                    if is_ready && turn.take().is_some() {
+                        let models = self.view.borrow().models.join(", ");
+                        tracing::info!(models, process.pid = process.pid(), "a spare process is ready");
+                    }
+                    continue;
+                }
+                Health::Ready { .. } => "it has a model, though it was started as a spare".to_owned(),
+                Health::Failed { why, .. } => format!("it says: {why}"),
+                Health::Stranger => "another program answers on its port".to_owned(),
+                Health::Silent(_) | Health::Refused if turn.is_some() => continue,
+                Health::Silent(_) | Health::Refused if misses + 1 < WATCH_MISSES => {
+                    misses += 1;
+                    continue;
+                }
+                Health::Silent(_) | Health::Refused => "it stopped answering health probes".to_owned(),
+            };
+            let tail = process.clear_away().await;
+            return End::Failed(tail.explain(why));
+        }
+    }
+
+    fn start(&self) -> Result<WorkerProcess, String> {
+        let port = FIRST_PORT + u16::try_from(std::process::id() % 300).unwrap_or(0);
+        let lease = ports::lease(port, &[].into()).ok_or("no port from 8001 to 8999 is free on 127.0.0.1")?;
+        let start = Start {
+            park_bytes: None,
+            free_bytes: None,
+            spec: &self.spec,
+            replica: 0,
+            gpus: &[],
+            is_small: false,
+            data_dir_id: &self.around.data_dir_id,
+            log_dir: &self.around.log_dir,
+            program: &self.around.program,
+            grace: self.around.grace,
+            tasks: &self.around.tasks,
+        };
+        WorkerProcess::start_spare(&start, lease, self.log_path.clone())
+    }
+
+    fn note(&mut self, came_of_it: Result<(), String>) {
+        match came_of_it {
+            Ok(()) => self.failures = 0,
+            Err(reason) => self.failed(reason),
+        }
+    }
+
+    fn failed(&mut self, reason: String) {
+        self.failures += 1;
+        let wait = backoff(self.around.backoff_first, self.around.backoff_max, self.failures);
+        let models = self.view.borrow().models.join(", ");
+        tracing::warn!(
+            models,
+            failures = self.failures,
+            "no spare process, so loads start from nothing; tried again in {} s: {reason}",
+            wait.as_secs_f64()
+        );
+        self.not_before = Instant::now() + wait;
+        self.enter(SpareState::Backoff, None);
+        self.view.send_modify(|v| v.reason = Some(reason));
+    }
+
+    fn enter(&self, state: SpareState, process: Option<&WorkerProcess>) {
+        self.view.send_modify(|v| {
+            v.state = state;
+            v.pid = process.map(WorkerProcess::pid);
+            v.port = process.map(WorkerProcess::port);
+            v.host_bytes = None;
+            v.starts += u64::from(process.is_some());
+            if process.is_some() {
+                v.reason = None;
+            }
+        });
+    }
+}
+
+/// Host memory of its processes, in bytes.
+async fn host_bytes(process: &WorkerProcess) -> Option<u64> {
+    let family = process.family();
+    let sum = move || family.living(None).iter().filter_map(|found| procfs::resident_bytes(found.pid)).sum();
+    tokio::task::spawn_blocking(sum).await.ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::process::tests::spec;
+
+    #[test]
+    fn models_share_a_spare_if_their_imports_are_the_same() {
+        let script = |script: &str| Launch::Script { python: "/venv/python".into(), script: script.into() };
+        let flux = ModelSpec { launch: script("flux/server.py"), ..spec(&[]) };
+        let other = ModelSpec { name: "other".into(), args: vec!["--x".into()], gpus: 1, ..flux.clone() };
+        assert!(is_one_environment(&flux, &other));
+        assert_eq!(folder(&flux), "flux");
+        let music = ModelSpec { launch: script("music/server.py"), ..flux.clone() };
+        assert!(!is_one_environment(&flux, &music));
+        let with_env = ModelSpec { env: [("PYTHONPATH".to_owned(), "/x".to_owned())].into(), ..flux.clone() };
+        assert!(!is_one_environment(&flux, &with_env));
+        assert!(!is_one_environment(&spec(&["serve"]), &spec(&["serve"])), "a command knows no --spare");
+    }
+}

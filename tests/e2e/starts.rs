@@ -1,0 +1,157 @@
+//! Cold starts: where their time goes, and spare processes that have imported everything before a load wants them.
+
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::common::{Api, LIMIT, Server, Site, echo, eventually, python, with};
+use crate::parking::visit;
+
+/// An echo worker by `service_script`, which may have a spare process. Its imports take a while.
+fn scripted(more: Value) -> Value {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut entry = with(echo::<&str>("custom", &[]), json!({"service_script": root.join("models/echo/server.py")}));
+    entry.as_object_mut().unwrap().remove("command");
+    let usual = json!({"python": python(root), "gpus": 1, "memory": "50GiB", "spare": true, "max_attempts": 1,
+        "env": {"ECHO_IMPORT_MS": "50"}});
+    with(with(entry, usual), more)
+}
+
+fn site() -> Site {
+    Site::new().env("ROUNDHOUSE_FAKE_GPUS", "2x80GiB")
+}
+
+async fn spares(api: &Api) -> Vec<Value> {
+    api.get("/v1/workers").await.is(200).json()["spares"].as_array().unwrap().clone()
+}
+
+/// The only spare process, once `is` holds of it.
+async fn spare_when(api: &Api, what: &str, is: impl Fn(&Value) -> bool) -> Value {
+    eventually(LIMIT, what, || async {
+        let all = spares(api).await;
+        assert_eq!(all.len(), 1, "{all:?}");
+        all.into_iter().next().filter(|spare| is(spare))
+    })
+    .await
+}
+
+async fn ready_spare(api: &Api) -> Value {
+    spare_when(api, "a spare process is ready", |spare| spare["state"] == "ready").await
+}
+
+/// Sends a signal to the Python process of the spare.
+fn signal_spare(server: &Server, signal: Signal) {
+    let all = server.processes().into_iter();
+    let mut spares = all.filter(|found| found.is_worker() && found.command.iter().any(|word| word == "--spare"));
+    spares.next().unwrap().signal(signal);
+}
+
+#[tokio::test]
+async fn the_phases_of_a_cold_start_are_told_everywhere() {
+    let server = Site::new().model("a", echo("custom", &["--import-ms", "30", "--load-s", "0.1"])).start().await;
+    let api = &server.api;
+    let id = api.submit_echo("a", json!({})).await;
+    api.succeeded(&id).await;
+    let worker = api.worker("a").await;
+    let told = eventually(LIMIT, "its job was told", || async {
+        let events = api.events(&id).await;
+        events.into_iter().find(|event| event["type"] == "job.loading" && event.get("phases").is_some())
+    })
+    .await;
+    for phases in [&worker["phases"], &told["phases"]] {
+        let phases = phases.as_array().unwrap();
+        let names: Vec<&str> = phases.iter().map(|phase| phase["phase"].as_str().unwrap()).collect();
+        assert_eq!(names, ["spawn", "import", "read"]);
+        let ms = |at: usize| phases[at]["ms"].as_i64().unwrap();
+        assert!(ms(0) > 0 && ms(1) >= 30 && ms(2) >= 100, "{phases:?}");
+    }
+    assert_eq!(told["model"], "a");
+    let metrics = api.get("/metrics").await.is(200).text();
+    assert!(metrics.contains("roundhouse_load_phase_seconds_count{model=\"a\",phase=\"read\"} 1\n"), "{metrics}");
+    assert!(server.log().contains("phases=\"spawn "), "{}", server.log());
+}
+
+#[tokio::test]
+async fn a_load_takes_the_spare_process_of_its_environment_over() {
+    let site = site().model("a", scripted(json!({"args": ["--park-s", "0"]}))).model("b", scripted(json!({})));
+    let mut server = site.start().await;
+    let api = server.api.clone();
+    let spare = ready_spare(&api).await;
+    assert_eq!(spare["models"], json!(["a", "b"]), "they share it");
+    assert!(spare["host_bytes"].as_u64().unwrap() > 1 << 20, "{spare}");
+    let job = visit(&api, "a").await;
+    assert_eq!(job["result"]["body"]["gpus"], "0", "its GPU was chosen when it was taken");
+    let worker = api.worker("a").await;
+    assert_eq!((&worker["pid"], &worker["port"]), (&spare["pid"], &spare["port"]));
+    let imported = worker["phases"][1].clone();
+    assert_eq!(imported["phase"], "import");
+    assert!(imported["ms"].as_i64().unwrap() < 50, "it had imported: {imported}");
+    // The next one is for the next load.
+    let next = ready_spare(&api).await;
+    assert_ne!(next["pid"], spare["pid"]);
+    assert_eq!((&next["taken"], &next["starts"]), (&json!(1), &json!(2)));
+    let job = visit(&api, "b").await;
+    assert_eq!(job["result"]["body"]["gpus"], "1");
+    assert_eq!(api.worker("b").await["pid"], next["pid"]);
+    assert!(server.worker_log("a").contains("pass finished"), "its log goes on in that of its model");
+    ready_spare(&api).await;
+    server.signal(Signal::SIGTERM);
+    assert!(server.ended().await.success());
+    server.all_gone(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn a_spare_process_that_dies_or_hangs_costs_a_cold_start() {
+    let server = site().model("a", scripted(json!({}))).start().await;
+    let api = &server.api;
+    ready_spare(api).await;
+    signal_spare(&server, Signal::SIGKILL);
+    let again = spare_when(api, "another one", |spare| spare["state"] == "ready" && spare["starts"] == 2).await;
+    assert!(server.log().contains("no spare process"), "{}", server.log());
+    // It lives and does not answer.
+    signal_spare(&server, Signal::SIGSTOP);
+    visit(api, "a").await;
+    let worker = api.worker("a").await;
+    assert_ne!(worker["pid"], again["pid"]);
+    assert_eq!(worker["failed_loads"], 0, "that is no failed load");
+    assert!(server.log().contains("no answer to /take_over"), "{}", server.log());
+    let last = spare_when(api, "a third one", |spare| spare["state"] == "ready" && spare["starts"] == 3).await;
+    assert_eq!(last["reason"], Value::Null);
+}
+
+#[tokio::test]
+async fn a_load_that_fails_in_a_former_spare_says_why() {
+    let server = site().model("a", scripted(json!({"args": ["--load-fail", "no such weights"]}))).start().await;
+    let api = &server.api;
+    let spare = ready_spare(api).await;
+    api.submit_echo("a", json!({})).await;
+    let reason = eventually(LIMIT, "the load has failed", || async {
+        api.worker("a").await["reason"].as_str().map(str::to_owned)
+    })
+    .await;
+    assert!(reason.contains("no such weights") && reason.contains("its log says: "), "{reason}");
+    assert_eq!(spare_when(api, "it was taken", |spare| spare["taken"] != 0).await["models"], spare["models"]);
+    assert!(server.worker_log("a").contains("no such weights"), "{}", server.worker_log("a"));
+}
+
+#[tokio::test]
+async fn imports_that_fail_leave_cold_starts_as_they_are() {
+    let entry = scripted(json!({"env": {"ECHO_IMPORT_MS": "no number"}}));
+    let server = site().model("a", entry).start().await;
+    let api = &server.api;
+    let failed = spare_when(api, "it has failed", |spare| spare["state"] == "backoff").await;
+    assert!(failed["reason"].as_str().unwrap().contains("no number"), "{failed}");
+    visit(api, "a").await;
+    spare_when(api, "it is tried again", |spare| spare["starts"].as_u64() > Some(1)).await;
+}
+
+#[tokio::test]
+async fn a_killed_server_leaves_no_spare_process_behind() {
+    let site = site().model("a", scripted(json!({})));
+    let mut server = site.start().await;
+    ready_spare(&server.api).await;
+    server.kill();
+    server.all_gone(Duration::from_secs(15)).await;
+}
