@@ -1,7 +1,8 @@
 //! Whose host memory is whose: what copies of weights take there now or are about to, who is parked, and who makes room.
 //!
-//! A worker makes its copy either when it is parked and frees it when it wakes (vLLM), or when it is loaded and keeps it until
-//! its process ends (ours with torch; such a worker says `host_bytes` from then on). What is asked of a leaving worker counts
+//! A worker makes its copy either when it is parked first (vLLM, which tells nothing of it), or when it is loaded (ours with
+//! torch, which say `host_bytes` from then on), and keeps it until its process ends: torch gives page-locked memory back to
+//! nobody, so one that has slept once counts as long as it lives, unless it says otherwise. What is asked of a leaving worker counts
 //! only what the others have by then or were promised; a newcomer is promised the rest when its devices are free, which is
 //! after all who leave for it have been parked or stopped. So of two, one always gets what there is.
 
@@ -30,12 +31,16 @@ impl State {
     /// Host memory that the copy of a worker's weights takes or was promised, in bytes. One that leaves it counts no more.
     fn host_bytes(&self, worker: &Worker) -> u64 {
         let model = &self.models[worker.model];
-        let told = worker.host.bytes.unwrap_or(0);
+        let told = || match worker.host.bytes {
+            Some(bytes) => bytes,
+            None if worker.lies_on.is_some() => self.parked_size(worker, 0).bytes,
+            None => 0,
+        };
         match worker.phase {
             _ if !model.park => 0,
             Phase::Waiting { was_parked: false } | Phase::Dropping => 0,
             Phase::Loading { was_parked: false, .. } => model.host_at_load(worker.promised),
-            Phase::Serving { .. } | Phase::Draining { .. } | Phase::Stopping { park: false } => told,
+            Phase::Serving { .. } | Phase::Draining { .. } | Phase::Stopping { park: false } => told(),
             _ => self.parked_size(worker, 0).bytes,
         }
     }

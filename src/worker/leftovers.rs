@@ -15,9 +15,11 @@ pub(super) fn remove(since: Millis) -> usize {
     let shared = |name: &str| name.starts_with("psm_") || name.starts_with("sem.mp-");
     let mut candidates = made_since(Path::new("/dev/shm"), shared, since);
     if !another_vllm_runs() {
-        // torch opens its rendezvous file only now and then, so "not open" does not tell whether it is in use.
-        candidates.extend(made_since(Path::new("/tmp"), |name| name.starts_with("vllm_dist_"), since));
-        candidates.extend(dead_sockets(Path::new("/tmp"), since));
+        for folder in temporary() {
+            // torch opens its rendezvous file only now and then, so "not open" does not tell whether it is in use.
+            candidates.extend(made_since(&folder, |name| name.starts_with("vllm_dist_"), since));
+            candidates.extend(dead_sockets(&folder, since));
+        }
     }
     if candidates.is_empty() {
         return 0;
@@ -86,9 +88,17 @@ fn made_ms(file: &std::fs::Metadata) -> Millis {
         .unwrap_or_else(|| file.mtime() * 1000 + file.mtime_nsec() / 1_000_000)
 }
 
+/// Where programs keep files for a while: `/tmp`, and what `TMPDIR` says.
+fn temporary() -> BTreeSet<PathBuf> {
+    [PathBuf::from("/tmp"), std::env::temp_dir()].into()
+}
+
+/// Besides this process, whose own words may name it: a guard's are those of its worker.
 fn another_vllm_runs() -> bool {
+    let own = nix::unistd::getpid().as_raw();
     super::procfs::processes().iter().any(|process| {
         !process.is_zombie
+            && process.pid != own
             && std::fs::read(format!("/proc/{}/cmdline", process.pid)).is_ok_and(|words| {
                 let words = words.to_ascii_lowercase();
                 words.windows(4).any(|w| w == b"vllm")
@@ -98,7 +108,8 @@ fn another_vllm_runs() -> bool {
 
 /// Every file below /dev/shm and /tmp that a process has open or mapped.
 fn in_use() -> BTreeSet<PathBuf> {
-    let is_shared = |path: &Path| path.starts_with("/dev/shm") || path.starts_with("/tmp");
+    let temporary = temporary();
+    let is_shared = |path: &Path| path.starts_with("/dev/shm") || temporary.iter().any(|dir| path.starts_with(dir));
     let semaphores = semaphores();
     let mut used = BTreeSet::new();
     for process in super::procfs::processes() {

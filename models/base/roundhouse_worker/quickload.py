@@ -220,7 +220,7 @@ def _dtypes(module: Any, source: dict[str, Entry], dtype: Any) -> dict[str, str]
 
 
 def _at(torch: Any, flat: Any, slot: hostcopy.Slot) -> Any:
-    """A tensor in the buffer. Not made by slicing: a view of torch's holds the buffer for ever, whatever `data` it gets."""
+    """A tensor in the buffer. Not a slice: torch's views hold the buffer for ever, whatever `data` they get."""
     dtype, strides = getattr(torch, slot.dtype), [1]
     for side in reversed(slot.entry.shape[1:]):
         strides.insert(0, strides[0] * side)

@@ -234,7 +234,9 @@ class TorchService(BaseService):
             self._load_model(Loading())
             self._asleep_without = False
         elif self._parker is not None:
+            began = time.monotonic()
             self._parker.wake()
+            log.event(logging.INFO, "weights are back", wake_copy_seconds=time.monotonic() - began)
         if self._reference is not None:
             check_same(self._reference, self._step())
 

@@ -41,6 +41,20 @@ class Server(base()):
             raise self.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return made
 
+    def park(self, level):
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        held = self._parker._held if self._parker is not None else []
+        there = [StorageWeakRef(views[0].tensor.untyped_storage()) for _, views in held if views]
+        del held
+        super().park(level)
+        if level == 1:
+            # What a tensor that nobody lists still looks into stays on a GPU.
+            self._tell(there)
+
+    def _tell(self, there):
+        log.event(20, "device buffers", buffers_count=len(there), buffers_held=sum(not ref.expired() for ref in there))
+
     def wake(self):
         if os.environ.get("SPOIL"):
             self._parker._held[0][0].tensor.zero_()

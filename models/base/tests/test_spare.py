@@ -42,7 +42,7 @@ def test_it_becomes_the_worker_that_it_is_told_to_be():
         assert health.status_code == 200
         told = health.json()
         assert (told["status"], told["model"], told["instance"]) == ("ready", "mine", MARK)
-        assert [phase["phase"] for phase in told["phases"]] == ["read", "device"]
+        assert [phase["phase"] for phase in told["phases"]] == ["imports", "weights", "read", "device"]
         assert ["environment", "red", None] in worker.get("/seen").json()
         assert worker.post("/run", {"text": "hi"}).json() == {"text": "hi", "run": None}
         assert take_over(worker).status_code == 409, "it has a model now"

@@ -60,6 +60,8 @@ def test_a_parked_model_wakes_as_it_was(worker: Worker, expected: bytes) -> None
         assert worker.post(f"/sleep?level={level}").status_code == 200
         assert worker.post("/wake_up").status_code == 200
         assert sound(worker) == expected
+    assert "buffers.count=2 buffers.held=0" in worker.log()
+    assert "buffers.held=1" not in worker.log()
 
 
 def test_a_pass_that_runs_out_of_memory_says_so_to_all_and_leaves_the_worker_well(
