@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use crate::domain::worker::{SpareState, SpareView};
 use crate::domain::{Launch, ModelSpec};
 use crate::worker::health::{Doctor, Health};
-use crate::worker::process::{Start, WorkerProcess};
+use crate::worker::process::{self, Start, WorkerProcess};
 use crate::worker::supervisor::{Surroundings, backoff};
 use crate::worker::{logs, ports, procfs};
 
@@ -233,7 +233,8 @@ impl Keeper {
 
     /// From its start until it is taken or gone.
     async fn keep(&mut self, turn: OwnedMutexGuard<()>) -> End {
-        let mut process = match self.start() {
+        let gpus = self.only_gpu().await;
+        let mut process = match self.start(&gpus) {
             Ok(process) => process,
             Err(reason) => return End::Failed(reason),
         };
@@ -317,7 +318,15 @@ impl Keeper {
         }
     }
 
-    fn start(&self) -> Result<WorkerProcess, String> {
+    /// The GPU of a box that has one: it can be chosen before anything is imported. An import that initialises CUDA fixes the
+    /// choice, and transformers' do with some packages beside it.
+    async fn only_gpu(&self) -> Vec<u32> {
+        let probe = self.around.gpus.clone();
+        let gpus = process::blocking(move || probe.gpus()).await.unwrap_or_default();
+        if let [gpu] = gpus.as_slice() { vec![gpu.index] } else { Vec::new() }
+    }
+
+    fn start(&self, gpus: &[u32]) -> Result<WorkerProcess, String> {
         let port = FIRST_PORT + u16::try_from(std::process::id() % 300).unwrap_or(0);
         let lease = ports::lease(port, &[].into()).ok_or("no port from 8001 to 8999 is free on 127.0.0.1")?;
         let start = Start {
@@ -325,7 +334,7 @@ impl Keeper {
             free_bytes: None,
             spec: &self.spec,
             replica: 0,
-            gpus: &[],
+            gpus,
             is_small: false,
             data_dir_id: &self.around.data_dir_id,
             log_dir: &self.around.log_dir,

@@ -155,3 +155,17 @@ async fn a_killed_server_leaves_no_spare_process_behind() {
     server.kill();
     server.all_gone(Duration::from_secs(15)).await;
 }
+
+#[tokio::test]
+async fn a_spare_process_knows_the_only_gpu_from_its_start() {
+    for (gpus, visible) in [("1x80GiB", Some("CUDA_VISIBLE_DEVICES=0")), ("2x80GiB", None)] {
+        let server = site().env("ROUNDHOUSE_FAKE_GPUS", gpus).model("a", scripted(json!({}))).start().await;
+        ready_spare(&server.api).await;
+        let all = server.processes().into_iter();
+        let mut spares = all.filter(|found| found.is_worker() && found.command.iter().any(|word| word == "--spare"));
+        let environ = std::fs::read(format!("/proc/{}/environ", spares.next().unwrap().pid)).unwrap();
+        let environ = String::from_utf8(environ).unwrap();
+        let found = environ.split('\0').find(|variable| variable.starts_with("CUDA_VISIBLE_DEVICES="));
+        assert_eq!(found, visible, "{gpus}");
+    }
+}
