@@ -160,6 +160,7 @@ impl ModelSpec {
             preload: false,
             max_replicas: 0,
             pin: false,
+            spare: false,
             upstream_model: String::new(),
             ..spec.clone()
         };

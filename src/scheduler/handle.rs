@@ -360,9 +360,10 @@ impl Handle {
         handles(&self.supervisors(), model).map(|worker| worker.order(Order::Retry)).count() > 0
     }
 
-    /// From now on it is these models' weights that may be wanted.
-    pub(super) fn fetches_of(&self, models: &[ModelSpec]) {
+    /// From now on it is these models' weights and spare processes that may be wanted.
+    pub(super) fn edit(&self, models: &[ModelSpec]) {
         self.fetching.edit(models);
+        self.spares.edit(models);
     }
 
     pub(super) fn supervisors(&self) -> MutexGuard<'_, Workers> {

@@ -52,7 +52,7 @@ impl Scheduler {
     pub(super) fn reload(&mut self, reload: Reload) {
         let Reload { models, knobs, park_bytes } = reload;
         let edits = edits(&self.models, &models);
-        self.handle.fetches_of(&models);
+        self.handle.edit(&models);
         self.models = models;
         for spec in edits.iter().filter_map(|edit| edit.spec.as_ref()) {
             for replica in 0..spec.max_replicas.max(1) {

@@ -2,7 +2,7 @@
 //! One task for each environment, the only owner of its spare until a load takes it.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Mutex, OwnedMutexGuard, mpsc, oneshot, watch};
@@ -35,21 +35,31 @@ const MESSAGES_LIMIT: usize = 64;
 /// All spare processes of this server. Cheap to clone; the default has none.
 #[derive(Clone)]
 pub struct Spares {
-    keepers: Arc<Vec<Handle>>,
+    keepers: Arc<std::sync::Mutex<Vec<Handle>>>,
     loads: Arc<watch::Sender<usize>>,
+    /// What new tasks are started with; `None`: there never are any.
+    with: Option<Arc<With>>,
+}
+
+struct With {
+    around: Surroundings,
+    /// One imports at a time.
+    turn: Arc<Mutex<()>>,
 }
 
 impl Default for Spares {
     fn default() -> Self {
-        Self { keepers: Arc::default(), loads: Arc::new(watch::channel(0).0) }
+        Self { keepers: Arc::default(), loads: Arc::new(watch::channel(0).0), with: None }
     }
 }
 
-/// One task, as seen from outside.
+/// One task, as seen from outside. It ends when this is dropped.
 struct Handle {
     spec: ModelSpec,
+    /// Its number among those that there are, for the name of its log.
+    index: usize,
     messages: mpsc::Sender<Message>,
-    view: watch::Receiver<SpareView>,
+    view: watch::Sender<SpareView>,
 }
 
 enum Message {
@@ -71,51 +81,68 @@ impl Drop for Loading {
 impl Spares {
     /// Starts a task for each environment of the models that want a spare.
     pub fn start(models: &[ModelSpec], around: &Surroundings) -> Self {
-        let loads = Arc::new(watch::channel(0).0);
-        let turn = Arc::new(Mutex::new(()));
-        let mut firsts: Vec<&ModelSpec> = Vec::new();
-        for spec in models.iter().filter(|spec| spec.spare) {
-            if !firsts.iter().any(|first| is_one_environment(first, spec)) {
-                firsts.push(spec);
+        let with = With { around: around.clone(), turn: Arc::default() };
+        let spares = Self { with: Some(Arc::new(with)), ..Self::default() };
+        spares.edit(models);
+        spares
+    }
+
+    /// models.yaml was edited: spares of environments that are no more end, those of new ones are started, the others stay.
+    pub fn edit(&self, models: &[ModelSpec]) {
+        let Some(with) = &self.with else { return };
+        let wants = |spec: &&ModelSpec| spec.spare && matches!(spec.launch, Launch::Script { .. });
+        let mut keepers = self.keepers();
+        keepers.retain(|keeper| models.iter().filter(wants).any(|spec| is_one_environment(&keeper.spec, spec)));
+        for spec in models.iter().filter(wants) {
+            if !keepers.iter().any(|keeper| is_one_environment(&keeper.spec, spec)) {
+                let index = (0..).find(|index| keepers.iter().all(|keeper| keeper.index != *index)).unwrap_or(0);
+                keepers.push(self.keep(spec.clone(), index, with));
             }
         }
-        let keeper = |(index, spec): (usize, &&ModelSpec)| {
-            let spec = (*spec).clone();
-            let log_path = logs::spare_path(&around.log_dir, &folder(&spec), index);
-            let sharing = models.iter().filter(|other| other.spare && is_one_environment(&spec, other));
-            let (view_writer, view) = watch::channel(SpareView {
-                models: sharing.map(|other| other.name.clone()).collect(),
-                state: SpareState::Absent,
-                pid: None,
-                port: None,
-                host_bytes: None,
-                starts: 0,
-                taken: 0,
-                reason: None,
-                log_path: log_path.display().to_string(),
-            });
-            let (messages, inbox) = mpsc::channel(MESSAGES_LIMIT);
-            let keeper = Keeper {
-                spec: spec.clone(),
-                log_path,
-                around: around.clone(),
-                inbox,
-                loads: loads.subscribe(),
-                turn: turn.clone(),
-                view: view_writer,
-                failures: 0,
-                not_before: Instant::now(),
-            };
-            around.tasks.spawn("spare", keeper.run());
-            Handle { spec, messages, view }
+        for keeper in keepers.iter() {
+            let sharing = models.iter().filter(wants).filter(|spec| is_one_environment(&keeper.spec, spec));
+            let sharing = sharing.map(|spec| spec.name.clone()).collect();
+            keeper.view.send_modify(|view| view.models = sharing);
+        }
+    }
+
+    fn keep(&self, spec: ModelSpec, index: usize, with: &With) -> Handle {
+        let around = &with.around;
+        let log_path = logs::spare_path(&around.log_dir, &folder(&spec), index);
+        let (view, _) = watch::channel(SpareView {
+            models: Vec::new(),
+            state: SpareState::Absent,
+            pid: None,
+            port: None,
+            host_bytes: None,
+            starts: 0,
+            taken: 0,
+            reason: None,
+            log_path: log_path.display().to_string(),
+        });
+        let (messages, inbox) = mpsc::channel(MESSAGES_LIMIT);
+        let keeper = Keeper {
+            spec: spec.clone(),
+            log_path,
+            around: around.clone(),
+            inbox,
+            loads: self.loads.subscribe(),
+            turn: with.turn.clone(),
+            view: view.clone(),
+            failures: 0,
+            not_before: Instant::now(),
         };
-        let keepers = firsts.iter().enumerate().map(keeper).collect();
-        Self { keepers: Arc::new(keepers), loads }
+        around.tasks.spawn("spare", keeper.run());
+        Handle { spec, index, messages, view }
+    }
+
+    fn keepers(&self) -> MutexGuard<'_, Vec<Handle>> {
+        self.keepers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How each is; may be stale.
     pub fn views(&self) -> Vec<SpareView> {
-        self.keepers.iter().map(|keeper| keeper.view.borrow().clone()).collect()
+        self.keepers().iter().map(|keeper| keeper.view.borrow().clone()).collect()
     }
 
     /// Somebody loads from now on, and nobody else is to import meanwhile.
@@ -126,22 +153,25 @@ impl Spares {
 
     /// The spare of a model's environment, if one is there and answers. What comes of it is to be told by [`Self::came`].
     pub(super) async fn take(&self, spec: &ModelSpec) -> Option<WorkerProcess> {
-        let keeper = self.keeper(spec)?;
+        let messages = self.messages(spec)?;
         let (reply, answer) = oneshot::channel();
-        keeper.messages.send(Message::Take(reply)).await.ok()?;
+        messages.send(Message::Take(reply)).await.ok()?;
         answer.await.ok().flatten()
     }
 
     /// Whether the one that was taken last has become a worker.
     pub(super) async fn came(&self, spec: &ModelSpec, of_it: Result<(), String>) {
-        if let Some(keeper) = self.keeper(spec) {
-            // An error: the server ends.
-            let _ = keeper.messages.send(Message::Came(of_it)).await;
+        if let Some(messages) = self.messages(spec) {
+            // An error: the server ends, or its environment is no more.
+            let _ = messages.send(Message::Came(of_it)).await;
         }
     }
 
-    fn keeper(&self, spec: &ModelSpec) -> Option<&Handle> {
-        self.keepers.iter().find(|keeper| spec.spare && is_one_environment(&keeper.spec, spec))
+    /// To the task of a model's environment, if the model wants a spare.
+    fn messages(&self, spec: &ModelSpec) -> Option<mpsc::Sender<Message>> {
+        let keepers = self.keepers();
+        let keeper = keepers.iter().find(|keeper| spec.spare && is_one_environment(&keeper.spec, spec));
+        keeper.map(|keeper| keeper.messages.clone())
     }
 }
 

@@ -169,3 +169,27 @@ async fn a_spare_process_knows_the_only_gpu_from_its_start() {
         assert_eq!(found, visible, "{gpus}");
     }
 }
+
+#[tokio::test]
+async fn an_edit_of_the_models_starts_and_ends_spare_processes_and_touches_no_worker() {
+    let spared = scripted(json!({}));
+    let plain = with(spared.clone(), json!({"spare": false}));
+    let site = site().model("a", plain.clone());
+    let server = site.start().await;
+    visit(&server.api, "a").await;
+    assert_eq!(spares(&server.api).await, [json!(null); 0]);
+    let site = site.model("a", spared);
+    site.write();
+    eventually(LIMIT, "a spare process is ready", || async {
+        spares(&server.api).await.first().filter(|spare| spare["state"] == "ready").map(|_| ())
+    })
+    .await;
+    assert_eq!(spares(&server.api).await[0]["models"], json!(["a"]));
+    let is_spare = |found: &crate::common::Proc| found.command.iter().any(|word| word == "--spare");
+    let site = site.model("a", plain);
+    site.write();
+    eventually(LIMIT, "it is gone", || async { (!server.processes().iter().any(is_spare)).then_some(()) }).await;
+    assert_eq!(spares(&server.api).await, [json!(null); 0]);
+    assert_eq!(server.api.worker("a").await["starts"], 1);
+    assert_eq!(server.api.worker("a").await["state"], "resident");
+}
