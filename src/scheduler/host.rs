@@ -33,7 +33,7 @@ impl State {
         let model = &self.models[worker.model];
         let told = || match worker.host.bytes {
             Some(bytes) => bytes,
-            None if worker.lies_on.is_some() => self.parked_size(worker, 0).bytes,
+            None if worker.lies_on.is_some() && !model.is_checkpointed => self.parked_size(worker, 0).bytes,
             None => 0,
         };
         match worker.phase {
@@ -84,12 +84,16 @@ impl State {
         }
         let own = self.parked_size(worker, now);
         let shares = self.shares(place, own, now);
-        let refusal = worker.host.can_park == Some(false);
+        // Who was promised nothing was started without the means to sleep (vLLM).
+        let has_means = model.is_checkpointed || worker.promised != Some(0) || worker.lies_on.is_some();
+        let refusal = worker.host.can_park == Some(false) || !has_means;
+        let note =
+            if has_means { worker.host.note.as_deref() } else { Some("no host memory was left when it was loaded") };
         // Of what nobody knows the size of, nobody can say whether it fits.
         let parks = !refusal && own.bytes > 0 && shares.has_room();
         let decision = match parks {
             true => shares.tier.park(&model.name, &own),
-            false if refusal => shares.tier.refused(&model.name, &own, worker.host.note.as_deref()),
+            false if refusal => shares.tier.refused(&model.name, &own, note),
             false => shares.tier.stop(&model.name, &own),
         };
         if parks {

@@ -274,3 +274,38 @@ fn a_model_that_shares_its_gpus_with_nobody_is_parked_too() {
     case.visit("a", None);
     assert_eq!(case.swap("a", "b", None).0, Order::Park);
 }
+
+#[test]
+fn a_copy_that_is_being_dropped_keeps_the_number_of_its_worker() {
+    let mut case = Case::new(&[parks("a"), parks("b")], 1, 100);
+    case.visit("a", Some(takes(10)));
+    case.swap("a", "b", Some(takes(10)));
+    case.tell(Event::Control(Control::Unload("b".into())));
+    case.report("b", Report::Stopped { stop_ms: 1 });
+    let spec = ModelSpec { args: vec!["--new".into()], ..parks("a") };
+    case.tell(Event::Edited(vec![Edit { name: "a".into(), spec: Some(spec), restart: true }]));
+    assert_eq!(case.orders, [order("a", Order::Stop, None)]);
+    case.wants("a");
+    assert_eq!(case.orders, [], "there is no supervisor for a second worker of it");
+    case.report("a", Report::Stopped { stop_ms: 1 });
+    assert_eq!(case.orders, [order("a", Order::Load, Some(100))]);
+}
+
+#[test]
+fn what_is_not_in_the_file_any_more_is_not_loaded_whatever_its_supervisor_says() {
+    let mut case = Case::new(&[parks("a")], 1, 100);
+    case.tell(Event::Edited(vec![Edit { name: "a".into(), spec: None, restart: true }]));
+    case.wants("a");
+    case.report("a", Report::Available);
+    assert_eq!(case.orders, []);
+}
+
+#[test]
+fn who_was_promised_no_host_memory_is_not_parked() {
+    let mut case = Case::new(&[parks("a"), parks("b")], 1, 40);
+    case.visit("a", None);
+    assert_eq!(case.swap("a", "b", None).0, Order::Park);
+    case.state.set_knobs(Knobs::default(), 20 * GIB);
+    // Its copy takes 30 GiB, and so does that of `a`, which lies there.
+    assert_eq!(case.swap("b", "a", None).0, Order::Stop);
+}

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::domain::worker::HostCopy;
-use crate::domain::{Class, ErrorCode, GpuSet, Held, JobError, Millis, ModelKind, ModelSpec, StateReason};
+use crate::domain::{Class, ErrorCode, GpuSet, Held, JobError, Millis, ModelKind, ModelSpec, Park, StateReason};
 use crate::policy::batching::{Batching, Change, Pass};
 use crate::policy::learn::{self, LOAD_WEIGHT, Rate, SERVICE_WEIGHT, blend};
 use crate::policy::plan::Decision;
@@ -103,6 +103,8 @@ pub(super) struct Model {
     declared_bytes: Option<u64>,
     /// The same, whoever shares its devices.
     memory_bytes: Option<u64>,
+    /// The driver takes its workers to host memory: they keep nothing there when they are back, and are promised nothing.
+    pub(super) is_checkpointed: bool,
     /// Its memory is for it to tell: neither declared nor all of the device.
     tells_bytes: bool,
     pin: bool,
@@ -135,6 +137,7 @@ impl Model {
             gpus: spec.gpus,
             declared_bytes: spec.memory.filter(|_| !spec.exclusive),
             memory_bytes: spec.memory,
+            is_checkpointed: spec.park == Park::Checkpoint,
             tells_bytes: spec.memory.is_none() && !spec.exclusive,
             pin: spec.pin,
             max_replicas: spec.max_replicas.max(1),
@@ -164,7 +167,10 @@ impl Model {
         let new = Self::of(spec);
         if restart {
             self.learned.device_bytes = None;
+            self.host = Host::default();
         }
+        self.memory_bytes = new.memory_bytes;
+        self.is_checkpointed = new.is_checkpointed;
         if !self.is_listed {
             self.preload = new.preload;
         }
@@ -212,6 +218,7 @@ impl Model {
             gpus: 1,
             declared_bytes: None,
             memory_bytes: None,
+            is_checkpointed: false,
             tells_bytes: false,
             pin: false,
             max_replicas: 1,

@@ -63,7 +63,8 @@ impl Scheduler {
             handles(&self.workers, &spec.name).for_each(|worker| worker.edit(spec.clone()));
         }
         self.state.set_knobs(knobs, park_bytes);
-        let names: Vec<String> = edits.iter().map(|edit| edit.name.clone()).collect();
+        let kept = edits.iter().filter(|edit| edit.spec.is_some());
+        let names: Vec<String> = kept.map(|edit| edit.name.clone()).collect();
         self.apply(Event::Edited(edits));
         // What was wrong with the old entry says nothing about the new one.
         let all = names.iter().flat_map(|name| handles(&self.workers, name));

@@ -708,6 +708,8 @@ impl State {
                 self.on_load_failed(index, worker, error, Some(retry_at), word)
             }
             Report::DoesNotFit { error } => self.on_load_failed(index, worker, error, None, "blocked"),
+            // Its entry is gone, and that is what its jobs wait for.
+            Report::Available if !self.models[index].is_listed => Vec::new(),
             Report::NoGpu => {
                 self.models[index].trouble = Some(self.models[index].lacks_gpus());
                 self.models[index].block_too_big();
@@ -734,6 +736,9 @@ impl State {
     ) -> Vec<Effect> {
         let text = format!("{word}: {}", first_line(&error.message));
         self.give_up(worker);
+        if !self.models[index].is_listed {
+            return Vec::new();
+        }
         self.look_for_weights_again(index);
         let serves = self.serves(index);
         let model = &mut self.models[index];

@@ -57,7 +57,12 @@ impl State {
             let lies = self.workers.iter().filter(|w| w.model == index && w.phase == Phase::Parked);
             lies.map(|w| w.set).collect::<Vec<GpuSet>>()
         };
-        let models = self.models.iter().enumerate().map(|(i, m)| m.view(&self.inventory, parked(i), now)).collect();
+        let mut models: Vec<_> =
+            self.models.iter().enumerate().map(|(i, m)| m.view(&self.inventory, parked(i), now)).collect();
+        for (index, model) in models.iter_mut().enumerate().filter(|(index, _)| self.is_dropping_the_last(*index)) {
+            let name = &self.models[index].name;
+            model.trouble.get_or_insert_with(|| format!("the last worker of {name} is leaving host memory"));
+        }
         let seen = self.workers.iter().enumerate().filter_map(|(place, worker)| {
             let model = &self.models[worker.model];
             let was_parked = matches!(worker.phase, Phase::Loading { was_parked: true, .. });
@@ -67,6 +72,14 @@ impl State {
         let gpus = self.inventory.gpu_count();
         let reservations = self.reservations.clone();
         (View { devices: self.inventory.devices(), gpus, models, workers, reservations }, places)
+    }
+
+    /// Whether all the numbers that workers of a model may have are taken, one of them by a worker that leaves host memory. It
+    /// keeps its number until its process is gone; the report of that makes a new plan.
+    fn is_dropping_the_last(&self, index: usize) -> bool {
+        let of_it = || self.workers.iter().filter(|w| w.model == index);
+        let count = of_it().count() >= self.models[index].max_replicas() as usize;
+        count && of_it().any(|w| w.phase == Phase::Dropping) && !of_it().any(|w| w.phase == Phase::Parked)
     }
 
     /// Marks models that no device of this box could ever hold.

@@ -41,10 +41,11 @@ impl Lack {
         Self { stage, fetch, trouble: Trouble { reason, error: None, text, until: None } }
     }
 
-    fn failed(fetch: Fetch, error: JobError) -> Self {
+    /// `told`: what callers on the line are refused with.
+    fn failed(fetch: Fetch, told: Option<JobError>, error: &JobError) -> Self {
         let text = format!("its weights cannot be fetched: {}", first_line(&error.message));
         let until = fetch.retry_at;
-        let trouble = Trouble { reason: StateReason::ModelBlocked, error: Some(error), text, until };
+        let trouble = Trouble { reason: StateReason::ModelBlocked, error: told, text, until };
         Self { stage: Stage::Failed, fetch: Some(fetch), trouble }
     }
 
@@ -117,6 +118,10 @@ impl State {
         let Some(index) = self.index_of(model) else { return Vec::new() };
         let serves = self.serves(index);
         let model = &mut self.models[index];
+        if !model.fetches {
+            // Of an entry that is no more.
+            return Vec::new();
+        }
         match report {
             FetchReport::Here => model.lack = None,
             FetchReport::Progress(fetch) => model.lack = Some(Lack::at(Stage::Asked, Some(fetch))),
@@ -127,7 +132,7 @@ impl State {
             }
             FetchReport::Failed { fetch, error } => {
                 (model.preload, model.wanted_at) = (false, None);
-                model.lack = Some(Lack::failed(fetch, error.clone()));
+                model.lack = Some(Lack::failed(fetch, (!serves).then(|| error.clone()), &error));
                 // Else callers have a worker.
                 if !serves {
                     return self.end_callers(index, error);

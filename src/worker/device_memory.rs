@@ -21,6 +21,8 @@ impl Supervisor {
 
     /// What it says of its copy in host memory: reported when it is another than before.
     pub(super) fn note_host(&self, running: &mut Running, host: HostCopy) {
+        // What it can do by itself says nothing of what the driver does to it.
+        let host = if self.spec.park == Park::Checkpoint { HostCopy::default() } else { host };
         if running.host != host {
             self.view.send_modify(|v| {
                 (v.host_bytes, v.can_park, v.park_note) = (host.bytes, host.can_park, host.note.clone())

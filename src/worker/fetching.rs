@@ -207,7 +207,10 @@ impl Fetching {
             }
             Event::Order(Order::Edit(specs)) => {
                 let before = std::mem::replace(&mut self.specs, by_name(&specs));
-                for (model, spec) in before.iter().filter(|(model, spec)| self.specs.get(*model) != Some(spec)) {
+                for (model, spec) in &before {
+                    if self.is_same(model, spec) {
+                        continue;
+                    }
                     tracing::debug!(model, repository = spec.repository(), "its entry is another one now");
                     self.line.retain(|waiting| waiting != model);
                     self.pauses.remove(model);
@@ -226,6 +229,11 @@ impl Fetching {
                 }
             }
         }
+    }
+
+    /// Whether the entry of a model still asks for what `spec` did: its limits or aliases are no concern of its weights.
+    fn is_same(&self, model: &str, spec: &ModelSpec) -> bool {
+        self.specs.get(model).is_some_and(|now| now.starts_as(spec))
     }
 
     fn end_pause(&mut self, model: &str) {
@@ -249,7 +257,7 @@ impl Fetching {
             }
         };
         self.current = None;
-        if outcome != Outcome::Ended && self.specs.get(&model) != Some(&spec) {
+        if outcome != Outcome::Ended && !self.is_same(&model, &spec) {
             // What has come are the weights of an entry that is no more; those of the new one are asked for again.
             self.on_event(Event::Order(Order::Want(model))).await;
             return outcome;
