@@ -291,7 +291,7 @@ class EchoService(rw.BaseService):
         if self.options.hang_health and self._taken:
             await asyncio.Event().wait()
         reply = await super().health(request)
-        return JSONResponse(json.loads(reply.body) | self._host_copy(), reply.status_code)
+        return JSONResponse(json.loads(bytes(reply.body)) | self._host_copy(), reply.status_code)
 
     def _host_copy(self) -> dict[str, Any]:
         """What `/health` tells of the copy in host memory: one is made at load if it may be as large as it is."""
