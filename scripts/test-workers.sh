@@ -5,7 +5,8 @@
 #   scripts/test-workers.sh                  everything
 #   scripts/test-workers.sh flux musicgen    only these (vllm, flux, musicgen, scripts)
 #
-# Installs and makes what is missing first (minutes the first time, a second later).
+# Installs and makes what is missing first (minutes the first time, a second later), but nothing of Rust: `scripts` tests
+# target/debug/roundhouse, or the binary that ROUNDHOUSE_BIN names.
 set -euo pipefail
 source "$(dirname "$0")/lib/common.sh"
 
@@ -16,7 +17,10 @@ for suite in "${suites[@]}"; do
     case $suite in
     vllm) models+=(vllm) with_vllm=1 ;;
     flux | musicgen) models+=("$suite") paths+=("$ROOT/models/$suite/tests") ;;
-    scripts) models+=(flux) paths+=("$ROOT/scripts/tests") ;;
+    scripts)
+        need_binary debug
+        models+=(flux) paths+=("$ROOT/scripts/tests")
+        ;;
     *) die "unknown suite $suite: vllm, flux, musicgen or scripts" ;;
     esac
 done

@@ -42,8 +42,11 @@ run_engines() {
     scripts/install.sh --cpu
     scripts/make-checkpoints.sh
 }
-run_workers() { scripts/test-workers.sh; }
 # What `rust` has built is what these test; built anew only if they run alone.
+run_workers() {
+    cargo test --locked --no-run
+    scripts/test-workers.sh
+}
 run_sdk() {
     cargo test --locked --no-run
     scripts/test-sdk.sh

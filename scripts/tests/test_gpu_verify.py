@@ -18,6 +18,7 @@ import pytest
 
 from gpu import box, models, server, swaps, table, throughput
 from gpu.common import ROOT, Failed, Json, until
+from roundhouse_server import BINARY
 
 SIZES = [{"part": "weights", "model": name, "bytes": size} for name, size in (("flux", 33_800_000_000), ("text", 0))]
 LINK = {"part": "link", "torch": "2.11", "to_gpu_pinned": 55.0, "to_host_pinned": 55.0}
@@ -196,10 +197,6 @@ def test_waits_are_bounded() -> None:
         until("a thing", 0, 0.001, lambda: False)
 
 
-BINARY = Path(os.environ.get("ROUNDHOUSE_BIN", ROOT / "target/debug/roundhouse"))
-
-
-@pytest.mark.skipif(not os.access(BINARY, os.X_OK), reason=f"no {BINARY}: cargo build, or set ROUNDHOUSE_BIN")
 def test_the_procedure_runs_with_the_real_server_and_a_worker_that_pretends(tmp_path: Path) -> None:
     flags = ["--scale", "tiny", "--models", "text", "--only", "swaps,text,stop,kill"]
     run = subprocess.run(
