@@ -23,6 +23,9 @@ import httpx
 PATIENCE_S = 20.0
 """How long a test waits for what must happen; long, for machines that are busy."""
 
+LOAD_PATIENCE_S = 150.0
+"""How long a test waits for a worker that imports torch."""
+
 NDJSON = {"accept": "application/x-ndjson"}
 
 T = TypeVar("T")
@@ -156,3 +159,13 @@ def frames(text: str) -> Iterator[Any]:
         if event:
             data = event.removeprefix("data: ")
             yield data if data == "[DONE]" else json.loads(data)
+
+
+def torch_worker(model: str, *flags: str, parks: bool = True, **environment: str) -> Worker:
+    """The worker of models/`model` as the scheduler starts it; `parks`: as on a GPU, with `parking_on_cpu.py`."""
+    folder = Path(__file__).parents[2] / model
+    server = folder / "server.py"
+    script = Path(__file__).parent / "parking_on_cpu.py" if parks else server
+    usual = {"ROUNDHOUSE_INSTANCE": "dir:nonce", "SERVER": str(server), "OMP_NUM_THREADS": "1"}
+    python = folder / ".venv/bin/python"
+    return Worker(script, "--batch-wait-ms", "10000", *flags, python=python, environment=usual | environment)

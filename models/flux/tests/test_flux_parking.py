@@ -11,22 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import Worker
+from harness import LOAD_PATIENCE_S, Worker, torch_worker
 from PIL import Image
 
-ROOT = Path(__file__).parents[3]
-SERVER = ROOT / "models/flux/server.py"
-PARKING = ROOT / "models/base/tests/parking_on_cpu.py"
-PYTHON = ROOT / "models/flux/.venv/bin/python"
 PATH = "/v1/images/generations"
-LOAD_PATIENCE_S = 150.0
-SCHEDULED = {"ROUNDHOUSE_INSTANCE": "dir:nonce", "SERVER": str(SERVER), "OMP_NUM_THREADS": "1"}
 
 
-def start(checkpoints: Path, *flags: str, script: Path = PARKING, **environment: str) -> Worker:
-    model = str(checkpoints / "flux-schnell")
-    every = ("--model", model, "--batch-wait-ms", "10000")
-    return Worker(script, *every, *flags, python=PYTHON, environment=SCHEDULED | environment)
+def start(checkpoints: Path, *flags: str, parks: bool = True, **environment: str) -> Worker:
+    return torch_worker("flux", "--model", str(checkpoints / "flux-schnell"), *flags, parks=parks, **environment)
 
 
 def image(worker: Worker, **fields: Any) -> str:
@@ -59,7 +51,7 @@ def test_what_many_threads_read_makes_the_image_that_the_library_makes(
     line = worker.wait_log("weights read")
     assert "read.parts=CLIPTextModel,T5EncoderModel,FluxTransformer2DModel,AutoencoderKL" in line
     assert "loaded by its library" not in worker.log()
-    with start(checkpoints, "--loading", "library", script=SERVER) as other:
+    with start(checkpoints, "--loading", "library", parks=False) as other:
         other.ready(LOAD_PATIENCE_S)
         assert "weights read" not in other.log()
         # On a CPU diffusers leaves weights where they are in the file, at odd addresses, for which there are other

@@ -9,20 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import NDJSON, Worker
+from harness import LOAD_PATIENCE_S, NDJSON, Worker, torch_worker
 
-ROOT = Path(__file__).parents[3]
-SERVER = ROOT / "models/musicgen/server.py"
-PARKING = ROOT / "models/base/tests/parking_on_cpu.py"
-PYTHON = ROOT / "models/musicgen/.venv/bin/python"
 PATH = "/v1/audio/generations"
-LOAD_PATIENCE_S = 150.0
-SCHEDULED = {"ROUNDHOUSE_INSTANCE": "dir:nonce", "SERVER": str(SERVER), "OMP_NUM_THREADS": "1"}
 
 
-def start(checkpoints: Path, *flags: str, script: Path = PARKING, **environment: str) -> Worker:
-    every = ("--model", str(checkpoints / "musicgen"), "--batch-wait-ms", "10000", "--dtype", "float16")
-    return Worker(script, *every, *flags, python=PYTHON, environment=SCHEDULED | environment)
+def start(checkpoints: Path, *flags: str, parks: bool = True, **environment: str) -> Worker:
+    return torch_worker(
+        "musicgen", "--model", str(checkpoints / "musicgen"), "--dtype", "float16", *flags, parks=parks, **environment
+    )
 
 
 def sound(worker: Worker, **fields: Any) -> bytes:
@@ -42,7 +37,7 @@ def worker(checkpoints: Path) -> Iterator[Worker]:
 @pytest.fixture(scope="module")
 def expected(checkpoints: Path) -> bytes:
     """The sound that the model makes when transformers loads it."""
-    with start(checkpoints, "--loading", "library", script=SERVER) as worker:
+    with start(checkpoints, "--loading", "library", parks=False) as worker:
         return sound(worker.ready(LOAD_PATIENCE_S))
 
 
