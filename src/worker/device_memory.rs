@@ -195,17 +195,19 @@ impl Supervisor {
         own.map(|gpu| gpu.total_bytes.saturating_sub(gpu.used_bytes)).min()
     }
 
-    /// What a worker that has just been parked keeps on each of its GPUs, in bytes: what the driver shows of its processes, or
-    /// else how much more than `free` is in use.
+    /// What a worker that has just been parked keeps on each of its GPUs, in bytes.
     pub(super) async fn kept_bytes(&self, free: Option<&Free>) -> Option<u64> {
-        let free = free?;
         let gpus = u64::try_from(self.gpus.len()).unwrap_or(1).max(1);
-        let all = if free.pids.is_empty() {
-            self.used_bytes().await?.saturating_sub(free.at_most)
-        } else {
-            free.used_by_it(&self.users(&self.gpus).await?).unwrap_or(0)
-        };
-        Some(all / gpus)
+        Some(self.taken_beyond(free?).await? / gpus)
+    }
+
+    /// What a worker takes of its GPUs together, in bytes: what the driver shows of its processes, whoever else comes and goes;
+    /// or, where it shows none, how much more than `free` is in use. `None`: the driver does not say.
+    pub(super) async fn taken_beyond(&self, free: &Free) -> Option<u64> {
+        if free.pids.is_empty() {
+            return Some(self.used_bytes().await?.saturating_sub(free.at_most));
+        }
+        Some(free.used_by_it(&self.users(&self.gpus).await?).unwrap_or(0))
     }
 
     /// Whether what it is declared to take is free on each of its GPUs.

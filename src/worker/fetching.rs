@@ -161,6 +161,8 @@ enum Outcome {
         /// Bytes came.
         got_further: bool,
     },
+    /// Its entry is no more.
+    Dropped,
     /// The server is stopping.
     Ended,
 }
@@ -253,15 +255,17 @@ impl Fetching {
             tokio::select! {
                 biased;
                 outcome = &mut run => break outcome,
-                event = next_event(&mut self.orders, &self.pauses) => self.on_event(event).await,
+                event = next_event(&mut self.orders, &self.pauses) => {
+                    self.on_event(event).await;
+                    if !self.is_same(&model, &spec) {
+                        break Outcome::Dropped;
+                    }
+                }
             }
         };
+        // Its guard ends a fetcher that nobody waits for.
+        drop(run);
         self.current = None;
-        if outcome != Outcome::Ended && !self.is_same(&model, &spec) {
-            // What has come are the weights of an entry that is no more; those of the new one are asked for again.
-            self.on_event(Event::Order(Order::Want(model))).await;
-            return outcome;
-        }
         match &outcome {
             Outcome::Here => {
                 self.failures.remove(&model);
@@ -277,6 +281,8 @@ impl Fetching {
             Outcome::Failed { for_a_person, message, fetch, got_further } => {
                 self.failed(&model, *for_a_person, message, fetch.clone(), *got_further);
             }
+            // Those of the new entry are asked for again.
+            Outcome::Dropped => self.on_event(Event::Order(Order::Want(model))).await,
             Outcome::Ended => {}
         }
         outcome

@@ -14,12 +14,11 @@ use crate::domain::Millis;
 pub(super) fn remove(since: Millis) -> usize {
     let shared = |name: &str| name.starts_with("psm_") || name.starts_with("sem.mp-");
     let mut candidates = made_since(Path::new("/dev/shm"), shared, since);
-    if !another_vllm_runs() {
-        for folder in temporary() {
-            // torch opens its rendezvous file only now and then, so "not open" does not tell whether it is in use.
-            candidates.extend(made_since(&folder, |name| name.starts_with("vllm_dist_"), since));
-            candidates.extend(dead_sockets(&folder, since));
-        }
+    // torch opens its rendezvous file only now and then, so "not open" does not tell whether it is in use.
+    let rendezvous = !another_vllm_runs();
+    for folder in temporary() {
+        candidates.extend(made_since(&folder, |name| rendezvous && name.starts_with("vllm_dist_"), since));
+        candidates.extend(dead_sockets(&folder, since));
     }
     if candidates.is_empty() {
         return 0;
@@ -99,11 +98,14 @@ fn another_vllm_runs() -> bool {
     super::procfs::processes().iter().any(|process| {
         !process.is_zombie
             && process.pid != own
-            && std::fs::read(format!("/proc/{}/cmdline", process.pid)).is_ok_and(|words| {
-                let words = words.to_ascii_lowercase();
-                words.windows(4).any(|w| w == b"vllm")
-            })
+            && std::fs::read(format!("/proc/{}/cmdline", process.pid)).is_ok_and(|words| is_vllm(&words))
     })
+}
+
+/// Whether a command line is that of vLLM's server or of one of its processes, which call themselves `VLLM::EngineCore` and so.
+fn is_vllm(command_line: &[u8]) -> bool {
+    let program = |word: &[u8]| word == b"vllm" || word.ends_with(b"/vllm") || word.starts_with(b"vllm.");
+    command_line.split(|byte| *byte == 0).any(|word| word.starts_with(b"VLLM::") || program(word))
 }
 
 /// Every file below /dev/shm and /tmp that a process has open or mapped.
@@ -212,6 +214,18 @@ mod tests {
         drop(held);
         std::fs::remove_file(&open).ok();
         std::fs::remove_file(&other).ok();
+    }
+
+    #[test]
+    fn vllm_is_known_by_its_program_and_not_by_words_that_name_it() {
+        for words in
+            [b"python\0/x/.venv/bin/vllm\0serve" as &[u8], b"VLLM::EngineCore", b"python\0-m\0vllm.entrypoints.cli"]
+        {
+            assert!(is_vllm(words), "{}", String::from_utf8_lossy(words));
+        }
+        for words in [b"roundhouse\0guard\0--\0python\0models/vllm/server.py" as &[u8], b"verify\0--vllm", b""] {
+            assert!(!is_vllm(words), "{}", String::from_utf8_lossy(words));
+        }
     }
 
     #[test]

@@ -247,10 +247,7 @@ impl Supervisor {
         self.wait_memory_free(self.free_as_before(memory)).await;
         self.failed_loads += 1;
         let quarantined = self.failed_loads >= QUARANTINE_AFTER;
-        let reason = match tail.reason() {
-            Some(line) => format!("{reason}; its log says: {line}"),
-            None => reason,
-        };
+        let reason = tail.explain(reason);
         self.enter_backoff(reason, tail, self.failed_loads, quarantined)
     }
 
@@ -287,11 +284,7 @@ impl Supervisor {
                 return Phase::Absent;
             }
             let nap = Duration::from_millis(left.unsigned_abs()).min(BACKOFF_LOOK_EVERY);
-            let order = tokio::select! {
-                biased;
-                order = self.next_order() => order,
-                () = sleep(nap) => continue,
-            };
+            let Some(order) = self.next_order_within(nap).await else { continue };
             match order {
                 // Not yet: the same answer again, so that nobody waits for one.
                 Some(Order::Load | Order::Wake) => self.report(Report::LoadFailed {

@@ -38,12 +38,7 @@ impl Supervisor {
         self.report(Report::DoesNotFit { error: error.clone() });
         let look_every = self.tempo.gpu_every;
         loop {
-            let order = tokio::select! {
-                biased;
-                order = self.next_order() => Some(order),
-                () = sleep(look_every) => None,
-            };
-            match order {
+            match self.next_order_within(look_every).await {
                 Some(None) => return Phase::Ended,
                 Some(Some(Order::Stop | Order::Park)) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Some(Order::Suspect)) => {}

@@ -24,10 +24,10 @@ impl Supervisor {
         self.enter(ModelState::Parking);
         self.note_life(running.since);
         let free = self.free_when(&mut running).await;
-        let at_most = self.parked_use(free.as_ref().map(|free| free.at_most)).await;
+        let at_most = self.parked_use(free.as_ref()).await;
         let fall_asleep = self.fall_asleep(&running);
         let failed = match self.meanwhile(&mut running, fall_asleep).await {
-            Turn::Done(()) => match self.shows_back(&mut running, at_most).await {
+            Turn::Done(()) => match self.shows_back(&mut running, free.as_ref(), at_most).await {
                 Ok(()) => {
                     let park_ms = millis(ordered_at.elapsed());
                     tracing::info!(model = self.spec.name, park_ms, "parked");
@@ -99,6 +99,10 @@ impl Supervisor {
             };
             before_wake = before;
             self.enter(ModelState::Waking);
+            if let Err(why) = self.leftovers_are_free().await {
+                // Its memory is what it needs; if that is not there, it says so itself.
+                tracing::warn!(model = self.spec.name, "it is woken all the same: {why}");
+            }
             let woken = self.come_back(&running);
             match self.meanwhile(&mut running, woken).await {
                 Turn::Done(memory) => {
@@ -209,15 +213,13 @@ impl Supervisor {
         (before.is_some() || !pids.is_empty()).then(|| Free { at_most: before.unwrap_or(0), pids, is_shared })
     }
 
-    /// The use of device memory, in bytes, with which a worker is parked without which `free` is used; `None`: on the CPU.
-    async fn parked_use(&self, free: Option<u64>) -> Option<u64> {
-        let free = free?;
-        let now = self.used_bytes().await?;
-        Some(free.saturating_add(RESIDUE_BYTES.min(now.saturating_sub(free) / 2)))
+    /// The most that a worker may keep on its GPUs when it is parked, in bytes, by what it takes there now; `None`: on the CPU.
+    async fn parked_use(&self, free: Option<&Free>) -> Option<u64> {
+        Some(RESIDUE_BYTES.min(self.taken_beyond(free?).await? / 2))
     }
 
     /// Whether the driver shows that it has given its memory back.
-    async fn shows_back(&self, running: &mut Running, at_most: Option<u64>) -> Result<(), String> {
+    async fn shows_back(&self, running: &mut Running, free: Option<&Free>, at_most: Option<u64>) -> Result<(), String> {
         if self.is_checkpointed() {
             // It does not know of it, and may not be able to answer.
             self.release(running);
@@ -227,16 +229,16 @@ impl Supervisor {
             }
             self.note_host(running, memory.host);
         }
-        let Some(at_most) = at_most else { return Ok(()) };
+        let Some((free, at_most)) = free.zip(at_most) else { return Ok(()) };
         let until = Instant::now() + self.tempo.park_memory_limit;
         loop {
-            let Some(used) = self.used_bytes().await else { return Err("its GPU is gone".to_owned()) };
-            if used <= at_most {
+            let Some(kept) = self.taken_beyond(free).await else { return Err("its GPU is gone".to_owned()) };
+            if kept <= at_most {
                 return Ok(());
             }
             if Instant::now() >= until || self.hard.is_cancelled() {
                 return Err(format!(
-                    "it says that it sleeps, and the driver shows {used} bytes of its GPUs in use, not {at_most} or less"
+                    "it says that it sleeps, and the driver shows {kept} bytes of its GPUs in use by it, not {at_most} or less"
                 ));
             }
             sleep(Duration::from_millis(50)).await;
@@ -276,10 +278,7 @@ impl Supervisor {
     async fn lost(&mut self, running: Running, reason: &str) -> Phase {
         self.release(&running);
         let tail = running.process.clear_away().await;
-        let reason = match tail.reason() {
-            Some(line) => format!("{reason} while it was parked; its log says: {line}"),
-            None => format!("{reason} while it was parked"),
-        };
+        let reason = tail.explain(format!("{reason} while it was parked"));
         tracing::error!(model = self.spec.name, "the worker died: {reason}");
         self.enter(ModelState::Absent);
         self.view.send_modify(|v| v.lost_copy = Some(format!("lost its copy in host memory: {reason}")));

@@ -462,12 +462,7 @@ impl Supervisor {
         self.report(Report::NoGpu);
         let look_every = self.tempo.gpu_every;
         loop {
-            let order = tokio::select! {
-                biased;
-                order = self.next_order() => Some(order),
-                () = sleep(look_every) => None,
-            };
-            match order {
+            match self.next_order_within(look_every).await {
                 Some(None) => return Phase::Ended,
                 Some(Some(Order::Stop | Order::Park)) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Some(Order::Suspect)) => {}
@@ -512,10 +507,7 @@ impl Supervisor {
             .map(|free| Free { at_most: free.at_most.max(before.unwrap_or(0)), ..free });
         self.release(&running);
         let tail = running.process.clear_away().await;
-        let reason = match tail.reason() {
-            Some(line) => format!("{reason}; its log says: {line}"),
-            None => reason,
-        };
+        let reason = tail.explain(reason);
         tracing::error!(model = self.spec.name, "the worker died: {reason}");
         self.wait_memory_free(free).await;
         self.enter(ModelState::Absent);
@@ -584,6 +576,15 @@ impl Supervisor {
                 self.note_set(asked);
                 Some(asked.order)
             }
+        }
+    }
+
+    /// The same; `None`: there was none for so long.
+    async fn next_order_within(&mut self, nap: Duration) -> Option<Option<Order>> {
+        tokio::select! {
+            biased;
+            order = self.next_order() => Some(order),
+            () = sleep(nap) => None,
         }
     }
 
