@@ -67,14 +67,24 @@ impl State {
     fn unload_by_hand(&mut self, model: &str, now: Millis, effects: &mut Vec<Effect>) -> bool {
         let Some(index) = self.index_of(model) else { return false };
         (self.models[index].wanted_at, self.models[index].preload) = (None, false);
+        // Those that are not ready yet leave when they are.
+        self.unload(index, false, now, effects)
+    }
+
+    /// All workers of a model leave and are stopped, not parked; until then none is loaded. Loads are broken off, or they leave
+    /// when they are ready. False: nothing of it is there.
+    pub(super) fn unload(&mut self, index: usize, break_off: bool, now: Millis, effects: &mut Vec<Effect>) -> bool {
         self.workers.retain(|w| w.model != index || w.phase != Phase::Waiting { was_parked: false });
         let all: Vec<usize> = (0..self.workers.len()).filter(|place| self.workers[*place].model == index).collect();
-        // Those that are not ready yet leave when they are.
         self.models[index].unload = !all.is_empty();
         for place in &all {
             match self.workers[*place].phase {
                 Phase::Parked | Phase::Waiting { .. } => {
                     self.workers[*place].phase = Phase::Dropping;
+                    effects.push(self.order(*place, Order::Stop));
+                }
+                Phase::Loading { .. } if break_off => {
+                    self.workers[*place].phase = Phase::Stopping { park: false };
                     effects.push(self.order(*place, Order::Stop));
                 }
                 _ => self.leave(*place, false, now, effects),

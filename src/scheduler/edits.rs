@@ -1,7 +1,6 @@
 //! An edited models.yaml: only what changed is touched, and no job is lost by it.
 
 use super::*;
-use crate::scheduler::inventory::Phase;
 
 /// One entry of models.yaml that is new, changed or gone.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,7 +46,8 @@ impl State {
             };
             if *restart {
                 self.look_for_weights_again(index);
-                self.end_workers(index, now, &mut effects);
+                // What loads would come to is not wanted any more.
+                self.unload(index, true, now, &mut effects);
             }
             let then = match what {
                 "added" => "it can be used now",
@@ -79,27 +79,6 @@ impl State {
             let model = &self.models[index];
             (model.is_listed && replica < model.max_replicas()) || self.find(index, replica).is_some()
         })
-    }
-
-    /// All workers of a model leave and are stopped, whatever they are at. Unlike by hand, loads are broken off: what they
-    /// would come to is not wanted any more.
-    fn end_workers(&mut self, index: usize, now: Millis, effects: &mut Vec<Effect>) {
-        self.workers.retain(|w| w.model != index || w.phase != Phase::Waiting { was_parked: false });
-        let all: Vec<usize> = (0..self.workers.len()).filter(|place| self.workers[*place].model == index).collect();
-        self.models[index].unload = !all.is_empty();
-        for place in all {
-            match self.workers[place].phase {
-                Phase::Parked | Phase::Waiting { .. } => {
-                    self.workers[place].phase = Phase::Dropping;
-                    effects.push(self.order(place, Order::Stop));
-                }
-                Phase::Loading { .. } => {
-                    self.workers[place].phase = Phase::Stopping { park: false };
-                    effects.push(self.order(place, Order::Stop));
-                }
-                _ => self.leave(place, false, now, effects),
-            }
-        }
     }
 }
 

@@ -4,7 +4,8 @@
 //! torch, which say `host_bytes` from then on), and keeps it until its process ends: torch gives page-locked memory back to
 //! nobody, so one that has slept once counts as long as it lives, unless it says otherwise. What is asked of a leaving worker counts
 //! only what the others have by then or were promised; a newcomer is promised the rest when its devices are free, which is
-//! after all who leave for it have been parked or stopped. So of two, one always gets what there is.
+//! after all who leave for it have been parked or stopped, and is loaded when what is dropped for it is gone. So of two, one
+//! always gets what there is.
 
 use super::*;
 use crate::policy::tier::{self, Parked, Tier};

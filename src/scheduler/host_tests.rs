@@ -218,7 +218,11 @@ fn a_newcomer_that_is_worth_more_has_the_room_of_what_is_parked() {
     case.wants("b");
     assert_eq!(case.orders, [order("c", Order::Park, None)]);
     case.report("c", Report::Parked { park_ms: 1 });
-    assert_eq!(case.orders, [order("a", Order::Stop, None), order("b", Order::Load, Some(55))]);
+    assert_eq!(case.orders, [order("a", Order::Stop, None)], "while it is there, both copies would be");
+    case.wants("b");
+    assert_eq!(case.orders, []);
+    case.report("a", Report::Stopped { stop_ms: 1 });
+    assert_eq!(case.orders, [order("b", Order::Load, Some(55))]);
     assert!(case.said("a").starts_with("drop a from host memory"), "{}", case.said("a"));
 }
 
@@ -308,4 +312,20 @@ fn who_was_promised_no_host_memory_is_not_parked() {
     case.state.set_knobs(Knobs::default(), 20 * GIB);
     // Its copy takes 30 GiB, and so does that of `a`, which lies there.
     assert_eq!(case.swap("b", "a", None).0, Order::Stop);
+}
+
+#[test]
+fn an_edit_loads_no_worker_before_all_that_there_are_have_left() {
+    let mut case = Case::new(&[ModelSpec { max_replicas: 2, ..parks("a") }, parks("b")], 2, 0);
+    // A long job runs on the first worker.
+    case.wants("a");
+    case.ready("a");
+    let spec = ModelSpec { max_replicas: 2, args: vec!["--new".into()], ..parks("a") };
+    case.tell(Event::Edited(vec![Edit { name: "a".into(), spec: Some(spec), restart: true }]));
+    case.wants("a");
+    assert_eq!(case.orders, [], "a second worker would be stopped as soon as it is ready");
+    case.answered("a", 1);
+    assert_eq!(case.orders, [order("a", Order::Stop, None)]);
+    case.report("a", Report::Stopped { stop_ms: 1 });
+    assert_eq!(case.orders, [order("a", Order::Load, Some(0))]);
 }

@@ -59,9 +59,13 @@ impl State {
         };
         let mut models: Vec<_> =
             self.models.iter().enumerate().map(|(i, m)| m.view(&self.inventory, parked(i), now)).collect();
-        for (index, model) in models.iter_mut().enumerate().filter(|(index, _)| self.is_dropping_the_last(*index)) {
+        for (index, model) in models.iter_mut().enumerate() {
             let name = &self.models[index].name;
-            model.trouble.get_or_insert_with(|| format!("the last worker of {name} is leaving host memory"));
+            if self.is_unloaded(index) {
+                model.trouble.get_or_insert_with(|| format!("the workers of {name} that there are leave first"));
+            } else if self.is_dropping_the_last(index) {
+                model.trouble.get_or_insert_with(|| format!("the last worker of {name} is leaving host memory"));
+            }
         }
         let seen = self.workers.iter().enumerate().filter_map(|(place, worker)| {
             let model = &self.models[worker.model];
@@ -176,6 +180,12 @@ impl State {
         }
     }
 
+    /// Whether a worker whose load takes host memory at once has to wait until a copy that is being dropped is gone.
+    fn waits_for_host_memory(&self, place: usize) -> bool {
+        let model = &self.models[self.workers[place].model];
+        model.park && model.copies_at_load() && self.workers.iter().any(|w| w.phase == Phase::Dropping)
+    }
+
     /// Whether a waiting worker fits beside all who are still there.
     fn is_free(&self, place: usize) -> bool {
         let devices = self.inventory.devices();
@@ -191,12 +201,16 @@ impl State {
         })
     }
 
+    /// Orders a load; not yet, if host memory has to be free first.
     fn load(&mut self, place: usize, was_parked: bool, now: Millis, effects: &mut Vec<Effect>) {
         let wakes = was_parked && self.workers[place].lies_on == Some(self.workers[place].set);
+        let promised = self.promise(place, now, effects);
+        if !wakes && self.waits_for_host_memory(place) {
+            return;
+        }
         if was_parked && !wakes {
             self.lose_copy(place, now, effects);
         }
-        let promised = self.promise(place, now, effects);
         let worker = &mut self.workers[place];
         (worker.phase, worker.promised) = (Phase::Loading { since: now, was_parked }, promised);
         if !wakes {
