@@ -15,7 +15,8 @@ from typing import Any
 
 from roundhouse_worker.errors import Cancelled
 
-PROGRESS_INTERVAL_S = 0.1
+PROGRESS_INTERVAL_S = 0.5
+"""As often as the scheduler stores it. Each line of each item takes time from the thread that computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ class Item:
 class Progress:
     """Handed to `generate`: call it after every step of the pass, from any thread.
 
-    It tells the waiting clients (at most ten times a second each, the first and
+    It tells the waiting clients (at most twice a second each, the first and
     the last step always) and is the point at which a pass can be cancelled.
     """
 
