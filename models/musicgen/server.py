@@ -131,7 +131,8 @@ class MusicgenServer(TorchService):
         scores = model(**inputs, decoder_input_ids=start).logits
         books //= model.decoder.config.audio_channels
         codes = torch.arange(4 * books, device=self.device).reshape(1, 1, books, 4)
-        return [scores, model.audio_encoder.decode(codes, audio_scales=[None]).audio_values]
+        codec = self.awaited(model.audio_encoder)
+        return [scores, codec.decode(codes, audio_scales=[None]).audio_values]
 
     # ---- requests ------------------------------------------------------------
 

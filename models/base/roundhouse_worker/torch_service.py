@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from roundhouse_worker import hostcopy, log, parking, quickload, weights
+from roundhouse_worker.arrival import Arrival
 from roundhouse_worker.service import BaseService, Loading
 
 CLOSE_ENOUGH = 1e-3
@@ -78,7 +79,9 @@ class TorchService(BaseService):
     def step(self) -> list[Any] | None:
         """A tiny pass through all modules, the same each time; its tensors. None: there is no such. *Model thread.*
 
-        Run once at load (it warms the libraries up) and after every wake, when it must give the same again.
+        Run once at load (it warms the libraries up) and at every wake, when it must give the same again; then while
+        the weights are on their way, so that it costs little: modules wait for their own when they are called, and
+        what is used in another way is asked for by `awaited`.
         """
         return None
 
@@ -120,6 +123,8 @@ class TorchService(BaseService):
         self._held_bytes = 0
         self._asleep_without = False  # asleep, and the weights are nowhere
         self._reference: list[Any] | None = None
+        self._arrival: Arrival | None = None  # while the step runs during a wake
+        self._checked = False  # by that step
 
     @classmethod
     def preload(cls) -> None:
@@ -234,11 +239,35 @@ class TorchService(BaseService):
             self._load_model(Loading())
             self._asleep_without = False
         elif self._parker is not None:
-            began = time.monotonic()
-            self._parker.wake()
-            log.event(logging.INFO, "weights are back", wake_copy_seconds=time.monotonic() - began)
-        if self._reference is not None:
+            copy_seconds = self._parker.wake(self._check_early)
+            log.event(logging.INFO, "weights are back", wake_copy_seconds=copy_seconds)
+        checked, self._checked = self._checked, False
+        if self._reference is not None and not checked:
             check_same(self._reference, self._step())
+
+    def _check_early(self, arrival: Arrival) -> None:
+        """The checking step while weights are on their way. If it goes wrong, it is run again when they are there."""
+        if self._reference is None:
+            return
+        self._arrival = arrival
+        try:
+            check_same(self._reference, self._step())
+            self._checked = True
+        except Exception as error:
+            log.event(
+                logging.INFO,
+                "the early step went wrong",
+                error_type=type(error).__name__,
+                error_at=log.where(error),
+            )
+        finally:
+            self._arrival = None
+
+    def awaited(self, module: Any) -> Any:
+        """For `step`: the module, once it is there, if it is used in another way than by calling it."""
+        if self._arrival is not None:
+            self._arrival.wait_for(module)
+        return module
 
     def _first_step(self) -> list[Any] | None:
         try:

@@ -1,7 +1,7 @@
 """A torch worker that parks as on a GPU, though its device is the CPU: the weights are in a second buffer.
 
 `SERVER` names the server.py. With `SPOIL` the copy is spoilt while the model is parked. A prompt with "oom" in it runs
-out of memory.
+out of memory. A wake goes through many small copies, and what has not arrived is not a number.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from roundhouse_worker import log
+from roundhouse_worker import hostcopy, log
 from roundhouse_worker.torch_service import TorchService
+
+hostcopy.BLOCK_BYTES = 64 << 10
 
 
 def base() -> Any:
@@ -58,7 +60,17 @@ class Server(base()):
     def wake(self):
         if os.environ.get("SPOIL"):
             self._parker._held[0][0].tensor.zero_()
-        super().wake()
+        empty = self.torch.empty
+
+        def of_garbage(*shape, **options):
+            made = empty(*shape, **options)
+            return made.fill_(255) if options.get("dtype") == self.torch.uint8 else made
+
+        self.torch.empty = of_garbage
+        try:
+            super().wake()
+        finally:
+            self.torch.empty = empty
 
     def reclaim(self):
         log.event(20, "reclaimed")

@@ -79,6 +79,9 @@ def test_a_parked_model_wakes_as_it_was(worker: Worker, expected: str) -> None:
         assert worker.post("/wake_up").status_code == 200
         assert worker.get("/health").json()["host_bytes"] == copy
         assert image(worker) == expected
+    # Each part of it waited for its own weights while the others were still on their way.
+    assert worker.log().count("weights are back") == 3
+    assert "the early step went wrong" not in worker.log()
 
 
 def test_a_pass_that_runs_out_of_memory_says_so_to_all_and_leaves_the_worker_well(

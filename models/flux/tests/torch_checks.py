@@ -240,6 +240,51 @@ def check_what_was_read_is_the_copy_that_is_woken_from(folder):
     assert module.one.weight is module.two.weight
 
 
+def check_each_module_waits_for_its_own_weights_and_no_more(folder):
+    small(4096, 1024)
+    torch.manual_seed(2)
+    stack = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(8)])
+    codec = torch.nn.BatchNorm1d(1)
+    parker = parking.Parker([stack, codec], "cpu")
+    given = torch.randn(3, 32)
+    expected = stack(given)
+    seen = []
+
+    def meanwhile(arrival):
+        assert (len(arrival._copies), arrival._waited) == (10, 0)
+        stack[0](given)
+        seen.append(arrival._waited)
+        stack[3](given)
+        seen.append(arrival._waited)
+        assert torch.equal(stack(given), expected)
+        seen.append(arrival._waited)
+        arrival.wait_for(codec)
+        seen.append(arrival._waited)
+
+    parker.park()
+    parker.wake(meanwhile)
+    # A layer takes 4 KiB and 128 bytes, so it ends in the block after the one that it begins in.
+    assert seen == [2, 5, 9, 10], seen
+    assert torch.equal(stack(given), expected)
+    assert not stack._forward_pre_hooks
+    assert not stack[0]._forward_pre_hooks
+
+
+def check_weights_are_there_after_what_goes_wrong_meanwhile(folder):
+    small(512, 512)
+    net = torch.nn.Linear(64, 64)
+    before = net.weight.clone()
+    parker = parking.Parker([net], "cpu")
+    parker.park()
+    try:
+        parker.wake(lambda arrival: 1 / 0)
+    except ZeroDivisionError:
+        assert torch.equal(net.weight, before)
+        assert not net._forward_pre_hooks
+    else:
+        raise AssertionError("it went on")
+
+
 def made_part(folder, dtype=torch.float32):
     """A part of `Net`, as `quickload.part` makes one of a library's class."""
     found = {}

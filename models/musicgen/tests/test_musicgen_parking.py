@@ -55,6 +55,9 @@ def test_a_parked_model_wakes_as_it_was(worker: Worker, expected: bytes) -> None
         assert worker.post(f"/sleep?level={level}").status_code == 200
         assert worker.post("/wake_up").status_code == 200
         assert sound(worker) == expected
+    # Each part of it waited for its own weights while the others were still on their way.
+    assert worker.log().count("weights are back") == 3
+    assert "the early step went wrong" not in worker.log()
     assert "buffers.count=2 buffers.held=0" in worker.log()
     assert "buffers.held=1" not in worker.log()
 
