@@ -56,6 +56,9 @@ def rows(records: list[Json]) -> list[Row]:
     if "to_gpu_pinned" in link:
         speeds = f"{link['to_gpu_pinned']} / {link['to_host_pinned']} GB/s"
         out.append(Row("link, page-locked, to GPU / to host", speeds, "", None))
+        if "to_gpu_after_free" in link:
+            speeds = f"{link['to_gpu_new']}, {link['to_gpu_after_free']} GB/s"
+            out.append(Row("link, 26 GB into new memory; right after 34 GB were freed by another", speeds, "", None))
         speeds = f"{link['to_gpu_pageable']} / {link['to_host_pageable']} GB/s"
         out.append(Row("link, pageable, to GPU / to host", speeds, "", None))
     swaps = [r for r in records if r["part"] == "swap"]
