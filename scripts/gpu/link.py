@@ -55,7 +55,7 @@ def main() -> None:
         [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         facts["to_gpu_after_free"] = wake_speed(
-            torch, pinned, lambda: tell(holder, "free"), lambda: tell(holder, "take")
+            torch, pinned, partial(tell, holder, "free"), partial(tell, holder, "take")
         )
         assert holder.stdin is not None  # noqa: S101 - it is a pipe
         holder.stdin.close()
