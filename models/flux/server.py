@@ -137,7 +137,9 @@ class FluxServer(TorchService):
 
         offload = self.options.offload == "model" and self.on_cuda
         parts: dict[str, Any] = {}
-        for name, (library, class_name) in components_of(self.folder).items():
+        # In this order they come back at a wake: `step` decodes first.
+        found = sorted(components_of(self.folder).items(), key=lambda component: component[0] != "vae")
+        for name, (library, class_name) in found:
             if not offload and hostcopy.files(self.folder / name):
                 module = loader.part(library, class_name, self.folder / name)
                 if module is not None:
@@ -160,7 +162,14 @@ class FluxServer(TorchService):
         self._pipeline = None
 
     def step(self) -> list[Any]:
-        """One step at the smallest size, and what it takes: text encoders, transformer, VAE."""
+        """One step at the smallest size: VAE, text encoders, transformer.
+
+        The VAE first: at a wake, only what comes after the transformer is not hidden behind the copies.
+        """
+        vae = self._pipeline.vae
+        latents = self.torch.full(
+            (1, vae.config.latent_channels, 8, 8), 0.5, dtype=self.dtype, device=self.awaited(vae).device
+        )
         wanted = {
             "height": SIZE_MIN,
             "width": SIZE_MIN,
@@ -168,10 +177,10 @@ class FluxServer(TorchService):
             "guidance_scale": self._defaults.guidance,
             "max_sequence_length": 64,
             "generator": self.torch.Generator("cpu").manual_seed(0),
-            "output_type": "pt",
+            "output_type": "latent",
         }
         given = {name: value for name, value in wanted.items() if value is not None and name in self._takes}
-        return [self._pipeline(prompt="a red fox in the snow", **given).images]
+        return [vae.decode(latents).sample, self._pipeline(prompt="a red fox in the snow", **given).images]
 
     # ---- requests ------------------------------------------------------------
 

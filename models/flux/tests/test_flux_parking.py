@@ -49,7 +49,7 @@ def test_what_many_threads_read_makes_the_image_that_the_library_makes(
     worker: Worker, expected: str, checkpoints: Path
 ) -> None:
     line = worker.wait_log("weights read")
-    assert "read.parts=CLIPTextModel,T5EncoderModel,FluxTransformer2DModel,AutoencoderKL" in line
+    assert "read.parts=AutoencoderKL,CLIPTextModel,T5EncoderModel,FluxTransformer2DModel" in line
     assert "loaded by its library" not in worker.log()
     with start(checkpoints, "--loading", "library", parks=False) as other:
         other.ready(LOAD_PATIENCE_S)
