@@ -17,8 +17,10 @@ from PIL import Image
 PATH = "/v1/images/generations"
 
 
-def start(checkpoints: Path, *flags: str, parks: bool = True, **environment: str) -> Worker:
-    return torch_worker("flux", "--model", str(checkpoints / "flux-schnell"), *flags, parks=parks, **environment)
+def start(
+    checkpoints: Path, *flags: str, parks: bool = True, model: str = "flux-schnell", **environment: str
+) -> Worker:
+    return torch_worker("flux", "--model", str(checkpoints / model), *flags, parks=parks, **environment)
 
 
 def image(worker: Worker, **fields: Any) -> str:
@@ -82,6 +84,17 @@ def test_a_parked_model_wakes_as_it_was(worker: Worker, expected: str) -> None:
     # Each part of it waited for its own weights while the others were still on their way.
     assert worker.log().count("weights are back") == 3
     assert "the early step went wrong" not in worker.log()
+
+
+def test_another_pipeline_wakes_as_it_was_too(checkpoints: Path) -> None:
+    with start(checkpoints, model="flux-klein", ROUNDHOUSE_PARK_BYTES="100000000") as worker:
+        worker.ready(LOAD_PATIENCE_S)
+        before = image(worker)
+        assert worker.post("/sleep").status_code == 200
+        assert worker.post("/wake_up").status_code == 200
+        assert "weights are back" in worker.log()
+        assert "the early step went wrong" not in worker.log()
+        assert image(worker) == before
 
 
 def test_a_pass_that_runs_out_of_memory_says_so_to_all_and_leaves_the_worker_well(
