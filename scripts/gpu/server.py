@@ -22,6 +22,7 @@ COLD_LIMIT_S = 420
 """Longest time of a job whose model is loaded from nothing."""
 TERMINAL = ("succeeded", "failed", "cancelled", "expired")
 TAIL_LINES = 15
+PASS = re.compile(r" pass finished pass\.size=([0-9]+) pass\.seconds=([0-9.e+-]+)")
 MOVED = re.compile(r" (park|wake)\.(copy_)?seconds=([0-9.e+-]+)")
 
 
@@ -159,6 +160,12 @@ class Server:
         found = [match for match in MOVED.finditer(path.read_text(errors="replace")) if match[1] == verb]
         found = [match for match in found if match[2]] or found
         return float(found[-1][3]) if found else None
+
+    def passes(self, model: str) -> list[list[float]]:
+        """Size and length in seconds of each pass that its worker has made, by its log."""
+        path = self.data / "log" / f"{model}.log"
+        found = PASS.findall(path.read_text(errors="replace")) if path.is_file() else []
+        return [[int(size), float(seconds)] for size, seconds in found]
 
     def tails(self) -> str:
         """The last lines of its log and its workers'."""

@@ -137,6 +137,10 @@ def test_the_worker_says_in_its_log_how_long_it_took(tmp_path: Path) -> None:
     assert one.moved_s("flux", "park") == 0.05
     assert one.moved_s("text", "wake") is None
     (tmp_path / "log/music.log").write_text("T INFO  moved wake.copy_seconds=0.4\nT INFO  ready wake.seconds=0.61\n")
+    assert one.passes("music") == []
+    with (tmp_path / "log/music.log").open("a") as log:
+        log.write("T INFO  pass finished pass.size=16 pass.seconds=7.25 pass.outcome=succeeded\n")
+    assert one.passes("music") == [[16, 7.25]]
     assert one.moved_s("music", "wake") == 0.4
 
 
