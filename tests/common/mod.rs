@@ -3,11 +3,13 @@
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a helper that fails ends its test, and says why")]
 
+mod clib;
 mod client;
 mod procs;
 mod proxy;
 mod server;
 
+pub(crate) use clib::compiled;
 pub(crate) use client::{Api, EventStream, Frame, Reply, check_history, echo_job, is_terminal};
 pub(crate) use procs::Proc;
 pub(crate) use proxy::CuttingProxy;

@@ -1,33 +1,19 @@
 //! `park: checkpoint`: the driver takes a worker to host memory. `libcuda.c` plays the driver, `ROUNDHOUSE_FAKE_GPUS` the GPU.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::common::{Server, Site, echo, with};
+use crate::common::{Server, Site, compiled, echo, with};
 use crate::parking::{is, loads, there_and_back, visit};
 
 /// The compiled library.
 fn library() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/libcuda.c");
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        std::fs::create_dir_all(folder).unwrap();
-        // A name of our own until it is whole: two test runs may build it at the same time.
-        let (library, making) = (folder.join("libcuda.so"), folder.join(format!("libcuda.{}.so", std::process::id())));
-        let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".to_owned());
-        let mut command = Command::new(&compiler);
-        command.args(["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o"]).arg(&making).arg(&source);
-        let built = command.status();
-        assert!(built.is_ok_and(|status| status.success()), "`{compiler}` cannot compile {}", source.display());
-        std::fs::rename(&making, &library).unwrap();
-        library
-    })
+    BUILT.get_or_init(|| compiled("tests/e2e/libcuda.c", "libcuda.so"))
 }
 
 /// A model that takes 50 of the 80 GiB, and knows nothing of being parked.

@@ -1,8 +1,9 @@
 //! `disk.c`, compiled once per run and preloaded into processes under test.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::OnceLock;
+
+use crate::common::compiled;
 
 /// What goes wrong, as `disk.c` describes it.
 #[derive(Clone, Debug)]
@@ -39,24 +40,5 @@ fn preload(folder: &Path) -> Vec<(String, String)> {
 /// The compiled library.
 fn library() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/faults/disk.c");
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        std::fs::create_dir_all(folder).unwrap();
-        // A name of our own until it is whole: two test runs may build it at the same time.
-        let (library, making) = (folder.join("disk.so"), folder.join(format!("disk.{}.so", std::process::id())));
-        let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".to_owned());
-        let built = Command::new(&compiler)
-            .args(["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"])
-            .arg(&making)
-            .arg(&source)
-            .output();
-        let output = built.unwrap_or_else(|error| {
-            panic!("these tests preload a small C library, and `{compiler}` cannot be run ({error}): install gcc, or set CC")
-        });
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "`{compiler}` cannot build {}:\n{said}", source.display());
-        std::fs::rename(&making, &library).unwrap();
-        library
-    })
+    BUILT.get_or_init(|| compiled("tests/faults/disk.c", "disk.so"))
 }
