@@ -326,8 +326,11 @@ def test_a_file_with_another_hash_is_not_kept(hub: Path, tmp_path: Path) -> None
 def test_a_hub_that_cannot_be_reached_is_given_up_after_some_tries(hub: Path, tmp_path: Path) -> None:
     with standin(hub) as site:
         pass
-    line = run(site, tmp_path / "cache")[-1]
+    *tries, line = run(site, tmp_path / "cache")
     assert line["code"] == "network"
+    assert line["message"].startswith(f"cannot reach the hub, {site.url}: ")
+    assert tries
+    assert all(told == {"type": "retry", "message": line["message"]} for told in tries)
 
 
 def test_include_and_exclude_choose_files(hub: Path, tmp_path: Path) -> None:

@@ -64,13 +64,16 @@ fn in_words(fetch: &Fetch) -> String {
         }
         _ => "size not known yet".to_owned(),
     };
+    let trouble = fetch.reason.as_deref().map(|reason| format!("; last trouble: {reason}")).unwrap_or_default();
     match fetch.phase {
         FetchPhase::Waiting => "its weights are not here, and are fetched after those of another model".to_owned(),
-        FetchPhase::Listing => "its weights are being fetched: the hub is asked which files there are".to_owned(),
+        FetchPhase::Listing => {
+            format!("its weights are being fetched: the hub is asked which files there are{trouble}")
+        }
         FetchPhase::Fetching => {
             let speed = fetch.bytes_per_s.map(|speed| format!(", {:.1} MB/s", speed / 1e6)).unwrap_or_default();
             let left = fetch.eta_s.map(|left| format!(", about {} left", decision::seconds(left * 1e3)));
-            format!("its weights are being fetched: {so_far}{speed}{}", left.unwrap_or_default())
+            format!("its weights are being fetched: {so_far}{speed}{}{trouble}", left.unwrap_or_default())
         }
         FetchPhase::Interrupted | FetchPhase::Failed => {
             let why = fetch.reason.as_deref().unwrap_or("no reason is known");

@@ -143,8 +143,16 @@ struct Fetching {
     /// Being fetched.
     current: Option<String>,
     pauses: BTreeMap<String, Pause>,
+    failures: BTreeMap<String, Failures>,
+}
+
+/// Tries of a model's fetch that failed.
+#[derive(Clone, Debug)]
+struct Failures {
     /// In a row, without a byte in between.
-    failures: BTreeMap<String, u32>,
+    count: u32,
+    /// Why the last one did.
+    reason: String,
 }
 
 /// How a run of the fetcher ended.
@@ -250,7 +258,8 @@ impl Fetching {
     async fn fetch(&mut self, model: String) -> Outcome {
         let Some(spec) = self.specs.get(&model).cloned() else { return Outcome::Here };
         self.current = Some(model.clone());
-        let mut run = Box::pin(run_fetcher(spec.clone(), self.around.clone(), self.reports.clone()));
+        let before = self.failures.get(&model).map(|failures| failures.reason.clone());
+        let mut run = Box::pin(run_fetcher(spec.clone(), self.around.clone(), self.reports.clone(), before));
         let outcome = loop {
             tokio::select! {
                 biased;
@@ -289,9 +298,9 @@ impl Fetching {
     }
 
     fn failed(&mut self, model: &str, for_a_person: bool, message: &str, fetch: Fetch, got_further: bool) {
-        let before = if got_further { 0 } else { self.failures.get(model).copied().unwrap_or(0) };
+        let before = if got_further { 0 } else { self.failures.get(model).map_or(0, |failures| failures.count) };
         let failures = before.saturating_add(1);
-        self.failures.insert(model.to_owned(), failures);
+        self.failures.insert(model.to_owned(), Failures { count: failures, reason: message.to_owned() });
         let wait = pause(self.around.backoff_first, self.around.backoff_max, failures);
         let retry_at = self.around.clock.now() + i64::try_from(wait.as_millis()).unwrap_or(i64::MAX);
         let goes_on = !for_a_person && failures < INTERRUPTIONS_MAX;
@@ -348,6 +357,10 @@ enum Line {
     Progress {
         bytes: u64,
         total_bytes: u64,
+    },
+    /// Something went wrong; the fetcher goes on by itself.
+    Retry {
+        message: String,
     },
     Done,
     Error {
@@ -434,16 +447,18 @@ fn environment(
     vars
 }
 
+/// `before`: why the last try failed, which is said until this one gets further.
 async fn run_fetcher(
     spec: ModelSpec,
     around: Surroundings,
     reports: mpsc::UnboundedSender<(String, FetchReport)>,
+    before: Option<String>,
 ) -> Outcome {
     let looked = spec.clone();
     if blocking(move || is_here(&looked)).await == Some(true) {
         return Outcome::Here;
     }
-    let mut fetch = Fetch::at(FetchPhase::Listing);
+    let mut fetch = Fetch { reason: before, ..Fetch::at(FetchPhase::Listing) };
     let tell = |fetch: &Fetch| drop(reports.send((spec.name.clone(), FetchReport::Progress(fetch.clone()))));
     let failed =
         |for_a_person, message, fetch, got_further| Outcome::Failed { for_a_person, message, fetch, got_further };
@@ -477,7 +492,13 @@ async fn run_fetcher(
             Ok(Line::Progress { bytes, total_bytes }) => {
                 first.get_or_insert(bytes);
                 let bytes_per_s = speed.read(bytes, Instant::now());
-                fetch = progress(bytes, total_bytes, bytes_per_s);
+                let stood =
+                    (fetch.phase == FetchPhase::Fetching && fetch.bytes == bytes).then_some(fetch.reason).flatten();
+                fetch = Fetch { reason: stood, ..progress(bytes, total_bytes, bytes_per_s) };
+                tell(&fetch);
+            }
+            Ok(Line::Retry { message }) => {
+                fetch.reason = Some(message);
                 tell(&fetch);
             }
             Ok(line @ (Line::Done | Line::Error { .. })) => end = Some(line),

@@ -225,6 +225,29 @@ async fn a_fetch_outlives_its_hub() {
 }
 
 #[tokio::test]
+async fn a_hub_that_cannot_be_reached_is_named_while_it_is_tried_again() {
+    let port = free_port().to_string();
+    let site_dir = Site::new();
+    let hub = Hub::start(site_dir.path(), &["--port", &port]);
+    let (site, url) = (site(&hub, site_dir), hub.url.clone());
+    drop(hub);
+    let server = site.start().await;
+    let waiting = server.api.submit_echo("hub", json!({})).await;
+    let told = eventually(LIMIT, "what is wrong", || async {
+        let fetch = model(&server.api, "hub").await["fetch"].clone();
+        fetch["reason"].is_string().then_some(fetch)
+    })
+    .await;
+    assert_eq!(told["phase"], "listing", "{told}");
+    assert!(told["reason"].as_str().unwrap().starts_with(&format!("cannot reach the hub, {url}: ")), "{told}");
+    let reason = server.api.job(&waiting).await["queue"]["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains("last trouble: cannot reach the hub"), "{reason}");
+    let hub = Hub::start(site.path(), &["--port", &port]);
+    hub.go_on();
+    server.api.succeeded(&waiting).await;
+}
+
+#[tokio::test]
 async fn a_model_without_access_fails_alone_and_is_tried_again_when_asked() {
     let site_dir = Site::new();
     let hub = Hub::start(site_dir.path(), &["--token", "another"]);

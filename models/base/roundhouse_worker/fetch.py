@@ -144,6 +144,14 @@ class Reporter:
             self._line({"type": "waiting"})
         sys.stderr.write(f"{self._repo}: another fetch is at work, waiting for it\n")
 
+    def again(self, why: str) -> None:
+        """Something went wrong and is tried again after a pause."""
+        with self._lock:
+            if self._as_json:
+                self._line({"type": "retry", "message": why})
+            else:
+                sys.stderr.write(f"{self._repo}: {why}; trying again\n")
+
     def done(self, path: str, revision: str) -> None:
         """Everything is here."""
         with self._lock:
@@ -245,6 +253,7 @@ class Fetcher:
                 tries += 1
                 if error.code != "network" or tries >= TRIES_WITHOUT_PROGRESS:
                     raise
+                self._reporter.again(str(error))
                 time.sleep(self._retry_s * 2 ** (tries - 1))
         files: list[RemoteFile] = []
         for sibling in info.siblings:
@@ -321,6 +330,7 @@ class Fetcher:
             tries = 1 if after > before else tries + 1
             if tries >= TRIES_WITHOUT_PROGRESS:
                 raise FetchError("network", f"{file.name}: gave up after {tries} tries without a byte: {reason}")
+            self._reporter.again(f"{file.name}: {reason}")
             if self._stop.wait(self._retry_s * 2 ** (tries - 1)):
                 return
         if self._stop.is_set():
@@ -426,7 +436,8 @@ class Fetcher:
         except errors.HFValidationError as error:
             raise FetchError("misconfigured", f"{self._repo!r} is no repository name: {error}") from None
         except (self._httpx.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
-            raise FetchError("network", f"cannot reach the hub: {type(error).__name__}: {error}") from None
+            where = self._api.endpoint
+            raise FetchError("network", f"cannot reach the hub, {where}: {type(error).__name__}: {error}") from None
 
     def _gated(self, status: int) -> FetchError:
         what = "the token in HF_TOKEN has no access to it" if self._token else "HF_TOKEN is not set"
