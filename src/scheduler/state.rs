@@ -5,7 +5,8 @@
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
 //! `weights` is about models whose weights have to be fetched first; `host` says whose host memory is whose;
 //! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an
-//! operator says, `edits` what an edited models.yaml does; `answers` takes in the ends of attempts, `accounts` counts where the time goes; `model` and `inventory` are what it keeps of models and workers.
+//! operator says, `edits` what an edited models.yaml does; `answers` takes in the ends of attempts; `accounts` counts where
+//! the time goes; `model` and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -81,7 +82,7 @@ pub enum Event {
         /// Its number; it is under way until `Ended`.
         number: i64,
     },
-    /// The end of an attempt is committed, and its slot free.
+    /// The end of an attempt is committed; its slot is free, if it was not already.
     Ended {
         /// Entry name.
         model: Arc<str>,
