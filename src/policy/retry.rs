@@ -333,6 +333,28 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_is_a_success_whatever_else_has_happened() {
+        // The slot is given away before the attempt is judged.
+        for bits in 0..1_u32 << 8 {
+            let is = |bit: u32| bits >> bit & 1 == 1;
+            let attempt = Attempt {
+                isolated: is(0),
+                after_oom: is(1),
+                cancelling: is(2),
+                stopping: is(3),
+                canary: is(4),
+                relayed: is(5),
+                deadline_passed: is(6),
+                deadline: is(7).then_some(-1),
+                failures: 9,
+                ..attempt()
+            };
+            let answer = Answer { status: 200, content_type: String::new(), body: bytes::Bytes::new(), usage: None };
+            assert_eq!(judge(Outcome::Answered(answer.clone()), &attempt, 0), Verdict::Succeed(answer), "{attempt:?}");
+        }
+    }
+
+    #[test]
     fn a_pause_never_passes_the_deadline() {
         let near = Attempt { deadline: Some(500), ..attempt() };
         assert!(matches!(judge(broken(), &near, 0), Verdict::Fail(_)));

@@ -42,11 +42,13 @@ impl State {
         }
     }
 
-    /// What a running job had of the devices, ms. Its attempt is over: from now on it has nothing more of them.
+    /// What a job had of the devices, ms. Its attempt is over: from now on it has nothing more of them.
     pub fn settle(&mut self, model: &str, number: i64, now: Millis) -> f64 {
         self.account(now);
         let Some(index) = self.index_of(model) else { return 0.0 };
-        self.models[index].queue.settle(number, now).map_or(0.0, |had| had.device_ms)
+        let model = &mut self.models[index];
+        let answered = model.storing.device_ms(number);
+        answered.or_else(|| Some(model.queue.settle(number, now)?.device_ms)).unwrap_or(0.0)
     }
 
     /// Takes out where the time went since the last call.

@@ -1,5 +1,5 @@
 //! One task per running job: sends it to the worker, relays what comes back, judges the end, commits it, and only then
-//! tells anybody.
+//! tells anybody; but the loop hears at once that the worker has answered, so that its slot does not wait for the disk.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -99,7 +99,7 @@ struct Committed {
     back: Option<Back>,
 }
 
-/// Runs the attempt to its committed end, then frees its slot.
+/// Runs the attempt to its committed end, then tells the loop.
 pub(super) async fn run(context: Context, dispatch: Dispatch) {
     match context.store.reader().load(&dispatch.job.body).await {
         Ok(body) => send(context, dispatch, body).await,
@@ -208,7 +208,7 @@ async fn blame(context: &Context, dispatch: &Dispatch, outcome: Outcome, relayed
     }
 }
 
-/// Commits the verdict, tells watchers, and frees the slot whatever became of it.
+/// Commits the verdict, tells watchers, and lets go of the job whatever became of it.
 async fn conclude(context: Context, dispatch: Dispatch, verdict: Verdict, answered: bool, suspect: bool) {
     let number = dispatch.job.token.id.number;
     let gpu_ms = context.settle(&dispatch.model, number).await;
@@ -291,7 +291,15 @@ async fn attempt(context: &Context, dispatch: &Dispatch, body: Bytes) -> (Outcom
         run: dispatch.run.clone(),
         timeout: context.clock.really(timeout),
     };
-    let work = context.client.run(call, sender, stop.clone());
+    let work = async {
+        let outcome = context.client.run(call, sender, stop.clone()).await;
+        if matches!(outcome, Outcome::Answered(_)) {
+            // Nothing can come between it and its success; what is still to be stored of it is none of the worker's business.
+            let (model, number) = (dispatch.model.clone(), dispatch.job.token.id.number);
+            context.tell(Message::Event(Event::Answered { model, number }));
+        }
+        outcome
+    };
     let relay = relay(context, dispatch.job.token, receiver);
     let stopper = async {
         tokio::select! {

@@ -82,7 +82,7 @@ pub struct ModelQueueView {
     pub queued: usize,
     /// Of these, interactive ones.
     pub queued_interactive: usize,
-    /// Jobs on the worker.
+    /// Jobs on its workers, and those whose answers are being stored.
     pub running: usize,
     /// Age of the oldest waiting job.
     pub oldest_age_s: Option<f64>,
@@ -119,7 +119,7 @@ pub struct ModelQueueView {
 pub struct QueueView {
     /// All waiting jobs.
     pub queued: usize,
-    /// Jobs on workers.
+    /// Jobs on workers, and those whose answers are being stored.
     pub running: usize,
     /// The latest decision.
     pub decision: Option<Decision>,

@@ -12,7 +12,7 @@ use crate::policy::tier::Parked;
 use crate::policy::view::ModelView;
 use crate::scheduler::inventory::Inventory;
 use crate::scheduler::queue::{Queue, Run, Slots};
-use crate::scheduler::state::{Lack, Place};
+use crate::scheduler::state::{Lack, Place, Storing};
 use crate::store::Learned;
 
 /// Jobs of a run end about together: completions within this time count as one sample of the time for each.
@@ -72,6 +72,8 @@ struct Host {
 pub(super) struct Model {
     pub(super) name: Arc<str>,
     pub(super) queue: Queue,
+    /// Answers of its workers that are not committed yet.
+    pub(super) storing: Storing,
     /// It has an entry in models.yaml.
     pub(super) is_listed: bool,
     pub(super) trouble: Option<Trouble>,
@@ -198,6 +200,7 @@ impl Model {
         let name: Arc<str> = Arc::from(name);
         Self {
             queue: Queue::new(name.clone()),
+            storing: Storing::default(),
             name,
             is_listed: false,
             trouble: None,
@@ -251,6 +254,11 @@ impl Model {
         if self.tells_bytes {
             self.learned.device_bytes = Some(device_bytes);
         }
+    }
+
+    /// Jobs that a worker has, or whose answers are being stored: for the store, they run.
+    pub(super) fn under_way(&self) -> usize {
+        self.queue.running().len() + self.storing.len()
     }
 
     /// Whether its workers run on GPUs.

@@ -23,6 +23,7 @@ use crate::scheduler::dispatch::{self, Context, Dispatch, Stop};
 use crate::scheduler::handle::{Accepted, Handle, ModelQueueView, Position, QueueView, SubmitError, Workers, handles};
 use crate::scheduler::hub::{Ended, Hub, JobWatch};
 use crate::scheduler::journal::{DecisionFilter, DecisionPage};
+use crate::scheduler::model::Model;
 use crate::scheduler::queue::{Run, shared};
 use crate::scheduler::state::{Effect, Event, Holding, Inventory, Lack, Place, State, TOLD_MAX, edits};
 use crate::scheduler::watch as devices;
@@ -777,7 +778,7 @@ impl Scheduler {
         let now = self.context.clock.now();
         QueueView {
             queued: state.queued(),
-            running: state.models.iter().map(|m| m.queue.running().len()).sum(),
+            running: state.models.iter().map(Model::under_way).sum(),
             decision: state.decision.clone(),
             history: state.history.iter().cloned().collect(),
             swaps: state.swaps,
@@ -822,7 +823,7 @@ impl Scheduler {
             model: model.name.to_string(),
             queued: model.queue.len(),
             queued_interactive: model.queue.pending().0,
-            running: model.queue.running().len(),
+            running: model.under_way(),
             oldest_age_s: oldest.map(|at| (now - at) as f64 / 1e3),
             resident,
             est_wait_s: (is_expected && !model.held.paused).then_some(wait / 1e3),

@@ -352,6 +352,10 @@ struct Seen {
     controls: usize,
     purged: usize,
     fast: usize,
+    /// Jobs that started while answers of their model were being stored.
+    ahead: usize,
+    /// Times that none could, since too many were.
+    held: usize,
     same_views: usize,
     same_plans: usize,
     /// Of the time allowed after the end of faults, in percent.
@@ -956,6 +960,7 @@ impl Sim {
         {
             self.seen.fast += 1;
             self.check_paused(&only.model);
+            self.check_room(&only.model);
             let job = numbered.remove(0);
             let task = self.insert_claimed(&job, place);
             return self.ask(Op::InsertClaimed { job, task });
@@ -1029,6 +1034,7 @@ impl Sim {
                     });
                     self.check_paused(&model);
                     self.check_run(&run);
+                    self.check_room(&model);
                     for job in &run.jobs {
                         self.server().run_of.insert(job.number, number);
                         self.server().stops.insert(job.number, Rc::default());
@@ -1440,6 +1446,9 @@ impl Sim {
         let suspect = matches!(outcome, Outcome::WorkerLost { .. });
         let answered = matches!(outcome, Outcome::Answered(_));
         let (name, number, since) = (one.name.clone(), one.number(), one.since);
+        if answered {
+            self.tell(Message::Event(Event::Answered { model: name.clone(), number }));
+        }
         if silent && is_timeout {
             self.tell(Message::Event(Event::Silent { model: name, number, since }));
         }
@@ -1947,11 +1956,22 @@ impl Sim {
         }
     }
 
+    /// Jobs start beside answers that are being stored, but never beside more than a worker may have jobs at once.
+    fn check_room(&mut self, model: &str) {
+        let state = &self.server.as_ref().unwrap().state;
+        let model = &state.models[state.index_of(model).unwrap()];
+        self.seen.ahead += usize::from(model.storing.len() > 0);
+        let (of_it, most) = (model.storing.len(), model.slots.limit.max(model.slots.max_batch) as usize);
+        assert!(of_it <= most, "a job of {} starts though {of_it} answers of {most} are being stored", model.name);
+    }
+
     /// Nothing runs beside an isolated run.
     fn check_alone(&self, task: u64) {
         let server = self.server.as_ref().unwrap();
         let mine = &server.tasks[&task];
         let there = |other: &&Dispatch| other.model == mine.model && matches!(other.stage, Stage::Working(_));
+        let limit = self.setup.specs[mine.model].limit as usize;
+        assert!(server.tasks.values().filter(there).count() <= limit, "more jobs on m{} than it takes", mine.model);
         for other in server.tasks.values().filter(there) {
             assert!(
                 other.number_of_run == mine.number_of_run || !(other.isolated || mine.isolated),
@@ -2076,6 +2096,7 @@ impl Sim {
         }
         let mut waiting: BTreeMap<i64, QueuedJob> = BTreeMap::new();
         let mut running: BTreeSet<i64> = BTreeSet::new();
+        let mut held = 0;
         let mut by_tenant: HashMap<Arc<str>, usize> = HashMap::new();
         for model in &server.state.models {
             let jobs = model.queue.recount();
@@ -2101,6 +2122,15 @@ impl Sim {
                 assert!(alone.iter().all(|other| *other == run), "{number} runs beside an isolated run");
                 assert!(attempts.contains_key(number) || flying.contains(number), "nobody will end {number}");
             }
+            for number in model.storing.numbers() {
+                assert!(running.insert(number), "{number} runs, and its answer is being stored");
+                let is_ending = attempts.get(&number).is_none_or(|task| task.answered && task.stage == Stage::Ending);
+                assert!(is_ending, "{number} is answered, and its attempt is not over");
+                assert!(attempts.contains_key(&number) || flying.contains(&number), "nobody will store {number}");
+            }
+            let most = 2 * model.slots.limit.max(model.slots.max_batch) as usize;
+            assert!(model.under_way() <= most, "{} jobs of {} are under way", model.under_way(), model.name);
+            held += usize::from(model.storing.is_full(0, model.slots));
         }
         assert_eq!(server.state.queued(), waiting.len());
         assert_eq!(server.state.by_tenant, by_tenant);
@@ -2131,6 +2161,7 @@ impl Sim {
                 _ => {}
             }
         }
+        self.seen.held += held;
         if self.seen.events.is_multiple_of(8) && flying.is_empty() {
             self.check_view(&waiting);
         }
@@ -2162,7 +2193,7 @@ impl Sim {
         ours.reservations.clear();
         let mut all = true;
         for (index, (our, their)) in ours.models.iter_mut().zip(&mut theirs.models).enumerate() {
-            let nothing_runs = server.state.models[index].queue.running().is_empty();
+            let nothing_runs = server.state.models[index].under_way() == 0;
             all &= nothing_runs;
             (our.trouble, our.trouble_until, our.rate, our.preload) = (None, None, 0.0, false);
             (their.rate, their.preload, our.wanted_at) = (0.0, false, None);
@@ -2194,7 +2225,7 @@ impl Sim {
         assert_eq!((server.state.queued(), server.state.by_tenant.len(), server.run_of.len()), (0, 0, 0));
         assert!(server.stops.is_empty(), "stops of ended jobs: {:?}", server.stops.keys());
         for model in &server.state.models {
-            assert_eq!((model.queue.recount().len(), model.queue.next_wake()), (0, None));
+            assert_eq!((model.queue.recount().len(), model.queue.next_wake(), model.under_way()), (0, None, 0));
         }
     }
 }
@@ -2294,6 +2325,8 @@ impl Seen {
         self.controls += other.controls;
         self.purged += other.purged;
         self.fast += other.fast;
+        self.ahead += other.ahead;
+        self.held += other.held;
         self.same_views += other.same_views;
         self.same_plans += other.same_plans;
         self.worst = self.worst.max(other.worst);
@@ -2317,6 +2350,8 @@ impl Seen {
             self.controls,
             self.purged,
             self.fast,
+            self.ahead,
+            self.held,
             self.same_views,
             self.same_plans,
         ];

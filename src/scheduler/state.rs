@@ -5,7 +5,8 @@
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
 //! `weights` is about models whose weights have to be fetched first; `host` says whose host memory is whose;
 //! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an
-//! operator says, `edits` what an edited models.yaml does; `accounts` counts where the time goes; `model` and `inventory` are what it keeps of models and workers.
+//! operator says, `edits` what an edited models.yaml does; `answers` takes in the ends of attempts; `accounts` counts where
+//! the time goes; `model` and `inventory` are what it keeps of models and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -28,6 +29,8 @@ use crate::worker::supervisor::Order;
 
 #[path = "accounts.rs"]
 mod accounts;
+#[path = "answers.rs"]
+mod answers;
 #[path = "controls.rs"]
 mod controls;
 #[path = "devices.rs"]
@@ -46,6 +49,7 @@ mod standing;
 mod turns;
 #[path = "weights.rs"]
 mod weights;
+pub(super) use answers::Storing;
 pub use edits::{Edit, edits};
 pub use eta::Expected;
 pub(super) use standing::Holding;
@@ -71,13 +75,20 @@ pub enum Event {
         /// Numbers that are not this run's after all.
         lost: Vec<i64>,
     },
-    /// An attempt is over and its slot free.
+    /// A worker has answered a job whole and is done with it: its slot is free. The answer is on its way to the store.
+    Answered {
+        /// Entry name.
+        model: Arc<str>,
+        /// Its number; it is under way until `Ended`.
+        number: i64,
+    },
+    /// The end of an attempt is committed; its slot is free, if it was not already.
     Ended {
         /// Entry name.
         model: Arc<str>,
         /// The job.
         number: i64,
-        /// It was answered: its time counts as a sample.
+        /// It was answered: its time counts as a sample. Stands for `Answered` as well, if nobody has told that.
         answered: bool,
         /// Its worker could not be reached or broke the connection.
         suspect: bool,
@@ -385,9 +396,9 @@ impl State {
         self.wake_at
     }
 
-    /// Whether no job is on a worker or on its way there.
+    /// Whether no job is on a worker, on its way there, or on its way from there to the store.
     pub fn is_quiet(&self) -> bool {
-        self.models.iter().all(|m| m.queue.running().is_empty())
+        self.models.iter().all(|m| m.under_way() == 0)
     }
 
     /// All waiting jobs.
@@ -444,6 +455,7 @@ impl State {
         let free = |worker: &&Worker| {
             worker.model == index
                 && matches!(worker.phase, Phase::Serving { suspect: false, .. })
+                && !model.storing.is_full(worker.replica, model.slots)
                 && model.queue.has_free_slot(model.slots, job.priority, worker.replica)
         };
         let worker = self.workers.iter().filter(free).min_by_key(|worker| model.queue.running_on(worker.replica))?;
@@ -469,7 +481,8 @@ impl State {
     pub fn on_event(&mut self, event: Event, now: Millis) -> Vec<Effect> {
         self.account(now);
         self.plan_now |= match &event {
-            Event::Queued(_) => false,
+            // An answer changes the plan when it is given, not when it is stored.
+            Event::Queued(_) | Event::Ended { answered: true, .. } => false,
             Event::Fetch { report, .. } => !matches!(**report, FetchReport::Progress(_)),
             _ => true,
         };
@@ -496,6 +509,7 @@ impl State {
                 batching.name(key, words);
                 None
             }),
+            Event::Answered { model, number } => self.on_answered(&model, number, now),
             Event::Ended { model, number, answered, suspect, back } => {
                 self.on_ended(&model, number, answered, suspect, back, now)
             }
@@ -624,45 +638,6 @@ impl State {
     /// The place of a worker.
     fn find(&self, model: usize, replica: u32) -> Option<usize> {
         self.workers.iter().position(|worker| worker.model == model && worker.replica == replica)
-    }
-
-    fn on_ended(
-        &mut self,
-        model: &str,
-        number: i64,
-        answered: bool,
-        suspect: bool,
-        back: Option<Back>,
-        now: Millis,
-    ) -> Vec<Effect> {
-        let Some(index) = self.index_of(model) else {
-            return Vec::new();
-        };
-        let Some(running) = self.end_running(model, number, now) else {
-            return Vec::new();
-        };
-        let model = &mut self.models[index];
-        if answered {
-            model.queue.count_answer(running.worker, now);
-        }
-        model.count_end(answered.then_some(now - running.claimed_at), now);
-        let change = model.end_of_run(running.worker, answered, now);
-        let mut effects = self.tell_change(index, change, now);
-        if let Some(Back { not_before, crash }) = back {
-            self.enqueue(&QueuedJob { was_started: true, not_before, crash, ..running.job }, now);
-        }
-        let Some(worker) = self.find(index, running.worker) else {
-            return effects;
-        };
-        let Phase::Serving { suspect: is_suspected, place, .. } = &mut self.workers[worker].phase else {
-            return effects;
-        };
-        place.canary &= !answered;
-        // Once: a worker that dies takes up to `limit` jobs along, and each of them says so.
-        if suspect && !std::mem::replace(is_suspected, true) {
-            effects.push(self.order(worker, Order::Suspect));
-        }
-        effects
     }
 
     fn on_report(&mut self, index: usize, replica: u32, report: Report, now: Millis) -> Vec<Effect> {
@@ -829,6 +804,7 @@ impl State {
                 Phase::Serving { place, suspect: false, .. } => Some(place),
                 _ => None,
             })
+            .filter(|place| !model.storing.is_full(place.replica, model.slots))
             .collect();
         places.sort_by_key(|place| model.queue.running_on(place.replica));
         let places: Vec<Place> = places.into_iter().cloned().collect();
@@ -881,6 +857,10 @@ fn first_line(text: &str) -> &str {
 #[cfg(test)]
 #[path = "state_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "answers_tests.rs"]
+mod answers_tests;
 
 #[cfg(test)]
 #[path = "batching_tests.rs"]

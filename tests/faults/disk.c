@@ -11,6 +11,7 @@
  *                       enospc:BYTES         after so many bytes nothing can be written or made: ENOSPC
  *                       erofs:N              from the N-th change on, as on a disk that the kernel made read-only
  *                       slow-sync:MS         each sync takes so much longer
+ *                       hold-sync:1          each sync waits until FAULT_DISK_ARM is gone
  *   FAULT_DISK_ARM    if set: nothing goes wrong unless this file exists; counting begins when it is first seen
  *   FAULT_DISK_ONLY   if set: only files whose path ends so go wrong
  *
@@ -35,7 +36,7 @@
 
 enum { OPEN = 1, WRITE, TRUNCATE, RENAME, UNLINK, LINK, MKDIR, RMDIR, SYNC, OUTPUT, ALLOCATE };
 enum { CREATED = 1, TRUNCATED = 2, FOLDER = 4 };
-enum kind { NONE, WRITE_EIO, SYNC_EIO, SHORT, ENOSPC_AFTER, EROFS_FROM, SLOW_SYNC };
+enum kind { NONE, WRITE_EIO, SYNC_EIO, SHORT, ENOSPC_AFTER, EROFS_FROM, SLOW_SYNC, HOLD_SYNC };
 
 /* One line of the log; `paths` and `data` bytes follow. */
 struct __attribute__((packed)) head {
@@ -74,7 +75,7 @@ static void copy(char *to, size_t size, const char *from) {
 static void read_fault(const char *text) {
     static const struct { const char *name; enum kind kind; } kinds[] = {
         {"write-eio:", WRITE_EIO}, {"sync-eio:", SYNC_EIO}, {"short:", SHORT},
-        {"enospc:", ENOSPC_AFTER}, {"erofs:", EROFS_FROM}, {"slow-sync:", SLOW_SYNC},
+        {"enospc:", ENOSPC_AFTER}, {"erofs:", EROFS_FROM}, {"slow-sync:", SLOW_SYNC}, {"hold-sync:", HOLD_SYNC},
     };
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
         size_t len = strlen(kinds[i].name);
@@ -345,6 +346,12 @@ static int sync_fd(int fd, long call) {
         if (fault.kind == SLOW_SYNC) {
             leave();
             struct timespec nap = {(time_t)(fault.first / 1000), (long)(fault.first % 1000) * 1000000};
+            nanosleep(&nap, NULL);
+            enter();
+        }
+        while (fault.kind == HOLD_SYNC && is_armed()) {
+            leave();
+            struct timespec nap = {0, 5000000};
             nanosleep(&nap, NULL);
             enter();
         }

@@ -22,5 +22,6 @@ mod refusals;
 mod removed;
 mod replay;
 mod shim;
+mod slow_store;
 mod worker;
 mod workload;
