@@ -84,6 +84,12 @@ impl Tier {
         self.decide("drop", name, it, reason).against(other)
     }
 
+    /// A parked worker leaves host memory, of which there is less than there was.
+    pub fn shrunk(&self, name: &str, it: &Parked) -> Decision {
+        let reason = format!("drop {name} from host memory: park_ram was edited, {}", self.worth(it));
+        self.decide("drop", name, it, reason)
+    }
+
     /// A parked worker is wanted where it cannot wake, and loads from disk there.
     pub fn elsewhere(&self, name: &str, it: &Parked, (lies, wanted): (GpuSet, GpuSet)) -> Decision {
         let reason = format!(

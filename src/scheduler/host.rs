@@ -76,6 +76,24 @@ impl State {
         }
     }
 
+    /// Parked workers go for which there is no room any more, since an edit has made host memory smaller.
+    pub(super) fn drop_beyond_host(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        let lies = |worker: &Worker| worker.phase == Phase::Parked;
+        let fixed: u64 = self.workers.iter().filter(|w| !lies(w)).map(|worker| self.host_bytes(worker)).sum();
+        let parked: Vec<usize> = (0..self.workers.len()).filter(|place| lies(&self.workers[*place])).collect();
+        let sizes: Vec<Parked> = parked.iter().map(|place| self.parked_size(&self.workers[*place], now)).collect();
+        let gone = tier::to_drop(&sizes, self.inventory.host.saturating_sub(fixed));
+        let stay = (0..sizes.len()).filter(|which| !gone.contains(which));
+        let used = fixed + stay.map(|which| sizes[which].bytes).sum::<u64>();
+        let tier = Tier { host: self.inventory.host, used, now };
+        for which in gone {
+            let place = parked[which];
+            self.announce(tier.shrunk(&self.models[self.workers[place].model].name, &sizes[which]), effects);
+            self.workers[place].phase = Phase::Dropping;
+            effects.push(self.order(place, Order::Stop));
+        }
+    }
+
     /// Whether a worker that leaves its devices is parked; if so, parked ones that are worth less make room for it.
     pub(super) fn parks(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) -> bool {
         let worker = &self.workers[place];

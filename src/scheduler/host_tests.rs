@@ -329,3 +329,26 @@ fn an_edit_loads_no_worker_before_all_that_there_are_have_left() {
     case.report("a", Report::Stopped { stop_ms: 1 });
     assert_eq!(case.orders, [order("a", Order::Load, Some(0))]);
 }
+
+#[test]
+fn a_smaller_budget_drops_what_lies_beyond_it_the_least_worth_first() {
+    let mut case = Case::new(&[parks("a"), parks("b"), parks("c")], 1, 100);
+    case.visit("a", None);
+    case.swap("a", "b", None);
+    case.swap("b", "c", None);
+    for _ in 0..50 {
+        case.state.count_arrival("a", case.now);
+    }
+    // Both lie there and take 30 GiB each.
+    case.state.set_knobs(Knobs::default(), 60 * GIB);
+    case.tell(Event::Edited(Vec::new()));
+    assert_eq!(case.orders, []);
+    case.state.set_knobs(Knobs::default(), 40 * GIB);
+    case.tell(Event::Edited(Vec::new()));
+    assert_eq!(case.orders, [order("b", Order::Stop, None)]);
+    assert!(case.said("b").starts_with("drop b from host memory: park_ram was edited, 40 GiB"), "{}", case.said("b"));
+    case.report("b", Report::Stopped { stop_ms: 1 });
+    case.state.set_knobs(Knobs::default(), 0);
+    case.tell(Event::Edited(Vec::new()));
+    assert_eq!(case.orders, [order("a", Order::Stop, None)]);
+}

@@ -186,18 +186,27 @@ impl Supervisor {
         }
     }
 
-    /// Waits for something that the worker was told to do; its end, or an order to stop, breaks that off.
+    /// Waits for something that the worker was told to do; its end, or an order to stop, breaks that off. Other orders are
+    /// followed afterwards.
     async fn meanwhile<T>(&mut self, running: &mut Running, what: impl Future<Output = Result<T, String>>) -> Turn<T> {
         let mut what = std::pin::pin!(what);
         loop {
             tokio::select! {
                 biased;
                 () = self.hard.cancelled() => return Turn::Ended,
-                order = self.orders.recv() => match order {
-                    None => return Turn::Ended,
-                    Some(Asked { order: Order::Stop, .. }) => return Turn::Stopped,
-                    Some(_) => {}
-                },
+                asked = self.orders.fresh() => {
+                    let Some(asked) = asked else { return Turn::Ended };
+                    match asked.order {
+                        Order::Stop => {
+                            // Whatever was wanted before is not any more.
+                            self.orders.kept.clear();
+                            return Turn::Stopped;
+                        }
+                        Order::Retry => self.forget_failures(),
+                        Order::Suspect => {} // Nothing runs on it.
+                        Order::Load | Order::Wake | Order::Park => self.orders.kept.push_back(asked),
+                    }
+                }
                 how = running.process.exited() => return Turn::Failed(format!("it {how}")),
                 done = &mut what => return done.map_or_else(Turn::Failed, Turn::Done),
             }

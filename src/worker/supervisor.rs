@@ -1,6 +1,6 @@
 //! One task per worker (of a model with replicas there are several), the only writer of its state.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -89,6 +89,28 @@ struct Asked {
     set: Option<GpuSet>,
     /// With a load: most host memory that the copy of its weights may take, in bytes; `None`: it is not to be parked.
     park_bytes: Option<u64>,
+}
+
+/// Orders in turn.
+struct Inbox {
+    orders: mpsc::Receiver<Asked>,
+    /// Those that came in the middle of a transition, and are followed after it.
+    kept: VecDeque<Asked>,
+}
+
+impl Inbox {
+    /// The next order; `None`: nobody will give one any more.
+    async fn recv(&mut self) -> Option<Asked> {
+        match self.kept.pop_front() {
+            Some(asked) => Some(asked),
+            None => self.orders.recv().await,
+        }
+    }
+
+    /// The next one that has not been kept: what comes in the middle of a transition.
+    async fn fresh(&mut self) -> Option<Asked> {
+        self.orders.recv().await
+    }
 }
 
 /// What a supervisor can be asked.
@@ -214,7 +236,7 @@ impl WorkerHandle {
             free_bytes: None,
             around,
             tempo,
-            orders: inbox,
+            orders: Inbox { orders: inbox, kept: VecDeque::new() },
             reports,
             view: view_writer,
             looked,
@@ -340,7 +362,7 @@ struct Supervisor {
     around: Surroundings,
     tempo: Tempo,
     hard: CancellationToken,
-    orders: mpsc::Receiver<Asked>,
+    orders: Inbox,
     reports: Reports,
     view: watch::Sender<WorkerView>,
     /// Whether the driver was asked for the first time.
