@@ -32,6 +32,8 @@ pub(super) use loading::backoff;
 mod out_of_memory;
 #[path = "parking.rs"]
 mod parking;
+#[path = "rehearsal.rs"]
+mod rehearsal;
 
 /// Deaths soon after readiness, in a row, that cost no back-off: a job that kills its worker is the scheduler's to find.
 const FREE_EARLY_DEATHS: u32 = 2;
@@ -89,6 +91,8 @@ struct Asked {
     set: Option<GpuSet>,
     /// With a load: most host memory that the copy of its weights may take, in bytes; `None`: it is not to be parked.
     park_bytes: Option<u64>,
+    /// With a load: nobody waits for it.
+    at_leisure: bool,
 }
 
 /// Orders in turn.
@@ -122,6 +126,8 @@ pub enum Order {
     Wake,
     /// Leave it in host memory: `Parked` when its device memory is free. If it cannot be parked, or is not ready: as `Stop`.
     Park,
+    /// As `Park`, without a copy of its weights in host memory: only its process stays, and `Wake` reads them again.
+    ParkBare,
     /// End it: `Stopped` when its device memory is free. While absent: `Stopped` at once.
     Stop,
     /// Forget back-off and quarantine: `Available`.
@@ -218,6 +224,7 @@ impl WorkerHandle {
             retry_at: None,
             reason: None,
             device_bytes: None,
+            without_copy: false,
             lost_copy: None,
             host_bytes: None,
             can_park: None,
@@ -233,6 +240,8 @@ impl WorkerHandle {
             replica,
             gpus: Vec::new(),
             park_bytes: None,
+            at_leisure: false,
+            sleepless: None,
             free_bytes: None,
             around,
             tempo,
@@ -263,13 +272,20 @@ impl WorkerHandle {
     /// Gives an order. Orders are followed in turn; one that is given in the middle of a transition is followed after it,
     /// except that `Stop` breaks a load off.
     pub fn order(&self, order: Order) {
-        self.give(Asked { order, set: None, park_bytes: None });
+        self.give(Asked { order, set: None, park_bytes: None, at_leisure: false });
     }
 
     /// As [`Self::order`]; a load is to be on these devices, and may take `park_bytes` of host memory for the copy that is
     /// parked (`None`: it will not be). Without any word of the devices a worker may see all GPUs.
     pub fn order_on(&self, order: Order, set: GpuSet, park_bytes: Option<u64>) {
-        self.give(Asked { order, set: Some(set), park_bytes });
+        self.give(Asked { order, set: Some(set), park_bytes, at_leisure: false });
+    }
+
+    /// As [`Self::order_on`] with `Load`, while nobody waits: a worker that will make its copy when it is parked is put to sleep
+    /// and woken once before it is `Ready`, since the first time takes long (page-locking). Another `Load` before that says
+    /// that somebody waits now.
+    pub fn load_at_leisure(&self, set: GpuSet, park_bytes: Option<u64>) {
+        self.give(Asked { order: Order::Load, set: Some(set), park_bytes, at_leisure: true });
     }
 
     fn give(&self, asked: Asked) {
@@ -324,6 +340,8 @@ struct Running {
     grown: Option<u64>,
     /// What was reported of its copy in host memory.
     host: HostCopy,
+    /// It sleeps without a copy of its weights.
+    is_bare: bool,
     /// Those of its processes that the driver has shown on its GPUs; none: it shows no numbers that are ours.
     pids: BTreeSet<u32>,
 }
@@ -357,6 +375,10 @@ struct Supervisor {
     gpus: Vec<u32>,
     /// Host memory that its next load may take for the copy that is parked, in bytes; `None`: it will not be.
     park_bytes: Option<u64>,
+    /// Nobody waits for its present load.
+    at_leisure: bool,
+    /// Why the worker that is there must not be put to sleep: another one of this load did not come back.
+    sleepless: Option<String>,
     /// Memory that was free on the fullest of its GPUs before it was loaded, in bytes.
     free_bytes: Option<u64>,
     around: Surroundings,
@@ -402,7 +424,7 @@ impl Supervisor {
         loop {
             match self.next_order().await {
                 Some(Order::Load | Order::Wake) => return Phase::Loading,
-                Some(Order::Stop | Order::Park) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Order::Stop | Order::Park | Order::ParkBare) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Order::Retry) => self.forget_failures(),
                 Some(Order::Suspect) => {} // It has died since, and that was reported.
                 None => return Phase::Ended,
@@ -429,7 +451,8 @@ impl Supervisor {
                     return Phase::Ended;
                 }
                 Event::Order(Some(Order::Stop)) => return self.stop(running).await,
-                Event::Order(Some(Order::Park)) => return self.park(running).await,
+                Event::Order(Some(Order::Park)) => return self.park(running, false).await,
+                Event::Order(Some(Order::ParkBare)) => return self.park(running, true).await,
                 Event::Order(Some(Order::Suspect)) if !suspected => {
                     suspected = true;
                     probe = self.suspect_probe(&running.doctor);
@@ -486,7 +509,7 @@ impl Supervisor {
         loop {
             match self.next_order_within(look_every).await {
                 Some(None) => return Phase::Ended,
-                Some(Some(Order::Stop | Order::Park)) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Some(Order::Stop | Order::Park | Order::ParkBare)) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Some(Order::Suspect)) => {}
                 Some(Some(Order::Load | Order::Wake)) if self.sees_gpu().await => return Phase::Loading,
                 Some(Some(Order::Load | Order::Wake)) => self.report(Report::NoGpu),
@@ -624,6 +647,7 @@ impl Supervisor {
             let set = asked.set.filter(|_| self.spec.gpus > 0);
             self.gpus = set.map_or_else(Vec::new, |set| set.gpus().collect());
             self.park_bytes = asked.park_bytes.filter(|_| self.spec.park == Park::Ram);
+            self.at_leisure = asked.at_leisure;
         }
     }
 
@@ -639,6 +663,7 @@ impl Supervisor {
             v.reason = None;
             v.phase = None;
             v.percent = None;
+            v.without_copy &= matches!(state, ModelState::Parking | ModelState::Parked | ModelState::Waking);
             if state == ModelState::Loading {
                 v.lost_copy = None;
             }
