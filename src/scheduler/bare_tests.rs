@@ -64,6 +64,10 @@ fn a_process_that_saves_too_little_is_stopped() {
     case.report("a", ours());
     case.visit("a", Some(Report::Host(HostCopy { can_reread: None, ..no_room() })));
     assert_eq!(case.swap("a", "b", None).0, Order::Stop, "it does not say that it can read them again");
+    let mut case = Case::new(&[parks("a"), parks("b")], 1, 12);
+    case.report("a", ours());
+    case.visit("a", None);
+    assert_eq!(case.swap("a", "b", None).0, Order::Stop, "nor does this one, which would");
 }
 
 #[test]

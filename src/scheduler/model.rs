@@ -326,9 +326,9 @@ impl Model {
     }
 
     /// Whether one that says this may be parked without a copy, if that is worth it: it says that it can; or it says nothing
-    /// at all of its host memory, as vLLM, and has not failed to.
+    /// at all, of the phases of its load neither, as vLLM, and has not failed to.
     pub(super) fn can_be_bare(&self, said: &HostCopy) -> bool {
-        let says_nothing = said.bytes.is_none() && said.can_park.is_none();
+        let says_nothing = said.bytes.is_none() && said.can_park.is_none() && self.host.read_ms.is_none();
         !self.is_checkpointed && !self.host.never_bare && said.can_reread.unwrap_or(says_nothing)
     }
 

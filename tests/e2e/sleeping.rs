@@ -28,6 +28,7 @@ async fn a_model_without_room_for_its_copy_keeps_its_process_and_reads_its_weigh
     assert_eq!((&worker["without_copy"], &worker["host_bytes"]), (&json!(true), &json!(0)), "{worker}");
     let models = api.get("/v1/models").await.is(200).json();
     let a = models["data"].as_array().unwrap().iter().find(|model| model["id"] == "a").unwrap();
+    let a = &a["roundhouse"];
     assert_eq!((&a["parking"]["can"], &a["parking"]["without_copy"]), (&json!(false), &json!(true)), "{a}");
     let job = visit(api, "a").await;
     assert_eq!(job["attempt"], 1, "{job}");
