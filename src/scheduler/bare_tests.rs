@@ -145,10 +145,10 @@ fn a_wake_without_a_copy_that_fails_is_learned_as_a_load() {
     assert_eq!(case.state.models[0].learned.wake_ms, None);
 }
 
-/// Whether orders to load were at leisure.
+/// Whether orders to load were at leisure, or to hurry.
 fn leisure(effects: &[Effect]) -> Vec<bool> {
     let of = |effect: &Effect| match effect {
-        Effect::Order { order: Order::Load, at_leisure, .. } => Some(*at_leisure),
+        Effect::Order { order: Order::Load | Order::Hurry, at_leisure, .. } => Some(*at_leisure),
         _ => None,
     };
     effects.iter().filter_map(of).collect()

@@ -437,8 +437,7 @@ impl Boxed {
                 there.stage = Stage::Leaving;
                 self.at(self.now + self.setup.stop_ms, Ev::Gone(model, replica, order != Order::Stop));
             }
-            // Somebody waits now for what was loaded at leisure.
-            (Order::Load, Some(Stage::Loading)) => {}
+            (Order::Hurry, Some(Stage::Loading)) => {}
             (Order::Stop, Some(Stage::Parked)) => {
                 self.at(self.now, Ev::Gone(model, replica, false));
             }

@@ -253,7 +253,7 @@ impl State {
             let loads = matches!(self.workers[place].phase, Phase::Loading { .. });
             if self.workers[place].at_leisure && loads && !self.nobody_waits(place) {
                 self.workers[place].at_leisure = false;
-                effects.push(self.order(place, Order::Load));
+                effects.push(self.order(place, Order::Hurry));
             }
         }
     }

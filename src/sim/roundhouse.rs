@@ -167,10 +167,7 @@ impl Roundhouse {
                     }
                 }
                 Effect::Order { model, replica, set, order: Order::Load, .. } => {
-                    // What loads already is told so again when somebody waits for it.
-                    if self.worker(world, &model, replica).is_err() {
-                        self.load(world, &model, replica, set, false)?;
-                    }
+                    self.load(world, &model, replica, set, false)?;
                 }
                 Effect::Order { model, replica, set, order: Order::Wake, .. } => {
                     self.load(world, &model, replica, set, true)?;
@@ -181,7 +178,7 @@ impl Roundhouse {
                 Effect::Order { model, replica, order: Order::Stop, .. } => self.stop(world, &model, replica)?,
                 // Simulated workers neither hang nor fail, and no GPU vanishes.
                 Effect::Evict { .. } => {}
-                Effect::Order { order: Order::Retry | Order::Suspect, .. } => {}
+                Effect::Order { order: Order::Retry | Order::Suspect | Order::Hurry, .. } => {}
                 Effect::EndQueued { numbers, .. } => {
                     for number in numbers {
                         world.expire(job_of(number))?;

@@ -148,8 +148,6 @@ impl Supervisor {
                     return Try::Ended;
                 }
                 order = self.orders.recv() => {
-                    // Somebody waits now.
-                    self.at_leisure &= order.is_none_or(|asked| asked.order != Order::Load || asked.at_leisure);
                     match order.map(|asked| asked.order) {
                         Some(Order::Stop | Order::Park | Order::ParkBare) => {
                             let ordered_at = Instant::now();
@@ -160,6 +158,10 @@ impl Supervisor {
                         None => {
                             process.stop(self.around.grace).await;
                             return Try::Ended;
+                        }
+                        Some(Order::Hurry) => {
+                            self.at_leisure = false;
+                            continue;
                         }
                         Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect) => continue,
                     }
@@ -324,7 +326,7 @@ impl Supervisor {
                     self.forget_failures();
                     return Phase::Absent;
                 }
-                Some(Order::Suspect) => {}
+                Some(Order::Suspect | Order::Hurry) => {}
                 None => return Phase::Ended,
             }
         }

@@ -65,7 +65,7 @@ impl Supervisor {
                         Order::Stop => return self.leave_parked(running).await,
                         Order::Park | Order::ParkBare => self.report(Report::Parked { park_ms: 0 }),
                         Order::Retry => self.forget_failures(),
-                        Order::Suspect => {} // Nothing runs on it.
+                        Order::Suspect | Order::Hurry => {} // Nothing runs on it.
                     }
                     continue;
                 }
@@ -218,7 +218,7 @@ impl Supervisor {
                             return Turn::Stopped;
                         }
                         Order::Retry => self.forget_failures(),
-                        Order::Suspect => {} // Nothing runs on it.
+                        Order::Suspect | Order::Hurry => {} // Nothing runs on it.
                         Order::Load | Order::Wake | Order::Park | Order::ParkBare => self.orders.kept.push_back(asked),
                     }
                 }

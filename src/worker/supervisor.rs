@@ -135,6 +135,8 @@ pub enum Order {
     /// A job got no answer though the worker looks alive: probe now; `Ready` again if it answers, else it is ended and
     /// `Died` reported.
     Suspect,
+    /// Somebody waits now for what was to be loaded at leisure. Unless it loads: nothing.
+    Hurry,
 }
 
 /// How fast a supervisor looks and how long it waits. The default is what runs; tests shorten it.
@@ -282,8 +284,8 @@ impl WorkerHandle {
     }
 
     /// As [`Self::order_on`] with `Load`, while nobody waits: a worker that will make its copy when it is parked is put to sleep
-    /// and woken once before it is `Ready`, since the first time takes long (page-locking). Another `Load` before that says
-    /// that somebody waits now.
+    /// and woken once before it is `Ready`, since the first time takes long (page-locking). `Hurry` before that says that
+    /// somebody waits now.
     pub fn load_at_leisure(&self, set: GpuSet, park_bytes: Option<u64>) {
         self.give(Asked { order: Order::Load, set: Some(set), park_bytes, at_leisure: true });
     }
@@ -426,7 +428,7 @@ impl Supervisor {
                 Some(Order::Load | Order::Wake) => return Phase::Loading,
                 Some(Order::Stop | Order::Park | Order::ParkBare) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Order::Retry) => self.forget_failures(),
-                Some(Order::Suspect) => {} // It has died since, and that was reported.
+                Some(Order::Suspect | Order::Hurry) => {} // It has died since, and that was reported.
                 None => return Phase::Ended,
             }
         }
@@ -457,7 +459,7 @@ impl Supervisor {
                     suspected = true;
                     probe = self.suspect_probe(&running.doctor);
                 }
-                Event::Order(Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect)) => {}
+                Event::Order(Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect | Order::Hurry)) => {}
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
                 Event::Pulse(Pulse::Alive(memory)) => {
                     misses = 0;
@@ -510,7 +512,7 @@ impl Supervisor {
             match self.next_order_within(look_every).await {
                 Some(None) => return Phase::Ended,
                 Some(Some(Order::Stop | Order::Park | Order::ParkBare)) => self.report(Report::Stopped { stop_ms: 0 }),
-                Some(Some(Order::Suspect)) => {}
+                Some(Some(Order::Suspect | Order::Hurry)) => {}
                 Some(Some(Order::Load | Order::Wake)) if self.sees_gpu().await => return Phase::Loading,
                 Some(Some(Order::Load | Order::Wake)) => self.report(Report::NoGpu),
                 Some(Some(Order::Retry)) | None => {

@@ -125,7 +125,7 @@ async fn who_comes_while_it_loads_does_not_wait_for_the_rehearsal() {
     let mut worker = parks(&bench, &["--hang-file", &hang.display().to_string()]);
     worker.handle.load_at_leisure(GpuSet::one(0), Some(7));
     until("it has begun", || !bench.toys().is_empty()).await;
-    worker.handle.order_on(Order::Load, GpuSet::one(0), Some(7));
+    worker.handle.order(Order::Hurry);
     std::fs::remove_file(&hang).unwrap();
     assert!(matches!(worker.settled().await, Report::Ready { .. }));
     assert_eq!(bench.calls(), [""; 0]);
