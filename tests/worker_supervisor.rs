@@ -38,6 +38,10 @@ flags.add_argument("--escape", action="store_true")
 flags.add_argument("--hang-file")
 flags.add_argument("--sleepless", action="store_true")
 flags.add_argument("--wake-hangs", action="store_true")
+flags.add_argument("--sleep-fails", action="store_true")
+flags.add_argument("--hold-file")
+flags.add_argument("--vllm", choices=("dev", "old"))
+flags.add_argument("--host-bytes", type=int)
 flags.add_argument("--memory-dir")
 flags.add_argument("--memory-bytes", type=int, default=0)
 flags.add_argument("--device-bytes", type=int)
@@ -77,27 +81,42 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/is_sleeping":
             self.answer(200, {"is_sleeping": sleeping})
             return
+        if args.vllm:
+            # FastAPI, asked in another way than a route allows.
+            is_there = self.path == "/collective_rpc" and args.vllm == "dev"
+            self.answer(200 if self.path == "/health" else 405 if is_there else 404, None)
+            return
         done = min(1, (time.monotonic() - started) / args.load_s) if args.load_s else 1
         status = "asleep" if sleeping else "failed" if args.fail else "ready" if done == 1 else "loading"
         instance = "another" if args.strange_on == args.port else os.environ.get("ROUNDHOUSE_INSTANCE")
         body = {"status": status, "phase": "weights", "percent": int(done * 4) * 25, "instance": instance}
         if args.device_bytes is not None:
             body["device_bytes"] = args.device_bytes
+        if args.host_bytes is not None:
+            body["host_bytes"] = args.host_bytes
         self.answer(200 if status == "ready" else 503, body | ({"error": args.fail} if args.fail else {}))
 
     def do_POST(self):
         global sleeping
         while args.wake_hangs and self.path == "/wake_up":
             time.sleep(0.05)
+        with open("calls", "a") as file:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0)).decode()
+            file.write(f"{self.path} {body}".rstrip() + "\n")
+        while args.hold_file and os.path.exists(args.hold_file):
+            time.sleep(0.05)
+        if args.sleep_fails and self.path.startswith("/sleep"):
+            self.answer(500, {})
+            return
         if not args.sleepless:
-            sleeping = self.path == "/sleep?level=1"
+            sleeping = self.path.startswith("/sleep")
         if args.memory_dir and not args.sleepless:
             with open(os.path.join(args.memory_dir, str(os.getpid())), "w") as file:
                 file.write("700000000" if sleeping else str(args.memory_bytes))
         self.answer(200, {})
 
     def answer(self, status, body):
-        data = json.dumps(body).encode()
+        data = b"" if body is None else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
@@ -201,6 +220,13 @@ impl Bench {
 
     fn worker(&self, flags: &[&str]) -> Worker {
         self.supervise(self.spec(flags))
+    }
+
+    /// What workers were told by POST since the last call: path and body of each.
+    fn calls(&self) -> Vec<String> {
+        let calls = std::fs::read_to_string(self.path().join("calls")).unwrap_or_default();
+        let _ = std::fs::remove_file(self.path().join("calls"));
+        calls.lines().map(str::to_owned).collect()
     }
 
     /// Processes with this data dir's mark.
@@ -987,3 +1013,6 @@ async fn a_driver_that_fails_to_answer_has_not_said_that_nothing_is_in_use() {
     let report = worker.settled().await;
     assert!(matches!(report, Report::Stopped { stop_ms } if stop_ms < 15_000), "{report:?}");
 }
+
+#[path = "worker_supervisor/sleep.rs"]
+mod sleep;

@@ -189,6 +189,12 @@ class EchoService(rw.BaseService):
         whole.add_argument("--ignore-sigterm", action="store_true")
         whole.add_argument("--end-at-once", action="store_true", help="no orderly end: gone on the first signal")
         whole.add_argument("--host-bytes", type=int, metavar="N", help="/health tells a copy of N bytes, made at load")
+        whole.add_argument(
+            "--reread-s",
+            type=float,
+            metavar="S",
+            help="/health tells that it can sleep without a copy; S: how long such a wake takes",
+        )
         whole.add_argument("--no-park", metavar="NOTE", help="/health tells that it cannot be parked, with this note")
         whole.add_argument("--park-s", type=float, default=0.0, help="how long /sleep takes")
         whole.add_argument("--wake-s", type=float, default=0.0, help="how long /wake_up takes")
@@ -212,6 +218,7 @@ class EchoService(rw.BaseService):
         self._share = None if options.share_alpha is None else Share(options.share_alpha)
         self._taken = 0
         self._woken = False
+        self._is_bare = False  # asleep without a copy
         self._device = DeviceMemory(options.device_memory_dir, options.release_delay_s)
 
     def check(self) -> dict[str, Any]:
@@ -259,12 +266,16 @@ class EchoService(rw.BaseService):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.options.park_fail is not None:
             raise RuntimeError(self.options.park_fail)
+        self._is_bare = level == 2
         if not self.options.park_lie:
             self._device.hold(self.options.device_parked_bytes)
 
     def wake(self) -> None:
         """Grow back to `--device-memory-bytes`."""
         time.sleep(self.options.wake_s)
+        if self._is_bare:
+            time.sleep(self.options.reread_s or 0.0)
+            self._is_bare = False
         if self.options.wake_fail is not None:
             raise RuntimeError(self.options.wake_fail)
         self._device.hold(self.options.device_memory_bytes, total=self.options.device_total_bytes)
@@ -294,9 +305,16 @@ class EchoService(rw.BaseService):
         return JSONResponse(json.loads(bytes(reply.body)) | self._host_copy(), reply.status_code)
 
     def _host_copy(self) -> dict[str, Any]:
-        """What `/health` tells of the copy in host memory: one is made at load if it may be as large as it is."""
+        """What `/health` tells of the copy in host memory, and of a sleep without one."""
+        facts = self._copy_made()
+        return facts if self.options.reread_s is None else facts | {"can_reread": True}
+
+    def _copy_made(self) -> dict[str, Any]:
+        """The copy: one is made at load if it may be as large as it is."""
         if self.options.no_park is not None:
             return {"host_bytes": 0, "can_park": False, "park_note": self.options.no_park}
+        if self._is_bare:
+            return {"host_bytes": 0, "can_park": True}
         size = self.options.host_bytes
         if size is None or self.status.value == "loading":
             return {}

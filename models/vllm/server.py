@@ -217,7 +217,8 @@ def plan(
         env["VLLM_SERVER_DEV_MODE"] = "1"
     else:
         standalone = "ROUNDHOUSE_INSTANCE" not in environment
-        parks = standalone or bool(number_of_bytes(environment, "ROUNDHOUSE_PARK_BYTES"))
+        # Where no host memory is left for a copy (0), it may sleep without one and read its weights again.
+        parks = standalone or number_of_bytes(environment, "ROUNDHOUSE_PARK_BYTES") is not None
         if options.sleep_mode == "auto" and parks:
             argv += ["--enable-sleep-mode"]
             # The sleep calls are among the development calls.

@@ -75,10 +75,16 @@ pub enum Report {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PhaseTime {
     /// `spawn` (until somebody listens on the worker's port), then what the worker tells: `import`, `read` (from disk), `device`
-    /// (to the GPU), `warm_up`; of a server that tells nothing, `load` is all the rest.
+    /// (to the GPU), `warm_up`; of a server that tells nothing, `load` is all the rest. `rehearsal`, if nobody waited for it: it
+    /// was put to sleep and woken once.
     pub phase: String,
     /// How long it took, in ms.
     pub ms: i64,
+}
+
+impl PhaseTime {
+    /// Name of the phase in which a worker is put to sleep and woken once.
+    pub const REHEARSAL: &str = "rehearsal";
 }
 
 /// What a worker says of the copy of its weights in host memory; one that does not know about it says nothing.
@@ -91,6 +97,8 @@ pub struct HostCopy {
     pub can_park: Option<bool>,
     /// Why not, or what else there is to know about it, in a sentence.
     pub note: Option<String>,
+    /// Whether it can sleep without a copy, and read its weights again when it is woken.
+    pub can_reread: Option<bool>,
 }
 
 text_enum! {
@@ -191,6 +199,9 @@ pub struct WorkerView {
     /// driver shows it.
     #[serde(default)]
     pub device_bytes: Option<u64>,
+    /// It is parked, or about to be, without a copy in host memory: its process stays, and its wake reads the weights again.
+    #[serde(default)]
+    pub without_copy: bool,
     /// How its copy in host memory was lost, until its next load.
     #[serde(default)]
     pub lost_copy: Option<String>,

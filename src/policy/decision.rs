@@ -153,7 +153,8 @@ impl Words<'_> {
         if !m.parked.contains(&set) {
             return swap;
         }
-        let reason = format!("{}; it wakes from host memory, in {}", swap.reason, seconds(m.load_ms));
+        let how = if m.bare { "its process is there and reads the weights again" } else { "it wakes from host memory" };
+        let reason = format!("{}; {how}, in {}", swap.reason, seconds(m.load_ms));
         Decision { reason, ..swap }
     }
 

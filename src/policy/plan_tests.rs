@@ -21,6 +21,7 @@ pub(crate) fn model(name: &str) -> ModelView {
         load_ms: 28_000.0,
         cold_ms: 28_000.0,
         parked: Vec::new(),
+        bare: false,
         reload_ms: 28_000.0,
         stop_ms: 0.0,
         service_ms: 9_000.0,

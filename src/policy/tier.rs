@@ -25,6 +25,43 @@ impl Parked {
     }
 }
 
+/// What bringing a worker back would take that is parked without a copy: its process stays, its weights are read again.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bare {
+    /// Load from nothing, ms.
+    pub cold_ms: f64,
+    /// Its wake, ms; `None`: nobody knows.
+    pub wake_ms: Option<f64>,
+}
+
+/// A process that stays saves at least so much of a load, ms; it keeps memory of its GPU for that.
+const BARE_SAVES_MS: f64 = 1_000.0;
+/// Of what nobody knows how long it takes, a load of at least so long is worth a try, ms: what is imported and compiled is spared.
+const BARE_TRY_MS: f64 = 10_000.0;
+
+impl Bare {
+    /// Whether the process is worth keeping: its wake is known to be cheaper than a load, or that is not known and the load
+    /// takes long.
+    pub fn is_worth_it(&self) -> bool {
+        match self.wake_ms {
+            Some(wake_ms) => self.cold_ms - wake_ms >= BARE_SAVES_MS,
+            None => self.cold_ms >= BARE_TRY_MS,
+        }
+    }
+
+    fn words(&self) -> String {
+        let cold = seconds(self.cold_ms);
+        match self.wake_ms {
+            Some(wake_ms) => {
+                format!("its wake reads the weights again, about {} against {cold} cold", seconds(wake_ms))
+            }
+            None => {
+                format!("its wake reads the weights again; nobody knows yet how long that takes, cold it is {cold}")
+            }
+        }
+    }
+}
+
 /// Places of those that go to disk so that the others fit into `budget` bytes: the least worth first, ties to the first of
 /// the list.
 pub fn to_drop(parked: &[Parked], budget: u64) -> Vec<usize> {
@@ -78,10 +115,34 @@ impl Tier {
         self.decide("park", name, it, reason)
     }
 
+    /// A worker that leaves its devices keeps its process and no copy: there is no room for one, or its worker says why not.
+    pub fn bare(&self, name: &str, it: &Parked, refusal: Option<&str>, bare: &Bare) -> Decision {
+        let left = gib(self.host.saturating_sub(self.used));
+        let why = match refusal {
+            Some(note) => says(note),
+            None => format!("{} of host memory were wanted, {left} are left", gib(it.bytes)),
+        };
+        let wake_ms = bare.wake_ms.unwrap_or(bare.cold_ms);
+        let reason = format!("park {name} without a copy: {why}; {}", bare.words());
+        Decision { code: "bare", ..self.decide("park", name, &Parked { wake_ms, ..*it }, reason) }
+    }
+
+    /// The process of a worker that is parked without a copy ends.
+    pub fn end_bare(&self, name: &str, it: &Parked, why: &str) -> Decision {
+        let reason = format!("drop {name}, which is parked without a copy: {why}");
+        self.decide("drop", name, &Parked { bytes: 0, ..*it }, reason)
+    }
+
     /// A parked worker leaves host memory, since another comes.
     pub fn drop(&self, name: &str, it: &Parked, other: &str) -> Decision {
         let reason = format!("drop {name} from host memory: {}", self.worth(it));
         self.decide("drop", name, it, reason).against(other)
+    }
+
+    /// A parked worker leaves host memory, of which there is less than there was.
+    pub fn shrunk(&self, name: &str, it: &Parked) -> Decision {
+        let reason = format!("drop {name} from host memory: park_ram was edited, {}", self.worth(it));
+        self.decide("drop", name, it, reason)
     }
 
     /// A parked worker is wanted where it cannot wake, and loads from disk there.
@@ -130,6 +191,20 @@ pub struct Outlook {
     pub can: Option<bool>,
     /// Why, in words.
     pub why: String,
+    /// Where it cannot be: whether its process would stay all the same, and its weights be read again.
+    pub without_copy: bool,
+}
+
+impl Outlook {
+    /// As it is, if its process stays where its copy cannot.
+    #[must_use]
+    pub fn or_bare(self, bare: &Bare) -> Self {
+        if self.can != Some(false) {
+            return self;
+        }
+        let why = format!("{}; it is parked without a copy: {}", self.why, bare.words());
+        Self { why, without_copy: true, ..self }
+    }
 }
 
 /// Whether a model that takes so many bytes of host memory (0: nobody knows) can be parked in the `host` bytes that there are
@@ -146,7 +221,7 @@ pub fn outlook(bytes: u64, host: u64, refusal: Option<&str>, note: Option<&str>)
         None => (Some(true), format!("it takes {} of {} of host memory", gib(bytes), gib(host))),
     };
     let note = note.filter(|_| refusal.is_none()).map_or(String::new(), |note| format!("; its worker says: {note}"));
-    Outlook { can, why: why + &note }
+    Outlook { can, why: why + &note, without_copy: false }
 }
 
 fn says(note: &str) -> String {
@@ -228,5 +303,26 @@ mod tests {
             small.stop("flux", &it).reason,
             "stop flux without parking it: it takes 24 GiB, and host memory is 10 GiB"
         );
+    }
+
+    #[test]
+    fn a_process_is_kept_without_a_copy_if_that_is_known_to_save_or_worth_a_try() {
+        let bare = |cold_ms, wake_ms| Bare { cold_ms, wake_ms }.is_worth_it();
+        assert!(bare(14_000.0, Some(5_000.0)) && bare(14_000.0, Some(13_000.0)) && bare(10_000.0, None));
+        assert!(!bare(14_000.0, Some(13_500.0)) && !bare(5_000.0, Some(9_000.0)) && !bare(9_999.0, None));
+        let gib = 1 << 30;
+        let it = Parked { rate: 0.0, cold_ms: 14_000.0, wake_ms: 400.0, bytes: 34 * gib };
+        let tier = Tier { host: 60 * gib, used: 48 * gib, now: 7 };
+        let known = Bare { cold_ms: 14_000.0, wake_ms: Some(5_000.0) };
+        let decision = tier.bare("flux", &it, None, &known);
+        assert_eq!((decision.action, decision.code, decision.numbers["wake_s"]), ("park", "bare", 5.0));
+        assert_eq!(
+            decision.reason,
+            "park flux without a copy: 34 GiB of host memory were wanted, 12 GiB are left; its wake reads the weights again, \
+             about 5 s against 14 s cold"
+        );
+        let refused = outlook(34 * gib, 12 * gib, None, None).or_bare(&known);
+        assert!(refused.without_copy && refused.why.contains("; it is parked without a copy: its wake reads"));
+        assert!(!outlook(gib, 12 * gib, None, None).or_bare(&known).without_copy, "it can be parked with one");
     }
 }

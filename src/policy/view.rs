@@ -100,6 +100,8 @@ pub struct ModelView {
     pub cold_ms: f64,
     /// Where workers of it are parked. They wake there and nowhere else.
     pub parked: Vec<GpuSet>,
+    /// Those are parked without a copy: a wake reads the weights again.
+    pub bare: bool,
     /// What loads of it have cost of late, from wherever.
     pub reload_ms: f64,
     /// Expected stop, device memory free.

@@ -19,7 +19,8 @@ const GPU: u64 = 80 * GB;
 /// Events of one box; more: it never ends.
 const EVENTS_MAX: usize = 60_000;
 const IDLE_WAKES_MAX: usize = 300;
-const CODES: [&str; 16] = [
+const CODES: [&str; 17] = [
+    "bare",
     "overloaded",
     "dry",
     "hold",
@@ -398,7 +399,7 @@ impl Boxed {
         let vanished = self.there.get(&(model, replica)).is_some_and(|there| there.vanished);
         let action = match (order, stage) {
             (Order::Stop, Some(Stage::Ready)) if vanished => return,
-            (Order::Park, _) => {
+            (Order::Park | Order::ParkBare, _) => {
                 assert!(!vanished, "{} is parked from a GPU that is gone", spec.name);
                 "park"
             }
@@ -430,12 +431,13 @@ impl Boxed {
                 self.there.get_mut(&key).unwrap().stage = Stage::Leaving;
                 self.at(self.now + self.setup.stop_ms, Ev::Gone(model, replica, false));
             }
-            (Order::Stop | Order::Park, Some(Stage::Ready)) => {
+            (Order::Stop | Order::Park | Order::ParkBare, Some(Stage::Ready)) => {
                 let there = self.there.get_mut(&key).unwrap();
                 assert!(there.running.is_empty(), "{key:?} is stopped with jobs");
                 there.stage = Stage::Leaving;
-                self.at(self.now + self.setup.stop_ms, Ev::Gone(model, replica, order == Order::Park));
+                self.at(self.now + self.setup.stop_ms, Ev::Gone(model, replica, order != Order::Stop));
             }
+            (Order::Hurry, Some(Stage::Loading)) => {}
             (Order::Stop, Some(Stage::Parked)) => {
                 self.at(self.now, Ev::Gone(model, replica, false));
             }
@@ -500,7 +502,11 @@ impl Boxed {
             let used: u64 = on.map(|((model, _), _)| self.bytes(*model).unwrap_or(size)).sum();
             assert!(used <= size, "{used} of {size} bytes in use on device {device}");
         }
+        let has_copy = |model: usize, replica: u32| {
+            self.state.workers.iter().any(|w| (w.model, w.replica, w.is_bare) == (model, replica, false))
+        };
         let parked = self.there.iter().filter(|(_, there)| there.stage == Stage::Parked);
+        let parked = parked.filter(|((model, replica), _)| has_copy(*model, *replica));
         let host: u64 = parked.map(|((model, _), _)| self.state.models[*model].parked(self.now).bytes).sum();
         assert!(host <= self.setup.inventory.host, "{host} bytes of parked models");
     }

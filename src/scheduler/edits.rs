@@ -62,11 +62,13 @@ impl State {
             self.announce(Decision { model: Some(name.clone()), ..decision }, &mut effects);
         }
         self.note_all_devices();
+        self.drop_beyond_host(now, &mut effects);
         self.plan_now = true;
         effects
     }
 
-    /// Takes other knobs and another budget for parked workers, in bytes.
+    /// Takes other knobs and another budget for parked workers, in bytes. Call before [`Event::Edited`], which drops what lies
+    /// beyond it.
     pub fn set_knobs(&mut self, knobs: Knobs, park_bytes: u64) {
         self.knobs = knobs;
         self.inventory.host = park_bytes;

@@ -8,7 +8,7 @@
 //! always gets what there is.
 
 use super::*;
-use crate::policy::tier::{self, Parked, Tier};
+use crate::policy::tier::{self, Bare, Parked, Tier};
 
 /// The place of a worker whose copy may be dropped, or of the one that wants room, and its size.
 type Sized = (usize, Parked);
@@ -34,13 +34,17 @@ impl State {
         let model = &self.models[worker.model];
         let told = || match worker.host.bytes {
             Some(bytes) => bytes,
-            None if worker.lies_on.is_some() && !model.is_checkpointed => self.parked_size(worker, 0).bytes,
+            None if worker.has_slept && !model.is_checkpointed => self.parked_size(worker, 0).bytes,
             None => 0,
         };
         match worker.phase {
             _ if !model.park => 0,
             Phase::Waiting { was_parked: false } | Phase::Dropping => 0,
-            Phase::Loading { was_parked: false, .. } => model.host_at_load(worker.promised),
+            Phase::Parked | Phase::Waiting { .. } if worker.is_bare => 0,
+            Phase::Loading { .. } if worker.at_leisure => self.parked_size(worker, 0).bytes,
+            // What reads its weights again may make a copy of them again.
+            Phase::Loading { was_parked, .. } if !was_parked || worker.is_bare => model.host_at_load(worker.promised),
+            Phase::Stopping { park: true } if worker.is_bare => told(),
             Phase::Serving { .. } | Phase::Draining { .. } | Phase::Stopping { park: false } => told(),
             _ => self.parked_size(worker, 0).bytes,
         }
@@ -55,7 +59,7 @@ impl State {
     /// Who goes if this worker, of this size, is to have room.
     fn shares(&self, place: usize, own: Parked, now: Millis) -> Shares {
         let others = || self.workers.iter().enumerate().filter(|(other, _)| *other != place);
-        let lies = |worker: &Worker| worker.phase == Phase::Parked;
+        let lies = |worker: &Worker| worker.phase == Phase::Parked && !worker.is_bare;
         let fixed: u64 = others().filter(|(_, w)| !lies(w)).map(|(_, worker)| self.host_bytes(worker)).sum();
         let parked = others().filter(|(_, w)| lies(w)).map(|(other, worker)| (other, self.parked_size(worker, now)));
         let all: Vec<Sized> = std::iter::once((place, own)).chain(parked).collect();
@@ -76,40 +80,108 @@ impl State {
         }
     }
 
-    /// Whether a worker that leaves its devices is parked; if so, parked ones that are worth less make room for it.
-    pub(super) fn parks(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) -> bool {
+    /// Parked workers go for which there is no room any more, since an edit has made host memory smaller.
+    pub(super) fn drop_beyond_host(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        let lies = |worker: &Worker| worker.phase == Phase::Parked && !worker.is_bare;
+        let fixed: u64 = self.workers.iter().filter(|w| !lies(w)).map(|worker| self.host_bytes(worker)).sum();
+        let parked: Vec<usize> = (0..self.workers.len()).filter(|place| lies(&self.workers[*place])).collect();
+        let sizes: Vec<Parked> = parked.iter().map(|place| self.parked_size(&self.workers[*place], now)).collect();
+        let gone = tier::to_drop(&sizes, self.inventory.host.saturating_sub(fixed));
+        let stay = (0..sizes.len()).filter(|which| !gone.contains(which));
+        let used = fixed + stay.map(|which| sizes[which].bytes).sum::<u64>();
+        let tier = Tier { host: self.inventory.host, used, now };
+        for which in gone {
+            let place = parked[which];
+            self.announce(tier.shrunk(&self.models[self.workers[place].model].name, &sizes[which]), effects);
+            self.workers[place].phase = Phase::Dropping;
+            effects.push(self.order(place, Order::Stop));
+        }
+        if self.inventory.host == 0 {
+            self.end_bare(|_| true, "scheduler.park_ram is 0", now, effects);
+        }
+    }
+
+    /// Processes of workers that are parked without a copy end, of those that `ends` picks.
+    fn end_bare(&mut self, ends: impl Fn(&Worker) -> bool, why: &str, now: Millis, effects: &mut Vec<Effect>) {
+        for place in 0..self.workers.len() {
+            let worker = &self.workers[place];
+            if worker.phase == Phase::Parked && worker.is_bare && ends(worker) {
+                let used = self.workers.iter().map(|worker| self.host_bytes(worker)).sum();
+                let tier = Tier { host: self.inventory.host, used, now };
+                let decision = tier.end_bare(&self.models[worker.model].name, &self.parked_size(worker, now), why);
+                self.announce(decision, effects);
+                self.workers[place].phase = Phase::Dropping;
+                effects.push(self.order(place, Order::Stop));
+            }
+        }
+    }
+
+    /// A worker has not enough memory on its GPUs: what keeps some of it there without having a copy goes. Its supervisor sees
+    /// when there is more.
+    pub(super) fn drop_bare_beside(&mut self, place: usize, now: Millis) -> Vec<Effect> {
+        let (set, name) = (self.workers[place].set, self.models[self.workers[place].model].name.clone());
+        let mut effects = Vec::new();
+        let why = format!("{name} needs what it keeps of the memory of {set}");
+        self.end_bare(|worker| worker.set.gpus().any(|gpu| set.has(gpu)), &why, now, &mut effects);
+        effects
+    }
+
+    /// Whether a worker that is about to load, and makes its copy when it is parked, may make it at once.
+    pub(super) fn has_room_to_rehearse(&self, place: usize, promised: Option<u64>) -> bool {
+        let worker = &self.workers[place];
+        let model = &self.models[worker.model];
+        let takes = self.parked_size(worker, 0).bytes;
+        takes > 0 && promised >= Some(takes) && !model.is_checkpointed && !model.copies_at_load()
+    }
+
+    /// What it would be to park a worker without a copy; `None`: it cannot be, or its process is not worth keeping. One that
+    /// has made its copy and does not say that it is gone keeps the memory, and so nothing is gained.
+    fn bare(&self, worker: &Worker) -> Option<Bare> {
+        let model = &self.models[worker.model];
+        let gains = worker.host.bytes.is_some() || !worker.has_slept;
+        Some(model.bare()).filter(|bare| gains && model.can_be_bare(&worker.host) && bare.is_worth_it())
+    }
+
+    /// How a worker leaves its devices: it is parked, without a copy if there is no room for one, or stopped. If it is parked,
+    /// parked ones that are worth less make room for it.
+    pub(super) fn leaves_by(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) -> Order {
         let worker = &self.workers[place];
         let model = &self.models[worker.model];
         if self.inventory.host == 0 || !model.park {
-            return false;
+            return Order::Stop;
         }
         let own = self.parked_size(worker, now);
         let shares = self.shares(place, own, now);
-        // Who was promised nothing was started without the means to sleep (vLLM).
-        let has_means = model.is_checkpointed || worker.promised != Some(0) || worker.lies_on.is_some();
+        // Who was promised nothing, not even that nothing is left, was started without the means to sleep (vLLM).
+        let has_means = model.is_checkpointed || worker.promised.is_some() || worker.lies_on.is_some();
         let refusal = worker.host.can_park == Some(false) || !has_means;
         let note =
-            if has_means { worker.host.note.as_deref() } else { Some("no host memory was left when it was loaded") };
+            if has_means { worker.host.note.as_deref() } else { Some("scheduler.park_ram was 0 when it was loaded") };
         // Of what nobody knows the size of, nobody can say whether it fits.
         let parks = !refusal && own.bytes > 0 && shares.has_room();
-        let decision = match parks {
-            true => shares.tier.park(&model.name, &own),
-            false if refusal => shares.tier.refused(&model.name, &own, note),
-            false => shares.tier.stop(&model.name, &own),
+        let bare = self.bare(worker).filter(|_| !parks && has_means && (refusal || own.bytes > 0));
+        let (order, decision) = match bare {
+            _ if parks => (Order::Park, shares.tier.park(&model.name, &own)),
+            Some(bare) => {
+                let refusal = refusal.then(|| note.unwrap_or_default());
+                (Order::ParkBare, shares.tier.bare(&model.name, &own, refusal, &bare))
+            }
+            None if refusal => (Order::Stop, shares.tier.refused(&model.name, &own, note)),
+            None => (Order::Stop, shares.tier.stop(&model.name, &own)),
         };
         if parks {
             self.drop_others(place, &shares, effects);
         }
         self.announce(decision, effects);
-        parks
+        order
     }
 
     /// Most host memory that a worker which is about to load may take for its copy: what is left. If that is less than it
-    /// takes, parked ones that are worth less go first. `None`: it is never parked.
+    /// takes, parked ones that are worth less go first. `None`: it is never parked, whatever there is.
     pub(super) fn promise(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) -> Option<u64> {
         let worker = &self.workers[place];
         let model = &self.models[worker.model];
-        if !model.park {
+        if !model.park || self.inventory.host == 0 {
             return None;
         }
         if model.copies_at_load() {
@@ -129,9 +201,14 @@ impl State {
         let size = self.parked_size(worker, now);
         let others = self.workers.iter().enumerate().filter(|(other, _)| *other != place);
         let used = others.map(|(_, worker)| self.host_bytes(worker)).sum();
-        let places = (worker.lies_on.unwrap_or(worker.set), worker.set);
+        let (lies, wanted) = (worker.lies_on.unwrap_or(worker.set), worker.set);
         let tier = Tier { host: self.inventory.host, used, now };
-        let decision = tier.elsewhere(&self.models[worker.model].name, &size, places);
+        let name = &self.models[worker.model].name;
+        let decision = if worker.is_bare {
+            tier.end_bare(name, &size, &format!("its process is on {lies}, and it is wanted on {wanted}"))
+        } else {
+            tier.elsewhere(name, &size, (lies, wanted))
+        };
         self.announce(decision, effects);
     }
 
@@ -149,7 +226,12 @@ impl State {
         let model = &self.models[index];
         let said = model.host_said();
         let refusal = (said.can_park == Some(false)).then(|| said.note.as_deref().unwrap_or_default());
-        model.park.then(|| tier::outlook(model.parked(0).bytes, self.inventory.host, refusal, said.note.as_deref()))
+        let outlook = tier::outlook(model.parked(0).bytes, self.inventory.host, refusal, said.note.as_deref());
+        let bare = Some(model.bare()).filter(|bare| model.can_be_bare(said) && bare.is_worth_it());
+        model.park.then(|| match bare.filter(|_| self.inventory.host > 0) {
+            Some(bare) => outlook.or_bare(&bare),
+            None => outlook,
+        })
     }
 
     /// Says for each model that is to be parked whether it can be.
@@ -158,6 +240,9 @@ impl State {
             let Some(outlook) = self.parking(index) else { continue };
             let (model, park_ram) = (&*model.name, self.inventory.host);
             match outlook.can {
+                Some(false) if outlook.without_copy => {
+                    tracing::info!(model, park_ram.bytes = park_ram, "its copy has no room: {}", outlook.why)
+                }
                 Some(true) => tracing::info!(model, park_ram.bytes = park_ram, "can be parked: {}", outlook.why),
                 Some(false) => tracing::warn!(model, park_ram.bytes = park_ram, "cannot be parked: {}", outlook.why),
                 None => tracing::info!(model, park_ram.bytes = park_ram, "may be parked: {}", outlook.why),

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 
 use crate::domain::worker::HostCopy;
 use crate::policy::Knobs;
+use crate::scheduler::model::Source;
 use crate::scheduler::state::tests::{job, spec};
 use crate::scheduler::state::*;
 
@@ -22,11 +23,11 @@ fn parks(name: &str) -> ModelSpec {
 }
 
 fn takes(gib: u64) -> Report {
-    Report::Host(HostCopy { bytes: Some(gib * GIB), can_park: Some(true), note: None })
+    Report::Host(HostCopy { bytes: Some(gib * GIB), can_park: Some(true), ..HostCopy::default() })
 }
 
 fn refusal(note: &str) -> HostCopy {
-    HostCopy { bytes: Some(0), can_park: Some(false), note: Some(note.into()) }
+    HostCopy { bytes: Some(0), can_park: Some(false), note: Some(note.into()), can_reread: None }
 }
 
 fn order(model: &str, order: Order, promised: Option<u64>) -> (String, Order, Option<u64>) {
@@ -92,7 +93,7 @@ impl Case {
         let number = self.wants(to);
         let (who, left, _) = self.orders.pop().expect("an order");
         assert_eq!(who, from);
-        let parked = left == Order::Park;
+        let parked = left != Order::Stop;
         self.report(from, if parked { Report::Parked { park_ms: 1 } } else { Report::Stopped { stop_ms: 1 } });
         let (who, order, promised) = self.orders.pop().expect("an order");
         assert_eq!(who, to);
@@ -183,7 +184,7 @@ fn of_two_that_take_turns_one_is_always_parked() {
             while let Some((who, what, promised)) = orders.pop() {
                 *done.entry(format!("{what:?}")).or_insert(0) += 1;
                 let report = match what {
-                    Order::Park => Report::Parked { park_ms: 1 },
+                    Order::Park | Order::ParkBare => Report::Parked { park_ms: 1 },
                     Order::Stop => Report::Stopped { stop_ms: 1 },
                     _ => {
                         assert_eq!(who, model);
@@ -247,7 +248,7 @@ fn a_copy_that_cannot_be_used_where_its_model_is_wanted_is_dropped_in_words() {
     case.now += 2_000_000;
     case.wants("a");
     assert_eq!(case.orders, [order("c", Order::Park, None)]);
-    let wake_ms = case.state.models[0].load_ms(true);
+    let wake_ms = case.state.models[0].load_ms(Source::Copy);
     case.report("c", Report::Parked { park_ms: 1 });
     assert_eq!(case.orders, [order("a", Order::Wake, Some(170))], "its supervisor loads it from nothing there");
     assert_eq!(
@@ -256,7 +257,7 @@ fn a_copy_that_cannot_be_used_where_its_model_is_wanted_is_dropped_in_words() {
     );
     case.report("a", Report::Loading { phase: None, percent: None });
     case.ready("a");
-    assert_eq!(case.state.models[0].load_ms(true), wake_ms, "that says nothing about wakes");
+    assert_eq!(case.state.models[0].load_ms(Source::Copy), wake_ms, "that says nothing about wakes");
 }
 
 #[test]
@@ -305,13 +306,15 @@ fn what_is_not_in_the_file_any_more_is_not_loaded_whatever_its_supervisor_says()
 }
 
 #[test]
-fn who_was_promised_no_host_memory_is_not_parked() {
-    let mut case = Case::new(&[parks("a"), parks("b")], 1, 40);
-    case.visit("a", None);
-    assert_eq!(case.swap("a", "b", None).0, Order::Park);
-    case.state.set_knobs(Knobs::default(), 20 * GIB);
-    // Its copy takes 30 GiB, and so does that of `a`, which lies there.
-    assert_eq!(case.swap("b", "a", None).0, Order::Stop);
+fn who_was_loaded_while_nothing_was_parked_is_not_parked() {
+    let mut case = Case::new(&[parks("a"), parks("b")], 1, 0);
+    assert_eq!(case.visit("a", None), (Order::Load, None), "it is started without the means to sleep");
+    case.state.set_knobs(Knobs::default(), 60 * GIB);
+    assert_eq!(case.swap("a", "b", None).0, Order::Stop);
+    assert_eq!(
+        case.said("a"),
+        "stop a without parking it: its worker says that it cannot be: scheduler.park_ram was 0 when it was loaded"
+    );
 }
 
 #[test]
@@ -327,5 +330,31 @@ fn an_edit_loads_no_worker_before_all_that_there_are_have_left() {
     case.answered("a", 1);
     assert_eq!(case.orders, [order("a", Order::Stop, None)]);
     case.report("a", Report::Stopped { stop_ms: 1 });
-    assert_eq!(case.orders, [order("a", Order::Load, Some(0))]);
+    assert_eq!(case.orders, [order("a", Order::Load, None)], "nothing is parked at all");
 }
+
+#[test]
+fn a_smaller_budget_drops_what_lies_beyond_it_the_least_worth_first() {
+    let mut case = Case::new(&[parks("a"), parks("b"), parks("c")], 1, 100);
+    case.visit("a", None);
+    case.swap("a", "b", None);
+    case.swap("b", "c", None);
+    for _ in 0..50 {
+        case.state.count_arrival("a", case.now);
+    }
+    // Both lie there and take 30 GiB each.
+    case.state.set_knobs(Knobs::default(), 60 * GIB);
+    case.tell(Event::Edited(Vec::new()));
+    assert_eq!(case.orders, []);
+    case.state.set_knobs(Knobs::default(), 40 * GIB);
+    case.tell(Event::Edited(Vec::new()));
+    assert_eq!(case.orders, [order("b", Order::Stop, None)]);
+    assert!(case.said("b").starts_with("drop b from host memory: park_ram was edited, 40 GiB"), "{}", case.said("b"));
+    case.report("b", Report::Stopped { stop_ms: 1 });
+    case.state.set_knobs(Knobs::default(), 0);
+    case.tell(Event::Edited(Vec::new()));
+    assert_eq!(case.orders, [order("a", Order::Stop, None)]);
+}
+
+#[path = "bare_tests.rs"]
+mod bare;

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::domain::worker::HostCopy;
 use crate::domain::{GpuSet, Millis};
 use crate::policy::view::{self, WorkerView};
+use crate::scheduler::model::Source;
 use crate::scheduler::state::Place;
 
 /// The devices of a box.
@@ -112,11 +113,32 @@ pub(super) struct Worker {
     pub(super) lies_on: Option<GpuSet>,
     /// What it says of its copy in host memory.
     pub(super) host: HostCopy,
+    /// It is parked, or on its way there or back, without a copy in host memory.
+    pub(super) is_bare: bool,
+    /// It was put to sleep with a copy since it was loaded: one that tells nothing of its copy keeps the memory.
+    pub(super) has_slept: bool,
+    /// It loads, and nobody waits for it.
+    pub(super) at_leisure: bool,
     /// Most host memory that its copy may take, as it was told when it was loaded, in bytes.
     pub(super) promised: Option<u64>,
 }
 
 impl Worker {
+    /// What its next load comes from, or the one that goes on.
+    pub(super) fn source(&self) -> Source {
+        match self.phase {
+            Phase::Parked | Phase::Waiting { was_parked: true } | Phase::Loading { was_parked: true, .. } => {
+                if self.is_bare { Source::Bare } else { Source::Copy }
+            }
+            _ => Source::Disk,
+        }
+    }
+
+    /// Its process is gone, and another one is started.
+    pub(super) fn starts_anew(&mut self) {
+        (self.host, self.is_bare, self.has_slept) = (HostCopy::default(), false, false);
+    }
+
     /// Whether it is on its devices, or on the way there or away.
     pub(super) fn is_on_device(&self) -> bool {
         matches!(

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::domain::worker::HostCopy;
+use crate::domain::worker::{HostCopy, PhaseTime};
 use crate::domain::{Class, ErrorCode, GpuSet, Held, JobError, Millis, ModelKind, ModelSpec, Park, StateReason};
 use crate::policy::batching::{Batching, Change, Pass};
 use crate::policy::learn::{self, LOAD_WEIGHT, Rate, SERVICE_WEIGHT, blend};
 use crate::policy::plan::Decision;
-use crate::policy::tier::Parked;
+use crate::policy::tier::{Bare, Parked};
 use crate::policy::view::ModelView;
 use crate::scheduler::inventory::Inventory;
 use crate::scheduler::queue::{Queue, Run, Slots};
@@ -54,6 +54,20 @@ struct Running {
     answered: u32,
 }
 
+/// What a worker is loaded from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// From nothing.
+    Disk,
+    /// From its copy in host memory.
+    Copy,
+    /// It is parked without a copy: its process is there, its weights are read again.
+    Bare,
+}
+
+/// Phases of a load that a wake without a copy has, too.
+const READ_AGAIN: [&str; 3] = ["read", "device", "warm_up"];
+
 /// What its workers have told about their copies in host memory.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Host {
@@ -65,6 +79,12 @@ struct Host {
     at_load: Option<bool>,
     /// What the last one that could not be parked might have taken, in bytes.
     refused: Option<u64>,
+    /// A wake without a copy, as measured, ms.
+    bare_ms: Option<f64>,
+    /// The same, by the phases of its last load, ms.
+    read_ms: Option<f64>,
+    /// One that was to be parked without a copy had to be stopped.
+    never_bare: bool,
 }
 
 /// One model.
@@ -287,9 +307,37 @@ impl Model {
         self.learned.wake_ms.unwrap_or_else(|| learn::wake_prior_ms(self.cold_ms()))
     }
 
-    /// Expected load; `parked`: from host memory.
-    pub(super) fn load_ms(&self, parked: bool) -> f64 {
-        if parked { self.wake_ms() } else { self.cold_ms() }
+    /// Expected load.
+    pub(super) fn load_ms(&self, source: Source) -> f64 {
+        match source {
+            Source::Disk => self.cold_ms(),
+            Source::Copy => self.wake_ms(),
+            Source::Bare => self.bare().wake_ms.unwrap_or_else(|| self.cold_ms()),
+        }
+    }
+
+    /// What a wake without a copy takes: measured, or else what its last load took from the reading on.
+    pub(super) fn bare(&self) -> Bare {
+        Bare { cold_ms: self.cold_ms(), wake_ms: self.host.bare_ms.or(self.host.read_ms) }
+    }
+
+    /// Where the time of a load from nothing went.
+    pub(super) fn count_phases(&mut self, phases: &[PhaseTime]) {
+        let again = || phases.iter().filter(|phase| READ_AGAIN.contains(&&*phase.phase));
+        let is_told = again().next().is_some();
+        self.host.read_ms = is_told.then(|| again().map(|phase| phase.ms as f64).sum());
+    }
+
+    /// A worker that was to be parked without a copy was stopped instead.
+    pub(super) fn count_never_bare(&mut self) {
+        self.host.never_bare = true;
+    }
+
+    /// Whether one that says this may be parked without a copy, if that is worth it: it says that it can; or it says nothing
+    /// at all, of the phases of its load neither, as vLLM, and has not failed to.
+    pub(super) fn can_be_bare(&self, said: &HostCopy) -> bool {
+        let says_nothing = said.bytes.is_none() && said.can_park.is_none() && self.host.read_ms.is_none();
+        !self.is_checkpointed && !self.host.never_bare && said.can_reread.unwrap_or(says_nothing)
     }
 
     pub(super) fn service_ms(&self) -> f64 {
@@ -425,13 +473,20 @@ impl Model {
     }
 
     /// A worker is ready after `load_ms`.
-    pub(super) fn count_load(&mut self, load_ms: f64, was_parked: bool, now: Millis) {
-        let tier = if was_parked { &mut self.learned.wake_ms } else { &mut self.learned.load_ms };
-        blend(tier, load_ms, LOAD_WEIGHT);
+    pub(super) fn count_load(&mut self, load_ms: f64, source: Source, now: Millis) {
+        blend(self.measured(source), load_ms, LOAD_WEIGHT);
         blend(&mut self.learned.reload_ms, load_ms, LOAD_WEIGHT);
         blend(&mut self.learned.waiting_at_load, self.queue.len() as f64, LOAD_WEIGHT);
         self.flush();
         self.backlogged_since = (self.queue.len() > 0).then_some(now);
+    }
+
+    fn measured(&mut self, source: Source) -> &mut Option<f64> {
+        match source {
+            Source::Disk => &mut self.learned.load_ms,
+            Source::Copy => &mut self.learned.wake_ms,
+            Source::Bare => &mut self.host.bare_ms,
+        }
     }
 
     /// A job has ended; `answered_after`: it was answered after this time.
@@ -475,9 +530,9 @@ impl Model {
     }
 
     /// A wake that comes to nothing costs a load from nothing.
-    pub(super) fn count_failed_wake(&mut self) {
+    pub(super) fn count_failed_wake(&mut self, source: Source) {
         let cold_ms = self.cold_ms();
-        blend(&mut self.learned.wake_ms, cold_ms, LOAD_WEIGHT);
+        blend(self.measured(source), cold_ms, LOAD_WEIGHT);
     }
 
     /// As the policy sees it; `parked`: where workers of it wait in host memory.
@@ -499,9 +554,10 @@ impl Model {
             left_at: self.learned.left_at,
             gpus,
             bytes: self.bytes_on(inventory),
-            load_ms: self.load_ms(!parked.is_empty()),
+            load_ms: self.load_ms(if parked.is_empty() { Source::Disk } else { Source::Copy }),
             cold_ms: self.cold_ms(),
             parked,
+            bare: false,
             reload_ms: self.learned.reload_ms.unwrap_or_else(|| self.cold_ms()),
             stop_ms: self.stop_ms(),
             service_ms: self.service_ms(),

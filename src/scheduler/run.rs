@@ -650,10 +650,13 @@ impl Scheduler {
         for effect in effects {
             match effect {
                 Effect::Claim { model, place, run } => self.claim(&model, place, run),
-                Effect::Order { model, replica, set, order, park_bytes } => match self.workers.get(&(model, replica)) {
-                    Some(worker) => worker.order_on(order, set, park_bytes),
-                    None => tracing::error!(replica, ?order, "an order for a worker that has no supervisor"),
-                },
+                Effect::Order { model, replica, set, order, park_bytes, at_leisure } => {
+                    match self.workers.get(&(model, replica)) {
+                        Some(worker) if at_leisure => worker.load_at_leisure(set, park_bytes),
+                        Some(worker) => worker.order_on(order, set, park_bytes),
+                        None => tracing::error!(replica, ?order, "an order for a worker that has no supervisor"),
+                    }
+                }
                 Effect::Fetch { model } => self.fetching.want(&model),
                 Effect::Evict { numbers } => {
                     let stops = numbers.iter().filter_map(|number| self.stops.get(number));

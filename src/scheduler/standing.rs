@@ -51,8 +51,14 @@ impl State {
 
     /// Expected load of a model, from where it is now.
     pub(in crate::scheduler) fn load_ms(&self, index: usize) -> f64 {
-        let parked = self.workers.iter().any(|w| w.model == index && w.phase == Phase::Parked);
-        self.models[index].load_ms(parked)
+        let lies =
+            |bare: bool| self.workers.iter().any(|w| w.model == index && w.phase == Phase::Parked && w.is_bare == bare);
+        let source = match (lies(false), lies(true)) {
+            (true, _) => Source::Copy,
+            (false, true) => Source::Bare,
+            _ => Source::Disk,
+        };
+        self.models[index].load_ms(source)
     }
 
     /// When a model's turn must come; `None` without waiting jobs.

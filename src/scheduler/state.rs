@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
-use crate::domain::worker::{FetchReport, HostCopy, Report};
+use crate::domain::worker::{FetchReport, HostCopy, PhaseTime, Report};
 use crate::domain::{Class, Control, Controls, ErrorCode, GpuSet, JobError, Millis, ModelSpec, StateReason};
 use crate::policy::batching::{Batching, Change};
 use crate::policy::learn::{LOAD_WEIGHT, blend};
@@ -22,7 +22,7 @@ pub use crate::scheduler::inventory::Inventory;
 use crate::scheduler::inventory::{Phase, Worker, round};
 use crate::scheduler::journal::{DecisionFilter, DecisionPage, Journal};
 use crate::scheduler::ledger::{ArrivalOrder, Ledger};
-use crate::scheduler::model::{Model, Trouble};
+use crate::scheduler::model::{Model, Source, Trouble};
 use crate::scheduler::queue::{Run, Running, To};
 use crate::store::{Learned, QueuedJob};
 use crate::worker::supervisor::Order;
@@ -229,6 +229,8 @@ pub enum Effect {
         order: Order,
         /// With a load: most host memory that the copy of its weights may take, in bytes; `None`: it is never parked.
         park_bytes: Option<u64>,
+        /// With a load: nobody waits for it.
+        at_leisure: bool,
     },
     /// Look for the weights of a model, and fetch them if they are not here.
     Fetch {
@@ -655,10 +657,19 @@ impl State {
                 self.on_host(index, worker, host);
                 Vec::new()
             }
-            Report::Loaded { .. } => Vec::new(),
+            Report::Loaded { phases } => {
+                self.models[index].count_phases(&phases);
+                if let Some(place) = worker {
+                    self.workers[place].has_slept |= phases.iter().any(|phase| phase.phase == PhaseTime::REHEARSAL);
+                }
+                Vec::new()
+            }
             Report::Ready { base_url, load_ms } => self.on_ready(index, replica, base_url, load_ms, now),
             Report::Stopped { stop_ms } => match worker.map(|worker| (worker, &self.workers[worker].phase)) {
-                Some((worker, Phase::Stopping { .. })) => {
+                Some((worker, Phase::Stopping { park })) => {
+                    if *park && self.workers[worker].is_bare {
+                        self.models[index].count_never_bare();
+                    }
                     blend(&mut self.models[index].learned.stop_ms, stop_ms as f64, LOAD_WEIGHT);
                     self.on_left(worker, now)
                 }
@@ -682,7 +693,11 @@ impl State {
                 let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
                 self.on_load_failed(index, worker, error, Some(retry_at), word)
             }
-            Report::DoesNotFit { error } => self.on_load_failed(index, worker, error, None, "blocked"),
+            Report::DoesNotFit { error } => {
+                let mut effects = worker.map_or(Vec::new(), |worker| self.drop_bare_beside(worker, now));
+                effects.extend(self.on_load_failed(index, worker, error, None, "blocked"));
+                effects
+            }
             // Its entry is gone, and that is what its jobs wait for.
             Report::Available if !self.models[index].is_listed => Vec::new(),
             Report::NoGpu => {
@@ -741,6 +756,7 @@ impl State {
         self.finish_draining(now, &mut effects);
         self.load_where_free(now, &mut effects);
         let planned = if self.stopping { None } else { self.plan_in_time(now, &mut effects) };
+        self.hurry(&mut effects);
         let own = self.models.iter().filter_map(|m| m.queue.next_wake()).min();
         self.wake_at = [planned, own].into_iter().flatten().min();
         if self.served_changed && now - self.served_kept_at >= KEEP_SERVED_EVERY_MS {

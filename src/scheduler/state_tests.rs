@@ -98,11 +98,11 @@ impl World {
                     self.loaded.push(model.clone());
                     self.report(&model, Report::Ready { base_url: format!("http://{model}"), load_ms: 2_000 });
                 }
-                Order::Stop | Order::Park => {
+                Order::Stop | Order::Park | Order::ParkBare => {
                     self.now += 500;
                     self.report(&model, Report::Stopped { stop_ms: 500 });
                 }
-                Order::Retry | Order::Suspect => {}
+                Order::Retry | Order::Suspect | Order::Hurry => {}
             }
         }
     }
@@ -371,11 +371,11 @@ fn a_parked_worker_that_died_before_it_heard_that_it_is_wanted_is_loaded_by_the_
 #[test]
 fn a_wake_that_turns_into_a_cold_load_counts_as_one() {
     let mut world = waking();
-    let before = world.state.models[0].load_ms(true);
+    let before = world.state.models[0].load_ms(Source::Copy);
     world.report("a", Report::Loading { phase: None, percent: None });
     assert!(!world.state.is_waking(0, 0));
     world.report("a", ready(2_000));
-    assert!(world.state.models[0].load_ms(true) >= before, "a wake is not expected to be quick for that");
+    assert!(world.state.models[0].load_ms(Source::Copy) >= before, "a wake is not expected to be quick for that");
     assert_eq!(world.running, [(Arc::from("a"), 3)]);
 }
 

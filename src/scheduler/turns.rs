@@ -53,13 +53,21 @@ impl State {
 
     /// The view, and the place among our workers of each of its workers.
     pub(super) fn view_with_places(&self, now: Millis) -> (View, Vec<usize>) {
-        let parked = |index: usize| {
-            let lies = self.workers.iter().filter(|w| w.model == index && w.phase == Phase::Parked);
+        let parked = |index: usize, bare: bool| {
+            let lies =
+                self.workers.iter().filter(|w| w.model == index && w.phase == Phase::Parked && w.is_bare == bare);
             lies.map(|w| w.set).collect::<Vec<GpuSet>>()
         };
         let mut models: Vec<_> =
-            self.models.iter().enumerate().map(|(i, m)| m.view(&self.inventory, parked(i), now)).collect();
+            self.models.iter().enumerate().map(|(i, m)| m.view(&self.inventory, parked(i, false), now)).collect();
         for (index, model) in models.iter_mut().enumerate() {
+            if model.parked.is_empty() {
+                model.parked = parked(index, true);
+                model.bare = !model.parked.is_empty();
+            }
+            if model.bare {
+                model.load_ms = self.models[index].load_ms(Source::Bare);
+            }
             let name = &self.models[index].name;
             if self.is_unloaded(index) {
                 model.trouble.get_or_insert_with(|| format!("the workers of {name} that there are leave first"));
@@ -69,8 +77,7 @@ impl State {
         }
         let seen = self.workers.iter().enumerate().filter_map(|(place, worker)| {
             let model = &self.models[worker.model];
-            let was_parked = matches!(worker.phase, Phase::Loading { was_parked: true, .. });
-            Some((worker.view(model.queue.running_by_class(worker.replica), model.load_ms(was_parked))?, place))
+            Some((worker.view(model.queue.running_by_class(worker.replica), model.load_ms(worker.source()))?, place))
         });
         let (workers, places) = seen.unzip();
         let gpus = self.inventory.gpu_count();
@@ -147,6 +154,9 @@ impl State {
             guest_until,
             lies_on: None,
             host: HostCopy::default(),
+            is_bare: false,
+            has_slept: false,
+            at_leisure: false,
             promised: None,
         });
     }
@@ -205,24 +215,47 @@ impl State {
     fn load(&mut self, place: usize, was_parked: bool, now: Millis, effects: &mut Vec<Effect>) {
         let wakes = was_parked && self.workers[place].lies_on == Some(self.workers[place].set);
         let promised = self.promise(place, now, effects);
-        if !wakes && self.waits_for_host_memory(place) {
+        // What reads its weights again may make a copy of them again.
+        if (!wakes || self.workers[place].is_bare) && self.waits_for_host_memory(place) {
             return;
         }
         if was_parked && !wakes {
             self.lose_copy(place, now, effects);
         }
+        let at_leisure = !was_parked && self.has_room_to_rehearse(place, promised) && self.nobody_waits(place);
         let worker = &mut self.workers[place];
-        (worker.phase, worker.promised) = (Phase::Loading { since: now, was_parked }, promised);
+        (worker.phase, worker.promised, worker.at_leisure) =
+            (Phase::Loading { since: now, was_parked }, promised, at_leisure);
         if !wakes {
-            worker.host = HostCopy::default();
+            worker.starts_anew();
         }
+        let source = if wakes { worker.source() } else { Source::Disk };
         let model = &self.models[worker.model];
         let numbers = model.queue.heads(TOLD_MAX);
         if !numbers.is_empty() {
-            let eta = now + round(model.load_ms(wakes));
+            let eta = now + round(model.load_ms(source));
             effects.push(Effect::TellLoading { numbers, model: model.name.to_string(), eta });
         }
         effects.push(self.order(place, if was_parked { Order::Wake } else { Order::Load }));
+    }
+
+    /// Whether nobody waits for this worker, or for its devices.
+    fn nobody_waits(&self, place: usize) -> bool {
+        let own = self.workers[place].model;
+        let has_worker = |index| self.workers.iter().any(|w| w.model == index && w.stays());
+        let mut all = self.models.iter().enumerate();
+        all.all(|(index, model)| model.pending() == (0, 0) || (index != own && has_worker(index)))
+    }
+
+    /// Tells workers that load at leisure when somebody waits for them.
+    pub(super) fn hurry(&mut self, effects: &mut Vec<Effect>) {
+        for place in 0..self.workers.len() {
+            let loads = matches!(self.workers[place].phase, Phase::Loading { .. });
+            if self.workers[place].at_leisure && loads && !self.nobody_waits(place) {
+                self.workers[place].at_leisure = false;
+                effects.push(self.order(place, Order::Hurry));
+            }
+        }
     }
 
     pub(super) fn on_ready(
@@ -236,7 +269,14 @@ impl State {
         let Some(place) = self.find(index, replica) else {
             // Ready after we changed our mind: it must not stay beside another.
             let (model, set) = (self.models[index].name.to_string(), GpuSet::one(0));
-            return vec![Effect::Order { model, replica, set, order: Order::Stop, park_bytes: None }];
+            return vec![Effect::Order {
+                model,
+                replica,
+                set,
+                order: Order::Stop,
+                park_bytes: None,
+                at_leisure: false,
+            }];
         };
         let load = self.next_load;
         let max_batch = self.models[index].slots.max_batch;
@@ -256,8 +296,14 @@ impl State {
         let gpus = (self.models[index].needs_gpus() && !self.inventory.one_at_a_time).then_some(worker.set);
         let at = Place { replica, base_url, load, max_batch, gpus, canary: was_parked };
         worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false };
-        let set = worker.set;
-        if !was_parked {
+        let (set, is_bare) = (worker.set, std::mem::take(&mut worker.is_bare));
+        worker.at_leisure = false;
+        let source = match was_parked {
+            true if is_bare => Source::Bare,
+            true => Source::Copy,
+            false => Source::Disk,
+        };
+        if source != Source::Copy {
             self.models[index].count_copy(&worker.host);
         }
         self.next_load += 1;
@@ -271,7 +317,7 @@ impl State {
         }
         let model = &mut self.models[index];
         (model.trouble, model.wanted_at) = (None, None);
-        model.count_load(load_ms as f64, was_parked, now);
+        model.count_load(load_ms as f64, source, now);
         let numbers = model.queue.heads(TOLD_MAX);
         let mut effects = vec![self.learn(index), self.keep_served(now)];
         if !numbers.is_empty() {
@@ -311,9 +357,12 @@ impl State {
             let queue = &self.models[worker.model].queue;
             let Phase::Draining { hung } = worker.phase else { continue };
             if queue.running_on(worker.replica) == 0 {
-                let park = !hung && !self.is_unloaded(worker.model) && self.parks(place, now, effects);
-                self.workers[place].phase = Phase::Stopping { park };
-                effects.push(self.order(place, if park { Order::Park } else { Order::Stop }));
+                let may_stay = !hung && !self.is_unloaded(worker.model);
+                let order = if may_stay { self.leaves_by(place, now, effects) } else { Order::Stop };
+                let worker = &mut self.workers[place];
+                worker.phase = Phase::Stopping { park: order != Order::Stop };
+                worker.is_bare = order == Order::ParkBare;
+                effects.push(self.order(place, order));
             }
         }
     }
@@ -330,6 +379,7 @@ impl State {
         let index = self.workers[place].model;
         let worker = &mut self.workers[place];
         (worker.phase, worker.guest_until, worker.lies_on) = (Phase::Parked, None, Some(worker.set));
+        worker.has_slept |= !worker.is_bare;
         self.note_left(index, now);
         let mut effects = vec![self.learn(index)];
         if self.is_unloaded(index) {
@@ -348,7 +398,7 @@ impl State {
         if let Phase::Loading { since, was_parked: true } = self.workers[place].phase {
             // It died in host memory before it heard that it is wanted: it will, and be loaded from nothing.
             self.workers[place].phase = Phase::Loading { since, was_parked: false };
-            self.workers[place].host = HostCopy::default();
+            self.workers[place].starts_anew();
             return Vec::new();
         }
         if !self.workers[place].is_on_device() {
@@ -363,13 +413,14 @@ impl State {
 
     /// A worker loads from nothing, though it was to be woken.
     pub(super) fn note_cold(&mut self, place: usize) {
-        if let Phase::Loading { was_parked, .. } = &mut self.workers[place].phase
+        let worker = &mut self.workers[place];
+        let source = worker.source();
+        if let Phase::Loading { was_parked, .. } = &mut worker.phase
             && std::mem::take(was_parked)
         {
-            let worker = &mut self.workers[place];
-            worker.host = HostCopy::default();
+            worker.starts_anew();
             if worker.lies_on == Some(worker.set) {
-                self.models[worker.model].count_failed_wake();
+                self.models[worker.model].count_failed_wake(source);
             }
         }
     }
@@ -392,7 +443,8 @@ impl State {
         let worker = &self.workers[place];
         let model = self.models[worker.model].name.to_string();
         let park_bytes = worker.promised.filter(|_| matches!(order, Order::Load | Order::Wake));
-        Effect::Order { model, replica: worker.replica, set: worker.set, order, park_bytes }
+        let at_leisure = worker.at_leisure && order == Order::Load;
+        Effect::Order { model, replica: worker.replica, set: worker.set, order, park_bytes, at_leisure }
     }
 
     fn learn(&self, index: usize) -> Effect {

@@ -13,7 +13,7 @@ use super::engine::Policy;
 use super::record::WorkerId;
 use super::trace::TraceModel;
 use super::world::{Breach, Happening, World};
-use crate::domain::worker::Report;
+use crate::domain::worker::{HostCopy, Report};
 use crate::domain::{Class, Face, GpuSet, Launch, Millis, ModelKind, ModelSpec, Park};
 use crate::policy::Knobs;
 use crate::policy::plan::Decision;
@@ -172,13 +172,13 @@ impl Roundhouse {
                 Effect::Order { model, replica, set, order: Order::Wake, .. } => {
                     self.load(world, &model, replica, set, true)?;
                 }
-                Effect::Order { model, replica, order: Order::Park, .. } => {
+                Effect::Order { model, replica, order: Order::Park | Order::ParkBare, .. } => {
                     world.leave(self.worker(world, &model, replica)?, true)?;
                 }
                 Effect::Order { model, replica, order: Order::Stop, .. } => self.stop(world, &model, replica)?,
                 // Simulated workers neither hang nor fail, and no GPU vanishes.
                 Effect::Evict { .. } => {}
-                Effect::Order { order: Order::Retry | Order::Suspect, .. } => {}
+                Effect::Order { order: Order::Retry | Order::Suspect | Order::Hurry, .. } => {}
                 Effect::EndQueued { numbers, .. } => {
                     for number in numbers {
                         world.expire(job_of(number))?;
@@ -263,6 +263,9 @@ impl Policy for Roundhouse {
                 Happening::Arrived(jobs) => self.arrive(world, jobs.clone())?,
                 Happening::Ready(worker) => {
                     let load_ms = millis(world.now()) - millis(world.visit(*worker).load_at);
+                    // A trace does not say what it would take to read weights again.
+                    let host = HostCopy { can_reread: Some(false), ..HostCopy::default() };
+                    self.report(world, *worker, Report::Host(host))?;
                     let report = Report::Ready { base_url: format!("sim:{worker}"), load_ms };
                     self.report(world, *worker, report)?;
                 }

@@ -22,7 +22,11 @@ impl Supervisor {
     /// What it says of its copy in host memory: reported when it is another than before.
     pub(super) fn note_host(&self, running: &mut Running, host: HostCopy) {
         // What it can do by itself says nothing of what the driver does to it.
-        let host = if self.spec.park == Park::Checkpoint { HostCopy::default() } else { host };
+        let host = match &self.sleepless {
+            _ if self.spec.park == Park::Checkpoint => HostCopy::default(),
+            Some(why) => HostCopy { can_park: Some(false), can_reread: Some(false), note: Some(why.clone()), ..host },
+            None => host,
+        };
         if running.host != host {
             self.view.send_modify(|v| {
                 (v.host_bytes, v.can_park, v.park_note) = (host.bytes, host.can_park, host.note.clone())

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use hyper::Method;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::domain::worker::{HostCopy, PhaseTime};
 use crate::worker::verdict::cut;
@@ -12,6 +12,9 @@ use crate::worker::wire::{Ask, Lost, Pool};
 
 /// Most that is read of an answer, in bytes.
 const LIMIT_BYTES: usize = 256 << 10;
+
+/// Where vLLM is told to do something in all its processes (`VLLM_SERVER_DEV_MODE=1`).
+const RELOAD: &str = "/collective_rpc";
 
 /// Longest note about parking, in bytes.
 const NOTE_LIMIT: usize = 400;
@@ -62,6 +65,7 @@ struct Body {
     host_bytes: Option<u64>,
     can_park: Option<bool>,
     park_note: Option<String>,
+    can_reread: Option<bool>,
     #[serde(default)]
     phases: Vec<PhaseTime>,
 }
@@ -80,9 +84,17 @@ impl Doctor {
         }
     }
 
-    /// Has it go to sleep, which it is to say itself afterwards; an error says why it does not sleep.
-    pub(super) async fn put_to_sleep(&self) -> Result<(), String> {
-        self.tell("/sleep?level=1").await?;
+    /// Has it go to sleep, which it is to say itself afterwards; an error says why it does not sleep. `bare`: without a copy in
+    /// host memory, if it can read its weights again.
+    pub(super) async fn put_to_sleep(&self, bare: bool) -> Result<(), String> {
+        if bare && !self.is_ours().await? {
+            // FastAPI answers 405 to the wrong method, 404 where there is nothing.
+            let (status, _) = self.get(RELOAD).await.map_err(|lost| lost.to_string())?;
+            if status == 404 {
+                return Err(format!("it has no {RELOAD}, by which vLLM reads its weights again"));
+            }
+        }
+        self.tell(if bare { "/sleep?level=2" } else { "/sleep?level=1" }).await?;
         let answer = self.get("/is_sleeping").await.map_err(|lost| lost.to_string())?;
         let says: Value = serde_json::from_slice(&answer.1).unwrap_or_default();
         let sleeps = answer.0 == 200 && says.get("is_sleeping") == Some(&Value::Bool(true));
@@ -92,6 +104,25 @@ impl Doctor {
     /// Wakes it; it may need some more time to be ready.
     pub(super) async fn wake_up(&self) -> Result<(), String> {
         self.tell("/wake_up").await
+    }
+
+    /// Wakes it from a sleep without a copy: a worker of ours reads its weights again by itself, and may make a copy of
+    /// `park_bytes` again; vLLM has to be told.
+    pub(super) async fn wake_bare(&self, park_bytes: Option<u64>) -> Result<(), String> {
+        if self.is_ours().await? {
+            let budget = park_bytes.map_or(String::new(), |bytes| format!("?park_bytes={bytes}"));
+            return self.tell(&format!("/wake_up{budget}")).await;
+        }
+        self.tell("/wake_up?tags=weights").await?;
+        self.tell_with(RELOAD, Some(&json!({"method": "reload_weights"}))).await?;
+        self.tell("/wake_up?tags=kv_cache").await
+    }
+
+    /// Whether its `/health` is in the shape of our workers' (with `instance`), whatever it says.
+    async fn is_ours(&self) -> Result<bool, String> {
+        let (_, body) = self.get("/health").await.map_err(|lost| lost.to_string())?;
+        let says: Value = serde_json::from_slice(&body).unwrap_or_default();
+        Ok(says.get("instance").is_some())
     }
 
     /// Has a spare process become the worker that `order` describes; an error says why it does not.
@@ -151,7 +182,7 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
             return Health::Stranger;
         }
         let note = body.park_note.map(|note| cut(note, NOTE_LIMIT));
-        let host = HostCopy { bytes: body.host_bytes, can_park: body.can_park, note };
+        let host = HostCopy { bytes: body.host_bytes, can_park: body.can_park, note, can_reread: body.can_reread };
         let memory = Memory { device_bytes: body.device_bytes, host };
         return match body.status.as_str() {
             "ready" if status == 200 => Health::Ready { memory, phases: body.phases },
@@ -171,7 +202,6 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn ready(memory: Memory) -> Health {
         Health::Ready { memory, phases: Vec::new() }
@@ -191,8 +221,9 @@ mod tests {
         let memory = Memory { device_bytes: Some(7), ..Memory::default() };
         assert_eq!(read(200, tells, "m"), Health::Ready { memory, phases });
         let tells =
-            br#"{"status": "ready", "instance": "m", "host_bytes": 5, "can_park": false, "park_note": "no room"}"#;
-        let host = HostCopy { bytes: Some(5), can_park: Some(false), note: Some("no room".into()) };
+            br#"{"status": "ready", "instance": "m", "host_bytes": 5, "can_park": false, "park_note": "no room", "can_reread": true}"#;
+        let note = Some("no room".into());
+        let host = HostCopy { bytes: Some(5), can_park: Some(false), note, can_reread: Some(true) };
         assert_eq!(read(200, tells, "m"), ready(Memory { device_bytes: None, host }));
         let memory = Memory::default();
         let not_yet = Health::NotYet { phase: Some("weights".into()), percent: Some(40.0), memory };

@@ -1,5 +1,6 @@
 //! A cold load: starting the process, watching it get ready, and waiting after a failure.
 
+use super::rehearsal::rehearsed;
 use super::*;
 
 /// Failed loads in a row after which a model is quarantined.
@@ -25,6 +26,8 @@ pub(super) enum Try {
     OutOfMemory(String, Tail),
     /// By an order given at this time.
     Stopped(Instant),
+    /// It did not come back from its rehearsal.
+    Sleepless(String),
     Ended,
 }
 
@@ -35,6 +38,7 @@ impl Supervisor {
         let _loading = self.around.spares.loading();
         self.enter(ModelState::Loading);
         self.is_small = false;
+        self.sleepless = None;
         if let Err(reason) = self.leftovers_are_free().await {
             return self.failed_load(reason, &Tail::default(), None).await;
         }
@@ -47,12 +51,16 @@ impl Supervisor {
         let deadline = ordered_at + limit;
         let mut avoid = BTreeSet::new();
         loop {
-            match self.try_load(&avoid, deadline, memory_before).await {
+            let tried = match self.try_load(&avoid, deadline, memory_before).await {
+                Try::Ready(running, phases) if self.rehearses(&running) => self.rehearse(running, phases).await,
+                tried => tried,
+            };
+            match tried {
                 Try::Ready(running, phases) => {
                     let base_url = format!("http://127.0.0.1:{}", running.process.port());
                     self.failed_loads = 0;
                     self.enter(ModelState::Resident);
-                    let load_ms = self.around.clock.millis_in(ordered_at.elapsed());
+                    let load_ms = self.around.clock.millis_in(ordered_at.elapsed().saturating_sub(rehearsed(&phases)));
                     tracing::info!(model = self.spec.name, base_url, load_ms, phases = in_words(&phases), "ready");
                     self.view.send_modify(|v| v.phases.clone_from(&phases));
                     self.report(Report::Loaded { phases });
@@ -89,6 +97,13 @@ impl Supervisor {
                     self.enter(ModelState::Absent);
                     self.report(Report::Stopped { stop_ms: self.around.clock.millis_in(ordered_at.elapsed()) });
                     return Phase::Absent;
+                }
+                Try::Sleepless(why) => {
+                    let model = &self.spec.name;
+                    tracing::warn!(model, "it did not come back when it was put to sleep, and is loaded anew: {why}");
+                    self.at_leisure = false;
+                    self.sleepless = Some(format!("put to sleep once after its load, it did not come back: {why}"));
+                    self.wait_memory_free(self.free_as_before(memory_before)).await;
                 }
                 Try::Ended => return Phase::Ended,
             }
@@ -134,7 +149,7 @@ impl Supervisor {
                 }
                 order = self.orders.recv() => {
                     match order.map(|asked| asked.order) {
-                        Some(Order::Stop | Order::Park) => {
+                        Some(Order::Stop | Order::Park | Order::ParkBare) => {
                             let ordered_at = Instant::now();
                             self.enter(ModelState::Draining);
                             process.stop(self.around.grace).await;
@@ -143,6 +158,10 @@ impl Supervisor {
                         None => {
                             process.stop(self.around.grace).await;
                             return Try::Ended;
+                        }
+                        Some(Order::Hurry) => {
+                            self.at_leisure = false;
+                            continue;
                         }
                         Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect) => continue,
                     }
@@ -171,8 +190,17 @@ impl Supervisor {
                     let phases = whole(spawned.unwrap_or_default(), started.elapsed(), phases);
                     let host = HostCopy::default();
                     let pids = BTreeSet::new();
-                    let mut running =
-                        Running { process, doctor, since, memory_before, own: None, grown: None, host, pids };
+                    let mut running = Running {
+                        process,
+                        doctor,
+                        since,
+                        memory_before,
+                        own: None,
+                        grown: None,
+                        host,
+                        is_bare: false,
+                        pids,
+                    };
                     self.note_memory(&mut running, memory);
                     self.note_pids(&mut running).await;
                     if let Some(before) = memory_before {
@@ -292,13 +320,13 @@ impl Supervisor {
                     retry_at: until,
                     quarantined: self.failed_loads >= QUARANTINE_AFTER,
                 }),
-                Some(Order::Stop | Order::Park) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Order::Stop | Order::Park | Order::ParkBare) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Order::Retry) => {
                     self.enter(ModelState::Absent);
                     self.forget_failures();
                     return Phase::Absent;
                 }
-                Some(Order::Suspect) => {}
+                Some(Order::Suspect | Order::Hurry) => {}
                 None => return Phase::Ended,
             }
         }
@@ -319,7 +347,7 @@ fn in_words(phases: &[PhaseTime]) -> String {
 }
 
 /// Longest time of a load: ten times what it usually takes, at least `at_least`.
-fn load_limit(startup_time: Duration, at_least: Duration) -> Duration {
+pub(super) fn load_limit(startup_time: Duration, at_least: Duration) -> Duration {
     startup_time.saturating_mul(10).max(at_least)
 }
 

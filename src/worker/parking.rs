@@ -1,6 +1,7 @@
 //! A worker in host memory: how it gets there, lies there, and comes back. Whatever does not work out ends its process, and
 //! the next load is a cold one.
 
+use super::loading::load_limit;
 use super::*;
 use crate::worker::checkpoint::{self, Way};
 
@@ -9,7 +10,7 @@ use crate::worker::checkpoint::{self, Way};
 const RESIDUE_BYTES: u64 = 2 << 30;
 
 /// How something that a worker was told to do came out.
-enum Turn<T> {
+pub(super) enum Turn<T> {
     Done(T),
     Failed(String),
     /// It is to be stopped instead.
@@ -18,10 +19,12 @@ enum Turn<T> {
 }
 
 impl Supervisor {
-    /// Its jobs have ended: it sleeps, and its device memory is seen to be free.
-    pub(super) async fn park(&mut self, mut running: Running) -> Phase {
+    /// Its jobs have ended: it sleeps, and its device memory is seen to be free. `bare`: nothing of its weights stays.
+    pub(super) async fn park(&mut self, mut running: Running, bare: bool) -> Phase {
         let ordered_at = Instant::now();
         self.enter(ModelState::Parking);
+        running.is_bare = bare;
+        self.view.send_modify(|v| v.without_copy = bare);
         self.note_life(running.since);
         let free = self.free_when(&mut running).await;
         let at_most = self.parked_use(free.as_ref()).await;
@@ -30,7 +33,7 @@ impl Supervisor {
             Turn::Done(()) => match self.shows_back(&mut running, free.as_ref(), at_most).await {
                 Ok(()) => {
                     let park_ms = millis(ordered_at.elapsed());
-                    tracing::info!(model = self.spec.name, park_ms, "parked");
+                    tracing::info!(model = self.spec.name, park_ms, without_copy = bare, "parked");
                     let kept = self.kept_bytes(free.as_ref()).await;
                     self.enter(ModelState::Parked);
                     self.view.send_modify(|v| v.device_bytes = kept);
@@ -60,9 +63,9 @@ impl Supervisor {
                     match asked.order {
                         Order::Load | Order::Wake => return self.wake(running, asked).await,
                         Order::Stop => return self.leave_parked(running).await,
-                        Order::Park => self.report(Report::Parked { park_ms: 0 }),
+                        Order::Park | Order::ParkBare => self.report(Report::Parked { park_ms: 0 }),
                         Order::Retry => self.forget_failures(),
-                        Order::Suspect => {} // Nothing runs on it.
+                        Order::Suspect | Order::Hurry => {} // Nothing runs on it.
                     }
                     continue;
                 }
@@ -109,13 +112,14 @@ impl Supervisor {
                     self.note_memory(&mut running, memory);
                     self.note_pids(&mut running).await;
                     (running.since, running.memory_before) = (Instant::now(), before);
+                    let was_bare = std::mem::take(&mut running.is_bare);
                     if let Some(before) = before {
                         running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
                     }
                     let base_url = format!("http://127.0.0.1:{}", running.process.port());
                     let load_ms = millis(ordered_at.elapsed());
                     self.enter(ModelState::Resident);
-                    tracing::info!(model = self.spec.name, base_url, load_ms, "awake");
+                    tracing::info!(model = self.spec.name, base_url, load_ms, was_bare, "awake");
                     self.report(Report::Ready { base_url, load_ms });
                     return Phase::Serving(Box::new(running));
                 }
@@ -147,15 +151,15 @@ impl Supervisor {
         async move { checkpoint::take(&program, way, family, guard).await }
     }
 
-    fn fall_asleep(&self, running: &Running) -> impl Future<Output = Result<(), String>> + use<> {
+    pub(super) fn fall_asleep(&self, running: &Running) -> impl Future<Output = Result<(), String>> + use<> {
         let limit = if self.is_checkpointed() { self.tempo.checkpoint_limit } else { self.tempo.park_limit };
         let by_driver = self.is_checkpointed().then(|| self.checkpoint(Way::Park, &running.process));
-        let doctor = running.doctor.clone();
+        let (doctor, bare) = (running.doctor.clone(), running.is_bare);
         async move {
             let asleep = async {
                 match by_driver {
                     Some(checkpoint) => checkpoint.await,
-                    None => doctor.put_to_sleep().await,
+                    None => doctor.put_to_sleep(bare).await,
                 }
             };
             let late = || Err(format!("it was not asleep within {} s", limit.as_secs_f64()));
@@ -163,14 +167,21 @@ impl Supervisor {
         }
     }
 
-    fn come_back(&self, running: &Running) -> impl Future<Output = Result<Memory, String>> + use<> {
+    pub(super) fn come_back(&self, running: &Running) -> impl Future<Output = Result<Memory, String>> + use<> {
         let by_driver = self.is_checkpointed().then(|| self.checkpoint(Way::Wake, &running.process));
         let (doctor, tempo) = (running.doctor.clone(), self.tempo.clone());
-        let limit = if by_driver.is_some() { tempo.checkpoint_limit } else { tempo.wake_limit };
+        let (bare, park_bytes) = (running.is_bare, self.park_bytes);
+        let limit = match bare {
+            // From the disk, whatever else it is spared.
+            true => load_limit(self.spec.startup_time, tempo.load_limit_min),
+            false if by_driver.is_some() => tempo.checkpoint_limit,
+            false => tempo.wake_limit,
+        };
         async move {
             let awake = async {
                 match by_driver {
                     Some(checkpoint) => checkpoint.await?,
+                    None if bare => doctor.wake_bare(park_bytes).await?,
                     None => doctor.wake_up().await?,
                 }
                 loop {
@@ -186,18 +197,31 @@ impl Supervisor {
         }
     }
 
-    /// Waits for something that the worker was told to do; its end, or an order to stop, breaks that off.
-    async fn meanwhile<T>(&mut self, running: &mut Running, what: impl Future<Output = Result<T, String>>) -> Turn<T> {
+    /// Waits for something that the worker was told to do; its end, or an order to stop, breaks that off. Other orders are
+    /// followed afterwards.
+    pub(super) async fn meanwhile<T>(
+        &mut self,
+        running: &mut Running,
+        what: impl Future<Output = Result<T, String>>,
+    ) -> Turn<T> {
         let mut what = std::pin::pin!(what);
         loop {
             tokio::select! {
                 biased;
                 () = self.hard.cancelled() => return Turn::Ended,
-                order = self.orders.recv() => match order {
-                    None => return Turn::Ended,
-                    Some(Asked { order: Order::Stop, .. }) => return Turn::Stopped,
-                    Some(_) => {}
-                },
+                asked = self.orders.fresh() => {
+                    let Some(asked) = asked else { return Turn::Ended };
+                    match asked.order {
+                        Order::Stop => {
+                            // Whatever was wanted before is not any more.
+                            self.orders.kept.clear();
+                            return Turn::Stopped;
+                        }
+                        Order::Retry => self.forget_failures(),
+                        Order::Suspect | Order::Hurry => {} // Nothing runs on it.
+                        Order::Load | Order::Wake | Order::Park | Order::ParkBare => self.orders.kept.push_back(asked),
+                    }
+                }
                 how = running.process.exited() => return Turn::Failed(format!("it {how}")),
                 done = &mut what => return done.map_or_else(Turn::Failed, Turn::Done),
             }

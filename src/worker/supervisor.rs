@@ -1,6 +1,6 @@
 //! One task per worker (of a model with replicas there are several), the only writer of its state.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -32,6 +32,8 @@ pub(super) use loading::backoff;
 mod out_of_memory;
 #[path = "parking.rs"]
 mod parking;
+#[path = "rehearsal.rs"]
+mod rehearsal;
 
 /// Deaths soon after readiness, in a row, that cost no back-off: a job that kills its worker is the scheduler's to find.
 const FREE_EARLY_DEATHS: u32 = 2;
@@ -89,6 +91,30 @@ struct Asked {
     set: Option<GpuSet>,
     /// With a load: most host memory that the copy of its weights may take, in bytes; `None`: it is not to be parked.
     park_bytes: Option<u64>,
+    /// With a load: nobody waits for it.
+    at_leisure: bool,
+}
+
+/// Orders in turn.
+struct Inbox {
+    orders: mpsc::Receiver<Asked>,
+    /// Those that came in the middle of a transition, and are followed after it.
+    kept: VecDeque<Asked>,
+}
+
+impl Inbox {
+    /// The next order; `None`: nobody will give one any more.
+    async fn recv(&mut self) -> Option<Asked> {
+        match self.kept.pop_front() {
+            Some(asked) => Some(asked),
+            None => self.orders.recv().await,
+        }
+    }
+
+    /// The next one that has not been kept: what comes in the middle of a transition.
+    async fn fresh(&mut self) -> Option<Asked> {
+        self.orders.recv().await
+    }
 }
 
 /// What a supervisor can be asked.
@@ -100,6 +126,8 @@ pub enum Order {
     Wake,
     /// Leave it in host memory: `Parked` when its device memory is free. If it cannot be parked, or is not ready: as `Stop`.
     Park,
+    /// As `Park`, without a copy of its weights in host memory: only its process stays, and `Wake` reads them again.
+    ParkBare,
     /// End it: `Stopped` when its device memory is free. While absent: `Stopped` at once.
     Stop,
     /// Forget back-off and quarantine: `Available`.
@@ -107,6 +135,8 @@ pub enum Order {
     /// A job got no answer though the worker looks alive: probe now; `Ready` again if it answers, else it is ended and
     /// `Died` reported.
     Suspect,
+    /// Somebody waits now for what was to be loaded at leisure. Unless it loads: nothing.
+    Hurry,
 }
 
 /// How fast a supervisor looks and how long it waits. The default is what runs; tests shorten it.
@@ -196,6 +226,7 @@ impl WorkerHandle {
             retry_at: None,
             reason: None,
             device_bytes: None,
+            without_copy: false,
             lost_copy: None,
             host_bytes: None,
             can_park: None,
@@ -211,10 +242,12 @@ impl WorkerHandle {
             replica,
             gpus: Vec::new(),
             park_bytes: None,
+            at_leisure: false,
+            sleepless: None,
             free_bytes: None,
             around,
             tempo,
-            orders: inbox,
+            orders: Inbox { orders: inbox, kept: VecDeque::new() },
             reports,
             view: view_writer,
             looked,
@@ -241,13 +274,20 @@ impl WorkerHandle {
     /// Gives an order. Orders are followed in turn; one that is given in the middle of a transition is followed after it,
     /// except that `Stop` breaks a load off.
     pub fn order(&self, order: Order) {
-        self.give(Asked { order, set: None, park_bytes: None });
+        self.give(Asked { order, set: None, park_bytes: None, at_leisure: false });
     }
 
     /// As [`Self::order`]; a load is to be on these devices, and may take `park_bytes` of host memory for the copy that is
     /// parked (`None`: it will not be). Without any word of the devices a worker may see all GPUs.
     pub fn order_on(&self, order: Order, set: GpuSet, park_bytes: Option<u64>) {
-        self.give(Asked { order, set: Some(set), park_bytes });
+        self.give(Asked { order, set: Some(set), park_bytes, at_leisure: false });
+    }
+
+    /// As [`Self::order_on`] with `Load`, while nobody waits: a worker that will make its copy when it is parked is put to sleep
+    /// and woken once before it is `Ready`, since the first time takes long (page-locking). `Hurry` before that says that
+    /// somebody waits now.
+    pub fn load_at_leisure(&self, set: GpuSet, park_bytes: Option<u64>) {
+        self.give(Asked { order: Order::Load, set: Some(set), park_bytes, at_leisure: true });
     }
 
     fn give(&self, asked: Asked) {
@@ -302,6 +342,8 @@ struct Running {
     grown: Option<u64>,
     /// What was reported of its copy in host memory.
     host: HostCopy,
+    /// It sleeps without a copy of its weights.
+    is_bare: bool,
     /// Those of its processes that the driver has shown on its GPUs; none: it shows no numbers that are ours.
     pids: BTreeSet<u32>,
 }
@@ -335,12 +377,16 @@ struct Supervisor {
     gpus: Vec<u32>,
     /// Host memory that its next load may take for the copy that is parked, in bytes; `None`: it will not be.
     park_bytes: Option<u64>,
+    /// Nobody waits for its present load.
+    at_leisure: bool,
+    /// Why the worker that is there must not be put to sleep: another one of this load did not come back.
+    sleepless: Option<String>,
     /// Memory that was free on the fullest of its GPUs before it was loaded, in bytes.
     free_bytes: Option<u64>,
     around: Surroundings,
     tempo: Tempo,
     hard: CancellationToken,
-    orders: mpsc::Receiver<Asked>,
+    orders: Inbox,
     reports: Reports,
     view: watch::Sender<WorkerView>,
     /// Whether the driver was asked for the first time.
@@ -380,9 +426,9 @@ impl Supervisor {
         loop {
             match self.next_order().await {
                 Some(Order::Load | Order::Wake) => return Phase::Loading,
-                Some(Order::Stop | Order::Park) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Order::Stop | Order::Park | Order::ParkBare) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Order::Retry) => self.forget_failures(),
-                Some(Order::Suspect) => {} // It has died since, and that was reported.
+                Some(Order::Suspect | Order::Hurry) => {} // It has died since, and that was reported.
                 None => return Phase::Ended,
             }
         }
@@ -407,12 +453,13 @@ impl Supervisor {
                     return Phase::Ended;
                 }
                 Event::Order(Some(Order::Stop)) => return self.stop(running).await,
-                Event::Order(Some(Order::Park)) => return self.park(running).await,
+                Event::Order(Some(Order::Park)) => return self.park(running, false).await,
+                Event::Order(Some(Order::ParkBare)) => return self.park(running, true).await,
                 Event::Order(Some(Order::Suspect)) if !suspected => {
                     suspected = true;
                     probe = self.suspect_probe(&running.doctor);
                 }
-                Event::Order(Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect)) => {}
+                Event::Order(Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect | Order::Hurry)) => {}
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
                 Event::Pulse(Pulse::Alive(memory)) => {
                     misses = 0;
@@ -464,8 +511,8 @@ impl Supervisor {
         loop {
             match self.next_order_within(look_every).await {
                 Some(None) => return Phase::Ended,
-                Some(Some(Order::Stop | Order::Park)) => self.report(Report::Stopped { stop_ms: 0 }),
-                Some(Some(Order::Suspect)) => {}
+                Some(Some(Order::Stop | Order::Park | Order::ParkBare)) => self.report(Report::Stopped { stop_ms: 0 }),
+                Some(Some(Order::Suspect | Order::Hurry)) => {}
                 Some(Some(Order::Load | Order::Wake)) if self.sees_gpu().await => return Phase::Loading,
                 Some(Some(Order::Load | Order::Wake)) => self.report(Report::NoGpu),
                 Some(Some(Order::Retry)) | None => {
@@ -602,6 +649,7 @@ impl Supervisor {
             let set = asked.set.filter(|_| self.spec.gpus > 0);
             self.gpus = set.map_or_else(Vec::new, |set| set.gpus().collect());
             self.park_bytes = asked.park_bytes.filter(|_| self.spec.park == Park::Ram);
+            self.at_leisure = asked.at_leisure;
         }
     }
 
@@ -617,6 +665,7 @@ impl Supervisor {
             v.reason = None;
             v.phase = None;
             v.percent = None;
+            v.without_copy &= matches!(state, ModelState::Parking | ModelState::Parked | ModelState::Waking);
             if state == ModelState::Loading {
                 v.lost_copy = None;
             }

@@ -29,6 +29,7 @@ mod reloads;
 mod replay;
 mod restarts;
 mod retention;
+mod sleeping;
 mod starts;
 mod streams;
 mod swaps;

@@ -415,7 +415,8 @@ class BaseService:
         """What `/health` says about parking, if it is known.
 
         `host_bytes`: host memory that the copy of the weights takes now; `can_park`: false if `/sleep` would not give
-        the device's memory back; `park_note`: a sentence for a person.
+        the device's memory back; `park_note`: a sentence for a person; `can_reread`: whether `/sleep?level=2` leaves no
+        copy, and a wake reads the weights again.
         """
         return {}
 
@@ -474,10 +475,18 @@ class BaseService:
         return JSONResponse({"is_sleeping": True})
 
     async def wake_up(self, request: Request) -> Response:
-        """`POST /wake_up`: answers when requests are taken again."""
+        """`POST /wake_up?park_bytes=N`: answers when requests are taken again.
+
+        After a sleep of level 2 a copy of the weights may be made again, of at most N bytes if the scheduler says so.
+        """
+        budget = request.query_params.get("park_bytes")
+        if budget is not None and not (budget.isascii() and budget.isdigit()):
+            raise InvalidRequest(f"park_bytes must be a number of bytes, not {budget!r}", param="park_bytes")
         async with self._sleep_lock:
             if self.status is Status.ASLEEP:
                 self.loading.phase = "waking"
+                if budget is not None:
+                    os.environ["ROUNDHOUSE_PARK_BYTES"] = budget
                 await self._move("wake", "ready", self.wake)
                 self.status = Status.READY
             self.require_ready()

@@ -305,6 +305,8 @@ class TorchService(BaseService):
             facts["can_park"] = True
             if parker is not None and parker.note:
                 facts["park_note"] = parker.note
+        # Parts with hooks are not simply forgotten.
+        facts["can_reread"] = self.parks
         return facts
 
 

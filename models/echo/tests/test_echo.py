@@ -492,6 +492,20 @@ def test_what_it_tells_of_its_copy_in_host_memory():
         assert (health["can_park"], health["park_note"]) == (False, "offloaded")
 
 
+def test_without_a_copy_it_makes_one_again_at_the_wake_if_there_is_room():
+    flags = ("--host-bytes", "50", "--reread-s", "0")
+    with Worker(SERVER, *flags, environment={"ROUNDHOUSE_PARK_BYTES": "49"}) as worker:
+        worker.ready()
+        told = []
+        for call in ("/sleep?level=2", "/wake_up?park_bytes=50", "/sleep?level=2", "/wake_up?park_bytes=10"):
+            assert worker.post(call).status_code == 200
+            health = worker.get("/health").json()
+            told.append((health["host_bytes"], health["can_park"], health["can_reread"]))
+        assert told == [(0, True, True), (50, True, True), (0, True, True), (0, False, True)]
+        assert worker.post("/sleep").status_code == 200
+        assert worker.post("/wake_up?park_bytes=many").status_code == 400
+
+
 def test_a_lying_sleeper_keeps_the_memory(tmp_path: Path):
     flags = ("--device-memory-dir", str(tmp_path), "--device-memory-bytes", "5000", "--device-bytes", "5000")
     with Worker(SERVER, *flags, "--park-lie") as worker:

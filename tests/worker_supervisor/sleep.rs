@@ -1,0 +1,160 @@
+//! Workers that sleep: what comes meanwhile, without a copy of their weights, and once at their load.
+
+use super::*;
+
+/// Waits until a worker is told something that the hold file keeps it from answering.
+async fn until_told(bench: &Bench) {
+    until("it is told", || bench.path().join("calls").exists()).await;
+}
+
+#[tokio::test]
+async fn orders_that_come_while_a_worker_falls_asleep_or_wakes_are_followed() {
+    let bench = Bench::new();
+    let hold = bench.path().join("hold");
+    let mut worker = bench.worker(&["--hold-file", &hold.display().to_string()]);
+    worker.load().await;
+    std::fs::write(&hold, "").unwrap();
+    worker.handle.order(Order::Park);
+    until_told(&bench).await;
+    worker.handle.order(Order::Retry);
+    assert_eq!(worker.next().await, Report::Available, "at once");
+    worker.handle.order(Order::Wake);
+    std::fs::remove_file(&hold).unwrap();
+    assert!(matches!(worker.next().await, Report::Parked { .. }));
+    assert!(matches!(worker.next().await, Report::Ready { .. }));
+    worker.park().await;
+    assert_eq!(bench.calls(), ["/sleep?level=1", "/wake_up", "/sleep?level=1"]);
+    std::fs::write(&hold, "").unwrap();
+    worker.handle.order(Order::Wake);
+    until_told(&bench).await;
+    worker.handle.order(Order::Park);
+    std::fs::remove_file(&hold).unwrap();
+    assert!(matches!(worker.next().await, Report::Ready { .. }));
+    assert!(matches!(worker.next().await, Report::Parked { .. }));
+    worker.stop().await;
+    bench.assert_nothing_left();
+}
+
+/// A worker that may be parked in RAM.
+fn parks(bench: &Bench, flags: &[&str]) -> Worker {
+    bench.supervise(ModelSpec { park: roundhouse::domain::Park::Ram, ..bench.spec(flags) })
+}
+
+/// What a worker in this shape is told when it is parked without a copy and woken.
+async fn parked_bare(flags: &[&str]) -> Vec<String> {
+    let bench = Bench::new();
+    let mut worker = parks(&bench, flags);
+    worker.load().await;
+    worker.handle.order(Order::ParkBare);
+    let report = worker.settled().await;
+    assert!(matches!(report, Report::Parked { .. }), "{report:?}");
+    let view = worker.handle.view();
+    assert_eq!((view.state, view.without_copy), (ModelState::Parked, true));
+    worker.handle.order_on(Order::Wake, GpuSet::one(0), Some(7));
+    let report = worker.next().await;
+    assert!(matches!(report, Report::Ready { .. }), "{report:?}");
+    let view = worker.handle.view();
+    assert_eq!((view.state, view.without_copy, view.starts), (ModelState::Resident, false, 1), "the same process");
+    worker.stop().await;
+    bench.assert_nothing_left();
+    bench.calls()
+}
+
+#[tokio::test]
+async fn a_worker_of_ours_reads_its_weights_again_by_itself() {
+    assert_eq!(parked_bare(&[]).await, ["/sleep?level=2", "/wake_up?park_bytes=7"]);
+}
+
+#[tokio::test]
+async fn vllm_is_told_to_read_its_weights_again() {
+    let reload = r#"/collective_rpc {"method":"reload_weights"}"#;
+    let calls = ["/sleep?level=2", "/wake_up?tags=weights", reload, "/wake_up?tags=kv_cache"];
+    assert_eq!(parked_bare(&["--vllm", "dev"]).await, calls);
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_be_told_to_read_its_weights_again_is_stopped() {
+    let bench = Bench::new();
+    let mut worker = parks(&bench, &["--vllm", "old"]);
+    worker.load().await;
+    worker.handle.order(Order::ParkBare);
+    assert!(matches!(worker.settled().await, Report::Stopped { .. }));
+    assert_eq!(bench.calls(), [""; 0], "it has not been sent to sleep");
+    bench.assert_nothing_left();
+}
+
+/// Loads it at leisure; the phases of that.
+async fn load_at_leisure(worker: &mut Worker) -> Vec<String> {
+    worker.handle.load_at_leisure(GpuSet::one(0), Some(7));
+    let mut told = Vec::new();
+    loop {
+        match worker.next().await {
+            Report::Loaded { phases } => told = phases.into_iter().map(|phase| phase.phase).collect(),
+            Report::Ready { .. } => return told,
+            Report::Loading { .. } | Report::Host(_) => {}
+            other => panic!("not ready: {other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_worker_sleeps_once_at_its_load_if_nobody_waits_and_its_copy_is_not_there_yet() {
+    let bench = Bench::new();
+    let mut worker = parks(&bench, &[]);
+    assert_eq!(load_at_leisure(&mut worker).await, ["spawn", "load", "rehearsal"]);
+    assert_eq!(bench.calls(), ["/sleep?level=1", "/wake_up"]);
+    worker.stop().await;
+    worker.load().await;
+    assert_eq!(bench.calls(), [""; 0], "somebody waits");
+    worker.stop().await;
+    let mut worker = parks(&bench, &["--host-bytes", "5"]);
+    assert_eq!(load_at_leisure(&mut worker).await, ["spawn", "load"], "it has its copy");
+    worker.stop().await;
+    let mut worker = bench.worker(&[]);
+    assert_eq!(load_at_leisure(&mut worker).await, ["spawn", "load"], "it is never parked");
+    worker.stop().await;
+    assert_eq!(bench.calls(), [""; 0]);
+    bench.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn who_comes_while_it_loads_does_not_wait_for_the_rehearsal() {
+    let bench = Bench::new();
+    let hang = bench.path().join("hang");
+    std::fs::write(&hang, "").unwrap();
+    let mut worker = parks(&bench, &["--hang-file", &hang.display().to_string()]);
+    worker.handle.load_at_leisure(GpuSet::one(0), Some(7));
+    until("it has begun", || !bench.toys().is_empty()).await;
+    worker.handle.order(Order::Hurry);
+    std::fs::remove_file(&hang).unwrap();
+    assert!(matches!(worker.settled().await, Report::Ready { .. }));
+    assert_eq!(bench.calls(), [""; 0]);
+    worker.stop().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_does_not_come_back_from_its_rehearsal_is_loaded_anew_and_not_parked() {
+    let bench = Bench::new();
+    let mut worker = parks(&bench, &["--sleep-fails"]);
+    assert_eq!(load_at_leisure(&mut worker).await, ["spawn", "load"]);
+    let view = worker.handle.view();
+    assert_eq!((view.starts, view.can_park), (2, Some(false)));
+    assert!(view.park_note.as_ref().unwrap().contains("/sleep?level=1 answers with status 500"), "{view:?}");
+    assert_eq!(bench.calls(), ["/sleep?level=1"]);
+    worker.stop().await;
+    bench.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn an_order_to_stop_ends_a_rehearsal_at_once() {
+    let bench = Bench::new();
+    let hold = bench.path().join("hold");
+    std::fs::write(&hold, "").unwrap();
+    let mut worker = parks(&bench, &["--hold-file", &hold.display().to_string()]);
+    worker.handle.load_at_leisure(GpuSet::one(0), Some(7));
+    until_told(&bench).await;
+    assert_eq!(worker.handle.view().phase.as_deref(), Some("rehearsal"));
+    worker.handle.order(Order::Stop);
+    assert!(matches!(worker.settled().await, Report::Stopped { .. }));
+    bench.assert_nothing_left();
+}
