@@ -7,8 +7,10 @@
 #   scripts/gpu-verify.sh --scale tiny                            the same procedure on the CPU with the small checkpoints
 #   scripts/gpu-verify.sh --help                                  all flags
 #
-# PYTHON names the interpreter, which must have torch, transformers, diffusers, starlette, uvicorn and vllm (python3).
-# Exit code: 0 all goals met, 1 one was missed or a part failed.
+# PYTHON names the interpreter (python3), which must have torch, transformers, diffusers, starlette, uvicorn, soundfile and
+# vllm; with --scale tiny any 3.11 does, since workers run in models/*/.venv.
+# Exit code: 0 all goals met, 1 one was missed or a part failed, 2 a flag is wrong or the machine lacks something, 130 broken
+# off.
 set -euo pipefail
 source "$(dirname "$0")/lib/common.sh"
 

@@ -23,12 +23,30 @@ from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-from gpu import box, models, swaps, table, throughput
+from gpu import box, models, needs, swaps, table, throughput
 from gpu.common import ROOT, Failed, Json, Records, say, until
 from gpu.models import REAL, TINY, Model
 from gpu.server import COLD_LIMIT_S, Server, environment
 
 PARTS = ("link", "checkpoints", "swaps", "cold", "text", "music", "stop", "kill")
+PARKED = {"swaps", "stop", "kill", "two-gpus"}
+SERVED = PARKED | {"cold", "text", "music"}
+"""Parts that park models, and those that load any."""
+MODELS = ("flux-transformer", "flux", "musicgen", "text")
+EPILOG = """\
+needs:
+  a program (--binary) built by cargo build --release
+  real: a GPU of 80 GB, 128 GB of memory, 45 GB of disk for the checkpoints; fewer --models take less
+  real: a Python with torch, transformers, diffusers, starlette, uvicorn, soundfile and vllm: the environment variable
+        PYTHON names it; default: python3
+  tiny: scripts/install.sh --cpu flux musicgen (with --vllm: vllm, too), and scripts/make-checkpoints.sh
+
+exit codes:
+  0  all goals were met
+  1  a goal was missed, or a part failed
+  2  a flag is wrong, or this machine lacks something: nothing was started
+  130  broken off by a signal; what had been started was stopped
+"""
 CHECKPOINT_LIMIT_S = 420
 GONE_LIMIT_S = 15
 
@@ -41,6 +59,13 @@ class Verify:
         self.out: pathlib.Path = options.out.resolve()
         self.out.mkdir(parents=True, exist_ok=True)
         self.records = Records(self.out / "results.jsonl")
+        self.keys = self.known_keys()
+        found = models.catalogue(options.scale, options.checkpoints.resolve(), self.uses_vllm, options.eager)
+        unknown = [name for name in options.models if name not in found]
+        if unknown:
+            raise Failed(f"--models: there is no {', '.join(unknown)}; there are {', '.join(found)}")
+        self.models = {name: found[name] for name in options.models}
+        self.look_around()
         self.end_at = time.monotonic() + options.budget
         self.mark = f"{os.getpid()}-{random.randrange(10**9)}"
         self.tmp = pathlib.Path(tempfile.gettempdir())
@@ -49,17 +74,8 @@ class Verify:
             # Others may use /tmp meanwhile. Short, since sockets lie in it, whose paths may have 107 characters.
             self.tmp = pathlib.Path(tempfile.mkdtemp(prefix="rhv-"))
             self.env["TMPDIR"] = str(self.tmp)
-        if self.is_tiny:
             self.env.setdefault("ROUNDHOUSE_FAKE_GPUS", f"{2 if options.two_gpus else 1}x1GiB")
-        self.keys = self.known_keys()
         self.before = box.look(self.tmp)
-        found = models.catalogue(options.scale, options.checkpoints.resolve(), self.uses_vllm, options.eager)
-        unknown = [name for name in options.models if name not in found]
-        if unknown:
-            raise Failed(f"--models: there is no {', '.join(unknown)}; there are {', '.join(found)}")
-        self.models = {name: found[name] for name in options.models}
-        if not self.is_tiny:
-            self.look_around()
         self.server: Server | None = None
         self.runs = 0
         self.ports: set[int] = set()
@@ -86,22 +102,42 @@ class Verify:
         return set(json.loads(answer)["$defs"]["Entry"]["properties"])
 
     def look_around(self) -> None:
-        """That this box has what the models need, before minutes are spent.
+        """That this box has what the chosen parts need, before minutes are spent.
 
         Raises:
             Failed: it has not.
         """
-        if not box.gpus():
+        if not self.is_tiny and not box.gpus():
             raise Failed("nvidia-smi shows no GPU; --scale tiny does without one")
-        needs = {"torch", "transformers", "safetensors", "starlette", "uvicorn", "numpy"}
-        for model in self.models.values():
-            needs |= {"image": {"diffusers", "PIL"}, "audio": {"soundfile"}, "text": {"vllm"}}[model.kind]
-        code = f"import importlib.util as u; print(*[n for n in {sorted(needs)} if u.find_spec(n) is None])"
-        run = subprocess.run(
-            [self.options.python or sys.executable, "-c", code], capture_output=True, text=True, timeout=60
-        )
-        if missing := run.stdout.split() or run.stderr.split()[-5:]:
-            raise Failed(f"this Python lacks {', '.join(missing)}; see --python and --models")
+        parts = {*self.options.only, *(["two-gpus"] if self.options.two_gpus else [])}
+        serves, makes = bool(parts & SERVED), "checkpoints" in parts and not self.is_tiny
+        pythons: dict[str, needs.Python] = {}
+        if "link" in parts or makes:
+            torch = needs.OF_TORCH | {"diffusers"} if makes else {"torch"}
+            pythons["link and checkpoints"] = needs.Python(self.own_or_this("flux"), torch, self.advice("flux"))
+        for model in self.models.values() if serves else ():
+            python = self.python(model) or str(models.own_python(model.server))
+            libraries = needs.OF_ALL | needs.OF_ENGINE[model.server]
+            pythons[f"workers of models/{model.server}"] = needs.Python(python, libraries, self.advice(model.server))
+        needs.libraries(pythons)
+        if not self.is_tiny:
+            folder, chosen = self.options.checkpoints.resolve(), list(self.models.values())
+            needs.room(chosen, folder, makes=makes, parks=bool(parts & PARKED))
+        for model in self.models.values() if serves and not makes else ():
+            if model.folder and not (model.folder / ".complete").exists():
+                how = "run scripts/make-checkpoints.sh" if self.is_tiny else "let the part checkpoints go before"
+                raise Failed(f"no checkpoint {model.folder}: {how}")
+
+    def advice(self, engine: str) -> str:
+        """What to do if the interpreter of an engine's workers will not do."""
+        if self.is_tiny and not self.options.python:
+            return f"run scripts/install.sh --cpu {engine}"
+        return "name another one by --python" if self.options.python else "name another one by PYTHON or --python"
+
+    def own_or_this(self, engine: str) -> str:
+        """The interpreter of what runs beside the server."""
+        own = models.own_python(engine)
+        return self.options.python or (str(own) if self.is_tiny and own.exists() else sys.executable)
 
     # ---- the server ----------------------------------------------------------
 
@@ -150,12 +186,15 @@ class Verify:
         facts = json.loads(self.alone([str(ROOT / "scripts/gpu/link.py")], 180, "flux").splitlines()[-1])
         self.records.add("link", **facts)
 
-    def alone(self, arguments: list[str], limit_s: float, venv: str) -> str:
+    def alone(self, arguments: list[str], limit_s: float, engine: str) -> str:
         """What a Python program prints that needs torch."""
-        own = ROOT / "models" / venv / ".venv/bin/python"
-        python = self.options.python or (str(own) if self.is_tiny and own.exists() else sys.executable)
         run = subprocess.run(
-            [python, *arguments], capture_output=True, text=True, timeout=limit_s, cwd=ROOT / "scripts", env=self.env
+            [self.own_or_this(engine), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            cwd=ROOT / "scripts",
+            env=self.env,
         )
         if run.returncode:
             raise Failed(f"{' '.join(arguments)} failed: {run.stderr[-1500:]}")
@@ -327,23 +366,33 @@ class Verify:
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words = lambda text: [word for word in text.split(",") if word]  # noqa: E731
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "target/gpu-verify", help="records, logs, table.md")
-    parser.add_argument("--scale", choices=(REAL, TINY), default=REAL, help="tiny: small checkpoints, on the CPU")
-    parser.add_argument("--only", type=words, default=list(PARTS), help=f"parts by commas: {','.join(PARTS)}")
-    parser.add_argument(
-        "--models", type=words, default=["flux-transformer", "flux", "musicgen", "text"], help="models by commas"
+    parser = argparse.ArgumentParser(
+        prog="scripts/gpu-verify.sh",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--binary", type=pathlib.Path, default=ROOT / "target/release/roundhouse")
-    parser.add_argument("--checkpoints", type=pathlib.Path, help="where they are made; a large disk")
-    parser.add_argument("--python", help="interpreter of the workers; default: this one (tiny: models/*/.venv)")
-    parser.add_argument("--cycles", type=int, default=3, help="how often all pairs are gone through")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds; no part begins later")
-    parser.add_argument("--park-ram", default="90%", help="scheduler.park_ram of the model file")
-    parser.add_argument("--eager", action="store_true", help="vLLM without compiling: starts sooner, runs slower")
-    parser.add_argument("--vllm", action="store_true", help="tiny: real vLLM on the CPU, too (a minute a start)")
-    parser.add_argument("--two-gpus", action="store_true", help="also models on two GPUs at once, and one on both")
+    words = lambda text: [word for word in text.split(",") if word]  # noqa: E731
+    add = parser.add_argument
+    out, binary = ROOT / "target/gpu-verify", ROOT / "target/release/roundhouse"
+    add("--out", type=pathlib.Path, default=out, help="records, logs, table.md; default: target/gpu-verify")
+    add("--scale", choices=(REAL, TINY), default=REAL, help="tiny: small checkpoints, on the CPU; default: real")
+    every = ",".join(PARTS)
+    add("--only", type=words, default=list(PARTS), help=f"parts by commas, or none; default: all, {every}")
+    add("--models", type=words, default=list(MODELS), help=f"models by commas; default: all, {','.join(MODELS)}")
+    add("--binary", type=pathlib.Path, default=binary, help="the server; default: target/release/roundhouse")
+    add(
+        "--checkpoints",
+        type=pathlib.Path,
+        help="where they are made, a large disk; default: OUT/checkpoints (tiny: those of scripts/make-checkpoints.sh)",
+    )
+    add("--python", help="interpreter of the workers; default: this one, PYTHON (tiny: models/*/.venv)")
+    add("--cycles", type=int, default=3, help="how often all pairs are gone through; default: 3")
+    add("--budget", type=float, default=1e9, help="seconds after which no part begins; default: no limit")
+    add("--park-ram", default="90%", help="scheduler.park_ram of the model file; default: 90%%")
+    add("--eager", action="store_true", help="vLLM without compiling: starts sooner, runs slower")
+    add("--vllm", action="store_true", help="tiny: real vLLM on the CPU, too (a minute a start)")
+    add("--two-gpus", action="store_true", help="also models on two GPUs at once, and one on both")
     made = parser.parse_args(arguments)
     unknown = [part for part in made.only if part not in PARTS and part != "none"]
     if unknown:

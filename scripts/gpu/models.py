@@ -147,10 +147,15 @@ def python_of(model: Model, given: str | None, scale: str) -> str | None:
     """The interpreter to name in its entry; None: the model's own environment."""
     if given:
         return given
-    own = ROOT / "models" / model.server / ".venv/bin/python"
     if scale == TINY:
-        return None if own.exists() else str(ROOT / ".venv-dev/bin/python")
+        tests = ROOT / ".venv-dev/bin/python"
+        return None if own_python(model.server).exists() else str(tests) if tests.exists() else sys.executable
     return sys.executable
+
+
+def own_python(engine: str) -> pathlib.Path:
+    """The interpreter of the environment of a folder in models/, which may not have been made."""
+    return ROOT / "models" / engine / ".venv/bin/python"
 
 
 def model_file(path: pathlib.Path, entries: dict[str, Json], park_ram: str) -> None:

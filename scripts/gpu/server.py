@@ -20,6 +20,9 @@ START_LIMIT_S = 60
 STOP_LIMIT_S = 60
 COLD_LIMIT_S = 420
 """Longest time of a job whose model is loaded from nothing."""
+LOOK_EVERY_S = 10
+"""While a job is waited for."""
+FAILED_LOADS_MAX = 2
 TERMINAL = ("succeeded", "failed", "cancelled", "expired")
 TAIL_LINES = 15
 PASS = re.compile(r" pass finished pass\.size=([0-9]+) pass\.seconds=([0-9.e+-]+)")
@@ -92,19 +95,30 @@ class Server:
         """The job, once it has succeeded.
 
         Raises:
-            Failed: it did not, or not in time.
+            Failed: it did not, or not in time, or its model cannot be loaded.
         """
         end = time.monotonic() + limit_s
         while True:
-            left = max(1, min(30, int(end - time.monotonic())))
+            left = max(1, min(LOOK_EVERY_S, int(end - time.monotonic())))
             shown = self.ask("GET", f"/v1/jobs/{job}?wait={left}")
             if shown["state"] == "succeeded":
                 return shown
             if shown["state"] in TERMINAL:
                 raise Failed(f"job {job} of {shown['model']} {shown['state']}: {shown['error']}")
+            self.can_load(shown["model"])
             if time.monotonic() > end:
                 why = f"{shown['state']}, {shown['state_reason']}, {(shown['queue'] or {}).get('reason')}"
                 raise Failed(f"job {job} of {shown['model']} has not ended within {limit_s:.0f} s: {why}")
+
+    def can_load(self, model: str) -> None:
+        """That its loads did not fail twice in a row: the server goes on trying, and nobody here mends it meanwhile.
+
+        Raises:
+            Failed: they did; the text has the reason.
+        """
+        worker = self.worker(model)
+        if (worker.get("failed_loads") or 0) >= FAILED_LOADS_MAX:
+            raise Failed(f"{model} cannot be loaded: {worker.get('reason')}")
 
     def worker(self, model: str) -> Json:
         """Its line in /v1/workers; the one that runs, if there are several."""

@@ -12,6 +12,7 @@ GAP_EXTRA_S = 0.4
 LINK_SHARE = 0.9
 RATIO = 0.95
 COLD_GOAL_S = 5.0
+WHY_MAX_CHARS = 400
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,15 @@ def rows(records: list[Json]) -> list[Row]:
     ends = {r["what"]: r for r in records if r["part"] in ("done", "failed")}
     for what, record in ends.items():
         if record["part"] == "failed":
-            out.append(Row(f"part {what}", "failed: " + record["why"].splitlines()[0][:100], "", False))
+            out.append(Row(f"part {what}", f"failed: {brief(record['why'])}", "", False))
     return out
+
+
+def brief(why: str) -> str:
+    """Why a part failed, for one line of a table. What is too long is cut in the middle: the cause is at the end."""
+    line = why.partition("\n")[0].replace("|", "/")
+    half = WHY_MAX_CHARS // 2
+    return line if len(line) <= WHY_MAX_CHARS else f"{line[:half]} ... {line[-half:]}"
 
 
 def of_model(model: str, late: list[Json], size: int, link: float | None) -> list[Row]:

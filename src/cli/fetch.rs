@@ -1,6 +1,7 @@
 //! `roundhouse models fetch`: runs the fetcher in each model's own environment and shows how far it is.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io::{IsTerminal as _, Write};
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
@@ -54,6 +55,8 @@ struct Target {
     python: PathBuf,
     /// The entry's, as the server's own fetch and the worker have it: where the cache is, and perhaps a token.
     env: BTreeMap<String, String>,
+    /// Where the fetcher is found if the environment does not have it.
+    python_path: Option<OsString>,
 }
 
 /// What the fetcher writes to stdout, a line each.
@@ -116,7 +119,9 @@ fn target(spec: &ModelSpec) -> anyhow::Result<Target> {
     if let Some(command) = install_command(spec) {
         bail!("{name} is not installed yet ({} is missing); run {command} first", python.display());
     }
+    let given = spec.env.get("PYTHONPATH").map(OsString::from).or_else(|| std::env::var_os("PYTHONPATH"));
     Ok(Target {
+        python_path: spec.python_path(given.as_deref()),
         name: name.clone(),
         repo,
         revision: spec.revision.clone(),
@@ -145,7 +150,7 @@ impl Target {
         if let Some(revision) = &self.revision {
             command.args(["--revision", revision]);
         }
-        command.envs(&self.env);
+        command.envs(&self.env).envs(self.python_path.as_ref().map(|path| ("PYTHONPATH", path)));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
         command
     }
@@ -310,6 +315,12 @@ mod tests {
     async fn the_fetcher_gets_repository_and_revision() {
         let (_, text) = run(r#"echo "$* $HF_HOME""#, false).await;
         assert_eq!(text, "-m roundhouse_worker.fetch --repo org/m --json-progress --revision v1 /hf\n");
+    }
+
+    #[tokio::test]
+    async fn an_environment_without_the_base_service_finds_it_beside_the_scripts_folder() {
+        let (_, text) = run(r#"echo "$PYTHONPATH""#, false).await;
+        assert!(text.trim_end().ends_with("/base"), "{text}");
     }
 
     #[tokio::test]

@@ -1,8 +1,9 @@
 //! A model: one entry of `models.yaml` after validation, and the state its worker is in.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -173,6 +174,16 @@ impl ModelSpec {
         let is_script = matches!(self.launch, Launch::Script { .. });
         let is_repository = |model: &&str| !model.starts_with('/') && model.matches('/').count() == 1;
         self.model.as_deref().filter(|_| is_script).filter(is_repository)
+    }
+
+    /// `PYTHONPATH` for the base service's own programs in this model's environment, which may not have it installed: what is
+    /// `given`, then `base` beside the script's folder, where our `server.py` look, too. `None`: it runs by a command.
+    pub fn python_path(&self, given: Option<&OsStr>) -> Option<OsString> {
+        let Launch::Script { script, .. } = &self.launch else { return None };
+        let base = script.parent().and_then(Path::parent)?.join("base");
+        let given = given.filter(|given| !given.is_empty());
+        let before = given.map(|given| std::env::split_paths(given).collect::<Vec<_>>()).unwrap_or_default();
+        std::env::join_paths(before.into_iter().chain([base])).ok()
     }
 
     /// Whether `endpoint` is one of its paths.

@@ -6,7 +6,7 @@
 //! person has to mend (no access, no such model, no space) is tried again after such pauses, too.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -431,7 +431,7 @@ impl Fetcher {
     }
 }
 
-/// As a worker's, with the token that workers do not get, and without a GPU.
+/// As a worker's, with the token that workers do not get, the base service, and without a GPU.
 fn environment(
     inherited: impl Iterator<Item = (OsString, OsString)>,
     spec: &ModelSpec,
@@ -444,6 +444,8 @@ fn environment(
         vars.entry(name).or_insert(value);
     }
     vars.insert("CUDA_VISIBLE_DEVICES".into(), "".into());
+    let python_path = spec.python_path(vars.get(OsStr::new("PYTHONPATH")).map(OsString::as_os_str));
+    vars.extend(python_path.map(|path| ("PYTHONPATH".into(), path)));
     vars
 }
 
@@ -589,6 +591,12 @@ mod tests {
         assert_eq!(get(&found, "ROUNDHOUSE_INSTANCE").as_deref(), Some("id:1"));
         spec.env.insert("HF_TOKEN".to_owned(), "of the entry".to_owned());
         assert_eq!(get(&vars(&spec), "HF_TOKEN").as_deref(), Some("of the entry"));
+
+        assert_eq!(get(&vars(&spec), "PYTHONPATH"), None, "a command");
+        spec.launch = Launch::Script { python: "python3".into(), script: "/m/tone/server.py".into() };
+        assert_eq!(get(&vars(&spec), "PYTHONPATH").as_deref(), Some("/m/base"), "if the environment does not have it");
+        spec.env.insert("PYTHONPATH".to_owned(), "/x:/y".to_owned());
+        assert_eq!(get(&vars(&spec), "PYTHONPATH").as_deref(), Some("/x:/y:/m/base"));
     }
 
     #[test]

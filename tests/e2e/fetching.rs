@@ -95,7 +95,6 @@ fn site(hub: &Hub, site: Site) -> Site {
         .env("HF_HUB_CACHE", &cache)
         .env("HF_ENDPOINT", &hub.url)
         .env("HF_TOKEN", "of-the-server")
-        .env("PYTHONPATH", &root().join("models/base").display().to_string())
 }
 
 /// Somebody on the line.
@@ -313,7 +312,6 @@ async fn a_fetch_by_hand_waits_for_the_servers_and_gets_nothing_again() {
         .env("HF_HUB_CACHE", site.path().join("cache"))
         .env("HF_ENDPOINT", &hub.url)
         .env("HF_TOKEN", "of-a-person")
-        .env("PYTHONPATH", root().join("models/base"))
         .stdin(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
@@ -336,7 +334,11 @@ async fn a_fetch_by_hand_waits_for_the_servers_and_gets_nothing_again() {
 async fn a_script_whose_environment_has_no_fetcher_is_loaded_as_it_is() {
     let site_dir = Site::new();
     let hub = Hub::start(site_dir.path(), &[]);
-    let server = site(&hub, site_dir).env("PYTHONPATH", "/nowhere").start().await;
+    let without = site_dir.path().join("without");
+    std::fs::create_dir(&without).unwrap();
+    let missing = "raise ModuleNotFoundError(\"No module named 'huggingface_hub'\")\n";
+    std::fs::write(without.join("huggingface_hub.py"), missing).unwrap();
+    let server = site(&hub, site_dir).env("PYTHONPATH", &without.display().to_string()).start().await;
     let job = server.api.submit_echo("hub", json!({})).await;
     server.api.succeeded(&job).await;
     assert!(hub.requests().is_empty());

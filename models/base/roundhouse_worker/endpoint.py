@@ -275,7 +275,7 @@ async def _read(receive: Receive) -> bytes:
 def _decode(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body is no JSON: {type(error).__name__}") from None
     if not isinstance(body, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(body).__name__}")

@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from roundhouse_worker import flags, log, process
-from roundhouse_worker.errors import WorkerError
+from roundhouse_worker.errors import WorkerError, as_worker_error
 
 if TYPE_CHECKING:
     from roundhouse_worker.service import BaseService
@@ -126,7 +126,7 @@ class Spare:
         """`POST /take_over`: become the worker of `arguments`, in `environment`; a null there unsets a variable."""
         try:
             body = await request.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict) or body.get("instance") != os.environ.get("ROUNDHOUSE_INSTANCE"):
             return _error(403, "instance: not that of this process")
@@ -137,14 +137,16 @@ class Spare:
             return _error(400, "arguments must be a list of texts")
         if not isinstance(environment, dict) or not all(v is None or isinstance(v, str) for v in environment.values()):
             return _error(400, "environment must be an object of texts")
+        if wrong := [name for name, value in environment.items() if not _can_be_set(name, value)]:
+            return _error(400, f"environment: {wrong[0]!r} is no name of a variable, or what it is set to is no value")
         before = dict(os.environ)
         try:
             _check_devices(before, environment)
             _apply(environment)
             self._taken = self._become(arguments)
-        except (flags.FlagError, ValueError) as error:
+        except (Exception, SystemExit) as error:
             _apply({name: before.get(name) for name in environment})
-            return _error(400, str(error))
+            return _refusal(error)
         log.event(logging.INFO, "taken over", model_name=self._taken.served_name)
         self._wake.set()
         return JSONResponse({"instance": body["instance"]})
@@ -194,6 +196,15 @@ class _Running(process.Server):
         self._server.exit_now(code)
 
 
+def _can_be_set(name: str, value: str | None) -> bool:
+    """Whether the system takes a variable, as far as can be told without setting it."""
+    try:
+        encoded = os.fsencode(name), os.fsencode(value or "")
+    except UnicodeEncodeError:
+        return False
+    return bool(name) and "=" not in name and not any(b"\0" in text for text in encoded)
+
+
 def _apply(environment: Mapping[str, str | None]) -> None:
     for name, value in environment.items():
         if value is None:
@@ -221,6 +232,18 @@ def _holds_device() -> bool:
     return False
 
 
-def _error(status: int, message: str) -> Response:
-    kind = "invalid_request_error"
-    return JSONResponse(WorkerError(message, code="invalid_request", type=kind).body(), status)
+def _refusal(error: BaseException) -> Response:
+    """Why it did not become a worker: 400 if that is what was asked for, 500 if its own check broke."""
+    if isinstance(error, SystemExit):  # argparse's --help
+        return _error(400, "arguments: one of them makes a worker print something and end")
+    if isinstance(error, flags.FlagError | ValueError | OSError):
+        return _error(400, str(error))
+    log.event(logging.ERROR, "not taken over", error=type(error).__name__)
+    told = as_worker_error(error)
+    return _error(told.status, told.message, told.type)
+
+
+def _error(status: int, message: str, kind: str = "invalid_request_error") -> Response:
+    code = "invalid_request" if status < 500 else None
+    text = message.encode(errors="backslashreplace").decode()  # it may quote what is no text
+    return JSONResponse(WorkerError(text, code=code, type=kind).body(), status)

@@ -36,6 +36,7 @@ class Probe(BaseService):
         parser.add_argument("--load-error")
         parser.add_argument("--park-error")
         parser.add_argument("--size", type=int, default=1)
+        parser.add_argument("--break")
 
     @classmethod
     def preload(cls):
@@ -49,6 +50,8 @@ class Probe(BaseService):
     def check(self):
         if self.options.size < 1:
             raise ValueError(f"--size must be positive, not {self.options.size}")
+        if broken := getattr(self.options, "break"):
+            raise OSError("no disk") if broken == "os" else RuntimeError("broken")
         return {"size": self.options.size}
 
     def __init__(self, options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -60,6 +61,33 @@ def test_a_refused_one_stays_a_spare():
             assert refused.status_code == 400
             assert named in refused.json()["error"]["message"]
         assert worker.post("/take_over", {"arguments": "x", "instance": MARK}).status_code == 400
+        assert worker.get("/health").json()["status"] == "spare"
+        assert take_over(worker).status_code == 200
+        worker.ready()
+        assert ["environment", "green", None] in worker.get("/seen").json()
+
+
+def test_whatever_it_is_sent_it_refuses_with_the_reason_and_stays_as_it_was():
+    with spare(PROBE_COLOUR="green") as worker:
+        worker.wait_log("INFO  spare")
+        deep = worker.client.post(worker.url + "/take_over", content=b"[" * 100_000)
+        assert deep.status_code == 403
+        words = ["--name", "mine", "--port", port(worker)]
+        red = {"PROBE_COLOUR": "red"}
+        for more, environment, status, named in [
+            (["--help"], red, 400, "arguments"),
+            (["\ud800"], red, 400, "\\ud800"),
+            (["--break", "os"], red, 400, "no disk"),
+            (["--break", "other"], red, 500, "RuntimeError: broken"),
+            ([], red | {"": "x"}, 400, "environment: ''"),
+            ([], red | {"A=B": "x"}, 400, "environment: 'A=B'"),
+            ([], red | {"A\0": None}, 400, "environment"),
+            ([], red | {"A": "\0"}, 400, "environment: 'A'"),
+            ([], red | {"A": "\ud800"}, 400, "environment: 'A'"),
+        ]:
+            body = {"arguments": words + more, "environment": environment, "instance": MARK}
+            refused = worker.client.post(worker.url + "/take_over", content=json.dumps(body))
+            assert (refused.status_code, named in refused.json()["error"]["message"]) == (status, True), refused.text
         assert worker.get("/health").json()["status"] == "spare"
         assert take_over(worker).status_code == 200
         worker.ready()
