@@ -71,6 +71,8 @@ struct Setup {
     cold_ms: Vec<Millis>,
     wake_ms: Vec<Millis>,
     work_ms: Vec<Millis>,
+    /// What a parked worker keeps of each of its GPUs, in bytes.
+    keeps: Vec<u64>,
     stop_ms: Millis,
     inventory: Inventory,
     knobs: Knobs,
@@ -88,6 +90,7 @@ fn setup(rng: &mut Rng, calm: bool) -> Setup {
         gone: Default::default(),
     };
     let (mut specs, mut cold_ms, mut wake_ms, mut work_ms) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut keeps = Vec::new();
     for index in 0..rng.index(6) + 2 {
         let limit = rng.pick(&[1, 2, 8, 16]);
         let wanted = rng.pick(&[0, 1, 1, 1, 2, 4]);
@@ -113,6 +116,7 @@ fn setup(rng: &mut Rng, calm: bool) -> Setup {
         cold_ms.push(cold);
         wake_ms.push(cold / 10);
         work_ms.push(rng.pick(&[50, 1_000, 3_000]));
+        keeps.push(if needs > 0 { rng.pick(&[0, 1, 4]) * GB } else { 0 });
     }
     let seconds = Duration::from_secs;
     let knobs = Knobs {
@@ -145,7 +149,8 @@ fn setup(rng: &mut Rng, calm: bool) -> Setup {
         });
         arrivals.push((at, jobs.collect()));
     }
-    Setup { specs, cold_ms, wake_ms, work_ms, stop_ms: rng.pick(&[0, 1_500]), inventory, knobs, arrivals }
+    let stop_ms = rng.pick(&[0, 1_500]);
+    Setup { specs, cold_ms, wake_ms, work_ms, keeps, stop_ms, inventory, knobs, arrivals }
 }
 
 struct Boxed {
@@ -277,6 +282,8 @@ impl Boxed {
                 let stop_ms = self.setup.stop_ms;
                 if parked {
                     self.there.get_mut(&(model, replica)).unwrap().stage = Stage::Parked;
+                    let device_bytes = self.setup.keeps[model];
+                    self.report(model, replica, Report::Keeps { device_bytes });
                     self.report(model, replica, Report::Parked { park_ms: stop_ms });
                 } else {
                     self.there.remove(&(model, replica));
@@ -499,10 +506,26 @@ impl Boxed {
             let on = self.there.iter().filter(|(_, there)| there.stage != Stage::Parked && there.set.has(device));
             let used: u64 = on.map(|((model, _), _)| self.bytes(*model).unwrap_or(size)).sum();
             assert!(used <= size, "{used} of {size} bytes in use on device {device}");
+            self.check_residues(device, size);
         }
         let parked = self.there.iter().filter(|(_, there)| there.stage == Stage::Parked);
         let host: u64 = parked.map(|((model, _), _)| self.state.models[*model].parked(self.now).bytes).sum();
         assert!(host <= self.setup.inventory.host, "{host} bytes of parked models");
+    }
+
+    /// Nothing is loaded beside what parked workers keep, unless it takes what is free. Who is to load elsewhere is as good as gone.
+    fn check_residues(&self, device: u32, size: u64) {
+        let used = |(model, replica): (usize, u32), there: &There| match there.stage {
+            Stage::Parked => {
+                let worker = self.state.workers.iter().find(|w| (w.model, w.replica) == (model, replica));
+                let goes = worker.is_some_and(|w| !matches!(w.phase, Phase::Dropping) && w.set != there.set);
+                Some(if goes { 0 } else { self.setup.keeps[model] })
+            }
+            _ => self.bytes(model),
+        };
+        let on = self.there.iter().filter(|(_, there)| there.set.has(device));
+        let used: Option<u64> = on.map(|(key, there)| used(*key, there)).sum();
+        assert!(used.is_none_or(|used| used <= size), "{used:?} of {size} bytes in use on device {device}");
     }
 
     fn bytes(&self, model: usize) -> Option<u64> {
@@ -631,6 +654,7 @@ fn closed_loops(requests: usize, think: Millis, work: Millis, load: Millis) -> B
         cold_ms: vec![load; 2],
         wake_ms: vec![load; 2],
         work_ms: vec![work; 2],
+        keeps: vec![0; 2],
         stop_ms: 500,
         inventory: Inventory::one_device(),
         knobs: Knobs::default(),

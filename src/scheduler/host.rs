@@ -47,7 +47,7 @@ impl State {
     }
 
     /// A worker as it is or would be in host memory.
-    fn parked_size(&self, worker: &Worker, now: Millis) -> Parked {
+    pub(super) fn parked_size(&self, worker: &Worker, now: Millis) -> Parked {
         let size = self.models[worker.model].parked(now);
         Parked { bytes: worker.host.bytes.filter(|bytes| *bytes > 0).unwrap_or(size.bytes), ..size }
     }
@@ -91,11 +91,16 @@ impl State {
         let note =
             if has_means { worker.host.note.as_deref() } else { Some("no host memory was left when it was loaded") };
         // Of what nobody knows the size of, nobody can say whether it fits.
-        let parks = !refusal && own.bytes > 0 && shares.has_room();
-        let decision = match parks {
-            true => shares.tier.park(&model.name, &own),
-            false if refusal => shares.tier.refused(&model.name, &own, note),
-            false => shares.tier.stop(&model.name, &own),
+        let fits = !refusal && own.bytes > 0 && shares.has_room();
+        let in_the_way = self.would_be_in_the_way(place).filter(|_| fits);
+        let parks = fits && in_the_way.is_none();
+        let decision = match in_the_way {
+            Some((residue, other)) => {
+                shares.tier.would_be_in_the_way(&model.name, &own, &residue, &self.models[other].name)
+            }
+            None if parks => shares.tier.park(&model.name, &own),
+            None if refusal => shares.tier.refused(&model.name, &own, note),
+            None => shares.tier.stop(&model.name, &own),
         };
         if parks {
             self.drop_others(place, &shares, effects);
@@ -127,12 +132,16 @@ impl State {
     pub(super) fn lose_copy(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) {
         let worker = &self.workers[place];
         let size = self.parked_size(worker, now);
+        let places = (worker.lies_on.unwrap_or(worker.set), worker.set);
+        let decision = self.tier_without(place, now).elsewhere(&self.models[worker.model].name, &size, places);
+        self.announce(decision, effects);
+    }
+
+    /// Host memory as it is when this worker has left it.
+    pub(super) fn tier_without(&self, place: usize, now: Millis) -> Tier {
         let others = self.workers.iter().enumerate().filter(|(other, _)| *other != place);
         let used = others.map(|(_, worker)| self.host_bytes(worker)).sum();
-        let places = (worker.lies_on.unwrap_or(worker.set), worker.set);
-        let tier = Tier { host: self.inventory.host, used, now };
-        let decision = tier.elsewhere(&self.models[worker.model].name, &size, places);
-        self.announce(decision, effects);
+        Tier { host: self.inventory.host, used, now }
     }
 
     /// A worker says what its copy in host memory takes.

@@ -112,6 +112,8 @@ pub(super) struct Worker {
     pub(super) lies_on: Option<GpuSet>,
     /// What it says of its copy in host memory.
     pub(super) host: HostCopy,
+    /// What its process keeps on each of its GPUs while it is parked, in bytes.
+    pub(super) keeps: u64,
     /// Most host memory that its copy may take, as it was told when it was loaded, in bytes.
     pub(super) promised: Option<u64>,
 }
@@ -128,6 +130,16 @@ impl Worker {
     /// Whether it is to keep its devices.
     pub(super) fn stays(&self) -> bool {
         matches!(self.phase, Phase::Waiting { .. } | Phase::Loading { .. } | Phase::Serving { .. })
+    }
+
+    /// What its parked process keeps of a device, in bytes; one that is about to lose its copy has none to keep.
+    pub(super) fn keeps_of(&self, device: u32) -> u64 {
+        let lies = match self.phase {
+            Phase::Parked | Phase::Dropping => self.lies_on,
+            Phase::Waiting { was_parked: true } => self.lies_on.filter(|there| *there == self.set),
+            _ => None,
+        };
+        lies.filter(|there| there.has(device)).map_or(0, |_| self.keeps)
     }
 
     /// Back in host memory, since it is not wanted any more.

@@ -98,6 +98,8 @@ pub(super) struct Model {
     /// Workers can be parked in host memory.
     pub(super) park: bool,
     host: Host,
+    /// What a parked worker of it kept of each of its GPUs the last time, in bytes.
+    pub(super) keeps: u64,
     gpus: u32,
     /// Memory that it takes on each device, as models.yaml says.
     declared_bytes: Option<u64>,
@@ -167,7 +169,7 @@ impl Model {
         let new = Self::of(spec);
         if restart {
             self.learned.device_bytes = None;
-            self.host = Host::default();
+            (self.host, self.keeps) = (Host::default(), 0);
         }
         self.memory_bytes = new.memory_bytes;
         self.is_checkpointed = new.is_checkpointed;
@@ -215,6 +217,7 @@ impl Model {
             unload: false,
             park: false,
             host: Host::default(),
+            keeps: 0,
             gpus: 1,
             declared_bytes: None,
             memory_bytes: None,

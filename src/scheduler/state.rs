@@ -3,7 +3,8 @@
 //! tell it by events and are asked by effects.
 //!
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
-//! `weights` is about models whose weights have to be fetched first; `host` says whose host memory is whose;
+//! `weights` is about models whose weights have to be fetched first; `host` says whose host memory is whose,
+//! `residue` whose parked process is in the way on a device;
 //! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an
 //! operator says, `edits` what an edited models.yaml does; `accounts` counts where the time goes; `model` and `inventory` are what it keeps of models and workers.
 
@@ -40,6 +41,8 @@ mod eta;
 mod hints;
 #[path = "host.rs"]
 mod host;
+#[path = "residue.rs"]
+mod residue;
 #[path = "standing.rs"]
 mod standing;
 #[path = "turns.rs"]
@@ -678,6 +681,10 @@ impl State {
             }
             Report::Host(host) => {
                 self.on_host(index, worker, host);
+                Vec::new()
+            }
+            Report::Keeps { device_bytes } => {
+                self.on_keeps(index, worker, device_bytes);
                 Vec::new()
             }
             Report::Loaded { .. } => Vec::new(),

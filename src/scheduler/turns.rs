@@ -75,7 +75,8 @@ impl State {
         let (workers, places) = seen.unzip();
         let gpus = self.inventory.gpu_count();
         let reservations = self.reservations.clone();
-        (View { devices: self.inventory.devices(), gpus, models, workers, reservations }, places)
+        let residues = self.residues();
+        (View { devices: self.inventory.devices(), gpus, models, workers, reservations, residues }, places)
     }
 
     /// Whether all the numbers that workers of a model may have are taken, one of them by a worker that leaves host memory. It
@@ -147,6 +148,7 @@ impl State {
             guest_until,
             lies_on: None,
             host: HostCopy::default(),
+            keeps: 0,
             promised: None,
         });
     }
@@ -173,7 +175,7 @@ impl State {
                 }
                 continue;
             }
-            if self.is_free(place) {
+            if self.is_free(place) && self.is_clear(place, now, effects) {
                 self.load(place, was_parked, now, effects);
             }
             place += 1;
@@ -188,17 +190,27 @@ impl State {
 
     /// Whether a waiting worker fits beside all who are still there.
     fn is_free(&self, place: usize) -> bool {
-        let devices = self.inventory.devices();
-        let bytes = |worker: &Worker, size: u64| {
-            let model = &self.models[worker.model];
-            model.bytes_on(&self.inventory).unwrap_or(size).max(1)
-        };
         let worker = &self.workers[place];
         worker.set.gpus().all(|device| {
-            let size = devices[device as usize].max(1);
-            let there = self.workers.iter().filter(|w| w.is_on_device() && w.set.has(device));
-            there.map(|w| bytes(w, size)).sum::<u64>() + bytes(worker, size) <= size
+            let size = self.size(device);
+            self.used(device, None) + self.bytes(worker, size) <= size
         })
+    }
+
+    pub(super) fn size(&self, device: u32) -> u64 {
+        self.inventory.devices()[device as usize].max(1)
+    }
+
+    /// What a worker takes of a device of this size, in bytes.
+    pub(super) fn bytes(&self, worker: &Worker, size: u64) -> u64 {
+        self.models[worker.model].bytes_on(&self.inventory).unwrap_or(size).max(1)
+    }
+
+    /// Memory of a device that is in use by workers on it, but the one at the place `without`; bytes.
+    pub(super) fn used(&self, device: u32, without: Option<usize>) -> u64 {
+        let there = self.workers.iter().enumerate().filter(|(other, w)| w.is_on_device() && Some(*other) != without);
+        let size = self.size(device);
+        there.filter(|(_, w)| w.set.has(device)).map(|(_, w)| self.bytes(w, size)).sum()
     }
 
     /// Orders a load; not yet, if host memory has to be free first.

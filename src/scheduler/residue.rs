@@ -1,0 +1,93 @@
+//! What the processes of parked workers keep of their GPUs (a context, their engine's buffers), and who of them has to go for it.
+//!
+//! A plan gives devices to models as if parked workers kept nothing, and of sets that cost the same takes one where that is
+//! true: a copy in host memory is worth less than a model that can be loaded. When everybody else has left the set of a worker
+//! that is to load, those parked ones are dropped beside which it does not fit. What each of them keeps is known once it has
+//! been parked; one that would be in the way is not parked the next time. A model that takes whole devices takes what is free.
+
+use super::*;
+use crate::policy::tier::Residue;
+use crate::policy::view;
+
+impl State {
+    /// What parked workers keep, as the policy sees it.
+    pub(super) fn residues(&self) -> Vec<view::Residue> {
+        let kept = self.workers.iter().filter_map(|worker| {
+            let set = worker.lies_on.filter(|_| worker.keeps > 0 && worker.phase == Phase::Parked)?;
+            Some(view::Residue { model: worker.model, set, bytes: worker.keeps })
+        });
+        kept.collect()
+    }
+
+    /// A worker that is being parked keeps so much of each of its GPUs.
+    pub(super) fn on_keeps(&mut self, index: usize, place: Option<usize>, device_bytes: u64) {
+        if let Some(place) = place.filter(|place| self.models[self.workers[*place].model].needs_gpus()) {
+            self.workers[place].keeps = device_bytes;
+            self.models[index].keeps = device_bytes;
+        }
+    }
+
+    /// Whether a worker that is to load fits beside what parked ones keep; if not, those go that are in its way, the least
+    /// worth first, and it waits for their end.
+    pub(super) fn is_clear(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) -> bool {
+        let worker = &self.workers[place];
+        let (set, name) = (worker.set, self.models[worker.model].name.clone());
+        let Some(needs) = self.models[worker.model].bytes_on(&self.inventory) else { return true };
+        for gpu in set.gpus() {
+            let there = self.size(gpu).saturating_sub(self.used(gpu, Some(place)));
+            while self.kept(gpu, place, false).saturating_add(needs) > there {
+                let Some(other) = self.least_worth(gpu, place, now) else { break };
+                let residue = Residue { gpu, kept: self.workers[other].keeps, needs, there };
+                let (tier, size) = (self.tier_without(other, now), self.parked_size(&self.workers[other], now));
+                let theirs = self.models[self.workers[other].model].name.clone();
+                self.announce(tier.in_the_way(&theirs, &size, &residue, &name), effects);
+                self.workers[other].phase = Phase::Dropping;
+                effects.push(self.order(other, Order::Stop));
+            }
+        }
+        // Beside those who cannot go it is loaded all the same.
+        let is_left = |gpu: u32| self.kept(gpu, place, true) > self.kept(gpu, place, false);
+        !set.gpus().any(|gpu| {
+            let there = self.size(gpu).saturating_sub(self.used(gpu, Some(place)));
+            is_left(gpu) && self.kept(gpu, place, true).saturating_add(needs) > there
+        })
+    }
+
+    /// What parked workers, but the one at `without`, keep of a GPU, in bytes; with those that are being dropped if `leaving`.
+    fn kept(&self, gpu: u32, without: usize, leaving: bool) -> u64 {
+        let others = self.workers.iter().enumerate().filter(|(other, _)| *other != without);
+        others.filter(|(_, w)| leaving || w.phase != Phase::Dropping).map(|(_, w)| w.keeps_of(gpu)).sum()
+    }
+
+    fn least_worth(&self, gpu: u32, without: usize, now: Millis) -> Option<usize> {
+        let worth = |place: &usize| self.parked_size(&self.workers[*place], now).worth();
+        let lies = |place: &usize| {
+            let worker = &self.workers[*place];
+            *place != without && worker.phase == Phase::Parked && worker.keeps_of(gpu) > 0
+        };
+        (0..self.workers.len()).filter(lies).min_by(|a, b| worth(a).total_cmp(&worth(b)))
+    }
+
+    /// What a worker that leaves its devices would keep there, if parked, of what one that waits for them needs; and the model
+    /// of that one.
+    pub(super) fn would_be_in_the_way(&self, place: usize) -> Option<(Residue, usize)> {
+        let worker = &self.workers[place];
+        let kept = self.models[worker.model].keeps;
+        let waiting = self.workers.iter().filter(|w| matches!(w.phase, Phase::Waiting { .. }));
+        waiting.filter(|_| kept > 0).find_map(|waits| {
+            let needs = self.models[waits.model].bytes_on(&self.inventory)?;
+            let residue = |gpu: u32| {
+                let stay = self.workers.iter().filter(|w| w.stays() && w.is_on_device() && w.set.has(gpu));
+                let used: u64 = stay.map(|w| self.bytes(w, self.size(gpu))).sum();
+                Residue { gpu, kept, needs, there: self.size(gpu).saturating_sub(used) }
+            };
+            let both = worker.set.gpus().filter(|gpu| waits.set.has(*gpu)).map(residue);
+            let tight = both.into_iter().find(|residue| residue.kept.saturating_add(needs) > residue.there)?;
+            Some((tight, waits.model))
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "residue_tests.rs"]
+mod tests;
