@@ -167,6 +167,14 @@ impl ModelSpec {
         shape(self) == shape(other)
     }
 
+    /// A hash of what its workers see that decides how much memory they take. Equal in all runs of the server for an entry that
+    /// was not edited.
+    pub fn fingerprint(&self) -> i64 {
+        let seen = (&self.launch, &self.model, &self.revision, &self.args, &self.env);
+        let placed = (self.gpus, self.memory, self.exclusive, self.park);
+        super::shape::hash(&format!("{seen:?} {placed:?}"))
+    }
+
     /// The Hugging Face repository whose files have to be here before its worker is started. `None`: its weights are a
     /// folder, or its own program gets them.
     pub fn repository(&self) -> Option<&str> {

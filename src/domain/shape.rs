@@ -43,6 +43,11 @@ pub fn batch_key(endpoint: &str, body: &Map<String, Value>) -> i64 {
     let shape: BTreeMap<&str, Value> =
         body.iter().filter_map(|(name, value)| Some((name.as_str(), part(kind, name, value)?))).collect();
     let text = format!("{endpoint}\n{}", json!(shape));
+    hash(&text)
+}
+
+/// FNV-1a.
+pub(super) fn hash(text: &str) -> i64 {
     let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     hash.cast_signed()
 }

@@ -156,7 +156,7 @@ impl State {
     /// Whether a model that is to be parked can be, and why not, in words; `None`: it is not to be.
     pub(in crate::scheduler) fn parking(&self, index: usize) -> Option<tier::Outlook> {
         let model = &self.models[index];
-        let said = model.host_said();
+        let said = &model.learned.host;
         let refusal = (said.can_park == Some(false)).then(|| said.note.as_deref().unwrap_or_default());
         model.park.then(|| tier::outlook(model.parked(0).bytes, self.inventory.host, refusal, said.note.as_deref()))
     }

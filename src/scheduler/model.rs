@@ -54,19 +54,6 @@ struct Running {
     answered: u32,
 }
 
-/// What its workers have told about their copies in host memory.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Host {
-    /// As one of them said last.
-    said: HostCopy,
-    /// What such a copy takes, in bytes.
-    bytes: Option<u64>,
-    /// Whether it is made when a worker is loaded, not when it is parked.
-    at_load: Option<bool>,
-    /// What the last one that could not be parked might have taken, in bytes.
-    refused: Option<u64>,
-}
-
 /// One model.
 #[derive(Debug)]
 pub(super) struct Model {
@@ -97,9 +84,8 @@ pub(super) struct Model {
     pub(super) unload: bool,
     /// Workers can be parked in host memory.
     pub(super) park: bool,
-    host: Host,
-    /// What a parked worker of it kept of each of its GPUs the last time, in bytes.
-    pub(super) keeps: u64,
+    /// Host memory that the last worker which could not be parked might have taken, in bytes.
+    refused: Option<u64>,
     gpus: u32,
     /// Memory that it takes on each device, as models.yaml says.
     declared_bytes: Option<u64>,
@@ -146,8 +132,19 @@ impl Model {
             startup_ms: spec.startup_time.as_secs_f64() * 1e3,
             service_prior_ms,
             idle_ttl_ms: spec.idle_ttl.map(|ttl| i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX)),
+            learned: Learned { entry: Some(spec.fingerprint()), ..Learned::default() },
             ..Self::named(&spec.name)
         }
+    }
+
+    /// What was learned in an earlier run; not what another entry took of memory.
+    pub(super) fn remember(&mut self, known: &Learned) {
+        let entry = self.learned.entry;
+        self.learned = known.clone();
+        if known.entry.is_some() && known.entry != entry {
+            self.learned.forget_memory();
+        }
+        self.learned.entry = entry;
     }
 
     /// A model that has waiting jobs and no entry any more.
@@ -168,9 +165,10 @@ impl Model {
     pub(super) fn take_entry(&mut self, spec: &ModelSpec, restart: bool) {
         let new = Self::of(spec);
         if restart {
-            self.learned.device_bytes = None;
-            (self.host, self.keeps) = (Host::default(), 0);
+            self.learned.forget_memory();
+            self.refused = None;
         }
+        self.learned.entry = new.learned.entry;
         self.memory_bytes = new.memory_bytes;
         self.is_checkpointed = new.is_checkpointed;
         if !self.is_listed {
@@ -216,8 +214,7 @@ impl Model {
             wanted_at: None,
             unload: false,
             park: false,
-            host: Host::default(),
-            keeps: 0,
+            refused: None,
             gpus: 1,
             declared_bytes: None,
             memory_bytes: None,
@@ -354,39 +351,34 @@ impl Model {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes are far below 2^53 bytes")]
     pub(super) fn parked(&self, now: Millis) -> Parked {
         let on_devices = self.memory_bytes.or_else(|| self.bytes()).unwrap_or(0).saturating_mul(u64::from(self.gpus));
-        let bytes = self.host.bytes.unwrap_or((on_devices as f64 * PARKED_SHARE) as u64);
+        let bytes = self.learned.host.bytes.unwrap_or((on_devices as f64 * PARKED_SHARE) as u64);
         Parked { rate: self.rate.per_ms(now), cold_ms: self.cold_ms(), wake_ms: self.wake_ms(), bytes }
     }
 
     /// A worker, which may take so many bytes of host memory, says what its copy takes.
     pub(super) fn count_host(&mut self, said: &HostCopy, promised: Option<u64>) {
-        self.host.bytes = said.bytes.filter(|bytes| *bytes > 0).or(self.host.bytes);
-        self.host.refused = promised.filter(|_| said.can_park == Some(false));
-        self.host.said = said.clone();
-    }
-
-    /// As a worker said last.
-    pub(super) fn host_said(&self) -> &HostCopy {
-        &self.host.said
+        let bytes = said.bytes.filter(|bytes| *bytes > 0).or(self.learned.host.bytes);
+        self.refused = promised.filter(|_| said.can_park == Some(false));
+        self.learned.host = HostCopy { bytes, ..said.clone() };
     }
 
     /// A worker is ready after a load from nothing, and has said this. One that could not make its copy shows nothing.
     pub(super) fn count_copy(&mut self, said: &HostCopy) {
         if said.can_park != Some(false) {
-            self.host.at_load = Some(said.bytes.is_some_and(|bytes| bytes > 0));
+            self.learned.copies_at_load = Some(said.bytes.is_some_and(|bytes| bytes > 0));
         }
     }
 
     /// Whether a load is known to take host memory at once; or would, if it had not been too little the last time.
     pub(super) fn copies_at_load(&self) -> bool {
         let takes = self.parked(0).bytes;
-        takes > 0 && (self.host.at_load == Some(true) || self.host.refused.is_some_and(|most| most < takes))
+        takes > 0 && (self.learned.copies_at_load == Some(true) || self.refused.is_some_and(|most| most < takes))
     }
 
     /// Host memory that a worker takes for its copy while it loads, of what it was promised; bytes.
     pub(super) fn host_at_load(&self, promised: Option<u64>) -> u64 {
-        let takes =
-            if self.host.at_load == Some(false) { Some(0) } else { Some(self.parked(0).bytes).filter(|b| *b > 0) };
+        let makes_none = self.learned.copies_at_load == Some(false);
+        let takes = if makes_none { Some(0) } else { Some(self.parked(0).bytes).filter(|b| *b > 0) };
         promised.map_or(0, |promised| takes.map_or(promised, |takes| takes.min(promised)))
     }
 

@@ -23,7 +23,7 @@ impl State {
     pub(super) fn on_keeps(&mut self, index: usize, place: Option<usize>, device_bytes: u64) {
         if let Some(place) = place.filter(|place| self.models[self.workers[*place].model].needs_gpus()) {
             self.workers[place].keeps = device_bytes;
-            self.models[index].keeps = device_bytes;
+            self.models[index].learned.keeps_bytes = Some(device_bytes);
         }
     }
 
@@ -72,7 +72,7 @@ impl State {
     /// of that one.
     pub(super) fn would_be_in_the_way(&self, place: usize) -> Option<(Residue, usize)> {
         let worker = &self.workers[place];
-        let kept = self.models[worker.model].keeps;
+        let kept = self.models[worker.model].learned.keeps_bytes.unwrap_or(0);
         let waiting = self.workers.iter().filter(|w| matches!(w.phase, Phase::Waiting { .. }));
         waiting.filter(|_| kept > 0).find_map(|waits| {
             let needs = self.models[waits.model].bytes_on(&self.inventory)?;

@@ -319,7 +319,7 @@ impl State {
         let mut models: Vec<Model> = specs.iter().map(Model::of).collect();
         for model in &mut models {
             if let Some(known) = learned.get(&*model.name) {
-                model.learned = known.clone();
+                model.remember(known);
             }
         }
         let index = models.iter().enumerate().map(|(i, m)| (m.name.to_string(), i)).collect();
@@ -896,6 +896,10 @@ mod batching_tests;
 #[cfg(test)]
 #[path = "device_tests.rs"]
 mod device_tests;
+
+#[cfg(test)]
+#[path = "keeping_tests.rs"]
+mod keeping_tests;
 
 #[cfg(test)]
 #[path = "weights_tests.rs"]

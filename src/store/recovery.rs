@@ -10,6 +10,7 @@ use super::StoreError;
 use super::usage;
 use super::verbs::{self, Change, End, GiveBack, Guard, Learned};
 use super::writer::Session;
+use crate::domain::worker::HostCopy;
 use crate::domain::{Face, JobId, JobState, Millis, NewJob, StorageSettings, Token};
 
 /// A waiting job as the scheduler plans with it. All else is read when it is claimed.
@@ -209,7 +210,12 @@ fn names(c: &Connection, sql: &str) -> Result<BTreeMap<i64, Arc<str>>, StoreErro
 
 /// What earlier runs learned.
 pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, StoreError> {
-    let mut statement = c.prepare("SELECT name, load_ms, stop_ms, service_ms, each_ms, left_at, wake_ms, reload_ms, gap_ms, waiting_at_load, device_bytes FROM model")?;
+    let mut statement = c.prepare(
+        "SELECT name, load_ms, stop_ms, service_ms, each_ms, left_at, wake_ms, reload_ms, gap_ms, waiting_at_load, device_bytes,
+             entry, host_bytes, can_park, park_note, copies_at_load, keeps_bytes
+         FROM model",
+    )?;
+    let bytes = |row: &rusqlite::Row<'_>, at: usize| row.get::<_, Option<i64>>(at).map(|b| b.map(i64::unsigned_abs));
     let rows = statement.query_map([], |row| {
         let learned = Learned {
             load_ms: row.get(1)?,
@@ -221,7 +227,11 @@ pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, 
             reload_ms: row.get(7)?,
             gap_ms: row.get(8)?,
             waiting_at_load: row.get(9)?,
-            device_bytes: row.get::<_, Option<i64>>(10)?.map(i64::unsigned_abs),
+            device_bytes: bytes(row, 10)?,
+            entry: row.get(11)?,
+            host: HostCopy { bytes: bytes(row, 12)?, can_park: row.get(13)?, note: row.get(14)? },
+            copies_at_load: row.get(15)?,
+            keeps_bytes: bytes(row, 16)?,
         };
         Ok((row.get(0)?, learned))
     })?;
