@@ -51,10 +51,10 @@ text_enum! {
     }
 }
 
-/// How a worker process is started. `{port}`, `{model}` and `{name}` in words are filled in at start.
+/// How a worker process is started. `{port}`, `{model}`, `{name}` and `{revision}` in words are filled in at start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Launch {
-    /// `python script --name N --port P --model M args...`
+    /// `python script --name N --port P --model M [--revision R] args...`
     Script {
         /// The interpreter; `None` if the model's venv is not installed, which is an error at load, not at start.
         python: PathBuf,
@@ -95,7 +95,7 @@ pub struct ModelSpec {
     pub launch: Launch,
     /// Hugging Face id or absolute folder.
     pub model: Option<String>,
-    /// Revision for the fetcher.
+    /// Branch, tag or commit of `model`, for the fetcher and the worker; `None`: `main`.
     pub revision: Option<String>,
     /// Preferred port; if taken, the next free one in 8001-8999.
     pub port: u16,

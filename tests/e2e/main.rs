@@ -29,6 +29,7 @@ mod reloads;
 mod replay;
 mod restarts;
 mod retention;
+mod revisions;
 mod starts;
 mod streams;
 mod swaps;
