@@ -8,3 +8,6 @@ ALTER TABLE model ADD COLUMN park_note TEXT;
 ALTER TABLE model ADD COLUMN copies_at_load INTEGER CHECK (copies_at_load IN (0, 1));
 -- What its parked process keeps of each of its GPUs, bytes.
 ALTER TABLE model ADD COLUMN keeps_bytes INTEGER;
+
+-- How many jobs of each shape its passes take, as JSON: domain::shape::KeptBatches.
+ALTER TABLE model ADD COLUMN batches TEXT;

@@ -69,7 +69,8 @@ fn an_entry_that_was_edited_meanwhile_has_told_nothing_of_its_memory() {
     assert_eq!(now.load_ms, Some(20_000.0), "its times are as good a guess as any");
     // What its worker does not see changes nothing, nor does a row of a release that did not say of which entry it is.
     let named = ModelSpec { aliases: vec!["b".into()], ..parks() };
-    assert_eq!(started(&named, Some(kept.clone())).models[0].learned, kept);
+    let state = started(&named, Some(kept.clone()));
+    assert_eq!(state.models[0].to_keep(&state.inventory), kept);
     let old = Learned { entry: None, ..kept.clone() };
     assert_eq!(started(&edited, Some(old)).models[0].learned.device_bytes, Some(30 * GIB));
 }

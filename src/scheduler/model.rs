@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::domain::shape::KeptBatches;
 use crate::domain::worker::HostCopy;
 use crate::domain::{Class, ErrorCode, GpuSet, Held, JobError, Millis, ModelKind, ModelSpec, Park, StateReason};
 use crate::policy::batching::{Batching, Change, Pass};
@@ -71,6 +72,8 @@ pub(super) struct Model {
     pub(super) slots: Slots,
     /// How many jobs its passes take.
     pub(super) batching: Batching,
+    /// What an earlier run learned of that, as long as it is not known whether it holds here.
+    kept_batches: Option<KeptBatches>,
     /// By worker, what it runs; only where passes may have several jobs.
     runs: BTreeMap<u32, Running>,
     pub(super) timeout_ms: i64,
@@ -145,6 +148,29 @@ impl Model {
             self.learned.forget_memory();
         }
         self.learned.entry = entry;
+        self.kept_batches = Some(std::mem::take(&mut self.learned.batches));
+    }
+
+    /// Takes in what an earlier run learned of its passes, once it is known whether it was on such a GPU.
+    pub(super) fn restore_batches(&mut self, inventory: &Inventory) {
+        let now = self.device_bytes(inventory);
+        let Some(kept) = self.kept_batches.take() else { return };
+        match (kept.device_bytes, now) {
+            (Some(_), None) => self.kept_batches = Some(kept),
+            (Some(then), Some(now)) if then != now => {}
+            _ => self.batching.restore(&kept.shapes),
+        }
+    }
+
+    /// All that was learned, to be kept.
+    pub(super) fn to_keep(&self, inventory: &Inventory) -> Learned {
+        let now = || KeptBatches { device_bytes: self.device_bytes(inventory), shapes: self.batching.kept() };
+        Learned { batches: self.kept_batches.clone().unwrap_or_else(now), ..self.learned.clone() }
+    }
+
+    /// Memory of the largest GPU, if it runs on GPUs and they are known.
+    fn device_bytes(&self, inventory: &Inventory) -> Option<u64> {
+        inventory.gpus.iter().copied().max().filter(|bytes| *bytes > 0 && self.needs_gpus())
     }
 
     /// A model that has waiting jobs and no entry any more.
@@ -179,7 +205,7 @@ impl Model {
             (self.fetches, self.lack) = (new.fetches, None);
         }
         if restart || self.slots != new.slots {
-            self.batching = new.batching;
+            (self.batching, self.kept_batches) = (new.batching, None);
         }
         (self.trouble, self.too_big) = (None, None);
         (self.slots, self.timeout_ms, self.park) = (new.slots, new.timeout_ms, new.park);
@@ -206,6 +232,7 @@ impl Model {
             too_big: None,
             slots: Slots { limit: 1, max_batch: 1 },
             batching: Batching::new(1, 1),
+            kept_batches: None,
             runs: BTreeMap::new(),
             timeout_ms: i64::MAX,
             learned: Learned::default(),

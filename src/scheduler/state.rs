@@ -621,7 +621,9 @@ impl State {
 
     fn tell_change(&mut self, index: usize, change: Option<Change>, now: Millis) -> Vec<Effect> {
         let decision = change.map(|change| change.decision(&self.models[index].name, now));
-        decision.and_then(|decision| self.journal.keep(decision)).map(Effect::Announce).into_iter().collect()
+        let told = decision.and_then(|decision| self.journal.keep(decision)).map(Effect::Announce);
+        let kept = self.models[index].batching.take_news().then(|| self.learn(index));
+        told.into_iter().chain(kept).collect()
     }
 
     /// The place of a worker.

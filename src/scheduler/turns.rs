@@ -407,8 +407,8 @@ impl State {
         Effect::Order { model, replica: worker.replica, set: worker.set, order, park_bytes }
     }
 
-    fn learn(&self, index: usize) -> Effect {
+    pub(super) fn learn(&self, index: usize) -> Effect {
         let model = &self.models[index];
-        Effect::Learn { model: model.name.to_string(), learned: model.learned.clone() }
+        Effect::Learn { model: model.name.to_string(), learned: model.to_keep(&self.inventory) }
     }
 }
