@@ -132,14 +132,19 @@ impl Worker {
         matches!(self.phase, Phase::Waiting { .. } | Phase::Loading { .. } | Phase::Serving { .. })
     }
 
-    /// What its parked process keeps of a device, in bytes; one that is about to lose its copy has none to keep.
+    /// Whether it lies in host memory and need not stay there: nobody wants it, or only elsewhere, where it cannot wake.
+    pub(super) fn can_be_dropped(&self) -> bool {
+        match self.phase {
+            Phase::Parked => true,
+            Phase::Waiting { was_parked: true } => self.lies_on != Some(self.set),
+            _ => false,
+        }
+    }
+
+    /// What its parked process keeps of a device, in bytes.
     pub(super) fn keeps_of(&self, device: u32) -> u64 {
-        let lies = match self.phase {
-            Phase::Parked | Phase::Dropping => self.lies_on,
-            Phase::Waiting { was_parked: true } => self.lies_on.filter(|there| *there == self.set),
-            _ => None,
-        };
-        lies.filter(|there| there.has(device)).map_or(0, |_| self.keeps)
+        let lies = matches!(self.phase, Phase::Parked | Phase::Dropping | Phase::Waiting { was_parked: true });
+        self.lies_on.filter(|_| lies).filter(|there| there.has(device)).map_or(0, |_| self.keeps)
     }
 
     /// Back in host memory, since it is not wanted any more.

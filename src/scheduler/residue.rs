@@ -41,7 +41,10 @@ impl State {
                 let (tier, size) = (self.tier_without(other, now), self.parked_size(&self.workers[other], now));
                 let theirs = self.models[self.workers[other].model].name.clone();
                 self.announce(tier.in_the_way(&theirs, &size, &residue, &name), effects);
+                // One that was to load elsewhere does so when it is gone, as a new plan says.
+                self.workers[other].lie_down();
                 self.workers[other].phase = Phase::Dropping;
+                self.plan_now = true;
                 effects.push(self.order(other, Order::Stop));
             }
         }
@@ -63,7 +66,7 @@ impl State {
         let worth = |place: &usize| self.parked_size(&self.workers[*place], now).worth();
         let lies = |place: &usize| {
             let worker = &self.workers[*place];
-            *place != without && worker.phase == Phase::Parked && worker.keeps_of(gpu) > 0
+            *place != without && worker.can_be_dropped() && worker.keeps_of(gpu) > 0
         };
         (0..self.workers.len()).filter(lies).min_by(|a, b| worth(a).total_cmp(&worth(b)))
     }
