@@ -28,6 +28,7 @@ mod parking;
 mod reloads;
 mod replay;
 mod restarts;
+mod residue;
 mod retention;
 mod revisions;
 mod starts;
