@@ -638,9 +638,10 @@ proptest! {
     }
 }
 
-/// A GPU vanishes while a parked worker waits to load on it, and it lies down again where another has been loaded meanwhile.
+/// A parked worker waits until another leaves the GPU where it lies, and a third one has room there until then, but not beside
+/// what the parked one keeps.
 #[test]
-fn a_parked_worker_that_lies_down_again_is_in_nobodys_way() {
+fn nobody_is_loaded_beside_what_a_waiting_worker_keeps_before_all_have_left() {
     let seed = 12_138_113_557_233_180_957;
     Boxed::new(seed, true).with_vanishing_gpus(&mut Rng(seed ^ 1)).run();
 }

@@ -27,14 +27,14 @@ impl State {
         }
     }
 
-    /// Whether a worker that is to load fits beside what parked ones keep; if not, those go that are in its way, the least
-    /// worth first, and it waits for their end.
+    /// Whether a worker that is to load fits beside what parked ones keep; if not, it waits until those have left who are
+    /// leaving, and parked ones go for which there is no room then either, the least worth first.
     pub(super) fn is_clear(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) -> bool {
         let worker = &self.workers[place];
         let (set, name) = (worker.set, self.models[worker.model].name.clone());
         let Some(needs) = self.models[worker.model].bytes_on(&self.inventory) else { return true };
         for gpu in set.gpus() {
-            let there = self.size(gpu).saturating_sub(self.used(gpu, Some(place)));
+            let there = self.left_by_those_who_stay(gpu);
             while self.kept(gpu, place, false).saturating_add(needs) > there {
                 let Some(other) = self.least_worth(gpu, place, now) else { break };
                 let residue = Residue { gpu, kept: self.workers[other].keeps, needs, there };
@@ -48,12 +48,22 @@ impl State {
                 effects.push(self.order(other, Order::Stop));
             }
         }
-        // Beside those who cannot go it is loaded all the same.
-        let is_left = |gpu: u32| self.kept(gpu, place, true) > self.kept(gpu, place, false);
-        !set.gpus().any(|gpu| {
-            let there = self.size(gpu).saturating_sub(self.used(gpu, Some(place)));
-            is_left(gpu) && self.kept(gpu, place, true).saturating_add(needs) > there
-        })
+        // Beside those who neither leave nor can go, it is loaded all the same.
+        let fits = |gpu: u32| self.kept(gpu, place, true) + self.used(gpu) + needs <= self.size(gpu);
+        set.gpus().all(|gpu| fits(gpu) || !self.is_being_left(gpu))
+    }
+
+    /// Memory of a GPU that is not taken by workers which stay on it, in bytes.
+    fn left_by_those_who_stay(&self, gpu: u32) -> u64 {
+        let stay = self.workers.iter().filter(|w| w.stays() && w.is_on_device() && w.set.has(gpu));
+        let used: u64 = stay.map(|w| self.bytes(w, self.size(gpu))).sum();
+        self.size(gpu).saturating_sub(used)
+    }
+
+    /// Whether somebody is leaving a GPU, or leaves host memory and keeps some of it.
+    fn is_being_left(&self, gpu: u32) -> bool {
+        let leaves = |w: &Worker| w.is_on_device() && !w.stays() && w.set.has(gpu);
+        self.workers.iter().any(|w| leaves(w) || (w.phase == Phase::Dropping && w.keeps_of(gpu) > 0))
     }
 
     /// What parked workers, but the one at `without`, keep of a GPU, in bytes; with those that are being dropped if `leaving`.
@@ -79,11 +89,7 @@ impl State {
         let waiting = self.workers.iter().filter(|w| matches!(w.phase, Phase::Waiting { .. }));
         waiting.filter(|_| kept > 0).find_map(|waits| {
             let needs = self.models[waits.model].bytes_on(&self.inventory)?;
-            let residue = |gpu: u32| {
-                let stay = self.workers.iter().filter(|w| w.stays() && w.is_on_device() && w.set.has(gpu));
-                let used: u64 = stay.map(|w| self.bytes(w, self.size(gpu))).sum();
-                Residue { gpu, kept, needs, there: self.size(gpu).saturating_sub(used) }
-            };
+            let residue = |gpu: u32| Residue { gpu, kept, needs, there: self.left_by_those_who_stay(gpu) };
             let both = worker.set.gpus().filter(|gpu| waits.set.has(*gpu)).map(residue);
             let tight = both.into_iter().find(|residue| residue.kept.saturating_add(needs) > residue.there)?;
             Some((tight, waits.model))

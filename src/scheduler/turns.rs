@@ -193,7 +193,7 @@ impl State {
         let worker = &self.workers[place];
         worker.set.gpus().all(|device| {
             let size = self.size(device);
-            self.used(device, None) + self.bytes(worker, size) <= size
+            self.used(device) + self.bytes(worker, size) <= size
         })
     }
 
@@ -206,11 +206,11 @@ impl State {
         self.models[worker.model].bytes_on(&self.inventory).unwrap_or(size).max(1)
     }
 
-    /// Memory of a device that is in use by workers on it, but the one at the place `without`; bytes.
-    pub(super) fn used(&self, device: u32, without: Option<usize>) -> u64 {
-        let there = self.workers.iter().enumerate().filter(|(other, w)| w.is_on_device() && Some(*other) != without);
+    /// Memory of a device that is in use by workers on it, in bytes.
+    pub(super) fn used(&self, device: u32) -> u64 {
         let size = self.size(device);
-        there.filter(|(_, w)| w.set.has(device)).map(|(_, w)| self.bytes(w, size)).sum()
+        let there = self.workers.iter().filter(|w| w.is_on_device() && w.set.has(device));
+        there.map(|w| self.bytes(w, size)).sum()
     }
 
     /// Orders a load; not yet, if host memory has to be free first.

@@ -22,7 +22,8 @@ async fn a_parked_process_is_dropped_before_a_model_that_does_not_fit_beside_it_
     is(api, "small", "absent").await;
     let queue = api.queue().await;
     let drop = queue["history"].as_array().unwrap().iter().find(|decision| decision["code"] == "drop").unwrap().clone();
-    let expected = "drop small from host memory: its process keeps 2 GiB of gpu0, where large needs 79.0 GiB of 80.0 GiB";
+    let expected =
+        "drop small from host memory: its process keeps 2 GiB of gpu0, where large needs 79.0 GiB of 80.0 GiB";
     assert_eq!((&drop["reason"], &drop["model"]), (&json!(expected), &json!("small")));
     // The other way round there is room.
     visit(api, "small").await;
