@@ -266,7 +266,7 @@ impl Worker {
     async fn settled(&mut self) -> Report {
         loop {
             match self.next().await {
-                Report::Loading { .. } | Report::Loaded { .. } => {}
+                Report::Loading { .. } | Report::Loaded { .. } | Report::Keeps { .. } => {}
                 other => return other,
             }
         }
@@ -783,6 +783,7 @@ async fn parked_means_that_the_driver_shows_the_memory_back() {
     worker.load().await;
     // It keeps 0.7 GB, as a process with a CUDA context does.
     worker.handle.order_on(Order::Park, GpuSet::one(0), None);
+    assert_eq!(worker.next().await, Report::Keeps { device_bytes: 700_000_000 });
     assert!(matches!(worker.settled().await, Report::Parked { .. }));
     assert_eq!(worker.handle.view().device_bytes, Some(700_000_000));
     worker.handle.order(Order::Wake);

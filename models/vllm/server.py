@@ -62,7 +62,6 @@ def parser() -> argparse.ArgumentParser:
         name="text",
         model="Qwen/Qwen3-4B-Instruct-2507",
     )
-    made.add_argument("--revision", default="main", help="revision of a Hugging Face id, as it was fetched")
     made.add_argument("--max-model-len", type=int, help=f"longest context in tokens (on a CPU: {CPU_MAX_MODEL_LEN})")
     made.add_argument(
         "--gpu-memory-utilization",

@@ -190,12 +190,16 @@ def test_a_second_fetch_gets_no_file_again(hub: Path, tmp_path: Path) -> None:
     assert again[0]["bytes"] == again[0]["total_bytes"]
 
 
-def test_a_pinned_revision_is_fetched_and_loads_by_name(hub: Path, tmp_path: Path) -> None:
+def test_a_pinned_revision_is_fetched_and_what_main_is_stays(hub: Path, tmp_path: Path) -> None:
     with standin(hub) as site:
         commit = run(site, tmp_path / "other")[-1]["revision"]
+        folder = tmp_path / "cache/models--org--tiny"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs/main").write_text("another")
         lines = run(site, tmp_path / "cache", "--revision", commit)
     assert lines[-1]["revision"] == commit
-    assert (tmp_path / "cache/models--org--tiny/refs/main").read_text() == commit
+    assert (folder / "refs/main").read_text() == "another"
+    assert (folder / "snapshots" / commit).is_dir()
 
 
 def test_a_cut_connection_goes_on_where_it_was_cut(hub: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ const REPLICAS_MAX: u32 = 64;
 /// Longest name or alias, in characters.
 const NAME_CHARS_MAX: usize = 128;
 /// What may stand in braces in a command.
-const PLACEHOLDERS: &[&str] = &["port", "model", "name"];
+const PLACEHOLDERS: &[&str] = &["port", "model", "name", "revision"];
 
 /// All entries in the order of the file; entries with problems are left out.
 /// `own`: looks up the server's own environment.
@@ -223,10 +223,13 @@ impl Reader<'_> {
     fn check_placeholders<'w>(&mut self, line: usize, key: &str, words: impl Iterator<Item = &'w str>) {
         for found in words.flat_map(placeholders) {
             if !PLACEHOLDERS.contains(&found) {
-                let help = format!("`{{{found}}}` is no placeholder; there are {{port}}, {{model}}, {{name}}");
+                let help =
+                    format!("`{{{found}}}` is no placeholder; there are {{port}}, {{model}}, {{name}}, {{revision}}");
                 self.problem(line, key, &help);
             } else if found == "model" && self.entry.model.is_none() {
                 self.problem(line, key, "has {model}, but the entry has no `model`");
+            } else if found == "revision" && self.entry.revision.is_none() {
+                self.problem(line, key, "has {revision}, but the entry has no `revision`");
             }
         }
     }

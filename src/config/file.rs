@@ -53,14 +53,15 @@ pub(super) struct Entry {
     #[schemars(required)]
     pub(super) kind: Option<At<Kind>>,
     /// Python program that serves it, relative to this file. Runs with `.venv/bin/python` of its folder, as
-    /// `server.py --name NAME --port PORT --model MODEL` and `args`. Either this or `command`.
+    /// `server.py --name NAME --port PORT --model MODEL`, with `--revision REVISION` if the entry has one, and `args`. Either
+    /// this or `command`.
     pub(super) service_script: Option<At<String>>,
-    /// Any program that serves the endpoint and answers `GET /health` or `GET /v1/models`; `{port}`, `{model}` and
-    /// `{name}` are filled in. One string, split as a shell would (nothing is expanded), or a list of words.
+    /// Any program that serves the endpoint and answers `GET /health` or `GET /v1/models`; `{port}`, `{model}`,
+    /// `{name}` and `{revision}` are filled in. One string, split as a shell would (nothing is expanded), or a list of words.
     pub(super) command: Option<At<Command>>,
     /// Hugging Face id, or a folder relative to this file.
     pub(super) model: Option<At<String>>,
-    /// Branch, tag or commit to fetch from Hugging Face.
+    /// Branch, tag or commit on Hugging Face that is fetched, and that the worker is told to load.
     pub(super) revision: Option<At<String>>,
     /// Preferred port on 127.0.0.1; if it is taken, the next free one in 8001-8999. Default: 8001 for the first model,
     /// 8002 for the second and so on.

@@ -318,6 +318,10 @@ fn values_that_make_no_sense() {
         ("    type: text\n    args: ['--x={modle}']\n", "5: models.m.args: `{modle}` is no placeholder"),
         ("    type: text\n    args: ['{model}']\n", "5: models.m.args: has {model}, but the entry has no `model`"),
         (
+            "    type: text\n    args: ['{revision}']\n",
+            "5: models.m.args: has {revision}, but the entry has no `revision`",
+        ),
+        (
             "    type: text\n    service_script: server.py\n",
             "5: models.m: `service_script` and `command` are both given",
         ),

@@ -52,10 +52,10 @@ text_enum! {
     }
 }
 
-/// How a worker process is started. `{port}`, `{model}` and `{name}` in words are filled in at start.
+/// How a worker process is started. `{port}`, `{model}`, `{name}` and `{revision}` in words are filled in at start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Launch {
-    /// `python script --name N --port P --model M args...`
+    /// `python script --name N --port P --model M [--revision R] args...`
     Script {
         /// The interpreter; `None` if the model's venv is not installed, which is an error at load, not at start.
         python: PathBuf,
@@ -96,7 +96,7 @@ pub struct ModelSpec {
     pub launch: Launch,
     /// Hugging Face id or absolute folder.
     pub model: Option<String>,
-    /// Revision for the fetcher.
+    /// Branch, tag or commit of `model`, for the fetcher and the worker; `None`: `main`.
     pub revision: Option<String>,
     /// Preferred port; if taken, the next free one in 8001-8999.
     pub port: u16,
@@ -166,6 +166,14 @@ impl ModelSpec {
             ..spec.clone()
         };
         shape(self) == shape(other)
+    }
+
+    /// A hash of what its workers see that decides how much memory they take. Equal in all runs of the server for an entry that
+    /// was not edited.
+    pub fn fingerprint(&self) -> i64 {
+        let seen = (&self.launch, &self.model, &self.revision, &self.args, &self.env);
+        let placed = (self.gpus, self.memory, self.exclusive, self.park);
+        super::shape::hash(&format!("{seen:?} {placed:?}"))
     }
 
     /// The Hugging Face repository whose files have to be here before its worker is started. `None`: its weights are a

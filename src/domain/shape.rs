@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::JobKind;
@@ -43,6 +44,11 @@ pub fn batch_key(endpoint: &str, body: &Map<String, Value>) -> i64 {
     let shape: BTreeMap<&str, Value> =
         body.iter().filter_map(|(name, value)| Some((name.as_str(), part(kind, name, value)?))).collect();
     let text = format!("{endpoint}\n{}", json!(shape));
+    hash(&text)
+}
+
+/// FNV-1a.
+pub(super) fn hash(text: &str) -> i64 {
     let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     hash.cast_signed()
 }
@@ -85,6 +91,30 @@ pub fn words(body: &Map<String, Value>) -> String {
         (text.len() <= SHOWN_CHARS).then(|| format!("{name} {text}"))
     });
     shown.collect::<Vec<_>>().join(", ")
+}
+
+/// How many jobs the passes of a model take, as it outlives a restart.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct KeptBatches {
+    /// Memory of the largest GPU of the box that it was learned on, in bytes; `None`: on the CPU, or nobody knew.
+    pub device_bytes: Option<u64>,
+    /// The shapes used last, the latest first.
+    pub shapes: Vec<KeptShape>,
+}
+
+/// What was learned about one shape.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KeptShape {
+    /// Its batch key.
+    pub key: i64,
+    /// In words.
+    pub words: String,
+    /// The size in use, as a power of two; `None`: that of the first size is not known yet.
+    pub level: Option<u32>,
+    /// Most jobs of a pass since one ran out of memory; `None`: none has.
+    pub cap: Option<u32>,
+    /// Jobs a second by the size as a power of two, as far as they are known.
+    pub rates: Vec<(u32, f64)>,
 }
 
 #[cfg(test)]

@@ -35,6 +35,11 @@ pub enum Report {
     },
     /// What it says of its copy in host memory; comes before `Ready`, and again when that has changed.
     Host(HostCopy),
+    /// What its sleeping process keeps on each of its GPUs, as the driver shows it; comes before `Parked`.
+    Keeps {
+        /// Device memory, in bytes.
+        device_bytes: u64,
+    },
     /// Stopped as ordered; its device memory is free.
     Stopped {
         /// Time from the order to stop to free memory, in ms.

@@ -5,11 +5,13 @@
 //! moves nothing. What was not measured yet is tried: the sizes above, one after the other up to the most, by batch jobs only;
 //! the one below rarely, since it may cost throughput, but at once again as long as it costs none. Neighbours of the size in
 //! use are measured anew after [`STALE_PASSES`]. A pass that ran out of memory halves the most for its shape.
+//!
+//! What is known of the shapes used last outlives a restart of the server, and is a start: new passes soon outweigh it.
 
 use std::collections::{HashMap, VecDeque};
 
 use crate::domain::Millis;
-use crate::domain::shape::ALONE;
+use crate::domain::shape::{ALONE, KeptShape};
 use crate::policy::decision::{Decision, short};
 
 /// A larger size must do so many times the jobs a second.
@@ -26,7 +28,7 @@ pub const TRY_LESS_EVERY: u64 = 16;
 pub const STALE_PASSES: u64 = 128;
 /// Shapes of a model that are remembered: those used last.
 const SHAPES_MAX: usize = 256;
-/// Of these, so many are shown.
+/// Of these, so many are shown, and outlive a restart.
 const SHOWN_MAX: usize = 16;
 /// Loads that a shape remembers: more than a model has workers.
 const LOADS_MAX: usize = 64;
@@ -96,6 +98,23 @@ impl Shape {
                 }
             })
             .map(|(level, _)| level)
+    }
+
+    /// Tries by itself what is above the known sizes.
+    fn go_on(&mut self) {
+        while self.tried < self.most && self.rate(level_of(self.tried)).is_some() {
+            self.tried = (2 << level_of(self.tried)).min(self.most);
+        }
+    }
+
+    /// What is worth keeping has changed if this has: the size in use, the most, and which sizes are known.
+    fn outline(&self) -> (Option<u32>, u32, Vec<u32>) {
+        (self.level, self.most, self.known().map(|(level, _)| level).collect())
+    }
+
+    /// Jobs a second by the known levels.
+    fn known(&self) -> impl Iterator<Item = (u32, f64)> {
+        (0..=level_of(self.most)).filter_map(|level| Some((level, self.rate(level)?)))
     }
 
     /// Jobs of a pass when enough wait.
@@ -214,13 +233,15 @@ pub struct Batching {
     shapes: HashMap<i64, Shape>,
     passes: u64,
     latest: Option<i64>,
+    /// Something was learned that is worth keeping.
+    has_news: bool,
 }
 
 impl Batching {
     /// Passes of `first` jobs until something is known, never of more than `most`.
     pub fn new(first: u32, most: u32) -> Self {
         let most = most.max(1);
-        Self { first: first.clamp(1, most), most, shapes: HashMap::new(), passes: 0, latest: None }
+        Self { first: first.clamp(1, most), most, shapes: HashMap::new(), passes: 0, latest: None, has_news: false }
     }
 
     /// Whether passes may have more than one job.
@@ -267,19 +288,18 @@ impl Batching {
             }
             return None;
         }
-        let before = (shape.level, shape.size(first));
+        let (before, outline) = ((shape.level, shape.size(first)), shape.outline());
         shape.measure(pass);
-        let goes_on = |shape: &Shape| shape.tried < shape.most && shape.rate(level_of(shape.tried)).is_some();
-        while goes_on(shape) {
-            shape.tried = (2 << level_of(shape.tried)).min(shape.most);
-        }
+        shape.go_on();
         if shape.level.is_some() || shape.rate(level_of(first.min(shape.most))).is_some() {
             shape.level = shape.best(level_of(most)).or(shape.level);
         }
+        let is_news = shape.outline() != outline;
         shape.forget_stale();
         let (from, to) = (before.1, shape.size(first));
         let rates = [before.0.unwrap_or(level_of(from)), shape.level.unwrap_or(0)].map(|level| shape.rate(level));
         let words = shape.words.clone();
+        self.has_news |= is_news;
         (from != to).then_some(Change { words, from, to, rates, out_of_memory: None })
     }
 
@@ -298,8 +318,9 @@ impl Batching {
         shape.tried = shape.tried.min(shape.most);
         shape.levels.truncate(level_of(shape.most) as usize + 1);
         shape.level = shape.level.map(|level| level.min(level_of(shape.most)));
-        let to = shape.size(first);
-        Some(Change { words: shape.words.clone(), from, to, rates: [None; 2], out_of_memory: Some(jobs) })
+        let (to, words) = (shape.size(first), shape.words.clone());
+        self.has_news = true;
+        Some(Change { words, from, to, rates: [None; 2], out_of_memory: Some(jobs) })
     }
 
     /// What a shape is, in words.
@@ -314,10 +335,54 @@ impl Batching {
         self.latest.and_then(|key| self.shapes.get(&key)).map_or(self.first, |shape| shape.size(self.first))
     }
 
+    /// Whether something was learned since this was asked last that is worth keeping: few passes teach anything new.
+    pub fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.has_news)
+    }
+
+    /// What outlives a restart.
+    pub fn kept(&self) -> Vec<KeptShape> {
+        let keep = |(key, shape): (&i64, &Shape)| KeptShape {
+            key: *key,
+            words: shape.words.clone(),
+            level: shape.level,
+            cap: Some(shape.most).filter(|most| *most < self.most),
+            rates: shape.known().collect(),
+        };
+        self.latest().take(SHOWN_MAX).map(keep).collect()
+    }
+
+    /// Takes in what was known before a restart, as far as passes of so many are made now.
+    pub fn restore(&mut self, kept: &[KeptShape]) {
+        if !self.is_on() {
+            return;
+        }
+        for known in kept.iter().rev().filter(|known| known.key != ALONE) {
+            let (first, all) = (self.first, self.most);
+            let shape = self.shape(known.key);
+            shape.words.clone_from(&known.words);
+            shape.most = known.cap.unwrap_or(all).clamp(1, all);
+            let top = level_of(shape.most);
+            shape.levels = vec![Level::default(); top as usize + 1];
+            for (level, rate) in known.rates.iter().filter(|(level, rate)| *level <= top && *rate > 0.0) {
+                shape.levels[*level as usize].rates = VecDeque::from([*rate; SAMPLES_MIN]);
+            }
+            shape.level = known.level.map(|level| level.min(top)).filter(|level| shape.rate(*level).is_some());
+            let tried = shape.known().last().map_or(first, |(level, _)| first.max(1 << level));
+            shape.tried = tried.min(shape.most);
+            shape.go_on();
+        }
+    }
+
     /// The shapes, last used first.
-    pub fn shapes(&self) -> Vec<ShapeView> {
+    fn latest(&self) -> impl Iterator<Item = (&i64, &Shape)> {
         let mut latest: Vec<(&i64, &Shape)> = self.shapes.iter().collect();
         latest.sort_by_key(|(_, shape)| std::cmp::Reverse(shape.used));
+        latest.into_iter()
+    }
+
+    /// The shapes, last used first, for those who ask.
+    pub fn shapes(&self) -> Vec<ShapeView> {
         let view = |(key, shape): (&i64, &Shape)| ShapeView {
             shape: shape.words.clone(),
             key: format!("{:016x}", key & i64::MAX),
@@ -325,7 +390,7 @@ impl Batching {
             max_batch: shape.most,
             per_s: (0..=level_of(self.most)).filter_map(|level| Some((1 << level, shape.rate(level)?))).collect(),
         };
-        latest.into_iter().take(SHOWN_MAX).map(view).collect()
+        self.latest().take(SHOWN_MAX).map(view).collect()
     }
 
     fn shape(&mut self, key: i64) -> &mut Shape {

@@ -211,3 +211,52 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_was_learned_before_a_restart_is_where_it_goes_on() {
+    let mut before = Batching::new(1, 16);
+    run(&mut before, 60, false, musicgen);
+    let kept = before.kept();
+    assert_eq!((kept.len(), kept[0].key, kept[0].level, kept[0].cap), (1, KEY, Some(4), None));
+    let mut after = Batching::new(1, 16);
+    assert_eq!((after.next(KEY, 1_000, true), after.usual()), (1, 1));
+    after.restore(&kept);
+    assert_eq!((after.next(KEY, 1_000, true), after.usual()), (16, 16), "callers have it at once");
+    let jobs: u32 = run(&mut after, 300, false, musicgen).iter().sum();
+    assert!(jobs > 300 * 15, "nothing is tried from the beginning: {jobs}");
+    // It is a start: on something slower, one at a time is found soon.
+    let mut other = Batching::new(1, 16);
+    other.restore(&kept);
+    run(&mut other, 300, false, |jobs| 1_000.0 * f64::from(jobs).powf(1.2));
+    assert_eq!(other.usual(), 1);
+}
+
+#[test]
+fn only_what_is_new_is_news() {
+    let mut batching = Batching::new(1, 8);
+    let mut news = 0;
+    for _ in 0..1_000 {
+        run(&mut batching, 1, false, flux);
+        news += usize::from(batching.take_news());
+    }
+    assert!((4..=40).contains(&news), "{news} in a thousand passes");
+    assert!(batching.out_of_memory(KEY, 2).is_some() && batching.take_news() && !batching.take_news());
+}
+
+#[test]
+fn what_ran_out_of_memory_before_a_restart_is_not_tried_after_it() {
+    let mut before = Batching::new(8, 8);
+    before.out_of_memory(KEY, 8);
+    let mut after = Batching::new(8, 8);
+    after.restore(&before.kept());
+    let sizes = run(&mut after, 500, false, |_| 500.0);
+    assert_eq!(sizes.iter().max(), Some(&4));
+    // Without that, a larger `max_batch` than before is tried; a smaller one holds.
+    let mut before = Batching::new(1, 4);
+    run(&mut before, 60, false, |_| 500.0);
+    let (mut larger, mut smaller, mut off) = (Batching::new(1, 8), Batching::new(1, 2), Batching::new(1, 1));
+    [&mut larger, &mut smaller, &mut off].into_iter().for_each(|batching| batching.restore(&before.kept()));
+    run(&mut larger, 10, false, |_| 500.0);
+    assert_eq!((larger.usual(), smaller.usual(), smaller.next(KEY, 9, true)), (8, 2, 2));
+    assert_eq!(off.shapes(), []);
+}

@@ -18,7 +18,7 @@ use crate::policy::due::Due;
 use crate::policy::hold::{self, Weighed, Yields};
 use crate::policy::sets;
 use crate::policy::view::round_up;
-pub use crate::policy::view::{ModelView, Phase, Reservation, View, WorkerView};
+pub use crate::policy::view::{ModelView, Phase, Reservation, Residue, View, WorkerView};
 
 /// Loads that must fit in before a reservation starts for a guest to be let in.
 const GUEST_LOADS: f64 = 3.0;
@@ -236,9 +236,9 @@ impl Round<'_> {
             yields.filter(|yields| yields.at <= self.now).map(|_| self.cost(worker, model))
         };
         let costs: Vec<Option<f64>> = times.iter().enumerate().map(cost).collect();
-        type Ranked = ((f64, bool, u64), Found);
+        type Ranked = (Rank, Found);
         let (mut best, mut home): (Option<Ranked>, Option<Ranked>) = (None, None);
-        let keep = |kept: &mut Option<Ranked>, rank: (f64, bool, u64), found: Found| {
+        let keep = |kept: &mut Option<Ranked>, rank: Rank, found: Found| {
             if kept.as_ref().is_none_or(|(other, _)| is_less(rank, *other)) {
                 *kept = Some((rank, found));
             }
@@ -251,7 +251,8 @@ impl Round<'_> {
             }
             let Some(out) = self.leave(model, set, &costs, times) else { continue };
             let cost: f64 = out.iter().filter_map(|worker| costs[*worker]).sum();
-            let rank = (cost, guest.is_some(), sets::used(&self.view, set, true));
+            let is_tight = sets::is_tight(&self.view, model, set, &out);
+            let rank = (cost, (guest.is_some(), is_tight, sets::used(&self.view, set, true)));
             if m.parked.contains(&set) {
                 keep(&mut home, rank, Found { set, out: out.clone(), guest });
             }
@@ -475,9 +476,12 @@ impl Round<'_> {
     }
 }
 
-/// Whether a cost with its ties comes before another.
-fn is_less(a: (f64, bool, u64), b: (f64, bool, u64)) -> bool {
-    a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)).then(a.2.cmp(&b.2)).is_lt()
+/// What a set costs, and of those that cost the same: whether it is lent, whether a copy must be dropped there, and what is in
+/// use on it.
+type Rank = (f64, (bool, bool, u64));
+
+fn is_less(a: Rank, b: Rank) -> bool {
+    a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)).is_lt()
 }
 
 #[cfg(test)]

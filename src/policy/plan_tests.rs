@@ -69,14 +69,14 @@ fn on(worker: WorkerView, first: u32, count: u32) -> WorkerView {
 }
 
 pub(crate) fn one_device(models: Vec<ModelView>, workers: Vec<WorkerView>) -> View {
-    View { devices: vec![1], gpus: 1, models, workers, reservations: Vec::new() }
+    View { devices: vec![1], gpus: 1, models, workers, ..View::default() }
 }
 
 const GB: u64 = 1_000_000_000;
 
 /// A box with GPUs of 80 GB.
 fn gpus(count: u32, models: Vec<ModelView>, workers: Vec<WorkerView>) -> View {
-    View { devices: vec![80 * GB; count as usize], gpus: count, models, workers, reservations: Vec::new() }
+    View { devices: vec![80 * GB; count as usize], gpus: count, models, workers, ..View::default() }
 }
 
 fn sized(mut m: ModelView, gpus: u32, gb: u64) -> ModelView {
@@ -261,6 +261,18 @@ fn a_model_that_fits_beside_the_residents_is_loaded_at_once() {
     assert_eq!(got.plan.steps[0].decision.reason, "load flux: it fits beside llama; 1 pending");
     let got = look(&gpus(2, models, vec![serving(0, NOW)]), NOW);
     assert_eq!(got.actions, ["load flux on gpu1"], "the emptier one; and then 60 GB fit nowhere");
+}
+
+#[test]
+fn of_free_gpus_one_is_taken_where_no_parked_process_is_in_the_way() {
+    let view = |gb: u64, lies: usize| {
+        let models = vec![model("parked"), batch(sized(model("new"), 1, gb), 1, NOW)];
+        let residues = vec![Residue { model: lies, set: GpuSet::one(0), bytes: 2 * GB }];
+        look(&View { residues, ..gpus(2, models, Vec::new()) }, NOW).actions
+    };
+    assert_eq!(view(79, 0), ["load new on gpu1"]);
+    assert_eq!(view(78, 0), ["load new on gpu0"], "it fits beside that");
+    assert_eq!(view(79, 1), ["load new on gpu0"], "it is its own");
 }
 
 #[test]

@@ -56,9 +56,24 @@ pub fn used(view: &View, set: GpuSet, leaving: bool) -> u64 {
 /// Bytes that are missing on a device for one more worker of `model`, besides the workers in `out`.
 fn missing(view: &View, model: usize, device: u32, out: &[usize]) -> u64 {
     let size = size(view, device);
+    (used_beside(view, device, out) + need(view.models[model].bytes, size)).saturating_sub(size)
+}
+
+/// Memory in use on a device by workers that keep it, but those in `out`; bytes.
+fn used_beside(view: &View, device: u32, out: &[usize]) -> u64 {
     let stay = view.workers.iter().enumerate().filter(|(i, w)| w.set.has(device) && w.stays() && !out.contains(i));
-    let used: u64 = stay.map(|(_, worker)| taken(view, worker, device)).sum();
-    (used + need(view.models[model].bytes, size)).saturating_sub(size)
+    stay.map(|(_, worker)| taken(view, worker, device)).sum()
+}
+
+/// Whether a worker of `model` fits on a set only if parked ones of other models are dropped there, when those in `out` have
+/// left. One that takes whole devices takes what is free.
+pub fn is_tight(view: &View, model: usize, set: GpuSet, out: &[usize]) -> bool {
+    let Some(bytes) = view.models[model].bytes else { return false };
+    let kept = |device: u32| -> u64 {
+        let there = view.residues.iter().filter(|r| r.model != model && r.set.has(device));
+        there.map(|residue| residue.bytes).sum()
+    };
+    set.gpus().any(|device| used_beside(view, device, out) + kept(device) + bytes > size(view, device))
 }
 
 /// Whether a worker of `model` fits on a set when those in `out` have left.

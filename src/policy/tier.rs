@@ -18,9 +18,22 @@ pub struct Parked {
     pub bytes: u64,
 }
 
+/// What a parked worker keeps of a device, and what stands against that. All in bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Residue {
+    /// The device.
+    pub gpu: u32,
+    /// What it keeps there.
+    pub kept: u64,
+    /// What another model needs there.
+    pub needs: u64,
+    /// What is there for that model, if no parked worker keeps any of it.
+    pub there: u64,
+}
+
 impl Parked {
     /// What keeping it is worth: load time saved per time and byte.
-    fn worth(&self) -> f64 {
+    pub fn worth(&self) -> f64 {
         self.rate * (self.cold_ms - self.wake_ms).max(0.0) / self.bytes.max(1) as f64
     }
 }
@@ -155,6 +168,18 @@ impl Tier {
         self.decide("drop", name, it, reason)
     }
 
+    /// A parked worker leaves host memory, since what its process keeps of a device is in another's way.
+    pub fn in_the_way(&self, name: &str, it: &Parked, residue: &Residue, other: &str) -> Decision {
+        let reason = format!("drop {name} from host memory: its process keeps {}", residue.words(other));
+        self.decide("drop", name, it, reason).against(other).with(&residue.numbers())
+    }
+
+    /// A worker that leaves its devices is not parked, since what its process would keep of one would be in another's way.
+    pub fn would_be_in_the_way(&self, name: &str, it: &Parked, residue: &Residue, other: &str) -> Decision {
+        let reason = format!("stop {name} without parking it: its process would keep {}", residue.words(other));
+        self.decide("drop", name, it, reason).against(other).with(&residue.numbers())
+    }
+
     /// A worker that leaves its devices is not parked, though the tier is on.
     pub fn stop(&self, name: &str, it: &Parked) -> Decision {
         let reason = if it.bytes == 0 {
@@ -182,6 +207,22 @@ impl Tier {
             short(it.rate * 3.6e9)
         )
     }
+}
+
+impl Residue {
+    fn words(&self, other: &str) -> String {
+        let gpu = GpuSet::one(self.gpu);
+        format!("{} of {gpu}, where {other} needs {} of {}", gib(self.kept), tenths(self.needs), tenths(self.there))
+    }
+
+    fn numbers(&self) -> [(&'static str, f64); 3] {
+        [("kept_gib", in_gib(self.kept)), ("needs_gib", in_gib(self.needs)), ("free_gib", in_gib(self.there))]
+    }
+}
+
+/// `78.4 GiB`: what is close to it must not look the same.
+fn tenths(bytes: u64) -> String {
+    format!("{:.1} GiB", in_gib(bytes))
 }
 
 /// Whether a model can be parked.

@@ -17,6 +17,19 @@ pub struct View {
     pub workers: Vec<WorkerView>,
     /// Sets kept for late models, as the last plan left them.
     pub reservations: Vec<Reservation>,
+    /// What parked workers keep of devices. It is nobody's place: they are dropped where it is in the way.
+    pub residues: Vec<Residue>,
+}
+
+/// Memory that a parked worker keeps on each of its devices.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Residue {
+    /// Place of its model.
+    pub model: usize,
+    /// Where it lies.
+    pub set: GpuSet,
+    /// On each device, in bytes.
+    pub bytes: u64,
 }
 
 /// What a worker is doing.

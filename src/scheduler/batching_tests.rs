@@ -11,13 +11,29 @@ struct World {
     next: i64,
     runs: VecDeque<(Place, Run)>,
     told: Vec<String>,
+    /// What is kept of it, and how many times that was written.
+    kept: Option<Learned>,
+    writes: usize,
 }
 
 impl World {
     fn new(first_batch: u32, max_batch: u32) -> Self {
         let spec = ModelSpec { kind: ModelKind::Image, max_batch, first_batch, ..spec("a", max_batch) };
-        let state = State::new(&[spec], Knobs::default(), &BTreeMap::new(), 1);
-        let mut world = Self { state, now: 1_000, next: 1, runs: VecDeque::new(), told: Vec::new() };
+        Self::of(State::new(&[spec], Knobs::default(), &BTreeMap::new(), 1))
+    }
+
+    /// On a GPU with so much memory, with what an earlier run has kept.
+    fn on_gpu(gib: u64, kept: Option<Learned>, entry: impl FnOnce(&mut ModelSpec)) -> Self {
+        let mut spec = ModelSpec { kind: ModelKind::Image, max_batch: 8, first_batch: 1, gpus: 1, ..spec("a", 8) };
+        entry(&mut spec);
+        let known = kept.into_iter().map(|kept| ("a".to_owned(), kept)).collect();
+        let inventory = Inventory::of(&BTreeMap::from([(0, gib << 30)]), 0);
+        Self::of(State::new(&[spec], Knobs::default(), &known, 1).on(inventory))
+    }
+
+    fn of(state: State) -> Self {
+        let (runs, told) = (VecDeque::new(), Vec::new());
+        let mut world = Self { state, now: 1_000, next: 1, runs, told, kept: None, writes: 0 };
         world.wait(64, 5);
         let report = Report::Ready { base_url: "http://a".to_owned(), load_ms: 10 };
         world.event(Event::Report { model: "a".to_owned(), replica: 0, report });
@@ -31,6 +47,7 @@ impl World {
             match effect {
                 Effect::Claim { place, run, .. } => self.runs.push_back((place, run)),
                 Effect::Announce(decision) if decision.action == "batch" => self.told.push(decision.reason.clone()),
+                Effect::Learn { learned, .. } => (self.kept, self.writes) = (Some(learned), self.writes + 1),
                 _ => {}
             }
         }
@@ -131,4 +148,36 @@ fn a_shape_gets_its_name_from_a_job_that_runs() {
     world.event(Event::Shape { model: Arc::from("a"), number: 999, words: "nobody".to_owned() });
     let shapes = world.state.models[0].batching.shapes();
     assert_eq!(shapes.iter().map(|shape| &*shape.shape).collect::<Vec<_>>(), ["size 64x64"]);
+}
+
+#[test]
+fn what_passes_take_outlives_a_restart_and_is_written_when_it_changes() {
+    let mut world = World::on_gpu(80, None, |_| {});
+    (0..200).for_each(|_| assert!(world.pass(|_| 500) > 0));
+    assert_eq!(world.pass(|_| 500), 8);
+    assert!(world.writes < 20, "{} times in 200 passes", world.writes);
+    let kept = world.kept.clone();
+    let first = |mut world: World| world.pass(|_| 500);
+    assert_eq!(first(World::on_gpu(80, kept.clone(), |_| {})), 8, "at once");
+    assert_eq!(first(World::on_gpu(24, kept.clone(), |_| {})), 1, "another GPU");
+    assert_eq!(first(World::on_gpu(80, kept.clone(), |spec| spec.args.push("--fp8".into()))), 1, "another entry");
+    assert_eq!(first(World::on_gpu(80, kept.clone(), |spec| spec.aliases.push("b".into()))), 8);
+
+    // Nobody knows the GPU when the server starts: what was kept is kept until then.
+    let kept = BTreeMap::from([("a".to_owned(), kept.unwrap())]);
+    let spec = ModelSpec { max_batch: 8, first_batch: 1, gpus: 1, kind: ModelKind::Image, ..spec("a", 8) };
+    let mut state = State::new(&[spec], Knobs::default(), &kept, 1).on(Inventory::of(&BTreeMap::new(), 0));
+    assert_eq!(state.models[0].at_once(), 1);
+    let Effect::Learn { learned, .. } = state.learn(0) else { panic!("it keeps what it knows") };
+    assert_eq!(learned.batches, kept["a"].batches);
+    state.on_event(Event::Devices(BTreeMap::from([(0, 80 << 30)])), 1);
+    assert_eq!(state.models[0].at_once(), 8);
+}
+
+#[test]
+fn what_ran_out_of_memory_is_kept_at_once() {
+    let mut world = World::on_gpu(80, None, |spec| spec.first_batch = 8);
+    assert_eq!(world.runs_out_of_memory(), 8);
+    let mut world = World::on_gpu(80, world.kept, |spec| spec.first_batch = 8);
+    assert_eq!(world.pass(|_| 500), 4);
 }

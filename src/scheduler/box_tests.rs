@@ -72,6 +72,8 @@ struct Setup {
     cold_ms: Vec<Millis>,
     wake_ms: Vec<Millis>,
     work_ms: Vec<Millis>,
+    /// What a parked worker keeps of each of its GPUs, in bytes.
+    keeps: Vec<u64>,
     stop_ms: Millis,
     inventory: Inventory,
     knobs: Knobs,
@@ -89,6 +91,7 @@ fn setup(rng: &mut Rng, calm: bool) -> Setup {
         gone: Default::default(),
     };
     let (mut specs, mut cold_ms, mut wake_ms, mut work_ms) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut keeps = Vec::new();
     for index in 0..rng.index(6) + 2 {
         let limit = rng.pick(&[1, 2, 8, 16]);
         let wanted = rng.pick(&[0, 1, 1, 1, 2, 4]);
@@ -114,6 +117,7 @@ fn setup(rng: &mut Rng, calm: bool) -> Setup {
         cold_ms.push(cold);
         wake_ms.push(cold / 10);
         work_ms.push(rng.pick(&[50, 1_000, 3_000]));
+        keeps.push(if needs > 0 { rng.pick(&[0, 1, 4]) * GB } else { 0 });
     }
     let seconds = Duration::from_secs;
     let knobs = Knobs {
@@ -146,7 +150,8 @@ fn setup(rng: &mut Rng, calm: bool) -> Setup {
         });
         arrivals.push((at, jobs.collect()));
     }
-    Setup { specs, cold_ms, wake_ms, work_ms, stop_ms: rng.pick(&[0, 1_500]), inventory, knobs, arrivals }
+    let stop_ms = rng.pick(&[0, 1_500]);
+    Setup { specs, cold_ms, wake_ms, work_ms, keeps, stop_ms, inventory, knobs, arrivals }
 }
 
 struct Boxed {
@@ -278,6 +283,8 @@ impl Boxed {
                 let stop_ms = self.setup.stop_ms;
                 if parked {
                     self.there.get_mut(&(model, replica)).unwrap().stage = Stage::Parked;
+                    let device_bytes = self.setup.keeps[model];
+                    self.report(model, replica, Report::Keeps { device_bytes });
                     self.report(model, replica, Report::Parked { park_ms: stop_ms });
                 } else {
                     self.there.remove(&(model, replica));
@@ -501,6 +508,7 @@ impl Boxed {
             let on = self.there.iter().filter(|(_, there)| there.stage != Stage::Parked && there.set.has(device));
             let used: u64 = on.map(|((model, _), _)| self.bytes(*model).unwrap_or(size)).sum();
             assert!(used <= size, "{used} of {size} bytes in use on device {device}");
+            self.check_residues(device, size);
         }
         let has_copy = |model: usize, replica: u32| {
             self.state.workers.iter().any(|w| (w.model, w.replica, w.is_bare) == (model, replica, false))
@@ -509,6 +517,17 @@ impl Boxed {
         let parked = parked.filter(|((model, replica), _)| has_copy(*model, *replica));
         let host: u64 = parked.map(|((model, _), _)| self.state.models[*model].parked(self.now).bytes).sum();
         assert!(host <= self.setup.inventory.host, "{host} bytes of parked models");
+    }
+
+    /// Nothing is loaded beside what parked workers keep, unless it takes what is free.
+    fn check_residues(&self, device: u32, size: u64) {
+        let used = |model: usize, there: &There| match there.stage {
+            Stage::Parked => Some(self.setup.keeps[model]),
+            _ => self.bytes(model),
+        };
+        let on = self.there.iter().filter(|(_, there)| there.set.has(device));
+        let used: Option<u64> = on.map(|((model, _), there)| used(*model, there)).sum();
+        assert!(used.is_none_or(|used| used <= size), "{used:?} of {size} bytes in use on device {device}");
     }
 
     fn bytes(&self, model: usize) -> Option<u64> {
@@ -625,6 +644,14 @@ proptest! {
     }
 }
 
+/// A parked worker waits until another leaves the GPU where it lies, and a third one has room there until then, but not beside
+/// what the parked one keeps.
+#[test]
+fn nobody_is_loaded_beside_what_a_waiting_worker_keeps_before_all_have_left() {
+    let seed = 12_138_113_557_233_180_957;
+    Boxed::new(seed, true).with_vanishing_gpus(&mut Rng(seed ^ 1)).run();
+}
+
 /// A box after `requests` of each of two callers, who use a model each and send one request after the other.
 fn closed_loops(requests: usize, think: Millis, work: Millis, load: Millis) -> Boxed {
     let specs = [0, 1].map(|index| ModelSpec {
@@ -637,6 +664,7 @@ fn closed_loops(requests: usize, think: Millis, work: Millis, load: Millis) -> B
         cold_ms: vec![load; 2],
         wake_ms: vec![load; 2],
         work_ms: vec![work; 2],
+        keeps: vec![0; 2],
         stop_ms: 500,
         inventory: Inventory::one_device(),
         knobs: Knobs::default(),

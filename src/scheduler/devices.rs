@@ -28,6 +28,7 @@ impl State {
     /// Which models have no place on this box, now or ever.
     pub(super) fn note_all_devices(&mut self) {
         self.mark_too_big();
+        self.models.iter_mut().for_each(|model| model.restore_batches(&self.inventory));
         (0..self.models.len()).for_each(|index| self.note_devices(index));
     }
 

@@ -51,7 +51,7 @@ impl State {
     }
 
     /// A worker as it is or would be in host memory.
-    fn parked_size(&self, worker: &Worker, now: Millis) -> Parked {
+    pub(super) fn parked_size(&self, worker: &Worker, now: Millis) -> Parked {
         let size = self.models[worker.model].parked(now);
         Parked { bytes: worker.host.bytes.filter(|bytes| *bytes > 0).unwrap_or(size.bytes), ..size }
     }
@@ -158,18 +158,23 @@ impl State {
         let note =
             if has_means { worker.host.note.as_deref() } else { Some("scheduler.park_ram was 0 when it was loaded") };
         // Of what nobody knows the size of, nobody can say whether it fits.
-        let parks = !refusal && own.bytes > 0 && shares.has_room();
-        let bare = self.bare(worker).filter(|_| !parks && has_means && (refusal || own.bytes > 0));
-        let (order, decision) = match bare {
-            _ if parks => (Order::Park, shares.tier.park(&model.name, &own)),
-            Some(bare) => {
+        let fits = !refusal && own.bytes > 0 && shares.has_room();
+        let bare = self.bare(worker).filter(|_| !fits && has_means && (refusal || own.bytes > 0));
+        let in_the_way = self.would_be_in_the_way(place).filter(|_| fits || bare.is_some());
+        let (order, decision) = match (in_the_way, bare) {
+            (Some((residue, other)), _) => {
+                let other = &self.models[other].name;
+                (Order::Stop, shares.tier.would_be_in_the_way(&model.name, &own, &residue, other))
+            }
+            (None, _) if fits => (Order::Park, shares.tier.park(&model.name, &own)),
+            (None, Some(bare)) => {
                 let refusal = refusal.then(|| note.unwrap_or_default());
                 (Order::ParkBare, shares.tier.bare(&model.name, &own, refusal, &bare))
             }
-            None if refusal => (Order::Stop, shares.tier.refused(&model.name, &own, note)),
-            None => (Order::Stop, shares.tier.stop(&model.name, &own)),
+            (None, None) if refusal => (Order::Stop, shares.tier.refused(&model.name, &own, note)),
+            (None, None) => (Order::Stop, shares.tier.stop(&model.name, &own)),
         };
-        if parks {
+        if order == Order::Park {
             self.drop_others(place, &shares, effects);
         }
         self.announce(decision, effects);
@@ -199,17 +204,21 @@ impl State {
     pub(super) fn lose_copy(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) {
         let worker = &self.workers[place];
         let size = self.parked_size(worker, now);
-        let others = self.workers.iter().enumerate().filter(|(other, _)| *other != place);
-        let used = others.map(|(_, worker)| self.host_bytes(worker)).sum();
         let (lies, wanted) = (worker.lies_on.unwrap_or(worker.set), worker.set);
-        let tier = Tier { host: self.inventory.host, used, now };
-        let name = &self.models[worker.model].name;
+        let (tier, name) = (self.tier_without(place, now), &self.models[worker.model].name);
         let decision = if worker.is_bare {
             tier.end_bare(name, &size, &format!("its process is on {lies}, and it is wanted on {wanted}"))
         } else {
             tier.elsewhere(name, &size, (lies, wanted))
         };
         self.announce(decision, effects);
+    }
+
+    /// Host memory as it is when this worker has left it.
+    pub(super) fn tier_without(&self, place: usize, now: Millis) -> Tier {
+        let others = self.workers.iter().enumerate().filter(|(other, _)| *other != place);
+        let used = others.map(|(_, worker)| self.host_bytes(worker)).sum();
+        Tier { host: self.inventory.host, used, now }
     }
 
     /// A worker says what its copy in host memory takes.
@@ -224,7 +233,7 @@ impl State {
     /// Whether a model that is to be parked can be, and why not, in words; `None`: it is not to be.
     pub(in crate::scheduler) fn parking(&self, index: usize) -> Option<tier::Outlook> {
         let model = &self.models[index];
-        let said = model.host_said();
+        let said = &model.learned.host;
         let refusal = (said.can_park == Some(false)).then(|| said.note.as_deref().unwrap_or_default());
         let outlook = tier::outlook(model.parked(0).bytes, self.inventory.host, refusal, said.note.as_deref());
         let bare = Some(model.bare()).filter(|bare| model.can_be_bare(said) && bare.is_worth_it());

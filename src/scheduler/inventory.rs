@@ -119,6 +119,8 @@ pub(super) struct Worker {
     pub(super) has_slept: bool,
     /// It loads, and nobody waits for it.
     pub(super) at_leisure: bool,
+    /// What its process keeps on each of its GPUs while it is parked, in bytes.
+    pub(super) keeps: u64,
     /// Most host memory that its copy may take, as it was told when it was loaded, in bytes.
     pub(super) promised: Option<u64>,
 }
@@ -150,6 +152,21 @@ impl Worker {
     /// Whether it is to keep its devices.
     pub(super) fn stays(&self) -> bool {
         matches!(self.phase, Phase::Waiting { .. } | Phase::Loading { .. } | Phase::Serving { .. })
+    }
+
+    /// Whether it lies in host memory and need not stay there: nobody wants it, or only elsewhere, where it cannot wake.
+    pub(super) fn can_be_dropped(&self) -> bool {
+        match self.phase {
+            Phase::Parked => true,
+            Phase::Waiting { was_parked: true } => self.lies_on != Some(self.set),
+            _ => false,
+        }
+    }
+
+    /// What its parked process keeps of a device, in bytes.
+    pub(super) fn keeps_of(&self, device: u32) -> u64 {
+        let lies = matches!(self.phase, Phase::Parked | Phase::Dropping | Phase::Waiting { was_parked: true });
+        self.lies_on.filter(|_| lies).filter(|there| there.has(device)).map_or(0, |_| self.keeps)
     }
 
     /// Back in host memory, since it is not wanted any more.

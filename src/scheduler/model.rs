@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::domain::shape::KeptBatches;
 use crate::domain::worker::{HostCopy, PhaseTime};
 use crate::domain::{Class, ErrorCode, GpuSet, Held, JobError, Millis, ModelKind, ModelSpec, Park, StateReason};
 use crate::policy::batching::{Batching, Change, Pass};
@@ -68,15 +69,9 @@ pub(super) enum Source {
 /// Phases of a load that a wake without a copy has, too.
 const READ_AGAIN: [&str; 3] = ["read", "device", "warm_up"];
 
-/// What its workers have told about their copies in host memory.
+/// What this run of the server has seen of its workers in host memory.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Host {
-    /// As one of them said last.
-    said: HostCopy,
-    /// What such a copy takes, in bytes.
-    bytes: Option<u64>,
-    /// Whether it is made when a worker is loaded, not when it is parked.
-    at_load: Option<bool>,
     /// What the last one that could not be parked might have taken, in bytes.
     refused: Option<u64>,
     /// A wake without a copy, as measured, ms.
@@ -106,6 +101,8 @@ pub(super) struct Model {
     pub(super) slots: Slots,
     /// How many jobs its passes take.
     pub(super) batching: Batching,
+    /// What an earlier run learned of that, as long as it is not known whether it holds here.
+    kept_batches: Option<KeptBatches>,
     /// By worker, what it runs; only where passes may have several jobs.
     runs: BTreeMap<u32, Running>,
     pub(super) timeout_ms: i64,
@@ -166,8 +163,42 @@ impl Model {
             startup_ms: spec.startup_time.as_secs_f64() * 1e3,
             service_prior_ms,
             idle_ttl_ms: spec.idle_ttl.map(|ttl| i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX)),
+            learned: Learned { entry: Some(spec.fingerprint()), ..Learned::default() },
             ..Self::named(&spec.name)
         }
+    }
+
+    /// What was learned in an earlier run; not what another entry took of memory.
+    pub(super) fn remember(&mut self, known: &Learned) {
+        let entry = self.learned.entry;
+        self.learned = known.clone();
+        if known.entry.is_some() && known.entry != entry {
+            self.learned.forget_memory();
+        }
+        self.learned.entry = entry;
+        self.kept_batches = Some(std::mem::take(&mut self.learned.batches));
+    }
+
+    /// Takes in what an earlier run learned of its passes, once it is known whether it was on such a GPU.
+    pub(super) fn restore_batches(&mut self, inventory: &Inventory) {
+        let now = self.device_bytes(inventory);
+        let Some(kept) = self.kept_batches.take() else { return };
+        match (kept.device_bytes, now) {
+            (Some(_), None) => self.kept_batches = Some(kept),
+            (Some(then), Some(now)) if then != now => {}
+            _ => self.batching.restore(&kept.shapes),
+        }
+    }
+
+    /// All that was learned, to be kept.
+    pub(super) fn to_keep(&self, inventory: &Inventory) -> Learned {
+        let now = || KeptBatches { device_bytes: self.device_bytes(inventory), shapes: self.batching.kept() };
+        Learned { batches: self.kept_batches.clone().unwrap_or_else(now), ..self.learned.clone() }
+    }
+
+    /// Memory of the largest GPU, if it runs on GPUs and they are known.
+    fn device_bytes(&self, inventory: &Inventory) -> Option<u64> {
+        inventory.gpus.iter().copied().max().filter(|bytes| *bytes > 0 && self.needs_gpus())
     }
 
     /// A model that has waiting jobs and no entry any more.
@@ -188,9 +219,10 @@ impl Model {
     pub(super) fn take_entry(&mut self, spec: &ModelSpec, restart: bool) {
         let new = Self::of(spec);
         if restart {
-            self.learned.device_bytes = None;
+            self.learned.forget_memory();
             self.host = Host::default();
         }
+        self.learned.entry = new.learned.entry;
         self.memory_bytes = new.memory_bytes;
         self.is_checkpointed = new.is_checkpointed;
         if !self.is_listed {
@@ -201,7 +233,7 @@ impl Model {
             (self.fetches, self.lack) = (new.fetches, None);
         }
         if restart || self.slots != new.slots {
-            self.batching = new.batching;
+            (self.batching, self.kept_batches) = (new.batching, None);
         }
         (self.trouble, self.too_big) = (None, None);
         (self.slots, self.timeout_ms, self.park) = (new.slots, new.timeout_ms, new.park);
@@ -229,6 +261,7 @@ impl Model {
             too_big: None,
             slots: Slots { limit: 1, max_batch: 1 },
             batching: Batching::new(1, 1),
+            kept_batches: None,
             runs: BTreeMap::new(),
             timeout_ms: i64::MAX,
             learned: Learned::default(),
@@ -407,39 +440,34 @@ impl Model {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes are far below 2^53 bytes")]
     pub(super) fn parked(&self, now: Millis) -> Parked {
         let on_devices = self.memory_bytes.or_else(|| self.bytes()).unwrap_or(0).saturating_mul(u64::from(self.gpus));
-        let bytes = self.host.bytes.unwrap_or((on_devices as f64 * PARKED_SHARE) as u64);
+        let bytes = self.learned.host.bytes.unwrap_or((on_devices as f64 * PARKED_SHARE) as u64);
         Parked { rate: self.rate.per_ms(now), cold_ms: self.cold_ms(), wake_ms: self.wake_ms(), bytes }
     }
 
     /// A worker, which may take so many bytes of host memory, says what its copy takes.
     pub(super) fn count_host(&mut self, said: &HostCopy, promised: Option<u64>) {
-        self.host.bytes = said.bytes.filter(|bytes| *bytes > 0).or(self.host.bytes);
+        let bytes = said.bytes.filter(|bytes| *bytes > 0).or(self.learned.host.bytes);
         self.host.refused = promised.filter(|_| said.can_park == Some(false));
-        self.host.said = said.clone();
-    }
-
-    /// As a worker said last.
-    pub(super) fn host_said(&self) -> &HostCopy {
-        &self.host.said
+        self.learned.host = HostCopy { bytes, ..said.clone() };
     }
 
     /// A worker is ready after a load from nothing, and has said this. One that could not make its copy shows nothing.
     pub(super) fn count_copy(&mut self, said: &HostCopy) {
         if said.can_park != Some(false) {
-            self.host.at_load = Some(said.bytes.is_some_and(|bytes| bytes > 0));
+            self.learned.copies_at_load = Some(said.bytes.is_some_and(|bytes| bytes > 0));
         }
     }
 
     /// Whether a load is known to take host memory at once; or would, if it had not been too little the last time.
     pub(super) fn copies_at_load(&self) -> bool {
         let takes = self.parked(0).bytes;
-        takes > 0 && (self.host.at_load == Some(true) || self.host.refused.is_some_and(|most| most < takes))
+        takes > 0 && (self.learned.copies_at_load == Some(true) || self.host.refused.is_some_and(|most| most < takes))
     }
 
     /// Host memory that a worker takes for its copy while it loads, of what it was promised; bytes.
     pub(super) fn host_at_load(&self, promised: Option<u64>) -> u64 {
-        let takes =
-            if self.host.at_load == Some(false) { Some(0) } else { Some(self.parked(0).bytes).filter(|b| *b > 0) };
+        let makes_none = self.learned.copies_at_load == Some(false);
+        let takes = if makes_none { Some(0) } else { Some(self.parked(0).bytes).filter(|b| *b > 0) };
         promised.map_or(0, |promised| takes.map_or(promised, |takes| takes.min(promised)))
     }
 

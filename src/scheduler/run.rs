@@ -673,8 +673,8 @@ impl Scheduler {
                     self.beside("add load time", async move { store.add_load_time(numbers, load_ms).await });
                 }
                 Effect::Learn { model, learned } => {
-                    let store = self.context.store.clone();
-                    self.beside("learn", async move { store.learn(model, learned).await });
+                    let kept = self.context.store.learn(model, learned);
+                    self.beside("learn", kept);
                 }
                 Effect::Served(tenants) => {
                     let store = self.context.store.clone();

@@ -3,7 +3,8 @@
 //! tell it by events and are asked by effects.
 //!
 //! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
-//! `weights` is about models whose weights have to be fetched first; `host` says whose host memory is whose;
+//! `weights` is about models whose weights have to be fetched first; `host` says whose host memory is whose,
+//! `residue` whose parked process is in the way on a device;
 //! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an
 //! operator says, `edits` what an edited models.yaml does; `answers` takes in the ends of attempts; `accounts` counts where
 //! the time goes; `model` and `inventory` are what it keeps of models and workers.
@@ -43,6 +44,8 @@ mod eta;
 mod hints;
 #[path = "host.rs"]
 mod host;
+#[path = "residue.rs"]
+mod residue;
 #[path = "standing.rs"]
 mod standing;
 #[path = "turns.rs"]
@@ -329,7 +332,7 @@ impl State {
         let mut models: Vec<Model> = specs.iter().map(Model::of).collect();
         for model in &mut models {
             if let Some(known) = learned.get(&*model.name) {
-                model.learned = known.clone();
+                model.remember(known);
             }
         }
         let index = models.iter().enumerate().map(|(i, m)| (m.name.to_string(), i)).collect();
@@ -634,7 +637,9 @@ impl State {
 
     fn tell_change(&mut self, index: usize, change: Option<Change>, now: Millis) -> Vec<Effect> {
         let decision = change.map(|change| change.decision(&self.models[index].name, now));
-        decision.and_then(|decision| self.journal.keep(decision)).map(Effect::Announce).into_iter().collect()
+        let told = decision.and_then(|decision| self.journal.keep(decision)).map(Effect::Announce);
+        let kept = self.models[index].batching.take_news().then(|| self.learn(index));
+        told.into_iter().chain(kept).collect()
     }
 
     /// The place of a worker.
@@ -655,6 +660,10 @@ impl State {
             }
             Report::Host(host) => {
                 self.on_host(index, worker, host);
+                Vec::new()
+            }
+            Report::Keeps { device_bytes } => {
+                self.on_keeps(index, worker, device_bytes);
                 Vec::new()
             }
             Report::Loaded { phases } => {
@@ -885,6 +894,10 @@ mod batching_tests;
 #[cfg(test)]
 #[path = "device_tests.rs"]
 mod device_tests;
+
+#[cfg(test)]
+#[path = "keeping_tests.rs"]
+mod keeping_tests;
 
 #[cfg(test)]
 #[path = "weights_tests.rs"]

@@ -82,7 +82,8 @@ impl State {
         let (workers, places) = seen.unzip();
         let gpus = self.inventory.gpu_count();
         let reservations = self.reservations.clone();
-        (View { devices: self.inventory.devices(), gpus, models, workers, reservations }, places)
+        let residues = self.residues();
+        (View { devices: self.inventory.devices(), gpus, models, workers, reservations, residues }, places)
     }
 
     /// Whether all the numbers that workers of a model may have are taken, one of them by a worker that leaves host memory. It
@@ -157,6 +158,7 @@ impl State {
             is_bare: false,
             has_slept: false,
             at_leisure: false,
+            keeps: 0,
             promised: None,
         });
     }
@@ -183,7 +185,7 @@ impl State {
                 }
                 continue;
             }
-            if self.is_free(place) {
+            if self.is_free(place) && self.is_clear(place, now, effects) {
                 self.load(place, was_parked, now, effects);
             }
             place += 1;
@@ -198,17 +200,27 @@ impl State {
 
     /// Whether a waiting worker fits beside all who are still there.
     fn is_free(&self, place: usize) -> bool {
-        let devices = self.inventory.devices();
-        let bytes = |worker: &Worker, size: u64| {
-            let model = &self.models[worker.model];
-            model.bytes_on(&self.inventory).unwrap_or(size).max(1)
-        };
         let worker = &self.workers[place];
         worker.set.gpus().all(|device| {
-            let size = devices[device as usize].max(1);
-            let there = self.workers.iter().filter(|w| w.is_on_device() && w.set.has(device));
-            there.map(|w| bytes(w, size)).sum::<u64>() + bytes(worker, size) <= size
+            let size = self.size(device);
+            self.used(device) + self.bytes(worker, size) <= size
         })
+    }
+
+    pub(super) fn size(&self, device: u32) -> u64 {
+        self.inventory.devices()[device as usize].max(1)
+    }
+
+    /// What a worker takes of a device of this size, in bytes.
+    pub(super) fn bytes(&self, worker: &Worker, size: u64) -> u64 {
+        self.models[worker.model].bytes_on(&self.inventory).unwrap_or(size).max(1)
+    }
+
+    /// Memory of a device that is in use by workers on it, in bytes.
+    pub(super) fn used(&self, device: u32) -> u64 {
+        let size = self.size(device);
+        let there = self.workers.iter().filter(|w| w.is_on_device() && w.set.has(device));
+        there.map(|w| self.bytes(w, size)).sum()
     }
 
     /// Orders a load; not yet, if host memory has to be free first.
@@ -447,8 +459,8 @@ impl State {
         Effect::Order { model, replica: worker.replica, set: worker.set, order, park_bytes, at_leisure }
     }
 
-    fn learn(&self, index: usize) -> Effect {
+    pub(super) fn learn(&self, index: usize) -> Effect {
         let model = &self.models[index];
-        Effect::Learn { model: model.name.to_string(), learned: model.learned.clone() }
+        Effect::Learn { model: model.name.to_string(), learned: model.to_keep(&self.inventory) }
     }
 }

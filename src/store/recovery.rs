@@ -8,7 +8,7 @@ use rusqlite::{Connection, params};
 
 use super::StoreError;
 use super::usage;
-use super::verbs::{self, Change, End, GiveBack, Guard, Learned};
+use super::verbs::{self, Change, End, GiveBack, Guard};
 use super::writer::Session;
 use crate::domain::{Face, JobId, JobState, Millis, NewJob, StorageSettings, Token};
 
@@ -204,27 +204,6 @@ pub(super) fn load_queued(c: &Connection, numbers: &RangeInclusive<i64>) -> Resu
 fn names(c: &Connection, sql: &str) -> Result<BTreeMap<i64, Arc<str>>, StoreError> {
     let mut statement = c.prepare(sql)?;
     let rows = statement.query_map([], |row| Ok((row.get(0)?, Arc::from(row.get::<_, String>(1)?))))?;
-    Ok(rows.collect::<Result<_, _>>()?)
-}
-
-/// What earlier runs learned.
-pub(super) fn load_learned(c: &Connection) -> Result<BTreeMap<String, Learned>, StoreError> {
-    let mut statement = c.prepare("SELECT name, load_ms, stop_ms, service_ms, each_ms, left_at, wake_ms, reload_ms, gap_ms, waiting_at_load, device_bytes FROM model")?;
-    let rows = statement.query_map([], |row| {
-        let learned = Learned {
-            load_ms: row.get(1)?,
-            stop_ms: row.get(2)?,
-            service_ms: row.get(3)?,
-            each_ms: row.get(4)?,
-            left_at: row.get(5)?,
-            wake_ms: row.get(6)?,
-            reload_ms: row.get(7)?,
-            gap_ms: row.get(8)?,
-            waiting_at_load: row.get(9)?,
-            device_bytes: row.get::<_, Option<i64>>(10)?.map(i64::unsigned_abs),
-        };
-        Ok((row.get(0)?, learned))
-    })?;
     Ok(rows.collect::<Result<_, _>>()?)
 }
 

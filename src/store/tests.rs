@@ -10,7 +10,8 @@ use super::read::JobFilter;
 use super::*;
 use crate::clock::ManualClock;
 use crate::domain::job::Present;
-use crate::domain::worker::Answer;
+use crate::domain::shape::{KeptBatches, KeptShape};
+use crate::domain::worker::{Answer, HostCopy};
 use crate::domain::{BatchId, ErrorCode, Face, JobError, JobId, JobKind, JobState, NewJob, StorageSettings, Token};
 
 struct Bench {
@@ -280,6 +281,25 @@ async fn learned_costs_outlive_a_restart() {
         gap_ms: Some(4.0),
         waiting_at_load: Some(7.0),
         device_bytes: Some(20 << 30),
+        entry: Some(-6),
+        host: HostCopy {
+            bytes: Some(12 << 30),
+            can_park: Some(false),
+            note: Some("no sleep mode".into()),
+            ..HostCopy::default()
+        },
+        copies_at_load: Some(true),
+        keeps_bytes: Some(2 << 30),
+        batches: KeptBatches {
+            device_bytes: Some(80 << 30),
+            shapes: vec![KeptShape {
+                key: i64::MIN,
+                words: "size 1024x1024".into(),
+                level: Some(2),
+                cap: Some(7),
+                rates: vec![(0, 1.5), (2, 1.1 / 3.0)],
+            }],
+        },
     };
     bench.store().learn("echo".into(), learned.clone()).await.unwrap();
     let bench = bench.restart().await;

@@ -154,31 +154,6 @@ pub struct GiveBack {
     pub gpu_ms: f64,
 }
 
-/// What was learned about a model; durable so that a restart plans as well as before.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Learned {
-    /// Cold load, ms.
-    pub load_ms: Option<f64>,
-    /// Stop until its device memory is free, ms.
-    pub stop_ms: Option<f64>,
-    /// Service of one job, ms.
-    pub service_ms: Option<f64>,
-    /// Device time per completed job while jobs wait, ms.
-    pub each_ms: Option<f64>,
-    /// When it last lost its last worker.
-    pub left_at: Option<Millis>,
-    /// Load from host memory, ms.
-    pub wake_ms: Option<f64>,
-    /// What loads have cost of late, from wherever, ms.
-    pub reload_ms: Option<f64>,
-    /// From the end of its last job to the next arrival, ms.
-    pub gap_ms: Option<f64>,
-    /// Jobs that waited when it got ready.
-    pub waiting_at_load: Option<f64>,
-    /// Memory that a worker of it took on each of its devices, as it told last, bytes.
-    pub device_bytes: Option<u64>,
-}
-
 /// What became of a wish to cancel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cancelled {
@@ -364,36 +339,6 @@ impl Store {
                 )?;
             }
             Ok(())
-        });
-        answer(pending).await
-    }
-
-    /// Keeps what was learned about a model.
-    pub async fn learn(&self, model: String, learned: Learned) -> Result<(), StoreError> {
-        let pending = self.writer.apply(Kind::Change, 0, move |session| {
-            execute(
-                &session.c,
-                "INSERT INTO model (name, load_ms, stop_ms, service_ms, each_ms, left_at, wake_ms, reload_ms, gap_ms,
-                     waiting_at_load, device_bytes)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
-                 ON CONFLICT (name) DO UPDATE SET load_ms = excluded.load_ms, stop_ms = excluded.stop_ms,
-                     service_ms = excluded.service_ms, each_ms = excluded.each_ms, left_at = excluded.left_at,
-                     wake_ms = excluded.wake_ms, reload_ms = excluded.reload_ms, gap_ms = excluded.gap_ms,
-                     waiting_at_load = excluded.waiting_at_load, device_bytes = excluded.device_bytes",
-                params![
-                    model,
-                    learned.load_ms,
-                    learned.stop_ms,
-                    learned.service_ms,
-                    learned.each_ms,
-                    learned.left_at,
-                    learned.wake_ms,
-                    learned.reload_ms,
-                    learned.gap_ms,
-                    learned.waiting_at_load,
-                    learned.device_bytes.map(int)
-                ],
-            )
         });
         answer(pending).await
     }

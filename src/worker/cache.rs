@@ -37,27 +37,23 @@ pub(super) fn folder(var: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> 
     Some(hugging_face.join("hub"))
 }
 
-/// Whether `repository` is whole in `cache` at `revision` (`main` if none is named), and is what a worker finds that asks for
-/// no revision: every file of the snapshot is there, and either our fetcher has noted that these are all, or, for what
+/// Whether `repository` is whole in `cache` at `revision` (a branch, tag or commit; `main` if none is named), where a worker
+/// finds it that is told the same: every file of the snapshot is there, and either our fetcher has noted that these are all, or, for what
 /// another program has fetched, nothing is on its way, there are files with weights, and all that their indexes name.
 pub(super) fn has(cache: &Path, repository: &str, revision: Option<&str>) -> bool {
     let folder = cache.join(format!("models--{}", repository.replace('/', "--")));
-    let commit_of = |name: &str| std::fs::read_to_string(folder.join("refs").join(name)).ok();
-    let Some(main) = commit_of("main") else { return false };
-    let main = main.trim();
-    let wanted = match revision {
-        None => main.to_owned(),
-        Some(name) => commit_of(name).map_or_else(|| name.to_owned(), |commit| commit.trim().to_owned()),
-    };
-    if main.is_empty() || main != wanted {
+    let name = revision.unwrap_or("main");
+    let commit = std::fs::read_to_string(folder.join("refs").join(name)).unwrap_or_else(|_| name.to_owned());
+    let commit = commit.trim();
+    if commit.is_empty() {
         return false;
     }
-    let snapshot = folder.join("snapshots").join(main);
+    let snapshot = folder.join("snapshots").join(commit);
     let mut files = Vec::new();
     if !list(&snapshot, DEPTH_MAX, &mut files) || files.is_empty() {
         return false;
     }
-    folder.join(COMPLETE).join(main).is_file() || looks_whole(&folder, &files)
+    folder.join(COMPLETE).join(commit).is_file() || looks_whole(&folder, &files)
 }
 
 /// All files below `folder`; false if one cannot be read, as a link to nothing.
@@ -175,13 +171,14 @@ mod tests {
     }
 
     #[test]
-    fn another_revision_than_workers_find_is_not_there() {
+    fn each_revision_is_there_or_not_by_itself() {
         let cache = Cache::new(&[("a.safetensors", "w")]);
         cache.write("refs/v1", "abc");
         cache.write("refs/v2", "def");
         assert!(cache.has(Some("v1")));
-        assert!(!cache.has(Some("v2")));
+        assert!(!cache.has(Some("v2")), "nothing of its commit is here");
         cache.write("refs/main", "def");
-        assert!(!cache.has(Some("v1")), "a worker would find v2");
+        assert!(cache.has(Some("v1")) && cache.has(Some("abc")), "a worker that is told so finds it");
+        assert!(!cache.has(None));
     }
 }

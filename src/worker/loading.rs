@@ -37,7 +37,6 @@ impl Supervisor {
         self.take_spec();
         let _loading = self.around.spares.loading();
         self.enter(ModelState::Loading);
-        self.is_small = false;
         self.sleepless = None;
         if let Err(reason) = self.leftovers_are_free().await {
             return self.failed_load(reason, &Tail::default(), None).await;
@@ -47,6 +46,7 @@ impl Supervisor {
             None => return Phase::Blocked,
         };
         self.free_bytes = self.least_free().await;
+        self.is_small = self.begins_small();
         let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
         let deadline = ordered_at + limit;
         let mut avoid = BTreeSet::new();
@@ -59,6 +59,7 @@ impl Supervisor {
                 Try::Ready(running, phases) => {
                     let base_url = format!("http://127.0.0.1:{}", running.process.port());
                     self.failed_loads = 0;
+                    self.note_small();
                     self.enter(ModelState::Resident);
                     let load_ms = self.around.clock.millis_in(ordered_at.elapsed().saturating_sub(rehearsed(&phases)));
                     tracing::info!(model = self.spec.name, base_url, load_ms, phases = in_words(&phases), "ready");

@@ -4,6 +4,23 @@ use super::loading::Try;
 use super::*;
 use crate::domain::storage::shown_bytes;
 
+/// A load that ran out of memory and worked with less: the next ones begin with less, as long as nothing has changed.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Small {
+    /// The entry that it was a worker of.
+    spec: ModelSpec,
+    /// What was free on the fullest of its GPUs before it was loaded, in bytes.
+    free: Option<u64>,
+}
+
+impl Small {
+    /// Whether it says anything about a load of this entry with so much free.
+    fn holds(&self, spec: &ModelSpec, free: Option<u64>) -> bool {
+        let has_more = |(now, then): (u64, u64)| now >= then.saturating_add(MORE_BYTES);
+        self.spec.starts_as(spec) && !free.zip(self.free).is_some_and(has_more)
+    }
+}
+
 /// How much more has to be free than when it failed, in bytes: other programs come and go.
 const MORE_BYTES: u64 = 1 << 30;
 
@@ -14,10 +31,27 @@ impl Supervisor {
         if is_oom { Try::OutOfMemory(reason, tail) } else { Try::Failed(reason, tail) }
     }
 
+    /// Whether a load begins with less, since one of the same entry fitted only so, and no more is free now than then.
+    pub(super) fn begins_small(&self) -> bool {
+        let is_small = self.small.as_ref().is_some_and(|small| small.holds(&self.spec, self.free_bytes));
+        if is_small {
+            tracing::info!(model = self.spec.name, "loaded with less at once: with all of it, it ran out of memory");
+        }
+        is_small
+    }
+
+    /// It is ready: what it was loaded with is enough.
+    pub(super) fn note_small(&mut self) {
+        let before = self.small.take().filter(|small| small.holds(&self.spec, self.free_bytes));
+        let now = || Small { spec: self.spec.clone(), free: self.free_bytes };
+        self.small = self.is_small.then(|| before.unwrap_or_else(now));
+    }
+
     /// It ran out of memory twice, the second time when it was told to make do with less.
     pub(super) async fn does_not_fit(&mut self, reason: String, tail: &Tail, memory_before: Option<u64>) -> Phase {
         self.wait_memory_free(self.free_as_before(memory_before)).await;
         self.failed_loads += 1;
+        self.small = None;
         let gpus = self.look().await;
         let reason = tail.explain(reason);
         let message = format!(
@@ -110,6 +144,16 @@ mod tests {
         let gpus = [gpu(0, 70), gpu(1, 20), gpu(2, 40)];
         let free = |count| most_free(&gpus, count) >> 30;
         assert_eq!([free(1), free(2), free(3), free(4)], [60, 40, 10, 0]);
+    }
+
+    #[test]
+    fn what_fitted_only_with_less_begins_so_until_there_is_more_room_or_another_entry() {
+        let small = Small { spec: spec(&["x"]), free: Some(20 << 30) };
+        let holds = |gib: u64| small.holds(&spec(&["x"]), Some(gib << 30));
+        assert_eq!([holds(10), holds(20), holds(21)], [true, true, false]);
+        assert!(small.holds(&spec(&["x"]), None), "the driver does not say");
+        assert!(small.holds(&ModelSpec { aliases: vec!["y".into()], ..spec(&["x"]) }, Some(0)));
+        assert!(!small.holds(&ModelSpec { args: vec!["--less".into()], ..spec(&["x"]) }, Some(0)));
     }
 
     #[test]

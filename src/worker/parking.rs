@@ -37,6 +37,9 @@ impl Supervisor {
                     let kept = self.kept_bytes(free.as_ref()).await;
                     self.enter(ModelState::Parked);
                     self.view.send_modify(|v| v.device_bytes = kept);
+                    if let Some(device_bytes) = kept {
+                        self.report(Report::Keeps { device_bytes });
+                    }
                     self.report(Report::Parked { park_ms });
                     return Phase::Parked(Box::new(running));
                 }

@@ -283,6 +283,7 @@ fn command_line(spec: &ModelSpec, port: u16) -> Result<Vec<OsString>, String> {
             ];
             if let Some(model) = &spec.model {
                 words.extend(["--model".into(), model.into()]);
+                words.extend(spec.revision.iter().flat_map(|revision| ["--revision".into(), revision.into()]));
             }
             words.extend(spec.args.iter().map(OsString::from));
             Ok(words)
@@ -321,14 +322,21 @@ pub(super) fn interpreter_is_there(spec: &ModelSpec, python: &Path) -> Result<()
 }
 
 fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
-    let word = word.replace("{port}", &port.to_string()).replace("{name}", &spec.name);
-    match &spec.model {
-        Some(model) => Ok(word.replace("{model}", model)),
-        None if word.contains("{model}") => {
-            Err(format!("model `{}`: its command uses {{model}}, but the entry has no `model`", spec.name))
-        }
-        None => Ok(word),
+    let mut word = word.replace("{port}", &port.to_string()).replace("{name}", &spec.name);
+    for (key, value) in [("revision", &spec.revision), ("model", &spec.model)] {
+        let placeholder = format!("{{{key}}}");
+        word = match value {
+            Some(value) => word.replace(&placeholder, value),
+            None if word.contains(&placeholder) => {
+                return Err(format!(
+                    "model `{}`: its command uses {placeholder}, but the entry has no `{key}`",
+                    spec.name
+                ));
+            }
+            None => word,
+        };
     }
+    Ok(word)
 }
 
 /// The worker's environment: what the server has without its secrets, then ours, then the entry's, which wins.
@@ -440,6 +448,11 @@ pub(super) mod tests {
         assert!(refused.contains("`toy`") && refused.contains("{model}"));
         spec.model = Some("org/m".into());
         assert_eq!(command_line(&spec, 8005).unwrap(), ["serve", "org/m", "--port=8005", "--name", "toy"]);
+        spec.args = vec!["--rev={revision}".into()];
+        let refused = command_line(&spec, 8005).unwrap_err();
+        assert!(refused.contains("{revision}") && refused.contains("no `revision`"), "{refused}");
+        spec.revision = Some("v1".into());
+        assert_eq!(command_line(&spec, 8005).unwrap(), ["serve", "org/m", "--port=8005", "--rev=v1"]);
     }
 
     #[test]
@@ -464,6 +477,9 @@ pub(super) mod tests {
         let words = command_line(&spec, 8002).unwrap();
         assert_eq!(words[1], script);
         assert_eq!(words[2..], ["--name", "toy", "--port", "8002", "--model", "/weights", "--x"]);
+        spec.revision = Some("v1".into());
+        let words = command_line(&spec, 8002).unwrap();
+        assert_eq!(words[6..], ["--model", "/weights", "--revision", "v1", "--x"]);
     }
 
     #[test]

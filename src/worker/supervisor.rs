@@ -254,6 +254,7 @@ impl WorkerHandle {
             failed_loads: 0,
             early_deaths: 0,
             is_small: false,
+            small: None,
         };
         tasks.spawn("supervisor", supervisor.run());
         Self { orders, spec: spec_writer, view, has_looked }
@@ -393,8 +394,10 @@ struct Supervisor {
     looked: watch::Sender<bool>,
     failed_loads: u32,
     early_deaths: u32,
-    /// The present load has run out of memory, and is tried once more with less.
+    /// The present load is told to make do with less memory.
     is_small: bool,
+    /// What was found out when a load ran out of memory and worked with less.
+    small: Option<out_of_memory::Small>,
 }
 
 impl Supervisor {
@@ -581,6 +584,7 @@ impl Supervisor {
     fn forget_failures(&mut self) {
         self.failed_loads = 0;
         self.early_deaths = 0;
+        self.small = None;
         self.view.send_modify(|v| v.failed_loads = 0);
         self.report(Report::Available);
     }

@@ -28,7 +28,8 @@ async fn passes_grow_where_more_at_once_pay() {
     let args = ["--load-s", "1", "--batch-wait-ms", "10000", "--batch-cost", "500+1"];
     let entry = json!({"type": "image", "service_script": root.join("models/echo/server.py"), "python": python(root),
                        "args": args, "gpus": 0, "startup_time": 1, "port": free_port()});
-    let server = Site::new().model("a", entry).start().await;
+    let site = Site::new().model("a", entry);
+    let mut server = site.start().await;
     let api = &server.api;
     let image = |n: usize| {
         json!({"endpoint": "/v1/images/generations",
@@ -55,6 +56,12 @@ async fn passes_grow_where_more_at_once_pay() {
     let reason = told[0]["reason"].as_str().unwrap();
     assert!(reason.starts_with("a (size 16x16): 8 jobs a pass from now on, "), "{reason}");
     assert!(server.log().contains(reason), "the log has it too");
+
+    // It is known after a crash, before anything is loaded.
+    server.kill();
+    let server = site.start().await;
+    let again = shape(&server).await;
+    assert_eq!((&again["batch_size"], &again["shape"], &again["key"]), (&json!(8), &json!("size 16x16"), &json!(key)));
 }
 
 #[tokio::test]

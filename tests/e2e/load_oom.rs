@@ -26,6 +26,27 @@ async fn a_load_that_runs_out_of_memory_is_tried_once_more_with_less() {
 }
 
 #[tokio::test]
+async fn what_fitted_only_with_less_is_loaded_so_at_once_until_its_entry_changes() {
+    let entry = on_gpu(&["--load-oom", "1"]);
+    let site = Site::new().env("ROUNDHOUSE_FAKE_GPUS", "1x80GiB").model("a", entry.clone());
+    let server = site.start().await;
+    let api = &server.api;
+    visit(api, "a").await;
+    assert_eq!(starts(api).await, 2);
+    for again in [3, 4] {
+        api.poke("/v1/models/a/unload").await.is(200);
+        is(api, "a", "absent").await;
+        visit(api, "a").await;
+        assert_eq!(starts(api).await, again, "it does not run out of memory first");
+    }
+    let site = site.model("a", with(entry, json!({"env": {"OTHER": "1"}})));
+    site.write();
+    is(api, "a", "absent").await;
+    visit(api, "a").await;
+    assert_eq!(starts(api).await, 6, "of another entry nothing is known");
+}
+
+#[tokio::test]
 async fn a_model_that_does_not_fit_is_blocked_with_advice() {
     let entry = with(echo("text", &["--load-oom", "2"]), json!({"gpus": 1, "memory": "20GiB"}));
     let server = Site::new().env("ROUNDHOUSE_FAKE_GPUS", "1x80GiB").model("a", entry).start().await;

@@ -229,11 +229,9 @@ class Fetcher:
             self._reporter.start(present, total)
             self._fetch_all(blobs, commit, [file for file in files if not (blobs / file.blob).exists()])
             path = self._lay_out(commit, files)
-            refs = self._folder / "refs"
-            refs.mkdir(exist_ok=True)
-            # Offline loading by name alone asks for "main".
-            for name in {"main", revision} - {commit}:
-                ref = refs / name
+            # Another revision is no business of "main": workers are told which one they serve.
+            if revision != commit:
+                ref = self._folder / "refs" / revision
                 ref.parent.mkdir(parents=True, exist_ok=True)
                 ref.write_text(commit)
             if not include and not exclude:

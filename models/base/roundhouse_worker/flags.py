@@ -43,6 +43,7 @@ def parser(description: str, *, name: str, model: str) -> argparse.ArgumentParse
     flags = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--port", type=port, default=8000, help="port on 127.0.0.1; 0 takes a free one")
     flags.add_argument("--model", default=model, help="a folder of weights or a Hugging Face id")
+    flags.add_argument("--revision", default="main", help="revision of a Hugging Face id, as it was fetched")
     flags.add_argument("--name", default=name, help="the model's name as it is served")
     flags.add_argument("--check", action="store_true", help="check the flags, load nothing, print JSON")
     flags.add_argument(

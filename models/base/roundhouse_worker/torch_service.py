@@ -89,7 +89,6 @@ class TorchService(BaseService):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--revision", default="main", help="revision of a Hugging Face id, as it was fetched")
         parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, cpu")
         parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
         parser.add_argument(
