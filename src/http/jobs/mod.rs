@@ -262,7 +262,8 @@ fn again(old: &Job, body: Bytes, now: i64) -> NewJob {
         face: Face::Async,
         priority,
         body,
-        batch_key: old.batch_key,
+        // Earlier versions stored one bit more.
+        batch_key: old.batch_key & i64::MAX,
         stream: old.stream,
         present: old.present.clone(),
         start_deadline: from_now(old.start_deadline),
