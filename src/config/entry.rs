@@ -99,6 +99,7 @@ impl Reader<'_> {
             model: self.model(),
             revision: entry.revision.as_ref().map(|at| at.value.clone()),
             port,
+            has_own_port: entry.port.is_some(),
             startup_time,
             endpoints,
             args: entry.args.iter().flat_map(|at| &at.value).map(|word| word.0.clone()).collect(),

@@ -9,6 +9,8 @@ pub struct Edit {
     pub name: String,
     /// As it is now; `None`: it is gone.
     pub spec: Option<ModelSpec>,
+    /// Keys of it that are written in another way now; none: it is new, or gone.
+    pub keys: Vec<&'static str>,
     /// Its workers are not what they would be if they were started now.
     pub restart: bool,
 }
@@ -18,11 +20,18 @@ pub fn edits(old: &[ModelSpec], new: &[ModelSpec]) -> Vec<Edit> {
     let of = |specs: &'_ [ModelSpec], name: &str| specs.iter().find(|spec| spec.name == name).cloned();
     let kept = new.iter().filter_map(|spec| {
         let before = of(old, &spec.name);
-        let restart = before.as_ref().is_none_or(|before| !before.starts_as(spec));
-        (before.as_ref() != Some(spec)).then(|| Edit { name: spec.name.clone(), spec: Some(spec.clone()), restart })
+        let keys = before.as_ref().map(|before| before.edited_keys(spec));
+        // Another default port is no edit: the entry has only moved.
+        (keys.as_ref().is_none_or(|keys| !keys.is_empty())).then(|| Edit {
+            name: spec.name.clone(),
+            spec: Some(spec.clone()),
+            keys: keys.unwrap_or_default(),
+            restart: before.is_none_or(|before| !before.starts_as(spec)),
+        })
     });
     let gone = old.iter().filter(|spec| of(new, &spec.name).is_none());
-    kept.chain(gone.map(|spec| Edit { name: spec.name.clone(), spec: None, restart: true })).collect()
+    let gone = gone.map(|spec| Edit { name: spec.name.clone(), spec: None, keys: Vec::new(), restart: true });
+    kept.chain(gone).collect()
 }
 
 impl State {
@@ -30,14 +39,14 @@ impl State {
     /// new entry. Jobs of a model that is gone wait until it is back, or until their deadline.
     pub(super) fn on_edits(&mut self, edits: &[Edit], now: Millis) -> Vec<Effect> {
         let mut effects = Vec::new();
-        for Edit { name, spec, restart } in edits {
+        for Edit { name, spec, keys, restart } in edits {
             let index = self.index_of(name).unwrap_or_else(|| self.add_model(name));
             let model = &mut self.models[index];
             let what = match spec {
                 Some(spec) => {
-                    let what = if model.is_listed { "changed" } else { "added" };
+                    let was_listed = model.is_listed;
                     model.take_entry(spec, *restart);
-                    what
+                    if was_listed { "changed" } else { "added" }
                 }
                 None => {
                     model.lose_entry();
@@ -57,8 +66,9 @@ impl State {
                 _ if *restart => "its next load is of the new entry, its worker stops when its running jobs have ended",
                 _ => "its worker goes on",
             };
-            let decision =
-                Decision::new(now, "reload", "edited", format!("reload {name}: {what} in models.yaml; {then}"));
+            let keys = if keys.is_empty() { String::new() } else { format!(" ({})", keys.join(", ")) };
+            let reason = format!("reload {name}: {what} in models.yaml{keys}; {then}");
+            let decision = Decision::new(now, "reload", "edited", reason);
             self.announce(Decision { model: Some(name.clone()), ..decision }, &mut effects);
         }
         self.note_all_devices();
@@ -103,13 +113,32 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_that_has_only_moved_is_no_edit_and_keys_that_differ_are_named() {
+        let at = |port: u16, has_own_port: bool| ModelSpec { port, has_own_port, ..spec("a") };
+        assert_eq!(edits(&[at(8002, false)], &[at(8001, false)]), []);
+        let edited = edits(&[at(8002, true)], &[at(8001, true)]);
+        assert_eq!((edited[0].keys.as_slice(), edited[0].restart), (["port"].as_slice(), true));
+        let both = ModelSpec { limit: 9, args: vec!["--new".into()], ..spec("a") };
+        let edited = edits(&[spec("a")], &[both]);
+        assert_eq!(edited[0].keys, ["args", "limit"]);
+        let mut state = State::new(&[spec("a")], Knobs::default(), &BTreeMap::new(), 1);
+        state.on_event(Event::Edited(edited), 0);
+        let said = state.decisions().next().expect("a decision");
+        assert!(said.reason.contains("changed in models.yaml (args, limit); its next load"), "{}", said.reason);
+    }
+
+    #[test]
     fn a_load_of_an_entry_that_changed_is_broken_off() {
         let mut state = State::new(&[spec("a")], Knobs::default(), &BTreeMap::new(), 1);
         state.on_event(Event::Control(Control::Load("a".into())), 0);
         let effects = state.step(0);
         assert!(effects.iter().any(|e| matches!(e, Effect::Order { order: Order::Load, .. })), "{effects:?}");
-        let edit =
-            Edit { name: "a".into(), spec: Some(ModelSpec { args: vec!["x".into()], ..spec("a") }), restart: true };
+        let edit = Edit {
+            name: "a".into(),
+            spec: Some(ModelSpec { args: vec!["x".into()], ..spec("a") }),
+            keys: vec!["args"],
+            restart: true,
+        };
         let effects = state.on_event(Event::Edited(vec![edit]), 1);
         assert!(effects.iter().any(|e| matches!(e, Effect::Order { order: Order::Stop, .. })), "{effects:?}");
     }

@@ -11,6 +11,7 @@ pub(super) fn spec(name: &str, limit: u32) -> ModelSpec {
         model: None,
         revision: None,
         port: 8001,
+        has_own_port: false,
         startup_time: Duration::from_secs(10),
         endpoints: vec!["/v1/chat/completions".to_owned()],
         args: Vec::new(),

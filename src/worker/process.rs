@@ -408,6 +408,7 @@ pub(super) mod tests {
             model: None,
             revision: None,
             port: 8001,
+            has_own_port: false,
             startup_time: Duration::from_secs(1),
             endpoints: vec!["/echo".into()],
             args: Vec::new(),
