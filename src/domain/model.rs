@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -66,6 +66,26 @@ pub enum Launch {
 }
 
 impl Launch {
+    /// The interpreter of the environment that is made beside `script`.
+    pub fn own_python(script: &Path) -> PathBuf {
+        script.parent().unwrap_or(Path::new("/")).join(".venv/bin/python")
+    }
+
+    /// What to do if the interpreter is not there; `name`: of the entry. `None`: it has none, or it is looked up in `PATH`.
+    pub fn without_python(&self, name: &str) -> Option<String> {
+        let Self::Script { python, script } = self else { return None };
+        let shown = python.display();
+        (python.components().count() > 1).then(|| {
+            if *python == Self::own_python(script) {
+                format!("there is no interpreter {shown}; run `roundhouse models install {name}`")
+            } else {
+                format!(
+                    "`python` names {shown}, which is not there; make that environment, or correct or remove `python`"
+                )
+            }
+        })
+    }
+
     /// The key of an entry that makes this differ from `other`.
     fn edited_key(&self, other: &Self) -> &'static str {
         match (self, other) {
@@ -239,6 +259,14 @@ impl ModelSpec {
         let is_script = matches!(self.launch, Launch::Script { .. });
         let is_repository = |model: &&str| !model.starts_with('/') && model.matches('/').count() == 1;
         self.model.as_deref().filter(|_| is_script).filter(is_repository)
+    }
+
+    /// Whether its worker is told which port to listen on.
+    pub fn tells_port(&self) -> bool {
+        match &self.launch {
+            Launch::Script { .. } => true,
+            Launch::Command(words) => words.iter().chain(&self.args).any(|word| word.contains("{port}")),
+        }
     }
 
     /// Whether `endpoint` is one of its paths.
