@@ -49,14 +49,14 @@ impl State {
                     if was_listed { "changed" } else { "added" }
                 }
                 None => {
-                    model.lose_entry();
+                    model.lose_entry(None);
                     "removed"
                 }
             };
             if *restart {
                 self.look_for_weights_again(index);
                 // What loads would come to is not wanted any more.
-                self.unload(index, true, now, &mut effects);
+                self.unload(index, now, &mut effects);
             }
             let then = match what {
                 "added" => "it can be used now",
@@ -71,9 +71,27 @@ impl State {
             let decision = Decision::new(now, "reload", "edited", reason);
             self.announce(Decision { model: Some(name.clone()), ..decision }, &mut effects);
         }
+        (0..self.models.len()).for_each(|index| self.note_heir(index));
         self.note_all_devices();
         self.plan_now = true;
         effects
+    }
+
+    /// What the jobs of a model without an entry wait for, which depends on whose alias its name is.
+    pub(super) fn note_heir(&mut self, index: usize) {
+        let model = &self.models[index];
+        if !model.is_listed {
+            let heir = self.models.iter().find(|other| other.aliases.iter().any(|alias| **alias == *model.name));
+            let heir = heir.map(|heir| heir.name.clone());
+            self.models[index].lose_entry(heir.as_deref());
+        }
+    }
+
+    /// Whether there is anything to tell about a model: it has an entry, or jobs or a worker that it had are left.
+    pub(in crate::scheduler) fn is_known(&self, index: usize) -> bool {
+        let model = &self.models[index];
+        let has_jobs = model.queue.len() > 0 || !model.queue.running().is_empty();
+        model.is_listed || has_jobs || self.workers.iter().any(|worker| worker.model == index)
     }
 
     /// Takes other knobs and another budget for parked workers, in bytes.
@@ -125,6 +143,28 @@ mod tests {
         state.on_event(Event::Edited(edited), 0);
         let said = state.decisions().next().expect("a decision");
         assert!(said.reason.contains("changed in models.yaml (args, limit); its next load"), "{}", said.reason);
+    }
+
+    #[test]
+    fn a_model_that_is_gone_is_known_while_it_has_jobs_and_they_hear_of_its_heir() {
+        let mut state = State::new(&[spec("old"), spec("b")], Knobs::default(), &BTreeMap::new(), 1);
+        let job = crate::scheduler::state::tests::job(1, "old");
+        state.on_event(Event::Queued(vec![job]), 0);
+        let heir = ModelSpec { aliases: vec!["old".into()], ..spec("new") };
+        state.on_event(Event::Edited(edits(&[spec("old"), spec("b")], &[heir.clone(), spec("b")])), 1);
+        let told =
+            |state: &State| state.models[0].trouble.as_ref().map(|trouble| trouble.text.clone()).expect("a trouble");
+        assert!(
+            told(&state).contains("alias of `new`") && told(&state).contains("purge --model old"),
+            "{}",
+            told(&state)
+        );
+        assert!(state.is_known(0));
+        // The alias is taken away again.
+        state.on_event(Event::Edited(edits(&[heir], &[spec("new")])), 2);
+        assert!(told(&state).contains("add it back"), "{}", told(&state));
+        state.on_event(Event::Purge { model: Some("old".into()), before: 9 }, 3);
+        assert!(!state.is_known(0) && state.is_known(1), "nothing is left of it");
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod load_oom;
 mod messages;
 mod parking;
 mod reloads;
+mod renames;
 mod replay;
 mod restarts;
 mod retention;
