@@ -20,6 +20,7 @@ impl Supervisor {
         self.failed_loads += 1;
         let gpus = self.look().await;
         let reason = tail.explain(reason);
+        self.last_failure = Some(reason.clone());
         let message = format!(
             "model `{}` does not fit, even with less to do: {reason}. {}",
             self.spec.name,

@@ -221,6 +221,7 @@ impl WorkerHandle {
             failed_loads: 0,
             early_deaths: 0,
             is_small: false,
+            last_failure: None,
         };
         tasks.spawn("supervisor", supervisor.run());
         Self { orders, spec: spec_writer, view, has_looked }
@@ -349,6 +350,8 @@ struct Supervisor {
     early_deaths: u32,
     /// The present load has run out of memory, and is tried once more with less.
     is_small: bool,
+    /// Why its last load failed, until one works or somebody says that it is another matter now.
+    last_failure: Option<String>,
 }
 
 impl Supervisor {
@@ -534,7 +537,8 @@ impl Supervisor {
     fn forget_failures(&mut self) {
         self.failed_loads = 0;
         self.early_deaths = 0;
-        self.view.send_modify(|v| v.failed_loads = 0);
+        self.last_failure = None;
+        self.view.send_modify(|v| (v.failed_loads, v.reason) = (0, None));
         self.report(Report::Available);
     }
 
@@ -614,7 +618,8 @@ impl Supervisor {
             }
             v.failed_loads = self.failed_loads;
             v.retry_at = None;
-            v.reason = None;
+            let keeps = matches!(state, ModelState::Absent | ModelState::Loading);
+            v.reason = if keeps { self.failure() } else { None };
             v.phase = None;
             v.percent = None;
             if state == ModelState::Loading {
@@ -627,6 +632,11 @@ impl Supervisor {
                 (v.device_bytes, v.host_bytes, v.can_park, v.park_note) = (None, None, None, None);
             }
         });
+    }
+
+    /// Why its last load failed, for those who ask later.
+    fn failure(&self) -> Option<String> {
+        self.last_failure.as_ref().map(|why| format!("its last load failed: {why}"))
     }
 
     /// Tells only what changed.

@@ -20,6 +20,7 @@ mod explain;
 mod faults_of_workers;
 mod fetching;
 mod gpu;
+mod hung_loads;
 mod input;
 mod limits;
 mod load_oom;
