@@ -33,6 +33,7 @@ fn spec(index: usize) -> ModelSpec {
         model: None,
         revision: None,
         port: 0,
+        has_own_port: false,
         startup_time: Duration::from_secs(30),
         endpoints: vec!["/".to_owned()],
         args: Vec::new(),

@@ -94,8 +94,8 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     if opened.recovered > 0 {
         tracing::warn!(
             jobs = opened.recovered,
-            "{} jobs ran when {}; they wait again",
-            opened.recovered,
+            "{} when {}; what ran then waits again",
+            if opened.recovered == 1 { "1 job ran".to_owned() } else { format!("{} jobs ran", opened.recovered) },
             if opened.is_restored { "the backup was taken" } else { "the last run ended" }
         );
     }

@@ -38,6 +38,7 @@ fn spec(name: &str, kind: ModelKind, endpoint: &str) -> ModelSpec {
         model: None,
         revision: None,
         port: 8001,
+        has_own_port: false,
         startup_time: Duration::from_secs(1),
         endpoints: vec![endpoint.to_owned()],
         args: Vec::new(),

@@ -188,6 +188,7 @@ impl Bench {
             model: None,
             revision: None,
             port: 8101,
+            has_own_port: false,
             startup_time: Duration::from_secs(1),
             endpoints: vec!["/echo".into()],
             args: flags.iter().map(|f| (*f).to_owned()).collect(),

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
-use super::environment;
+use super::{counted, environment};
 use crate::config;
 use crate::domain::{Launch, ModelSpec};
 
@@ -18,30 +18,62 @@ pub(super) fn schema(out: &mut dyn Write) -> anyhow::Result<ExitCode> {
 pub(super) fn check(path: &Path, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
     let config = config::load(path, &environment)?;
     for spec in &config.models {
-        let lacks = lack(spec).map(|lack| format!("; {lack}")).unwrap_or_default();
-        writeln!(out, "{}: {}, port {}, {}{lacks}", spec.name, spec.kind, spec.port, spec.endpoints.join(" "))?;
+        let notes: String = notes(spec).iter().map(|note| format!("; {note}")).collect();
+        writeln!(out, "{}: {}, port {}, {}{notes}", spec.name, spec.kind, spec.port, spec.endpoints.join(" "))?;
     }
-    writeln!(out, "{}: ok, {} models", path.display(), config.models.len())?;
+    writeln!(out, "{}: ok, {}", path.display(), counted(config.models.len() as u64, "model"))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// What has to be done before the model can load, as far as a look at the disk tells.
-fn lack(spec: &ModelSpec) -> Option<String> {
-    if let Some(command) = install_command(spec) {
-        return Some(format!("not installed: {command}"));
+/// What has to be done before the model can load, as far as a look at the disk tells, and what is hardly meant.
+fn notes(spec: &ModelSpec) -> Vec<String> {
+    let mut notes = Vec::new();
+    match python_advice(spec) {
+        Some(advice) if is_own(spec) => notes.push(format!("not installed: {advice}")),
+        Some(advice) => notes.push(advice),
+        None => {}
     }
-    let folder = spec.model.as_ref().filter(|model| model.starts_with('/'))?;
-    (!Path::new(folder).exists()).then(|| format!("no weights in {folder}"))
+    if let Launch::Command(words) = &spec.launch {
+        notes.extend(words.first().and_then(|program| no_program(program, &spec.dir)));
+        if !spec.tells_port() {
+            notes.push("its `command` has no {port}, so it does not know where it has to listen".to_owned());
+        }
+        if spec.revision.is_some() {
+            notes.push("a `command` is not told the `revision`".to_owned());
+        }
+    }
+    let folder = spec.model.as_ref().filter(|model| model.starts_with('/'));
+    notes.extend(folder.filter(|folder| !Path::new(folder).exists()).map(|folder| format!("no weights in {folder}")));
+    if spec.park.is_on() && spec.pin {
+        notes.push("pinned, so it is parked only after `roundhouse models unpin`".to_owned());
+    }
+    notes
 }
 
-/// The command that makes the model's interpreter, if that is missing.
-pub(super) fn install_command(spec: &ModelSpec) -> Option<String> {
-    let Launch::Script { python, .. } = &spec.launch else {
-        return None;
+/// That a program is not there, neither in the folder that it is started in nor in `PATH`.
+fn no_program(program: &str, dir: &Path) -> Option<String> {
+    let is_there = if program.contains('/') {
+        dir.join(program).exists()
+    } else {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
     };
-    // A bare name is looked up in PATH at start.
-    let is_there = python.components().count() == 1 || python.exists();
-    (!is_there).then(|| format!("roundhouse models install {}", spec.name))
+    (!is_there).then(|| format!("there is no program {program}"))
+}
+
+/// What to do about its interpreter, if that is missing: the command that makes it, if it is its own.
+pub(super) fn python_advice(spec: &ModelSpec) -> Option<String> {
+    let Launch::Script { python, .. } = &spec.launch else { return None };
+    if python.exists() {
+        return None;
+    }
+    let advice = spec.launch.without_python(&spec.name)?;
+    Some(if is_own(spec) { format!("roundhouse models install {}", spec.name) } else { advice })
+}
+
+/// Whether its interpreter is that of the environment which `roundhouse models install` makes.
+pub(super) fn is_own(spec: &ModelSpec) -> bool {
+    matches!(&spec.launch, Launch::Script { python, script } if *python == Launch::own_python(script))
 }
 
 #[cfg(test)]
@@ -57,7 +89,7 @@ mod tests {
         let path = dir.path().join("models.yaml");
         std::fs::write(
             &path,
-            "models:\n  a: {type: text, service_script: models/echo/server.py}\n  b: {type: text, command: x, model: ./weights}\n  c: {type: text, command: x}\n",
+            "models:\n  a: {type: text, service_script: models/echo/server.py}\n  b: {type: text, command: x, model: ./weights}\n  c: {type: text, command: 'sh {port}'}\n  d: {type: text, service_script: models/echo/server.py, python: /nope/python, park: ram, pin: true}\n",
         )
         .unwrap();
         let mut out = Vec::new();
@@ -66,8 +98,11 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines[0].ends_with("; not installed: roundhouse models install a"), "{text}");
         assert!(lines[1].contains("; no weights in /"), "{text}");
+        assert!(lines[1].contains("; there is no program x; its `command` has no {port}"), "{text}");
         assert_eq!(lines[2], "c: text, port 8003, /v1/chat/completions /v1/completions");
-        assert!(lines[3].ends_with(": ok, 3 models"), "{text}");
+        assert!(lines[3].contains("; `python` names /nope/python, which is not there; make"), "{text}");
+        assert!(lines[3].contains("; pinned, so it is parked only after"), "{text}");
+        assert!(lines[4].ends_with(": ok, 4 models"), "{text}");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
-use super::config::install_command;
+use super::config::{is_own, python_advice};
 use super::{environment, in_words};
 use crate::config::{self, Config, is_hub_id};
 use crate::domain::{Launch, ModelSpec};
@@ -116,8 +116,12 @@ fn target(spec: &ModelSpec) -> anyhow::Result<Target> {
     let Launch::Script { python, .. } = &spec.launch else {
         bail!("{name} runs by `command`, so it has no environment to fetch with; its own program downloads {repo}");
     };
-    if let Some(command) = install_command(spec) {
-        bail!("{name} is not installed yet ({} is missing); run {command} first", python.display());
+    match python_advice(spec) {
+        Some(command) if is_own(spec) => {
+            bail!("{name} is not installed yet ({} is missing); run {command} first", python.display())
+        }
+        Some(advice) => bail!("{name}: {advice}"),
+        None => {}
     }
     let given = spec.env.get("PYTHONPATH").map(OsString::from).or_else(|| std::env::var_os("PYTHONPATH"));
     Ok(Target {

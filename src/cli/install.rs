@@ -97,7 +97,7 @@ fn place(spec: &ModelSpec) -> Result<Place, String> {
         return Err("it runs by `command`, so its program is installed in its own way".to_owned());
     };
     let folder = script.parent().unwrap_or(Path::new("/"));
-    if *python != folder.join(".venv/bin/python") {
+    if *python != Launch::own_python(script) {
         return Err(format!("its `python` is {}, an environment that is not made here", python.display()));
     }
     if !folder.join("requirements.txt").is_file() {

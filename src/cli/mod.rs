@@ -312,6 +312,11 @@ pub fn in_words(error: &anyhow::Error) -> String {
     })
 }
 
+/// `1 job`, `2 jobs`.
+fn counted(count: u64, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
 /// The process's own environment, as `config::load` wants it.
 fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()

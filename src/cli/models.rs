@@ -28,7 +28,9 @@ pub(super) async fn operate(server: &Server, word: &str, name: &str, out: &mut d
     server.post(&format!("/v1/models/{name}/{word}")).await?;
     let text = match word {
         "load" => "is due now, and is loaded as soon as others make room; `roundhouse models list` shows how it goes",
-        "unload" => "stops when its running jobs have ended; jobs that wait bring it back unless it is paused",
+        "unload" => {
+            "stops when its running jobs have ended, or at once if it loads; jobs that wait bring it back unless it is paused"
+        }
         "pin" => "is not displaced by other models any more, once it is loaded",
         _ => "may be displaced by other models",
     };
@@ -53,7 +55,8 @@ fn table(models: &Value, workers: &Value) -> String {
             *known = worker;
         }
     }
-    let rows: Vec<Row> = items(models).map(|model| row(model, &by_model)).collect();
+    let gone = models.pointer("/roundhouse/removed").and_then(Value::as_array).into_iter().flatten().map(removed_row);
+    let rows: Vec<Row> = items(models).map(|model| row(model, &by_model)).chain(gone).collect();
     let mut widths = HEAD.map(str::len);
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(&row.cells) {
@@ -87,6 +90,13 @@ fn row(model: &Value, workers: &BTreeMap<&str, &Value>) -> Row {
         endpoints.join(" "),
     ];
     Row { cells, reason: worker.get("reason").and_then(Value::as_str).map(str::to_owned) }
+}
+
+/// A model without an entry whose jobs are still there.
+fn removed_row(model: &Value) -> Row {
+    let of = |key: &str| model.get(key).map(word).unwrap_or_default();
+    let cells = [of("id"), String::new(), "removed".to_owned(), of("queue_depth"), String::new(), String::new()];
+    Row { cells, reason: model.get("trouble").and_then(Value::as_str).map(str::to_owned) }
 }
 
 /// `loading weights 40%`, `fetching 33%, 100 s left`; the worker's view if there is one.
@@ -145,7 +155,7 @@ mod tests {
                 {"kind": "text", "state": "fetching", "queue_depth": 1, "endpoints": ["/v1/completions"], "fetch": {"eta_s": 100.0}}},
             {"id": "flux", "object": "model", "roundhouse":
                 {"kind": "image", "state": "absent", "queue_depth": 0, "endpoints": ["/v1/images/generations"]}},
-        ]})
+        ], "roundhouse": {"removed": [{"id": "old", "queue_depth": 3, "running": 0, "trouble": "add it back"}]}})
     }
 
     fn workers_json() -> Value {
@@ -207,6 +217,8 @@ new    text   fetching 33%, 100 s left  1             /v1/completions
 flux   image  quarantined               0             /v1/images/generations
     5 loads failed
     no such file
+old           removed                   3
+    add it back
 ";
         assert_eq!(String::from_utf8(out).unwrap(), expected);
     }

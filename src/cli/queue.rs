@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use serde_json::{Value, json};
 
 use super::api::Server;
+use super::counted;
 
 /// Posts `word` about one model or all, and says what holds now.
 pub(super) async fn operate(
@@ -29,7 +30,9 @@ pub(super) async fn operate(
                 ""
             }
         ),
-        "purge" => format!("{whose}: {} waiting jobs cancelled", answer["removed"]),
+        "purge" => {
+            format!("{whose}: {} cancelled", counted(answer["removed"].as_u64().unwrap_or_default(), "waiting job"))
+        }
         _ => match (answer["paused"] == true, answer["draining"] == true) {
             (false, false) => format!("{whose}: jobs are accepted and start"),
             (paused, _) => format!(

@@ -97,8 +97,9 @@ impl Reader<'_> {
             kind: kind?,
             launch: launch?,
             model: self.model(),
-            revision: entry.revision.as_ref().map(|at| at.value.clone()),
+            revision: self.revision(),
             port,
+            has_own_port: entry.port.is_some(),
             startup_time,
             endpoints,
             args: entry.args.iter().flat_map(|at| &at.value).map(|word| word.0.clone()).collect(),
@@ -190,7 +191,7 @@ impl Reader<'_> {
             // A bare name is looked up in PATH at start.
             Some(at) if !at.value.contains('/') => PathBuf::from(&at.value),
             Some(at) => self.dir.join(&at.value),
-            None => script.parent().unwrap_or(self.dir).join(".venv/bin/python"),
+            None => Launch::own_python(script),
         }
     }
 
@@ -350,6 +351,10 @@ impl Reader<'_> {
         if self.entry.gpus.as_ref().is_some_and(|gpus| gpus.value == 0) {
             self.problem(at.line, "park", "a model on the CPU (gpus: 0) lies in host memory anyway; remove it");
         }
+        if let Some(memory) = self.entry.memory.as_ref().filter(|memory| memory.value.0 == 0) {
+            let help = "is 0, so there is nothing to park; write what it takes on each GPU, or remove `park`";
+            self.problem(memory.line, "memory", help);
+        }
         if at.value == Park::Ram { domain::Park::Ram } else { domain::Park::Checkpoint }
     }
 
@@ -378,15 +383,51 @@ impl Reader<'_> {
         at.value.iter().filter_map(|(key, word)| Some((key.clone(), value(key, word)?))).collect()
     }
 
+    /// Only what is fetched has one.
+    fn revision(&mut self) -> Option<String> {
+        let at = self.entry.revision.as_ref()?;
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/');
+        let is_revision = at.value.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && at.value.chars().all(is_plain)
+            && !at.value.split('/').any(|part| part.is_empty() || part == "..");
+        let model = self.entry.model.as_ref();
+        let is_folder = model.is_some_and(|model| !is_hub_id(&model.value) || self.dir.join(&model.value).is_dir());
+        let help = if !is_revision {
+            format!("`{}` is no revision: a branch, a tag or a commit of the hub", at.value)
+        } else if model.is_none() {
+            "goes with `model`, the repository that it is of".to_owned()
+        } else if is_folder {
+            "goes with a `model` from the hub; this one is a folder, which has no revisions".to_owned()
+        } else {
+            return Some(at.value.clone());
+        };
+        self.problem(at.line, "revision", &help);
+        None
+    }
+
     /// A folder becomes absolute, a Hugging Face id stays.
-    fn model(&self) -> Option<String> {
-        let model = &self.entry.model.as_ref()?.value;
+    fn model(&mut self) -> Option<String> {
+        let at = self.entry.model.as_ref()?;
+        let model = &at.value;
         let folder = self.dir.join(model);
+        if !folder.exists() && !is_hub_id(model) && is_hardly_a_folder(model) {
+            let help = format!(
+                "`{model}` is no Hugging Face id (OWNER/NAME, of A-Z a-z 0-9 . _ -) and there is no such folder; a folder that \
+                 comes later starts with ./ or /"
+            );
+            self.problem(at.line, "model", &help);
+        }
         if is_hub_id(model) && !folder.is_dir() {
             return Some(model.clone());
         }
         Some(tidy(&folder).display().to_string())
     }
+}
+
+/// Whether somebody who wrote this meant a repository of the hub: it is a URL, or has one `/` and is no path of the usual kind.
+fn is_hardly_a_folder(model: &str) -> bool {
+    let is_path = model.starts_with(['.', '/', '~']);
+    model.contains("://") || (!is_path && model.matches('/').count() == 1 && model.contains(char::is_whitespace))
 }
 
 /// The paths that a model of this type serves besides the given ones.

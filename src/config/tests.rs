@@ -339,6 +339,40 @@ fn values_that_make_no_sense() {
 }
 
 #[test]
+fn weights_that_make_no_sense() {
+    let of = |launch: &str, settings: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("server.py"), "").unwrap();
+        std::fs::create_dir(dir.path().join("weights")).unwrap();
+        let yaml = format!("models:\n  m:\n    type: image\n    {launch}\n{settings}");
+        std::fs::write(dir.path().join("models.yaml"), yaml).unwrap();
+        load(&dir.path().join("models.yaml"), &|_| None).map(drop).map_err(|error| error.to_string())
+    };
+    let script = "service_script: server.py";
+    for (launch, settings, expected) in [
+        (script, "    revision: v1\n", "m.revision: goes with `model`"),
+        (script, "    model: ./weights\n    revision: v1\n", "m.revision: goes with a `model` from the hub"),
+        (script, "    model: weights\n    revision: v1\n", "m.revision: goes with a `model` from the hub"),
+        (script, "    model: org/m\n    revision: ../../etc\n", "m.revision: `../../etc` is no revision"),
+        (
+            script,
+            "    model: https://huggingface.co/org/m\n",
+            "m.model: `https://huggingface.co/org/m` is no Hugging Face id",
+        ),
+        (script, "    model: org/na me\n", "m.model: `org/na me` is no Hugging Face id"),
+        (script, "    park: ram\n    memory: 0GiB\n", "m.memory: is 0, so there is nothing to park"),
+    ] {
+        let error = of(launch, settings).unwrap_err();
+        assert!(error.contains(expected) && error.lines().count() == 1, "{settings}: {error}");
+    }
+    for fine in
+        ["    model: org/m\n    revision: refs/pr/1\n", "    model: ./not here/yet\n", "    model: some/deep/folder\n"]
+    {
+        assert_eq!(of(script, fine), Ok(()), "{fine}");
+    }
+}
+
+#[test]
 fn commands_and_scripts_that_make_no_sense() {
     let of = |settings: &str| read(&format!("models:\n  m:\n    type: text\n    {settings}\n")).unwrap_err();
     assert!(of("command: ''").starts_with("models.yaml:4: models.m.command: is empty"));

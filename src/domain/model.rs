@@ -66,6 +66,37 @@ pub enum Launch {
     Command(Vec<String>),
 }
 
+impl Launch {
+    /// The interpreter of the environment that is made beside `script`.
+    pub fn own_python(script: &Path) -> PathBuf {
+        script.parent().unwrap_or(Path::new("/")).join(".venv/bin/python")
+    }
+
+    /// What to do if the interpreter is not there; `name`: of the entry. `None`: it has none, or it is looked up in `PATH`.
+    pub fn without_python(&self, name: &str) -> Option<String> {
+        let Self::Script { python, script } = self else { return None };
+        let shown = python.display();
+        (python.components().count() > 1).then(|| {
+            if *python == Self::own_python(script) {
+                format!("there is no interpreter {shown}; run `roundhouse models install {name}`")
+            } else {
+                format!(
+                    "`python` names {shown}, which is not there; make that environment, or correct or remove `python`"
+                )
+            }
+        })
+    }
+
+    /// The key of an entry that makes this differ from `other`.
+    fn edited_key(&self, other: &Self) -> &'static str {
+        match (self, other) {
+            (Self::Script { script, .. }, Self::Script { script: other, .. }) if script == other => "python",
+            (_, Self::Script { .. }) => "service_script",
+            (_, Self::Command(_)) => "command",
+        }
+    }
+}
+
 /// Where a model goes when others need its GPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Park {
@@ -100,6 +131,8 @@ pub struct ModelSpec {
     pub revision: Option<String>,
     /// Preferred port; if taken, the next free one in 8001-8999.
     pub port: u16,
+    /// The entry names that port; else it comes from the entry's place in the file, and means nothing.
+    pub has_own_port: bool,
     /// Prior of a cold load.
     pub startup_time: Duration,
     /// Paths it serves; the first is the main one. Never empty.
@@ -148,24 +181,77 @@ impl ModelSpec {
     /// Whether a worker of it is started in the same way, on the same kind of place, as one of `other`. What it is called
     /// by clients, how many jobs it gets and how long it may take are not its worker's concern.
     pub fn starts_as(&self, other: &Self) -> bool {
-        let shape = |spec: &Self| Self {
-            startup_time: Duration::ZERO,
-            endpoints: Vec::new(),
-            aliases: Vec::new(),
-            limit: 0,
-            max_batch: 0,
-            first_batch: 0,
-            timeout: Duration::ZERO,
-            max_attempts: 0,
-            idle_ttl: None,
-            preload: false,
-            max_replicas: 0,
-            pin: false,
-            spare: false,
-            upstream_model: String::new(),
-            ..spec.clone()
-        };
-        shape(self) == shape(other)
+        !self.differences(other).into_iter().any(|(_, restarts)| restarts)
+    }
+
+    /// The keys of the entry that `other` has written in another way, or that follow from such a key.
+    pub fn edited_keys(&self, other: &Self) -> Vec<&'static str> {
+        self.differences(other).into_iter().map(|(key, _)| key).collect()
+    }
+
+    /// The keys whose values differ, and whether a worker sees that.
+    fn differences(&self, other: &Self) -> Vec<(&'static str, bool)> {
+        // All of them, so that a new one is not forgotten.
+        let Self {
+            name,
+            kind,
+            launch,
+            model,
+            revision,
+            port,
+            has_own_port,
+            startup_time,
+            endpoints,
+            args,
+            env,
+            aliases,
+            limit,
+            max_batch,
+            first_batch,
+            timeout,
+            max_attempts,
+            idle_ttl,
+            preload,
+            gpus,
+            memory,
+            max_replicas,
+            pin,
+            exclusive,
+            park,
+            spare,
+            upstream_model,
+            dir,
+        } = self;
+        let is_port_edited = has_own_port != &other.has_own_port || (*has_own_port && port != &other.port);
+        let all = [
+            ("name", name != &other.name, true),
+            ("type", kind != &other.kind, true),
+            (launch.edited_key(&other.launch), launch != &other.launch, true),
+            ("model", model != &other.model, true),
+            ("revision", revision != &other.revision, true),
+            ("port", is_port_edited, true),
+            ("args", args != &other.args, true),
+            ("env", env != &other.env, true),
+            ("gpus", gpus != &other.gpus, true),
+            ("memory", memory != &other.memory, true),
+            ("exclusive", exclusive != &other.exclusive, true),
+            ("park", park != &other.park, true),
+            ("the folder of models.yaml", dir != &other.dir, true),
+            ("startup_time", startup_time != &other.startup_time, false),
+            ("endpoint", endpoints != &other.endpoints, false),
+            ("aliases", aliases != &other.aliases, false),
+            ("limit", limit != &other.limit, false),
+            ("max_batch", (max_batch, first_batch) != (&other.max_batch, &other.first_batch), false),
+            ("timeout", timeout != &other.timeout, false),
+            ("max_attempts", max_attempts != &other.max_attempts, false),
+            ("idle_ttl", idle_ttl != &other.idle_ttl, false),
+            ("preload", preload != &other.preload, false),
+            ("max_replicas", max_replicas != &other.max_replicas, false),
+            ("pin", pin != &other.pin, false),
+            ("spare", spare != &other.spare, false),
+            ("upstream_model", upstream_model != &other.upstream_model, false),
+        ];
+        all.into_iter().filter(|(_, differs, _)| *differs).map(|(key, _, restarts)| (key, restarts)).collect()
     }
 
     /// A hash of what its workers see that decides how much memory they take. Equal in all runs of the server for an entry that
@@ -192,6 +278,14 @@ impl ModelSpec {
         let given = given.filter(|given| !given.is_empty());
         let before = given.map(|given| std::env::split_paths(given).collect::<Vec<_>>()).unwrap_or_default();
         std::env::join_paths(before.into_iter().chain([base])).ok()
+    }
+
+    /// Whether its worker is told which port to listen on.
+    pub fn tells_port(&self) -> bool {
+        match &self.launch {
+            Launch::Script { .. } => true,
+            Launch::Command(words) => words.iter().chain(&self.args).any(|word| word.contains("{port}")),
+        }
     }
 
     /// Whether `endpoint` is one of its paths.

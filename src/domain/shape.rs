@@ -30,6 +30,9 @@ const SHOWN_CHARS: usize = 16;
 /// The batch key of jobs that share a run with no other.
 pub const ALONE: i64 = i64::MAX;
 
+/// Bits that a batch key has. Keys that were stored by earlier versions may have one more.
+const KEY_BITS: u64 = ALONE.cast_unsigned();
+
 /// A number that is equal for jobs which one pass of the worker can serve: same endpoint, same shape-giving parameters
 /// (size, steps, guidance, duration). FNV-1a over the canonical JSON of the body without its per-item fields.
 ///
@@ -50,7 +53,8 @@ pub fn batch_key(endpoint: &str, body: &Map<String, Value>) -> i64 {
 /// FNV-1a.
 pub(super) fn hash(text: &str) -> i64 {
     let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-    hash.cast_signed()
+    // A waiting job keeps 63 bits of it: the same for one that never waits.
+    (hash & KEY_BITS).cast_signed()
 }
 
 /// What a field adds to the key; `None`: nothing.
@@ -131,6 +135,12 @@ mod tests {
         let base = key(json!({"model": "flux", "prompt": "a", "size": "64x64", "seed": 1}));
         assert_eq!(base, key(json!({"seed": 2, "size": "64x64", "prompt": "b", "model": "flux"})));
         assert_ne!(base, key(json!({"model": "flux", "prompt": "a", "size": "128x64", "seed": 1})));
+    }
+
+    #[test]
+    fn keys_have_as_many_bits_as_a_waiting_job_keeps() {
+        let mut keys = (0..64).map(|size| batch_key("/v1/images/generations", object(&json!({"size": size}))));
+        assert!(keys.all(|key| key >= 0));
     }
 
     #[test]

@@ -363,8 +363,8 @@ impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> Self {
         let message = error.to_string();
         match error {
-            SubmitError::QueueFull { queued, limit, retry_after_s } => Self::new(ErrorCode::QueueFull, message)
-                .with_details(json!({"queued": queued, "limit": limit}))
+            SubmitError::QueueFull { queued, limit, key, retry_after_s } => Self::new(ErrorCode::QueueFull, message)
+                .with_details(json!({"queued": queued, "limit": limit, "key": key}))
                 .after(retry_after_s),
             SubmitError::ModelLoadFailed(error) | SubmitError::TooBig(error) => Self::without_job(&error),
             SubmitError::Draining | SubmitError::Drained { .. } => Self::new(ErrorCode::Draining, message),

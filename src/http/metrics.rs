@@ -211,6 +211,7 @@ mod tests {
             state: crate::domain::ModelState::Resident,
             state_reason: None,
             trouble: None,
+            last_failure: None,
             fetch: None,
         };
         let queue = QueueView { swaps: 6, swaps_in_arrival_order: 9, models: vec![model], ..QueueView::default() };

@@ -66,9 +66,19 @@ pub async fn models(State(state): State<AppState>) -> Response {
     let data: Vec<Value> = live.models.specs.iter().map(|spec| model_json(&state, spec, &queue)).collect();
     let mut shown = json!({"object": "list", "data": data});
     if let Some(problems) = &live.refused {
-        shown["roundhouse"] = json!({"refused_edit": problems});
+        shown["roundhouse"]["refused_edit"] = json!(problems);
+    }
+    let is_removed = |view: &&ModelQueueView| live.models.specs.iter().all(|spec| spec.name != view.model);
+    let removed: Vec<Value> = queue.models.iter().filter(is_removed).map(removed_json).collect();
+    if !removed.is_empty() {
+        shown["roundhouse"]["removed"] = json!(removed);
     }
     Json(shown).into_response()
+}
+
+/// A model that has no entry any more, of which jobs or a worker are left: nobody can ask for it, so it is no model of the list.
+fn removed_json(view: &ModelQueueView) -> Value {
+    json!({"id": view.model, "queue_depth": view.queued, "running": view.running, "trouble": view.trouble})
 }
 
 /// `GET /v1/models/{name}`; names may hold slashes.
@@ -91,6 +101,7 @@ pub(super) fn model_json(state: &AppState, spec: &ModelSpec, queue: &QueueView) 
             "state": view.map_or(ModelState::Absent, |view| view.state).as_str(),
             "state_reason": view.and_then(|view| view.state_reason).map(|reason| reason.as_str()),
             "trouble": view.and_then(|view| view.trouble.as_deref()),
+            "last_failure": view.and_then(|view| view.last_failure.as_deref()),
             "fetch": view.and_then(fetch_json),
             "queue_depth": view.map_or(0, |view| view.queued),
             "running": view.map_or(0, |view| view.running),
@@ -166,7 +177,7 @@ pub async fn ready(State(state): State<AppState>) -> Result<Response, ApiError> 
 fn degraded(view: &QueueView) -> Vec<Value> {
     let troubled = view.models.iter().filter(|model| {
         let is_broken = matches!(model.state, ModelState::Backoff | ModelState::Quarantined | ModelState::Blocked);
-        is_broken || model.trouble.is_some()
+        is_broken || model.trouble.is_some() || model.last_failure.is_some()
     });
     troubled
         .map(|model| {
@@ -174,7 +185,7 @@ fn degraded(view: &QueueView) -> Vec<Value> {
                 "model": model.model,
                 "state": model.state.as_str(),
                 "state_reason": model.state_reason.map(|reason| reason.as_str()),
-                "reason": model.trouble,
+                "reason": model.trouble.as_ref().or(model.last_failure.as_ref()),
             })
         })
         .collect()
@@ -225,6 +236,7 @@ mod tests {
             state: ModelState::Quarantined,
             state_reason: Some(StateReason::ModelBlocked),
             trouble: Some("out of memory".into()),
+            last_failure: None,
             fetch: None,
         };
         let decision = Decision {

@@ -358,6 +358,7 @@ pub mod tests {
             model: None,
             revision: None,
             port: 8001,
+            has_own_port: false,
             startup_time: Duration::from_secs(1),
             endpoints: endpoints.iter().map(|e| (*e).to_owned()).collect(),
             args: Vec::new(),

@@ -366,6 +366,7 @@ mod tests {
             state: ModelState::Loading,
             state_reason: reason,
             trouble: None,
+            last_failure: None,
             fetch: None,
         }
     }

@@ -30,6 +30,8 @@ pub const STALE_PASSES: u64 = 128;
 const SHAPES_MAX: usize = 256;
 /// Of these, so many are shown, and outlive a restart.
 const SHOWN_MAX: usize = 16;
+/// A shape of which all is left to the worker.
+const DEFAULTS: &str = "defaults";
 /// Loads that a shape remembers: more than a model has workers.
 const LOADS_MAX: usize = 64;
 
@@ -213,7 +215,7 @@ fn short_rate(rate: f64) -> String {
 /// What is known about a shape, for those who ask.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct ShapeView {
-    /// In words: `size 1024x1024, steps 4`; empty: all of it is left to the worker.
+    /// In words: `size 1024x1024, steps 4`; `defaults`: all of it is left to the worker, or nobody has said yet.
     pub shape: String,
     /// Its batch key, in hexadecimal digits.
     pub key: String,
@@ -384,8 +386,8 @@ impl Batching {
     /// The shapes, last used first, for those who ask.
     pub fn shapes(&self) -> Vec<ShapeView> {
         let view = |(key, shape): (&i64, &Shape)| ShapeView {
-            shape: shape.words.clone(),
-            key: format!("{:016x}", key & i64::MAX),
+            shape: if shape.words.is_empty() { DEFAULTS.to_owned() } else { shape.words.clone() },
+            key: format!("{key:016x}"),
             batch_size: shape.size(self.first),
             max_batch: shape.most,
             per_s: (0..=level_of(self.most)).filter_map(|level| Some((1 << level, shape.rate(level)?))).collect(),

@@ -44,6 +44,7 @@ fn without_a_gain_passes_have_one_job() {
         assert_eq!(batching.usual(), 1, "from {first}");
         let shown = batching.shapes();
         assert_eq!((shown[0].batch_size, shown[0].max_batch), (1, 8));
+        assert_eq!(shown[0].shape, "defaults", "it was given no words");
         let sizes = run(&mut batching, 1_000, false, flux);
         let single = sizes.iter().filter(|jobs| **jobs == 1).count();
         assert!((950..1_000).contains(&single), "tried again now and then: {single}");

@@ -67,13 +67,12 @@ impl State {
     fn unload_by_hand(&mut self, model: &str, now: Millis, effects: &mut Vec<Effect>) -> bool {
         let Some(index) = self.index_of(model) else { return false };
         (self.models[index].wanted_at, self.models[index].preload) = (None, false);
-        // Those that are not ready yet leave when they are.
-        self.unload(index, false, now, effects)
+        self.unload(index, now, effects)
     }
 
-    /// All workers of a model leave and are stopped, not parked; until then none is loaded. Loads are broken off, or they leave
-    /// when they are ready. False: nothing of it is there.
-    pub(super) fn unload(&mut self, index: usize, break_off: bool, now: Millis, effects: &mut Vec<Effect>) -> bool {
+    /// All workers of a model leave and are stopped, not parked, and loads of it are broken off; until then none is loaded.
+    /// False: nothing of it is there.
+    pub(super) fn unload(&mut self, index: usize, now: Millis, effects: &mut Vec<Effect>) -> bool {
         self.workers.retain(|w| w.model != index || w.phase != Phase::Waiting { was_parked: false });
         let all: Vec<usize> = (0..self.workers.len()).filter(|place| self.workers[*place].model == index).collect();
         self.models[index].unload = !all.is_empty();
@@ -83,7 +82,7 @@ impl State {
                     self.workers[*place].phase = Phase::Dropping;
                     effects.push(self.order(*place, Order::Stop));
                 }
-                Phase::Loading { .. } if break_off => {
+                Phase::Loading { .. } => {
                     self.workers[*place].phase = Phase::Stopping { park: false };
                     effects.push(self.order(*place, Order::Stop));
                 }
@@ -122,7 +121,8 @@ impl State {
     pub(super) fn on_purged(&mut self, model: Option<&str>, removed: usize, now: Millis) -> Vec<Effect> {
         let mut effects = Vec::new();
         let whose = model.map_or("all models".to_owned(), str::to_owned);
-        let reason = format!("purge {whose}: {removed} waiting jobs were cancelled by hand");
+        let jobs = if removed == 1 { "1 waiting job was".to_owned() } else { format!("{removed} waiting jobs were") };
+        let reason = format!("purge {whose}: {jobs} cancelled by hand");
         let decision = Decision::new(now, "purge", MANUAL, reason).with(&[("removed", removed as f64)]);
         self.announce(Decision { model: model.map(str::to_owned), ..decision }, &mut effects);
         effects

@@ -29,12 +29,14 @@ use crate::worker::supervisor::{Order, WorkerHandle};
 #[derive(Debug, thiserror::Error)]
 pub enum SubmitError {
     /// The queue is at its limit.
-    #[error("the queue is full: {queued} jobs queued, the limit is {limit}")]
+    #[error("the queue is full: {queued} jobs queued, the limit is {limit} (scheduler.{key})")]
     QueueFull {
         /// Now.
         queued: usize,
         /// The limit that was hit.
         limit: usize,
+        /// Its key in models.yaml.
+        key: &'static str,
         /// Estimate of when there is room, at most 60.
         retry_after_s: u64,
     },
@@ -100,6 +102,8 @@ pub struct ModelQueueView {
     pub state_reason: Option<StateReason>,
     /// Why it cannot be loaded now.
     pub trouble: Option<String>,
+    /// Why its last load failed, until one works; that it may be tried again does not end it.
+    pub last_failure: Option<String>,
     /// How far its weights are, while they are not here and somebody wants them.
     pub fetch: Option<Fetch>,
     /// Its waiting jobs do not start: somebody has paused it, or all.
@@ -135,7 +139,7 @@ pub struct QueueView {
     pub paused: bool,
     /// All models are being drained by hand.
     pub draining: bool,
-    /// By the order of `models.yaml`.
+    /// By the order of `models.yaml`, and then those that have no entry any more as long as something is left of them.
     pub models: Vec<ModelQueueView>,
 }
 

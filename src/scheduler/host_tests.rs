@@ -288,7 +288,7 @@ fn a_copy_that_is_being_dropped_keeps_the_number_of_its_worker() {
     case.tell(Event::Control(Control::Unload("b".into())));
     case.report("b", Report::Stopped { stop_ms: 1 });
     let spec = ModelSpec { args: vec!["--new".into()], ..parks("a") };
-    case.tell(Event::Edited(vec![Edit { name: "a".into(), spec: Some(spec), restart: true }]));
+    case.tell(Event::Edited(vec![Edit { name: "a".into(), spec: Some(spec), keys: vec!["args"], restart: true }]));
     assert_eq!(case.orders, [order("a", Order::Stop, None)]);
     case.wants("a");
     assert_eq!(case.orders, [], "there is no supervisor for a second worker of it");
@@ -299,7 +299,7 @@ fn a_copy_that_is_being_dropped_keeps_the_number_of_its_worker() {
 #[test]
 fn what_is_not_in_the_file_any_more_is_not_loaded_whatever_its_supervisor_says() {
     let mut case = Case::new(&[parks("a")], 1, 100);
-    case.tell(Event::Edited(vec![Edit { name: "a".into(), spec: None, restart: true }]));
+    case.tell(Event::Edited(vec![Edit { name: "a".into(), spec: None, keys: Vec::new(), restart: true }]));
     case.wants("a");
     case.report("a", Report::Available);
     assert_eq!(case.orders, []);
@@ -324,7 +324,7 @@ fn an_edit_loads_no_worker_before_all_that_there_are_have_left() {
     case.wants("a");
     case.ready("a");
     let spec = ModelSpec { max_replicas: 2, args: vec!["--new".into()], ..parks("a") };
-    case.tell(Event::Edited(vec![Edit { name: "a".into(), spec: Some(spec), restart: true }]));
+    case.tell(Event::Edited(vec![Edit { name: "a".into(), spec: Some(spec), keys: vec!["args"], restart: true }]));
     case.wants("a");
     assert_eq!(case.orders, [], "a second worker would be stopped as soon as it is ready");
     case.answered("a", 1);

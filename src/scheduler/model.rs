@@ -91,6 +91,8 @@ pub(super) struct Model {
     pub(super) storing: Storing,
     /// It has an entry in models.yaml.
     pub(super) is_listed: bool,
+    /// Other names that clients may use for it.
+    pub(super) aliases: Vec<String>,
     pub(super) trouble: Option<Trouble>,
     /// Its weights are not known to be here.
     pub(super) lack: Option<Lack>,
@@ -147,6 +149,7 @@ impl Model {
         };
         Self {
             is_listed: true,
+            aliases: spec.aliases.clone(),
             slots: Slots { limit: spec.limit, max_batch: spec.max_batch },
             batching: Batching::new(spec.first_batch, spec.max_batch.min(spec.limit)),
             timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
@@ -204,14 +207,25 @@ impl Model {
     /// A model that has waiting jobs and no entry any more.
     pub(super) fn unknown(name: &str) -> Self {
         let mut model = Self::named(name);
-        model.lose_entry();
+        model.lose_entry(None);
         model
     }
 
-    /// It has no entry any more.
-    pub(super) fn lose_entry(&mut self) {
-        let text = format!("`{}` is not in models.yaml any more: add it back, or cancel its jobs", self.name);
+    /// It has no entry any more; `heir`: the model whose alias its name is now.
+    pub(super) fn lose_entry(&mut self, heir: Option<&str>) {
+        let name = &self.name;
+        let purge = format!("`roundhouse queue purge --model {name}`");
+        let text = match heir {
+            Some(heir) => format!(
+                "`{name}` is an alias of `{heir}` now, and no entry of models.yaml: its waiting jobs stay its own; end them \
+                 with {purge}, and send them again, which `POST /v1/jobs/{{id}}/retry` does for each"
+            ),
+            None => format!(
+                "`{name}` is not in models.yaml any more: add it back, or cancel its jobs, all that wait with {purge}"
+            ),
+        };
         (self.is_listed, self.preload, self.wanted_at, self.too_big) = (false, false, None, None);
+        self.aliases = Vec::new();
         self.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: None, text, until: None });
     }
 
@@ -228,7 +242,7 @@ impl Model {
         if !self.is_listed {
             self.preload = new.preload;
         }
-        self.is_listed = true;
+        (self.is_listed, self.aliases) = (true, new.aliases);
         if restart {
             (self.fetches, self.lack) = (new.fetches, None);
         }
@@ -255,6 +269,7 @@ impl Model {
             storing: Storing::default(),
             name,
             is_listed: false,
+            aliases: Vec::new(),
             trouble: None,
             lack: None,
             fetches: false,

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::clock::Clock;
-use crate::domain::worker::{FetchPhase, FetchReport, PhaseTime, Report};
+use crate::domain::worker::{FetchPhase, FetchReport, PhaseTime, Report, WorkerView};
 use crate::domain::{
     Class, Control, Controls, Face, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob,
     StateReason, Token,
@@ -551,6 +551,7 @@ impl Scheduler {
         self.state.admit(&first.tenant, jobs.len()).map_err(|full| SubmitError::QueueFull {
             queued: full.queued,
             limit: full.limit,
+            key: full.key,
             retry_after_s: self.state.room_in_s(),
         })?;
         let now = self.context.clock.now();
@@ -789,7 +790,10 @@ impl Scheduler {
             overload: state.overload(now),
             paused: state.controls().all.paused,
             draining: state.controls().all.draining,
-            models: (0..state.models.len()).map(|index| self.model_view(index, now)).collect(),
+            models: (0..state.models.len())
+                .filter(|index| state.is_known(*index))
+                .map(|index| self.model_view(index, now))
+                .collect(),
         }
     }
 
@@ -835,6 +839,7 @@ impl Scheduler {
             state,
             state_reason: reason,
             trouble: trouble.map(|t| t.text.clone()),
+            last_failure: last_failure(handles(&self.workers, &model.name).map(WorkerHandle::view)),
             fetch: fetch.cloned(),
             paused: model.held.paused,
             draining: model.held.draining,
@@ -843,6 +848,13 @@ impl Scheduler {
             parking: self.state.parking(index),
         }
     }
+}
+
+/// Why the last load of a model failed, if none of its workers has got ready since.
+fn last_failure(workers: impl Iterator<Item = WorkerView>) -> Option<String> {
+    use ModelState::{Absent, Backoff, Loading, Quarantined};
+    let waits = |view: &WorkerView| matches!(view.state, Absent | Loading | Backoff | Quarantined);
+    workers.filter(|view| waits(view) && view.failed_loads > 0).find_map(|view| view.reason)
 }
 
 /// Where a model is whose workers are there: as far as the one that is nearest to serving, or else in the worst trouble.

@@ -436,6 +436,7 @@ fn setup(rng: &mut Rng) -> Setup {
             model: None,
             revision: None,
             port: 8001,
+            has_own_port: false,
             startup_time: Duration::from_millis(rng.pick(&[500, 5_000, 60_000])),
             endpoints: vec!["/x".to_owned()],
             args: Vec::new(),

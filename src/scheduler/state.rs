@@ -560,8 +560,10 @@ impl State {
         let mut model = Model::unknown(name);
         model.held = self.controls.of(name);
         self.models.push(model);
-        self.index.insert(name.to_owned(), self.models.len() - 1);
-        self.models.len() - 1
+        let index = self.models.len() - 1;
+        self.index.insert(name.to_owned(), index);
+        self.note_heir(index);
+        index
     }
 
     /// A tenant that had nothing to do comes back.
@@ -700,11 +702,15 @@ impl State {
             Report::Died { .. } => worker.map_or(Vec::new(), |worker| self.on_died(worker, now)),
             Report::LoadFailed { error, retry_at, quarantined } => {
                 let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
-                self.on_load_failed(index, worker, error, Some(retry_at), word)
+                let text = format!("{word}: {}", why(&error, &self.models[index].name));
+                self.on_load_failed(index, worker, error, Some(retry_at), text)
             }
             Report::DoesNotFit { error } => {
+                let line = first_line(&error.message);
+                let rest = line.strip_prefix(&format!("model `{}` ", self.models[index].name));
+                let text = rest.map_or_else(|| format!("blocked: {line}"), |rest| format!("it {rest}"));
                 let mut effects = worker.map_or(Vec::new(), |worker| self.drop_bare_beside(worker, now));
-                effects.extend(self.on_load_failed(index, worker, error, None, "blocked"));
+                effects.extend(self.on_load_failed(index, worker, error, None, text));
                 effects
             }
             // Its entry is gone, and that is what its jobs wait for.
@@ -731,9 +737,8 @@ impl State {
         worker: Option<usize>,
         error: JobError,
         retry_at: Option<Millis>,
-        word: &str,
+        text: String,
     ) -> Vec<Effect> {
-        let text = format!("{word}: {}", first_line(&error.message));
         self.give_up(worker);
         if !self.models[index].is_listed {
             return Vec::new();
@@ -873,6 +878,12 @@ fn uncount(counts: &mut HashMap<Arc<str>, usize>, tenant: &Arc<str>) {
             counts.remove(tenant);
         }
     }
+}
+
+/// Why a model does not load, without saying so again.
+fn why<'a>(error: &'a JobError, model: &str) -> &'a str {
+    let line = first_line(&error.message);
+    line.strip_prefix(&format!("model `{model}` does not load: ")).unwrap_or(line)
 }
 
 fn first_line(text: &str) -> &str {

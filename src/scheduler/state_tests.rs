@@ -11,6 +11,7 @@ pub(super) fn spec(name: &str, limit: u32) -> ModelSpec {
         model: None,
         revision: None,
         port: 8001,
+        has_own_port: false,
         startup_time: Duration::from_secs(10),
         endpoints: vec!["/v1/chat/completions".to_owned()],
         args: Vec::new(),
@@ -194,6 +195,14 @@ fn a_model_that_does_not_fit_waits_without_a_time_until_there_is_room() {
     let trouble = world.state.models[0].trouble.clone().unwrap();
     assert_eq!((trouble.reason, trouble.until), (StateReason::ModelBlocked, None));
     assert_eq!(trouble.text, "blocked: it takes 20 GiB");
+    let said = |world: &World| world.state.models[0].trouble.clone().unwrap().text;
+    let error = |text: &str| JobError::new(ErrorCode::ModelLoadFailed, text, true);
+    world.report("a", Report::DoesNotFit { error: error("model `a` does not fit: 20 GiB") });
+    assert_eq!(said(&world), "it does not fit: 20 GiB", "its name is said already");
+    let failed = error("model `a` does not load: no weights");
+    world.report("a", Report::LoadFailed { error: failed, retry_at: 9, quarantined: false });
+    assert_eq!(said(&world), "its last load failed: no weights");
+    world.report("a", Report::DoesNotFit { error: error("it takes 20 GiB") });
     world.event(Event::Gone { model: "a".into(), priority: 5, number: 1 });
     world.orders.clear();
     world.report("a", Report::Available);
@@ -716,20 +725,18 @@ fn a_model_asked_for_by_hand_comes_without_a_job_and_leaves_when_told_to() {
 }
 
 #[test]
-fn an_unload_waits_for_running_jobs_and_for_a_load_under_way() {
+fn an_unload_waits_for_running_jobs_and_breaks_a_load_off() {
     let mut world = World::new(&[("a", 1)]);
     world.queue(vec![job(1, "a"), job(2, "a")]);
     by_hand(&mut world, Control::Unload("a".into()));
-    assert_eq!(world.orders, [("a".to_owned(), Order::Load)], "it is not ready yet");
+    let order = |order| ("a".to_owned(), order);
+    assert_eq!(world.orders, [order(Order::Load), order(Order::Stop)], "it may never be ready");
     world.orders.clear();
+    // It has been ready just before it heard that.
     world.report("a", Report::Ready { base_url: "http://a".into(), load_ms: 2_000 });
-    assert_eq!(
-        (&world.orders[..], world.running.len()),
-        (&[("a".to_owned(), Order::Stop)][..], 0),
-        "it leaves at once"
-    );
-    world.finish_all();
-    assert_eq!(world.loaded, ["a"], "its jobs wait, so it comes back");
+    assert_eq!((world.orders.len(), world.running.len()), (0, 0), "it leaves all the same");
+    world.report("a", Report::Stopped { stop_ms: 10 });
+    assert_eq!(world.orders, [order(Order::Load)], "its jobs wait, so it comes back");
     world = World::new(&[("a", 1)]);
     world.queue(vec![job(1, "a")]);
     world.obey();

@@ -306,6 +306,7 @@ fn spec(trace: &Trace, model: &TraceModel) -> ModelSpec {
         model: None,
         revision: None,
         port: 0,
+        has_own_port: false,
         startup_time: Duration::from_secs_f64(model.cold_s),
         endpoints: vec!["/".to_owned()],
         args: Vec::new(),

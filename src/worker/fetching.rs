@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::clock::rfc3339;
 use crate::domain::worker::{Fetch, FetchPhase, FetchReport};
 use crate::domain::{ErrorCode, JobError, Launch, ModelSpec};
 use crate::worker::cache;
@@ -308,6 +309,7 @@ impl Fetching {
         self.pauses.insert(model.to_owned(), Pause { until, goes_on });
         tracing::warn!(model, failures, retry_in_ms = wait.as_millis(), "its weights were not fetched: {message}");
         let phase = if goes_on { FetchPhase::Interrupted } else { FetchPhase::Failed };
+        let shown = rfc3339(retry_at);
         let (reason, retry_at) = (Some(message.to_owned()), Some(retry_at));
         let fetch = Fetch { phase, bytes_per_s: None, eta_s: None, reason, retry_at, ..fetch };
         if goes_on {
@@ -316,7 +318,7 @@ impl Fetching {
         }
         let text = format!("model `{model}`: its weights cannot be fetched: {message}");
         let mut error = JobError::new(ErrorCode::ModelLoadFailed, text, true);
-        error.details = Some(json!({"failed_fetches": failures, "retry_at": retry_at}));
+        error.details = Some(json!({"failed_fetches": failures, "retry_at": shown}));
         self.tell(model, FetchReport::Failed { fetch, error });
     }
 

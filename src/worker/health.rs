@@ -152,7 +152,9 @@ impl Doctor {
         match self.get("/health").await {
             Ok((404, _)) => match self.get("/v1/models").await {
                 Ok((200, _)) => Health::Ready { memory: Memory::default(), phases: Vec::new() },
-                Ok((status, _)) => Health::Silent(format!("/v1/models answers with status {status}")),
+                Ok((status, _)) => {
+                    Health::Silent(format!("/health answers with status 404 and /v1/models with status {status}"))
+                }
                 Err(lost) => unheard(&lost),
             },
             Ok((status, body)) => read(status, &body, &self.mark),

@@ -2,11 +2,14 @@
 
 use super::rehearsal::rehearsed;
 use super::*;
+use crate::clock::rfc3339;
 
 /// Failed loads in a row after which a model is quarantined.
 const QUARANTINE_AFTER: u32 = 5;
 /// Loads on other ports when a stranger answers on the chosen one.
 const PORTS_TRIED: usize = 3;
+/// What keeps a load from being ready is told after this long: at first it says nothing.
+const TOLD_AFTER: Duration = Duration::from_secs(5);
 /// How often the clock is asked whether a back-off is over.
 const BACKOFF_LOOK_EVERY: Duration = Duration::from_millis(250);
 
@@ -58,7 +61,7 @@ impl Supervisor {
             match tried {
                 Try::Ready(running, phases) => {
                     let base_url = format!("http://127.0.0.1:{}", running.process.port());
-                    self.failed_loads = 0;
+                    (self.failed_loads, self.last_failure) = (0, None);
                     self.note_small();
                     self.enter(ModelState::Resident);
                     let load_ms = self.around.clock.millis_in(ordered_at.elapsed().saturating_sub(rehearsed(&phases)));
@@ -137,6 +140,7 @@ impl Supervisor {
         self.report(Report::Loading { phase: None, percent: None });
         let mut strange_since = None;
         let mut spawned = None;
+        let (mut heard, mut is_told) = (None, false);
         loop {
             let probe = async {
                 sleep(self.tempo.probe_every).await;
@@ -172,10 +176,12 @@ impl Supervisor {
                     return self.failed(format!("its worker {how}"), false, tail);
                 }
                 () = sleep_until(deadline) => {
+                    let why = heard.as_ref().and_then(|heard| so_far(&self.spec, process.port(), heard));
                     let tail = process.stop(self.around.grace).await;
                     let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
-                    let reason = format!("its worker was not ready within {} s", limit.as_secs_f64());
-                    return Try::Failed(reason, tail);
+                    let seconds = limit.as_secs_f64();
+                    let why = why.map_or_else(String::new, |why| format!(": {why}"));
+                    return Try::Failed(format!("its worker was not ready within {seconds} s{why}"), tail);
                 }
                 health = probe => health,
             };
@@ -184,6 +190,14 @@ impl Supervisor {
                 if health != Health::Refused {
                     spawned.get_or_insert_with(|| started.elapsed());
                 }
+            }
+            let is_news = heard.as_ref() != Some(&health);
+            if started.elapsed() >= TOLD_AFTER && (is_news || !is_told) {
+                self.show_so_far(process.port(), &health);
+                is_told = true;
+            }
+            if is_news {
+                heard = Some(health.clone());
             }
             match health {
                 Health::Ready { memory, phases } => {
@@ -225,6 +239,17 @@ impl Supervisor {
                 Health::Silent(_) | Health::Refused => {}
             }
         }
+    }
+
+    /// What keeps it from being ready, if that may be something that will not change.
+    fn show_so_far(&self, port: u16, heard: &Health) {
+        let may_stay = match heard {
+            Health::Silent(_) => true,
+            Health::Refused => !self.spec.tells_port(),
+            _ => false,
+        };
+        let so_far = so_far(&self.spec, port, heard).filter(|_| may_stay).map(|why| format!("not ready yet: {why}"));
+        self.view.send_modify(|v| v.reason = so_far.or_else(|| self.failure()));
     }
 
     fn start_process(&self, avoid: &BTreeSet<u16>) -> Result<WorkerProcess, String> {
@@ -288,11 +313,12 @@ impl Supervisor {
         };
         let until = self.around.clock.now() + millis(wait);
         let message = format!("model `{}` does not load: {reason}", self.spec.name);
+        self.last_failure = Some(reason);
         tracing::error!(model = self.spec.name, failures, quarantined, retry_in_ms = millis(wait), "{message}");
         let mut error = JobError::new(ErrorCode::ModelLoadFailed, message.clone(), true);
         error.details = Some(json!({
             "failed_loads": failures,
-            "retry_at": until,
+            "retry_at": rfc3339(until),
             "log_tail": tail.lines(),
         }));
         self.enter(if quarantined { ModelState::Quarantined } else { ModelState::Backoff });
@@ -334,6 +360,20 @@ impl Supervisor {
     }
 }
 
+/// What was heard last of a worker that is not ready.
+fn so_far(spec: &ModelSpec, port: u16, heard: &Health) -> Option<String> {
+    match heard {
+        Health::Refused if spec.tells_port() => Some(format!("nothing listens on its port, {port}")),
+        Health::Refused => Some(format!("nothing listens on its port, {port} (its `command` has no {{port}})")),
+        Health::Silent(why) => Some(format!("on its port, {port}: {why}")),
+        Health::NotYet { phase: Some(phase), percent, .. } => {
+            let percent = percent.map_or_else(String::new, |percent| format!(", {percent:.0} %"));
+            Some(format!("it says that it is at `{phase}`{percent}"))
+        }
+        _ => None,
+    }
+}
+
 /// All phases of a load that took `all`: of a server that does not tell any, what came after the start is one.
 fn whole(spawn: Duration, all: Duration, told: Vec<PhaseTime>) -> Vec<PhaseTime> {
     let phase = |phase: &str, took: Duration| PhaseTime { phase: phase.to_owned(), ms: millis(took) };
@@ -367,6 +407,22 @@ mod tests {
         let least = Tempo::default().load_limit_min;
         let limit = |s: u64| load_limit(Duration::from_secs(s), least).as_secs();
         assert_eq!((limit(10), limit(140)), (600, 1400));
+    }
+
+    #[test]
+    fn a_load_that_took_too_long_says_what_was_heard_last() {
+        let mut spec = crate::worker::process::tests::spec(&["serve", "{port}"]);
+        let silent = Health::Silent("/health answers with status 404 and /v1/models with status 404".into());
+        let at = |spec: &ModelSpec, heard: &Health| so_far(spec, 8004, heard).unwrap_or_default();
+        assert_eq!(at(&spec, &Health::Refused), "nothing listens on its port, 8004");
+        assert!(at(&spec, &silent).starts_with("on its port, 8004: /health answers with status 404"));
+        let memory = Memory::default();
+        let not_yet = Health::NotYet { phase: Some("weights".into()), percent: Some(39.6), memory };
+        assert_eq!(at(&spec, &not_yet), "it says that it is at `weights`, 40 %");
+        spec.launch = crate::domain::Launch::Command(vec!["serve".into()]);
+        assert!(at(&spec, &Health::Refused).ends_with("(its `command` has no {port})"));
+        spec.args = vec!["--port={port}".into()];
+        assert_eq!(at(&spec, &Health::Refused), "nothing listens on its port, 8004");
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub(super) const FILE_LIMIT_BYTES: u64 = 10 << 20;
 const LINE_LIMIT_BYTES: usize = 8 << 10;
 /// Lines kept in memory for reasons.
 const TAIL_LINES: usize = 50;
+/// A line names its level within so many words, after the time and who wrote it.
+const LEVEL_WITHIN: usize = 12;
 /// How long a file that could not be written is left alone: a full disk is not asked again for each line.
 const REOPEN_AFTER: Duration = Duration::from_secs(5);
 /// How engines say that a device has not enough memory, in small letters.
@@ -67,10 +69,15 @@ impl Tail {
         lines.iter().cloned().collect()
     }
 
-    /// The line that says best why a process ended: the last that names an error, else the last.
+    /// The line that says best why a process ended: the last that names an error, else the last. None that is only
+    /// information: what it did before it ended is not why.
     pub(super) fn reason(&self) -> Option<String> {
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        let meaningful = || lines.iter().rev().filter(|l| !l.trim().is_empty());
+        let is_information = |line: &str| {
+            let words = line.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+            words.take(LEVEL_WITHIN).any(|word| matches!(word, "INFO" | "DEBUG"))
+        };
+        let meaningful = || lines.iter().rev().filter(|l| !l.trim().is_empty() && !is_information(l));
         let names_error = |line: &&String| {
             let line = line.to_ascii_lowercase();
             ["error", "exception", "cannot ", "failed", "fatal"].iter().any(|word| line.contains(word))
@@ -92,7 +99,10 @@ impl Tail {
 
     /// `reason` and the line that explains it best.
     pub(super) fn explain(&self, reason: String) -> String {
+        let said = reason.split_once(": ").map_or("", |(_, said)| said);
         match self.reason() {
+            // It has told and logged the same.
+            Some(line) if !said.is_empty() && line.contains(said) => reason,
             Some(line) => format!("{reason}; its log says: {line}"),
             None => reason,
         }
@@ -297,6 +307,21 @@ mod tests {
         tail.push(b"bye");
         tail.push(b"  ");
         assert_eq!(tail.reason().as_deref(), Some("ValueError: no such folder"));
+    }
+
+    #[test]
+    fn information_is_no_reason_and_what_was_told_is_not_told_again() {
+        let tail = Tail::default();
+        tail.push(b"2026-11-28 12:00:00,123 INFO parked in 0.3 s");
+        assert_eq!(tail.explain("it was killed by SIGKILL".into()), "it was killed by SIGKILL");
+        tail.push(b"2026-11-28 12:00:01,123 ERROR load failed: no such weights");
+        tail.push(b"INFO:     127.0.0.1 - \"GET /health HTTP/1.1\" 503 failed");
+        let told = "its worker says: no such weights";
+        assert_eq!(tail.explain(told.into()), told);
+        assert!(
+            tail.explain("it exited".into())
+                .ends_with("its log says: 2026-11-28 12:00:01,123 ERROR load failed: no such weights")
+        );
     }
 
     #[test]

@@ -54,6 +54,7 @@ impl Supervisor {
         self.small = None;
         let gpus = self.look().await;
         let reason = tail.explain(reason);
+        self.last_failure = Some(reason.clone());
         let message = format!(
             "model `{}` does not fit, even with less to do: {reason}. {}",
             self.spec.name,

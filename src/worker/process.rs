@@ -290,7 +290,7 @@ fn command_line(spec: &ModelSpec, port: u16) -> Result<Vec<OsString>, String> {
         }
         Launch::Command(words) => {
             if words.is_empty() {
-                return Err(format!("model `{}`: its `command` is empty", spec.name));
+                return Err("its `command` is empty".to_owned());
             }
             let all = words.iter().chain(&spec.args);
             all.map(|word| fill(word, spec, port).map(OsString::from)).collect()
@@ -300,25 +300,14 @@ fn command_line(spec: &ModelSpec, port: u16) -> Result<Vec<OsString>, String> {
 
 fn script_is_there(spec: &ModelSpec, python: &Path, script: &Path) -> Result<(), String> {
     if !script.is_file() {
-        return Err(format!(
-            "model `{}`: there is no script {}; correct `service_script`",
-            spec.name,
-            script.display()
-        ));
+        return Err(format!("there is no script {}; correct `service_script`", script.display()));
     }
     interpreter_is_there(spec, python)
 }
 
 /// The text of an error is for a person.
 pub(super) fn interpreter_is_there(spec: &ModelSpec, python: &Path) -> Result<(), String> {
-    // A bare name such as `python3` is looked up in PATH.
-    if python.components().count() > 1 && !python.exists() {
-        let (name, python) = (&spec.name, python.display());
-        return Err(format!(
-            "model `{name}`: there is no interpreter {python}; run `roundhouse models install {name}`"
-        ));
-    }
-    Ok(())
+    if python.exists() { Ok(()) } else { spec.launch.without_python(&spec.name).map_or(Ok(()), Err) }
 }
 
 fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
@@ -328,10 +317,7 @@ fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
         word = match value {
             Some(value) => word.replace(&placeholder, value),
             None if word.contains(&placeholder) => {
-                return Err(format!(
-                    "model `{}`: its command uses {placeholder}, but the entry has no `{key}`",
-                    spec.name
-                ));
+                return Err(format!("its command uses {placeholder}, but the entry `{}` has no `{key}`", spec.name));
             }
             None => word,
         };
@@ -416,6 +402,7 @@ pub(super) mod tests {
             model: None,
             revision: None,
             port: 8001,
+            has_own_port: false,
             startup_time: Duration::from_secs(1),
             endpoints: vec!["/echo".into()],
             args: Vec::new(),
@@ -473,6 +460,9 @@ pub(super) mod tests {
             refused.contains(".venv/bin/python") && refused.contains("`roundhouse models install toy`"),
             "{refused}"
         );
+        spec.launch = Launch::Script { python: folder.join("mine/python"), script: script.clone() };
+        let refused = command_line(&spec, 1).unwrap_err();
+        assert!(refused.contains("`python` names") && !refused.contains("models install"), "{refused}");
         spec.launch = Launch::Script { python: "python3".into(), script: script.clone() };
         let words = command_line(&spec, 8002).unwrap();
         assert_eq!(words[1], script);

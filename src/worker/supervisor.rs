@@ -255,6 +255,7 @@ impl WorkerHandle {
             early_deaths: 0,
             is_small: false,
             small: None,
+            last_failure: None,
         };
         tasks.spawn("supervisor", supervisor.run());
         Self { orders, spec: spec_writer, view, has_looked }
@@ -398,6 +399,8 @@ struct Supervisor {
     is_small: bool,
     /// What was found out when a load ran out of memory and worked with less.
     small: Option<out_of_memory::Small>,
+    /// Why its last load failed, until one works or somebody says that it is another matter now.
+    last_failure: Option<String>,
 }
 
 impl Supervisor {
@@ -585,7 +588,8 @@ impl Supervisor {
         self.failed_loads = 0;
         self.early_deaths = 0;
         self.small = None;
-        self.view.send_modify(|v| v.failed_loads = 0);
+        self.last_failure = None;
+        self.view.send_modify(|v| (v.failed_loads, v.reason) = (0, None));
         self.report(Report::Available);
     }
 
@@ -666,7 +670,8 @@ impl Supervisor {
             }
             v.failed_loads = self.failed_loads;
             v.retry_at = None;
-            v.reason = None;
+            let keeps = matches!(state, ModelState::Absent | ModelState::Loading);
+            v.reason = if keeps { self.failure() } else { None };
             v.phase = None;
             v.percent = None;
             v.without_copy &= matches!(state, ModelState::Parking | ModelState::Parked | ModelState::Waking);
@@ -680,6 +685,11 @@ impl Supervisor {
                 (v.device_bytes, v.host_bytes, v.can_park, v.park_note) = (None, None, None, None);
             }
         });
+    }
+
+    /// Why its last load failed, for those who ask later.
+    fn failure(&self) -> Option<String> {
+        self.last_failure.as_ref().map(|why| format!("its last load failed: {why}"))
     }
 
     /// Tells only what changed.

@@ -238,14 +238,15 @@ pub async fn retry(
         let message = format!("the job is {}: cancel it first, or wait for its end", old.state);
         return Err(ApiError::new(ErrorCode::JobNotTerminal, message).about(id));
     }
-    state.models().get(&old.model)?;
+    // It may have been renamed since, with its old name as an alias.
+    let model = state.models().get(&old.model)?.name.clone();
     let body = state.reader.body(id).await.map_err(|error| match error {
         StoreError::NotFound | StoreError::Expired => {
             ApiError::new(ErrorCode::ResultExpired, "the request is past its retention; submit it anew").about(id)
         }
         error => error.into(),
     })?;
-    let (submitted, _) = submit(&state, again(&old, body, state.clock.now()), None).await?;
+    let (submitted, _) = submit(&state, NewJob { model, ..again(&old, body, state.clock.now()) }, None).await?;
     accepted(&state, submitted, Prefer::read(&headers).wait_s).await
 }
 
@@ -262,7 +263,8 @@ fn again(old: &Job, body: Bytes, now: i64) -> NewJob {
         face: Face::Async,
         priority,
         body,
-        batch_key: old.batch_key,
+        // Earlier versions stored one bit more.
+        batch_key: old.batch_key & i64::MAX,
         stream: old.stream,
         present: old.present.clone(),
         start_deadline: from_now(old.start_deadline),
