@@ -9,21 +9,30 @@ use uuid::Uuid;
 
 use crate::domain::Millis;
 
-/// Removes what a worker that lived from `since` on has left, now that it is gone: files of Python's and vLLM's naming,
-/// owned by this user, made since then, and neither open nor mapped in any living process. Blocking; returns how many.
+const SHARED: &str = "/dev/shm";
+
+/// Removes what a worker that lived from `since` on has left, now that it is gone: files of Python's, vLLM's and
+/// onnxruntime's naming, owned by this user, made since then, and neither open nor mapped in any living process. Blocking;
+/// returns how many.
 pub(super) fn remove(since: Millis) -> usize {
-    let shared = |name: &str| name.starts_with("psm_") || name.starts_with("sem.mp-");
-    let mut candidates = made_since(Path::new("/dev/shm"), shared, since);
+    // Where programs keep files for a while: `/tmp`, and what `TMPDIR` says.
+    remove_from(Path::new(SHARED), &[PathBuf::from("/tmp"), std::env::temp_dir()].into(), since)
+}
+
+fn remove_from(shared: &Path, temporary: &BTreeSet<PathBuf>, since: Millis) -> usize {
+    let is_python = |name: &str| name.starts_with("psm_") || name.starts_with("sem.mp-");
+    let mut candidates = made_since(shared, is_python, since);
     // torch opens its rendezvous file only now and then, so "not open" does not tell whether it is in use.
     let rendezvous = !another_vllm_runs();
-    for folder in temporary() {
-        candidates.extend(made_since(&folder, |name| rendezvous && name.starts_with("vllm_dist_"), since));
-        candidates.extend(dead_sockets(&folder, since));
+    for folder in temporary {
+        candidates.extend(made_since(folder, |name| rendezvous && name.starts_with("vllm_dist_"), since));
+        candidates.extend(made_since(folder, is_telemetry_log, since));
+        candidates.extend(dead_sockets(folder, since));
     }
     if candidates.is_empty() {
         return 0;
     }
-    let used = in_use();
+    let used = in_use(shared, temporary);
     let mut removed = 0;
     for path in candidates {
         if !used.contains(&path) && std::fs::remove_file(&path).is_ok() {
@@ -34,6 +43,12 @@ pub(super) fn remove(since: Millis) -> usize {
         tracing::info!(files = removed, "removed what a killed worker left behind");
     }
     removed
+}
+
+/// `mat-debug-PID.log`, which onnxruntime writes in every process that imports it, as diffusers does.
+fn is_telemetry_log(name: &str) -> bool {
+    let pid = name.strip_prefix("mat-debug-").and_then(|rest| rest.strip_suffix(".log"));
+    pid.is_some_and(|pid| !pid.is_empty() && pid.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 fn made_since(dir: &Path, is_wanted: impl Fn(&str) -> bool, since: Millis) -> Vec<PathBuf> {
@@ -87,11 +102,6 @@ fn made_ms(file: &std::fs::Metadata) -> Millis {
         .unwrap_or_else(|| file.mtime() * 1000 + file.mtime_nsec() / 1_000_000)
 }
 
-/// Where programs keep files for a while: `/tmp`, and what `TMPDIR` says.
-fn temporary() -> BTreeSet<PathBuf> {
-    [PathBuf::from("/tmp"), std::env::temp_dir()].into()
-}
-
 /// Besides this process, whose own words may name it: a guard's are those of its worker.
 fn another_vllm_runs() -> bool {
     let own = nix::unistd::getpid().as_raw();
@@ -108,10 +118,9 @@ fn is_vllm(command_line: &[u8]) -> bool {
     command_line.split(|byte| *byte == 0).any(|word| word.starts_with(b"VLLM::") || program(word))
 }
 
-/// Every file below /dev/shm and /tmp that a process has open or mapped.
-fn in_use() -> BTreeSet<PathBuf> {
-    let temporary = temporary();
-    let is_shared = |path: &Path| path.starts_with("/dev/shm") || temporary.iter().any(|dir| path.starts_with(dir));
+/// Every file below these folders that a process has open or mapped.
+fn in_use(shared: &Path, temporary: &BTreeSet<PathBuf>) -> BTreeSet<PathBuf> {
+    let is_shared = |path: &Path| path.starts_with(shared) || temporary.iter().any(|dir| path.starts_with(dir));
     let semaphores = semaphores();
     let mut used = BTreeSet::new();
     for process in super::procfs::processes() {
@@ -138,7 +147,7 @@ fn in_use() -> BTreeSet<PathBuf> {
 /// Semaphores by device and inode. glibc makes one under a name of its own and links it to the wanted one, so a mapping
 /// shows a path that is deleted: only the inode tells which file it is.
 fn semaphores() -> BTreeMap<(u64, u64), PathBuf> {
-    let Ok(entries) = std::fs::read_dir("/dev/shm") else {
+    let Ok(entries) = std::fs::read_dir(SHARED) else {
         return BTreeMap::new();
     };
     entries
@@ -194,26 +203,24 @@ mod tests {
 
     #[test]
     fn removes_only_new_files_that_nobody_has_open() {
-        if !Path::new("/dev/shm").is_dir() {
-            return;
-        }
-        let name = |what: &str| PathBuf::from(format!("/dev/shm/psm_rh{}_{what}", std::process::id()));
-        let (left, open, other) =
-            (name("left"), name("open"), name("x").with_file_name(format!("rh{}", std::process::id())));
-        std::fs::write(&left, "x").unwrap();
+        // Folders of its own: whatever else ends meanwhile removes what it finds in the real ones.
+        let (shared, temporary) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let of = |dir: &tempfile::TempDir, name: &str| dir.path().join(name);
+        let left = [of(&shared, "psm_left"), of(&shared, "sem.mp-left"), of(&temporary, "mat-debug-17.log")];
+        let other = [of(&shared, "left"), of(&temporary, "mat-debug-.log"), of(&temporary, "mat-debug-1.log.old")];
+        left.iter().chain(&other).for_each(|path| std::fs::write(path, "x").unwrap());
+        let open = of(&shared, "psm_open");
         let held = std::fs::File::create(&open).unwrap();
-        std::fs::write(&other, "x").unwrap();
         let now = SystemClock::default().now();
+        let remove = |since| remove_from(shared.path(), &[temporary.path().to_owned()].into(), since);
 
-        remove(now + 60_000);
-        assert!(left.exists(), "older than the worker");
-        remove(now - 1_000);
-        assert!(!left.exists());
+        assert_eq!(remove(now + 60_000), 0, "older than the worker");
+        assert_eq!(remove(now - 1_000), 3);
+        assert!(left.iter().all(|path| !path.exists()));
         assert!(open.exists(), "open in a living process");
-        assert!(other.exists(), "not of a known name");
+        assert!(other.iter().all(|path| path.exists()), "not of a known name");
         drop(held);
-        std::fs::remove_file(&open).ok();
-        std::fs::remove_file(&other).ok();
+        assert_eq!(remove(now - 1_000), 1);
     }
 
     #[test]
