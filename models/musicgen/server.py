@@ -123,16 +123,16 @@ class MusicgenServer(TorchService):
         self._model = None
 
     def step(self) -> list[Any]:
-        """One token of the decoder, and a few frames of sound: text encoder, decoder, codec."""
+        """A few frames of sound, and one token of the decoder: codec, text encoder, decoder."""
         torch, model = self.torch, self._model
-        inputs = self._processor(text=["slow piano, rain"], padding=True, return_tensors="pt").to(self.device)
-        books = model.decoder.num_codebooks
-        start = torch.full((books, 1), model.generation_config.decoder_start_token_id, device=self.device)
-        scores = model(**inputs, decoder_input_ids=start).logits
-        books //= model.decoder.config.audio_channels
+        books = model.decoder.num_codebooks // model.decoder.config.audio_channels
         codes = torch.arange(4 * books, device=self.device).reshape(1, 1, books, 4)
-        codec = self.awaited(model.audio_encoder)
-        return [scores, codec.decode(codes, audio_scales=[None]).audio_values]
+        sound = self.awaited(model.audio_encoder).decode(codes, audio_scales=[None]).audio_values
+        inputs = self._processor(text=["slow piano, rain"], padding=True, return_tensors="pt").to(self.device)
+        start = torch.full(
+            (model.decoder.num_codebooks, 1), model.generation_config.decoder_start_token_id, device=self.device
+        )
+        return [sound, model(**inputs, decoder_input_ids=start).logits]
 
     # ---- requests ------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class Part:
 
     def place(self, layout: Layout) -> dict[str, hostcopy.Slot]:
         """Give each tensor its place in a layout."""
-        return {name: layout.add(self.source[name], self.dtypes[name]) for name in sorted(self.source)}
+        return {name: layout.add(self.source[name], self.dtypes[name]) for name in self.source}
 
 
 class _Mismatch(Exception):
@@ -187,7 +187,8 @@ def _match(module: Any, found: dict[str, Entry]) -> dict[str, Entry]:
     for name in wanted:
         if name not in source and name not in parameters:
             raise _Mismatch(f"its files do not hold {name}")
-    return source
+    # About the order in which they are used, and so in which they had best come back at a wake.
+    return {name: source[name] for name in wanted if name in source}
 
 
 def _names(name: str, prefix: str) -> Iterator[str]:
