@@ -23,7 +23,7 @@ impl Supervisor {
     pub(super) fn note_host(&self, running: &mut Running, host: HostCopy) {
         // What it can do by itself says nothing of what the driver does to it.
         let host = match &self.sleepless {
-            _ if self.spec.park == Park::Checkpoint => HostCopy::default(),
+            None if self.spec.park == Park::Checkpoint => HostCopy::default(),
             Some(why) => HostCopy { can_park: Some(false), can_reread: Some(false), note: Some(why.clone()), ..host },
             None => host,
         };

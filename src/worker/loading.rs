@@ -1,5 +1,6 @@
 //! A cold load: starting the process, watching it get ready, and waiting after a failure.
 
+use super::parking::FAILED_PARKS_MAX;
 use super::rehearsal::rehearsed;
 use super::*;
 use crate::clock::rfc3339;
@@ -40,7 +41,9 @@ impl Supervisor {
         self.take_spec();
         let _loading = self.around.spares.loading();
         self.enter(ModelState::Loading);
-        self.sleepless = None;
+        if self.failed_parks < FAILED_PARKS_MAX {
+            self.sleepless = None;
+        }
         if let Err(reason) = self.leftovers_are_free().await {
             return self.failed_load(reason, &Tail::default(), None).await;
         }

@@ -9,6 +9,10 @@ use crate::worker::checkpoint::{self, Way};
 /// it had.
 const RESIDUE_BYTES: u64 = 2 << 30;
 
+/// Parks and wakes that failed in a row after which workers of an entry are not parked any more, until it is edited or tried
+/// again by hand: each of them cost a load that began with a wait.
+pub(super) const FAILED_PARKS_MAX: u32 = 2;
+
 /// How something that a worker was told to do came out.
 pub(super) enum Turn<T> {
     Done(T),
@@ -50,6 +54,7 @@ impl Supervisor {
             Turn::Ended => return self.end(running).await,
         };
         tracing::warn!(model = self.spec.name, "could not be parked, so it is stopped: {failed}");
+        self.note_failed_park(&mut running, &failed);
         self.leave(running, free, ordered_at).await
     }
 
@@ -116,6 +121,7 @@ impl Supervisor {
                     self.note_pids(&mut running).await;
                     (running.since, running.memory_before) = (Instant::now(), before);
                     let was_bare = std::mem::take(&mut running.is_bare);
+                    self.failed_parks = 0;
                     if let Some(before) = before {
                         running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
                     }
@@ -126,7 +132,10 @@ impl Supervisor {
                     self.report(Report::Ready { base_url, load_ms });
                     return Phase::Serving(Box::new(running));
                 }
-                Turn::Failed(why) => why,
+                Turn::Failed(why) => {
+                    self.note_failed_park(&mut running, &why);
+                    why
+                }
                 Turn::Stopped => {
                     let free = self.free_when_parked(&running, before);
                     return self.leave(running, free, ordered_at).await;
@@ -142,6 +151,16 @@ impl Supervisor {
         self.wait_memory_free(free).await;
         self.gpus = wanted_on;
         Phase::Loading
+    }
+
+    /// After too many of them in a row it is said, and no worker of this entry is parked any more.
+    fn note_failed_park(&mut self, running: &mut Running, why: &str) {
+        self.failed_parks += 1;
+        if self.failed_parks >= FAILED_PARKS_MAX {
+            let count = self.failed_parks;
+            self.sleepless = Some(format!("{count} parks or wakes in a row have failed, the last one since {why}"));
+            self.note_host(running, HostCopy { bytes: running.host.bytes, ..HostCopy::default() });
+        }
     }
 
     /// Its worker does it, or the driver.

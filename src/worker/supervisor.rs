@@ -244,6 +244,7 @@ impl WorkerHandle {
             park_bytes: None,
             at_leisure: false,
             sleepless: None,
+            failed_parks: 0,
             free_bytes: None,
             around,
             tempo,
@@ -381,8 +382,10 @@ struct Supervisor {
     park_bytes: Option<u64>,
     /// Nobody waits for its present load.
     at_leisure: bool,
-    /// Why the worker that is there must not be put to sleep: another one of this load did not come back.
+    /// Why the worker that is there must not be put to sleep: another one of this load did not come back, or too many before it.
     sleepless: Option<String>,
+    /// Parks and wakes that failed in a row.
+    failed_parks: u32,
     /// Memory that was free on the fullest of its GPUs before it was loaded, in bytes.
     free_bytes: Option<u64>,
     around: Surroundings,
@@ -465,7 +468,9 @@ impl Supervisor {
                     suspected = true;
                     probe = self.suspect_probe(&running.doctor);
                 }
-                Event::Order(Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect | Order::Hurry)) => {}
+                // Its next probe tells again what it can.
+                Event::Order(Some(Order::Retry)) => (self.failed_parks, self.sleepless) = (0, None),
+                Event::Order(Some(Order::Load | Order::Wake | Order::Suspect | Order::Hurry)) => {}
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
                 Event::Pulse(Pulse::Alive(memory)) => {
                     misses = 0;
@@ -589,6 +594,7 @@ impl Supervisor {
         self.early_deaths = 0;
         self.small = None;
         self.last_failure = None;
+        (self.failed_parks, self.sleepless) = (0, None);
         self.view.send_modify(|v| (v.failed_loads, v.reason) = (0, None));
         self.report(Report::Available);
     }
@@ -645,7 +651,11 @@ impl Supervisor {
 
     /// There is no process of the old entry.
     fn take_spec(&mut self) {
-        self.spec.clone_from(&self.next_spec.borrow());
+        let next = self.next_spec.borrow().clone();
+        if !next.starts_as(&self.spec) {
+            (self.failed_parks, self.sleepless) = (0, None);
+        }
+        self.spec = next;
     }
 
     /// A load goes where it is ordered to, and takes of host memory what it may.

@@ -104,6 +104,45 @@ async fn a_wake_that_fails_is_a_cold_load_within_the_same_order() {
 }
 
 #[tokio::test]
+async fn who_fails_to_park_or_to_wake_again_and_again_is_parked_no_more() {
+    for flags in [["--wake-fail", "the weights are gone"], ["--park-fail", "no room"]] {
+        let server = site(&flags).start().await;
+        let api = &server.api;
+        visit(api, "a").await;
+        for _ in 0..2 {
+            visit(api, "b").await;
+            visit(api, "a").await;
+        }
+        let parking = |queue: &Value| {
+            queue["models"].as_array().unwrap().iter().find(|m| m["model"] == "a").unwrap()["parking"].clone()
+        };
+        let found = parking(&api.queue().await);
+        let why = found["why"].as_str().unwrap();
+        assert_eq!(found["can"], false, "{found}");
+        assert!(why.contains("2 parks or wakes in a row have failed") && why.contains(flags[1]), "{why}");
+        let starts = api.worker("a").await["starts"].clone();
+        visit(api, "b").await;
+        assert_eq!(api.worker("a").await["state"], "absent", "it was stopped, not parked");
+        visit(api, "a").await;
+        assert_eq!(api.worker("a").await["starts"], json!(starts.as_u64().unwrap() + 1));
+        assert_eq!(parking(&api.queue().await)["can"], false, "a new process says otherwise, and is not asked");
+        // By hand it may try again.
+        api.post("/v1/models/a/retry", &json!({})).await.is(200);
+        eventually(LIMIT, "its worker is asked again", || async {
+            (parking(&api.queue().await)["can"] != false).then_some(())
+        })
+        .await;
+        visit(api, "b").await;
+        visit(api, "a").await;
+        let tries = server
+            .log()
+            .matches(if flags[0] == "--wake-fail" { "could not be woken" } else { "could not be parked" })
+            .count();
+        assert_eq!(tries, 3, "{}", server.log());
+    }
+}
+
+#[tokio::test]
 async fn a_job_that_fails_first_after_a_wake_runs_again_uncharged_on_a_worker_loaded_anew() {
     let server = site(&["--wake-broken", "damaged weights"]).start().await;
     let job = there_and_back(&server.api).await;
