@@ -162,7 +162,8 @@ def answers(swaps: list[Json]) -> list[Row]:
         run = last[0].get("run") if last else None
         seen = [s["answer"] for s in swaps if s["model"] == model and s.get("run") == run]
         if last and len(seen) > 1:
-            value = f"{len(seen)} answers, {len(set(seen))} different"
+            kinds = len(set(seen))
+            value = f"{len(seen)} answers, " + ("all the same" if kinds == 1 else f"{kinds} different ones")
             out.append(Row(f"{model}: the same answer before and after", value, "identical", len(set(seen)) == 1))
     return out
 
