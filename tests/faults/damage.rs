@@ -37,7 +37,10 @@ async fn data_dir(live: bool) -> tempfile::TempDir {
     drop(engine);
     let wal = dir.path().join("roundhouse.db-wal");
     super::common::eventually(super::common::LIMIT, "the store has closed", || async {
-        std::fs::metadata(&wal).map_or(true, |file| file.len() == 0).then_some(())
+        let is_written = std::fs::metadata(&wal).map_or(true, |file| file.len() == 0);
+        // The lock is the last that it lets go, and a process that is being started has it for a moment, too.
+        let is_free = || std::fs::File::open(dir.path().join("lock")).is_ok_and(|lock| lock.try_lock().is_ok());
+        (is_written && is_free()).then_some(())
     })
     .await;
     dir
