@@ -166,10 +166,9 @@ class FluxServer(TorchService):
 
         The VAE first: at a wake, only what comes after the transformer is not hidden behind the copies.
         """
-        vae = self._pipeline.vae
-        latents = self.torch.full(
-            (1, vae.config.latent_channels, 8, 8), 0.5, dtype=self.dtype, device=self.awaited(vae).device
-        )
+        vae = self.awaited(self._pipeline.vae)
+        channels = vae.config.latent_channels
+        latents = self.torch.full((1, channels, 8, 8), 0.5, dtype=self.dtype, device=self.device)
         wanted = {
             "height": SIZE_MIN,
             "width": SIZE_MIN,
