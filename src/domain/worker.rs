@@ -210,6 +210,9 @@ pub struct WorkerView {
     /// How its copy in host memory was lost, until its next load.
     #[serde(default)]
     pub lost_copy: Option<String>,
+    /// That and why its last load failed, until one works or somebody says that it is another matter now.
+    #[serde(default)]
+    pub last_failure: Option<String>,
     /// Host memory that the copy of its weights takes now, in bytes, as it says itself.
     #[serde(default)]
     pub host_bytes: Option<u64>,

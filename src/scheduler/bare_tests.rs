@@ -194,3 +194,14 @@ fn the_copy_of_a_rehearsal_counts() {
     case.wants("b");
     assert_eq!(case.orders, [order("b", Order::Load, Some(30))], "its memory is kept");
 }
+
+#[test]
+fn the_copy_of_a_rehearsal_that_has_begun_counts_though_somebody_has_come() {
+    let mut case = Case::new(&[ModelSpec { preload: true, ..parks("a") }, parks("b")], 2, 60);
+    case.state.models[0].learned.copies_at_load = Some(false);
+    case.state.step(case.now);
+    case.wants("a");
+    assert_eq!(case.orders, [order("a", Order::Hurry, None)]);
+    case.wants("b");
+    assert_eq!(case.orders, [order("b", Order::Load, Some(30))], "it may be about to be made");
+}

@@ -91,7 +91,7 @@ impl State {
     /// Whether there is anything to tell about a model: it has an entry, or jobs or a worker that it had are left.
     pub(in crate::scheduler) fn is_known(&self, index: usize) -> bool {
         let model = &self.models[index];
-        let has_jobs = model.queue.len() > 0 || !model.queue.running().is_empty();
+        let has_jobs = model.queue.len() > 0 || model.under_way() > 0;
         model.is_listed || has_jobs || self.workers.iter().any(|worker| worker.model == index)
     }
 

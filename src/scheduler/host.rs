@@ -41,7 +41,7 @@ impl State {
             _ if !model.park => 0,
             Phase::Waiting { was_parked: false } | Phase::Dropping => 0,
             Phase::Parked | Phase::Waiting { .. } if worker.is_bare => 0,
-            Phase::Loading { .. } if worker.at_leisure => self.parked_size(worker, 0).bytes,
+            Phase::Loading { .. } if worker.may_rehearse => self.parked_size(worker, 0).bytes,
             // What reads its weights again may make a copy of them again.
             Phase::Loading { was_parked, .. } if !was_parked || worker.is_bare => model.host_at_load(worker.promised),
             Phase::Stopping { park: true } if worker.is_bare => told(),
@@ -153,7 +153,7 @@ impl State {
         let own = self.parked_size(worker, now);
         let shares = self.shares(place, own, now);
         // Who was promised nothing, not even that nothing is left, was started without the means to sleep (vLLM).
-        let has_means = model.is_checkpointed || worker.promised.is_some() || worker.lies_on.is_some();
+        let has_means = model.is_checkpointed || worker.promised.is_some() || worker.has_slept;
         let refusal = worker.host.can_park == Some(false) || !has_means;
         let note =
             if has_means { worker.host.note.as_deref() } else { Some("scheduler.park_ram was 0 when it was loaded") };
@@ -189,7 +189,7 @@ impl State {
         if !model.park || self.inventory.host == 0 {
             return None;
         }
-        if model.copies_at_load() {
+        if model.copies_at_load() && !model.has_refused_room() {
             let shares = self.shares(place, self.parked_size(worker, now), now);
             if shares.has_room() {
                 self.drop_others(place, &shares, effects);

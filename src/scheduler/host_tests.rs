@@ -358,3 +358,21 @@ fn a_smaller_budget_drops_what_lies_beyond_it_the_least_worth_first() {
 
 #[path = "bare_tests.rs"]
 mod bare;
+
+#[test]
+fn room_is_made_for_who_lacked_it_and_not_for_who_refused_though_there_was_enough() {
+    let mut case = Case::new(&[parks("a")], 1, 100);
+    let model = &mut case.state.models[0];
+    let copy = HostCopy { bytes: Some(30 * GIB), can_park: Some(true), ..HostCopy::default() };
+    model.count_host(&copy, Some(100 * GIB));
+    model.count_copy(&copy);
+    assert!(model.copies_at_load() && !model.has_refused_room());
+    model.count_host(&refusal("10 GiB are too few"), Some(10 * GIB));
+    assert!(model.copies_at_load() && !model.has_refused_room());
+    model.count_host(&refusal("2 parks or wakes in a row have failed"), Some(40 * GIB));
+    assert!(model.has_refused_room());
+    // Another one that says nothing (vLLM) takes that back.
+    model.count_copy(&HostCopy::default());
+    assert!(!model.has_refused_room());
+    assert_eq!(model.learned.host.can_park, None);
+}

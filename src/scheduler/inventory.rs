@@ -119,6 +119,8 @@ pub(super) struct Worker {
     pub(super) has_slept: bool,
     /// It loads, and nobody waits for it.
     pub(super) at_leisure: bool,
+    /// It began to load so: it may make its copy before it is ready, even if somebody has come since.
+    pub(super) may_rehearse: bool,
     /// What its process keeps on each of its GPUs while it is parked, in bytes.
     pub(super) keeps: u64,
     /// Most host memory that its copy may take, as it was told when it was loaded, in bytes.

@@ -376,6 +376,11 @@ impl Model {
         self.host.read_ms = is_told.then(|| again().map(|phase| phase.ms as f64).sum());
     }
 
+    /// Somebody says that it is another matter now.
+    pub(super) fn forget_never_bare(&mut self) {
+        self.host.never_bare = false;
+    }
+
     /// A worker that was to be parked without a copy was stopped instead.
     pub(super) fn count_never_bare(&mut self) {
         self.host.never_bare = true;
@@ -468,6 +473,10 @@ impl Model {
 
     /// A worker is ready after a load from nothing, and has said this. One that could not make its copy shows nothing.
     pub(super) fn count_copy(&mut self, said: &HostCopy) {
+        if *said == HostCopy::default() {
+            // It says nothing, so what was said of one before it holds no more.
+            (self.learned.host.can_park, self.learned.host.note, self.host.refused) = (None, None, None);
+        }
         if said.can_park != Some(false) {
             self.learned.copies_at_load = Some(said.bytes.is_some_and(|bytes| bytes > 0));
         }
@@ -477,6 +486,11 @@ impl Model {
     pub(super) fn copies_at_load(&self) -> bool {
         let takes = self.parked(0).bytes;
         takes > 0 && (self.learned.copies_at_load == Some(true) || self.host.refused.is_some_and(|most| most < takes))
+    }
+
+    /// Whether the last worker that could not be parked might have taken enough: room is not what it lacked.
+    pub(super) fn has_refused_room(&self) -> bool {
+        self.host.refused.is_some_and(|most| most >= self.parked(0).bytes)
     }
 
     /// Host memory that a worker takes for its copy while it loads, of what it was promised; bytes.

@@ -851,10 +851,8 @@ impl Scheduler {
 }
 
 /// Why the last load of a model failed, if none of its workers has got ready since.
-fn last_failure(workers: impl Iterator<Item = WorkerView>) -> Option<String> {
-    use ModelState::{Absent, Backoff, Loading, Quarantined};
-    let waits = |view: &WorkerView| matches!(view.state, Absent | Loading | Backoff | Quarantined);
-    workers.filter(|view| waits(view) && view.failed_loads > 0).find_map(|view| view.reason)
+fn last_failure(mut workers: impl Iterator<Item = WorkerView>) -> Option<String> {
+    workers.find_map(|view| view.last_failure)
 }
 
 /// Where a model is whose workers are there: as far as the one that is nearest to serving, or else in the worst trouble.

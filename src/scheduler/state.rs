@@ -723,6 +723,7 @@ impl State {
                 Vec::new()
             }
             Report::Available => {
+                self.models[index].forget_never_bare();
                 self.models[index].trouble = None;
                 self.models[index].block_too_big();
                 self.note_devices(index);

@@ -158,6 +158,7 @@ impl State {
             is_bare: false,
             has_slept: false,
             at_leisure: false,
+            may_rehearse: false,
             keeps: 0,
             promised: None,
         });
@@ -238,6 +239,7 @@ impl State {
         let worker = &mut self.workers[place];
         (worker.phase, worker.promised, worker.at_leisure) =
             (Phase::Loading { since: now, was_parked }, promised, at_leisure);
+        worker.may_rehearse = at_leisure;
         if !wakes {
             worker.starts_anew();
         }
@@ -256,7 +258,10 @@ impl State {
         let own = self.workers[place].model;
         let has_worker = |index| self.workers.iter().any(|w| w.model == index && w.stays());
         let mut all = self.models.iter().enumerate();
-        all.all(|(index, model)| model.pending() == (0, 0) || (index != own && has_worker(index)))
+        all.all(|(index, model)| {
+            let is_served = || has_worker(index) || model.blocked().is_some();
+            model.pending() == (0, 0) || (index != own && is_served())
+        })
     }
 
     /// Tells workers that load at leisure when somebody waits for them.
@@ -309,7 +314,7 @@ impl State {
         let at = Place { replica, base_url, load, max_batch, gpus, canary: was_parked };
         worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false };
         let (set, is_bare) = (worker.set, std::mem::take(&mut worker.is_bare));
-        worker.at_leisure = false;
+        (worker.at_leisure, worker.may_rehearse) = (false, false);
         let source = match was_parked {
             true if is_bare => Source::Bare,
             true => Source::Copy,

@@ -110,8 +110,7 @@ impl Doctor {
     /// `park_bytes` again; vLLM has to be told.
     pub(super) async fn wake_bare(&self, park_bytes: Option<u64>) -> Result<(), String> {
         if self.is_ours().await? {
-            let budget = park_bytes.map_or(String::new(), |bytes| format!("?park_bytes={bytes}"));
-            return self.tell(&format!("/wake_up{budget}")).await;
+            return self.tell(&format!("/wake_up?park_bytes={}", park_bytes.unwrap_or(0))).await;
         }
         self.tell("/wake_up?tags=weights").await?;
         self.tell_with(RELOAD, Some(&json!({"method": "reload_weights"}))).await?;

@@ -74,17 +74,19 @@ fn made_since(dir: &Path, is_wanted: impl Fn(&str) -> bool, since: Millis) -> Ve
 
 /// Sockets of ZeroMQ, by which vLLM's processes talk: named by a UUID alone, and nobody has them bound any more.
 fn dead_sockets(dir: &Path, since: Millis) -> Vec<PathBuf> {
-    let (Ok(entries), Ok(bound)) = (std::fs::read_dir(dir), std::fs::read_to_string("/proc/net/unix")) else {
+    // The names first: what is bound in between is none of these.
+    let Ok(paths) = std::fs::read_dir(dir).map(|entries| entries.flatten().map(|e| e.path()).collect::<Vec<_>>())
+    else {
         return Vec::new();
     };
+    let Ok(bound) = std::fs::read_to_string("/proc/net/unix") else { return Vec::new() };
     let bound: BTreeSet<&str> = bound.lines().filter_map(|line| line.split_whitespace().nth(7)).collect();
     let own = nix::unistd::geteuid().as_raw();
     let is_uuid = |path: &Path| {
         path.file_name().and_then(|name| name.to_str()).is_some_and(|n| n.len() == 36 && Uuid::try_parse(n).is_ok())
     };
-    entries
-        .flatten()
-        .map(|entry| entry.path())
+    paths
+        .into_iter()
         .filter(|path| is_uuid(path) && path.to_str().is_some_and(|path| !bound.contains(path)))
         .filter(|path| {
             std::fs::symlink_metadata(path)

@@ -37,7 +37,7 @@ pub(super) enum Try {
 
 impl Supervisor {
     pub(super) async fn load(&mut self) -> Phase {
-        let ordered_at = Instant::now();
+        let mut ordered_at = Instant::now();
         self.take_spec();
         let _loading = self.around.spares.loading();
         self.enter(ModelState::Loading);
@@ -109,6 +109,8 @@ impl Supervisor {
                     let model = &self.spec.name;
                     tracing::warn!(model, "it did not come back when it was put to sleep, and is loaded anew: {why}");
                     self.at_leisure = false;
+                    self.failed_parks += 1;
+                    ordered_at = Instant::now();
                     self.sleepless = Some(format!("put to sleep once after its load, it did not come back: {why}"));
                     self.wait_memory_free(self.free_as_before(memory_before)).await;
                 }
@@ -171,7 +173,11 @@ impl Supervisor {
                             self.at_leisure = false;
                             continue;
                         }
-                        Some(Order::Load | Order::Wake | Order::Retry | Order::Suspect) => continue,
+                        Some(Order::Retry) => {
+                            (self.failed_parks, self.sleepless) = (0, None);
+                            continue;
+                        }
+                        Some(Order::Load | Order::Wake | Order::Suspect) => continue,
                     }
                 }
                 how = process.exited() => {
@@ -289,7 +295,8 @@ impl Supervisor {
             spec: &self.spec,
             replica: self.replica,
             gpus: &self.gpus,
-            park_bytes: self.park_bytes,
+            // Who will not be put to sleep makes no copy for it.
+            park_bytes: self.park_bytes.map(|bytes| if self.sleepless.is_some() { 0 } else { bytes }),
             free_bytes: self.free_bytes,
             is_small: self.is_small,
             data_dir_id: &self.around.data_dir_id,

@@ -5,9 +5,9 @@ use super::loading::load_limit;
 use super::*;
 use crate::worker::checkpoint::{self, Way};
 
-/// Device memory that a sleeping process may keep (its context, its engine's buffers), in bytes; never more than half of what
-/// it had.
-const RESIDUE_BYTES: u64 = 2 << 30;
+/// Device memory that a worker's sleeping processes may keep on each of its GPUs (a context, an engine's buffers: 2 GiB of a vLLM
+/// with 8B), in bytes; never more than half of what they had.
+const RESIDUE_BYTES: u64 = 4 << 30;
 
 /// Parks and wakes that failed in a row after which workers of an entry are not parked any more, until it is edited or tried
 /// again by hand: each of them cost a load that began with a wait.
@@ -261,7 +261,8 @@ impl Supervisor {
 
     /// The most that a worker may keep on its GPUs when it is parked, in bytes, by what it takes there now; `None`: on the CPU.
     async fn parked_use(&self, free: Option<&Free>) -> Option<u64> {
-        Some(RESIDUE_BYTES.min(self.taken_beyond(free?).await? / 2))
+        let most = RESIDUE_BYTES.saturating_mul(self.gpus.len().max(1) as u64);
+        Some(most.min(self.taken_beyond(free?).await? / 2))
     }
 
     /// Whether the driver shows that it has given its memory back.

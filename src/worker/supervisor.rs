@@ -228,6 +228,7 @@ impl WorkerHandle {
             device_bytes: None,
             without_copy: false,
             lost_copy: None,
+            last_failure: None,
             host_bytes: None,
             can_park: None,
             park_note: None,
@@ -595,7 +596,7 @@ impl Supervisor {
         self.small = None;
         self.last_failure = None;
         (self.failed_parks, self.sleepless) = (0, None);
-        self.view.send_modify(|v| (v.failed_loads, v.reason) = (0, None));
+        self.view.send_modify(|v| (v.failed_loads, v.last_failure, v.reason) = (0, None, None));
         self.report(Report::Available);
     }
 
@@ -679,6 +680,7 @@ impl Supervisor {
                 v.since = now;
             }
             v.failed_loads = self.failed_loads;
+            v.last_failure = self.failure();
             v.retry_at = None;
             let keeps = matches!(state, ModelState::Absent | ModelState::Loading);
             v.reason = if keeps { self.failure() } else { None };

@@ -33,3 +33,20 @@ async fn a_parked_process_is_dropped_before_a_model_that_does_not_fit_beside_it_
     assert_eq!((loads(api, "small").await, loads(api, "large").await), ((2, 0), (1, 1)));
     assert!(server.log().contains("stop small without parking it: its process would keep 2 GiB"), "{}", server.log());
 }
+
+#[tokio::test]
+async fn a_worker_on_two_gpus_may_keep_as_much_of_each_as_one_on_one() {
+    let on_both = || {
+        let (bytes, kept) = ((50_u64 << 30).to_string(), (3_u64 << 30).to_string());
+        let args = ["--device-bytes", &bytes, "--device-parked-bytes", &kept];
+        with(echo("custom", &args), json!({"gpus": 2, "memory": "50GiB", "park": "ram"}))
+    };
+    let site = Site::new().model("one", on_both()).model("other", on_both());
+    let server = site.env("ROUNDHOUSE_FAKE_GPUS", "2x80GiB").scheduler("park_ram", "200GiB").start().await;
+    let api = &server.api;
+    visit(api, "one").await;
+    visit(api, "other").await;
+    is(api, "one", "parked").await;
+    visit(api, "one").await;
+    assert_eq!(loads(api, "one").await, (1, 1), "{}", server.log());
+}
