@@ -151,7 +151,8 @@ fn requeue(attempt: &Attempt, error: Option<JobError>) -> Verdict {
 
 fn judge_crash(reason: &str, attempt: &Attempt) -> Verdict {
     let error = JobError::new(ErrorCode::WorkerLost, format!("the worker died while it ran this job: {reason}"), true);
-    if attempt.isolated || attempt.relayed {
+    // Alone since it ran out of memory, it has been part of no death yet: this one may be anybody's.
+    if (attempt.isolated && !attempt.after_oom) || attempt.relayed {
         return Verdict::Fail(error);
     }
     let crashes = attempt.crashes + 1;
@@ -330,6 +331,19 @@ mod tests {
         assert_eq!(judge(lost(), &cancelling, 0), Verdict::Cancel);
         let answer = Answer { status: 200, content_type: String::new(), body: bytes::Bytes::new(), usage: None };
         assert_eq!(judge(Outcome::Answered(answer.clone()), &cancelling, 0), Verdict::Succeed(answer));
+    }
+
+    #[test]
+    fn a_death_is_not_held_against_who_was_alone_for_want_of_memory() {
+        let lost = || Outcome::WorkerLost { reason: "killed".into(), reached: true };
+        let after_oom = Attempt { isolated: true, after_oom: true, ..attempt() };
+        let verdict = judge(lost(), &after_oom, 0);
+        assert!(
+            matches!(&verdict, Verdict::Requeue(Requeue { suspicion: Suspicion::Raised, crashes: 1, .. })),
+            "{verdict:?}"
+        );
+        let suspect = Attempt { isolated: true, crashes: 1, ..attempt() };
+        assert!(matches!(judge(lost(), &suspect, 0), Verdict::Fail(_)));
     }
 
     #[test]
