@@ -174,7 +174,7 @@ impl Supervisor {
                             continue;
                         }
                         Some(Order::Retry) => {
-                            (self.failed_parks, self.sleepless) = (0, None);
+                            self.forget_failed_parks();
                             continue;
                         }
                         Some(Order::Load | Order::Wake | Order::Suspect) => continue,

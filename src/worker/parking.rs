@@ -163,6 +163,11 @@ impl Supervisor {
         }
     }
 
+    /// Workers of this entry may be parked again.
+    pub(super) fn forget_failed_parks(&mut self) {
+        (self.failed_parks, self.sleepless) = (0, None);
+    }
+
     /// Its worker does it, or the driver.
     fn is_checkpointed(&self) -> bool {
         self.spec.park == Park::Checkpoint

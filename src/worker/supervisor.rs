@@ -470,7 +470,7 @@ impl Supervisor {
                     probe = self.suspect_probe(&running.doctor);
                 }
                 // Its next probe tells again what it can.
-                Event::Order(Some(Order::Retry)) => (self.failed_parks, self.sleepless) = (0, None),
+                Event::Order(Some(Order::Retry)) => self.forget_failed_parks(),
                 Event::Order(Some(Order::Load | Order::Wake | Order::Suspect | Order::Hurry)) => {}
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
                 Event::Pulse(Pulse::Alive(memory)) => {
@@ -595,7 +595,7 @@ impl Supervisor {
         self.early_deaths = 0;
         self.small = None;
         self.last_failure = None;
-        (self.failed_parks, self.sleepless) = (0, None);
+        self.forget_failed_parks();
         self.view.send_modify(|v| (v.failed_loads, v.last_failure, v.reason) = (0, None, None));
         self.report(Report::Available);
     }
@@ -654,7 +654,7 @@ impl Supervisor {
     fn take_spec(&mut self) {
         let next = self.next_spec.borrow().clone();
         if !next.starts_as(&self.spec) {
-            (self.failed_parks, self.sleepless) = (0, None);
+            self.forget_failed_parks();
         }
         self.spec = next;
     }
