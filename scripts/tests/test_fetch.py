@@ -337,6 +337,13 @@ def test_a_hub_that_cannot_be_reached_is_given_up_after_some_tries(hub: Path, tm
     assert all(told == {"type": "retry", "message": line["message"]} for told in tries)
 
 
+def test_a_password_of_the_hub_is_not_told(tmp_path: Path) -> None:
+    environment = Site("http://me:secret@127.0.0.1:9", tmp_path / "none").environment()
+    run = subprocess.run(command(tmp_path / "cache"), capture_output=True, text=True, timeout=60, env=environment)
+    assert "cannot reach the hub, http://127.0.0.1:9: " in run.stdout
+    assert "secret" not in run.stdout + run.stderr
+
+
 def test_include_and_exclude_choose_files(hub: Path, tmp_path: Path) -> None:
     with standin(hub) as site:
         folder = snapshot(run(site, tmp_path / "a", "--include", "*.json"))

@@ -27,6 +27,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import threading
@@ -434,7 +435,7 @@ class Fetcher:
         except errors.HFValidationError as error:
             raise FetchError("misconfigured", f"{self._repo!r} is no repository name: {error}") from None
         except (self._httpx.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
-            where = self._api.endpoint
+            where = re.sub(r"//[^/@]*@", "//", self._api.endpoint)  # a mirror's password is nobody's business
             raise FetchError("network", f"cannot reach the hub, {where}: {type(error).__name__}: {error}") from None
 
     def _gated(self, status: int) -> FetchError:
