@@ -8,15 +8,20 @@ costs but the work itself is hidden behind the copies. Without a GPU a copy is m
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from roundhouse_worker.hostcopy import HostBuffer
 
+AHEAD = 3
+"""Copies that are handed to the driver and not over. Few: with more its queue is full, and whoever starts a kernel then
+waits for room there, together with the copies, instead of running ahead."""
+
 
 class Arrival:
-    """The copies of one wake. One thread; modules are used on the stream that is its current one."""
+    """The copies of one wake. Modules are used by one thread, on the stream that is its current one."""
 
     def __init__(self, torch: Any, device: Any) -> None:
         self._torch = torch
@@ -28,7 +33,11 @@ class Arrival:
         self._began = time.monotonic()
         self._start: Any = None
         self._ends: list[Any] = []
+        """An event for each copy that is handed over."""
         self._took = 0.0
+        self._news = threading.Condition()
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
 
     def add(self, host: HostBuffer, flat: Any, tensors: Iterable[tuple[Any, int]]) -> None:
         """Plan the copy of a whole buffer.
@@ -45,27 +54,22 @@ class Arrival:
             self._needs[id(tensor)] = before + through
 
     def begin(self) -> None:
-        """Start all copies; none of it is waited for."""
-        if not self._on_cuda:
-            return
-        cuda = self._torch.cuda
-        stream = cuda.Stream(self._device)
-        stream.wait_stream(cuda.current_stream(self._device))
-        with cuda.stream(stream):
-            self._start = cuda.Event(enable_timing=True)
-            self._start.record()
-            self._took = time.monotonic() - self._began
-            for host, flat, block in self._copies:
-                host.copy_to(flat, block)
-                end = cuda.Event(enable_timing=True)
-                end.record()
-                self._ends.append(end)
+        """Start the copies; none of it is waited for."""
+        if self._on_cuda:
+            stream = self._torch.cuda.Stream(self._device)
+            stream.wait_stream(self._torch.cuda.current_stream(self._device))
+            self._thread = threading.Thread(target=self._copy_all, args=(stream,), name="arrival", daemon=True)
+            self._thread.start()
 
     def end(self) -> float:
         """Wait until everything is there; how long that took from the making of this, in seconds."""
         if not self._on_cuda:
             self._wait(len(self._copies))
             return time.monotonic() - self._began
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
         if self._ends:
             self._ends[-1].synchronize()
             self._took += self._start.elapsed_time(self._ends[-1]) / 1e3
@@ -96,6 +100,28 @@ class Arrival:
     def _on_cuda(self) -> bool:
         return self._device.type == "cuda"
 
+    def _copy_all(self, stream: Any) -> None:
+        """*A thread of its own.*"""
+        cuda = self._torch.cuda
+        try:
+            with cuda.device(self._device), cuda.stream(stream):
+                self._start = cuda.Event(enable_timing=True)
+                self._start.record()
+                self._took = time.monotonic() - self._began
+                for number, (host, flat, block) in enumerate(self._copies):
+                    if number >= AHEAD:
+                        self._ends[number - AHEAD].synchronize()
+                    host.copy_to(flat, block)
+                    end = cuda.Event(enable_timing=True, blocking=True)
+                    end.record()
+                    with self._news:
+                        self._ends.append(end)
+                        self._news.notify()
+        except BaseException as error:  # raised again where it is waited for
+            with self._news:
+                self._error = error
+                self._news.notify()
+
     def _hook(self, module: Any, hooks: list[Any]) -> None:
         """On the module, and where it is a stack of many, on its parts instead of all of it at once."""
         lists = (self._torch.nn.ModuleList, self._torch.nn.Sequential, self._torch.nn.ModuleDict)
@@ -115,6 +141,10 @@ class Arrival:
         if number <= self._waited:
             return
         if self._on_cuda:
+            with self._news:
+                self._news.wait_for(lambda: len(self._ends) >= number or self._error is not None)
+            if self._error is not None:
+                raise self._error
             self._torch.cuda.current_stream(self._device).wait_event(self._ends[number - 1])
         else:
             for host, flat, block in self._copies[self._waited : number]:

@@ -79,19 +79,14 @@ def _gib(size: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """How one tensor looks into the buffer: offset in elements."""
+    """How one tensor looks into the buffer: offset in elements, its end in bytes."""
 
     tensor: Any
     dtype: Any
     offset: int
     size: Any
     stride: Any
-
-    @property
-    def end(self) -> int:
-        """Where it ends, in bytes."""
-        elements = 1 + sum((side - 1) * step for side, step in zip(self.size, self.stride, strict=True))
-        return (self.offset + (elements if self.tensor.numel() else 0)) * self.tensor.element_size()
+    end: int
 
 
 class Parker:
@@ -175,13 +170,16 @@ class Parker:
             RuntimeError: the device's memory does not suffice.
         """
         arrival = Arrival(self._torch, self._device)
+        placed: list[tuple[Any, list[_View]]] = []
         # The small rest first: who needs it does not wait for everything.
         for host, views in sorted(self._held, key=lambda held: held[0].size):
             there = self._torch.empty(host.size, dtype=self._torch.uint8, device=self._device)
-            self._point_at(there, views)
             arrival.add(host, there, ((view.tensor, view.end) for view in views))
+            placed.append((there, views))
         arrival.begin()
         try:
+            for there, views in placed:
+                self._point_at(there, views)
             if meanwhile is not None:
                 with arrival.awaited(self._modules):
                     meanwhile(arrival)
@@ -202,8 +200,9 @@ class Parker:
 
 
 def _view(tensor: Any, start: int) -> _View:
-    offset = start // tensor.element_size() + tensor.storage_offset()
-    return _View(tensor, tensor.dtype, offset, tensor.size(), tensor.stride())
+    offset, size, stride = start // tensor.element_size() + tensor.storage_offset(), tensor.size(), tensor.stride()
+    elements = 1 + sum((side - 1) * step for side, step in zip(size, stride, strict=True)) if tensor.numel() else 0
+    return _View(tensor, tensor.dtype, offset, size, stride, (offset + elements) * tensor.element_size())
 
 
 def _storages(modules: Iterable[Any], device: Any) -> dict[int, list[Any]]:

@@ -5,6 +5,7 @@ Each function is a check; prints a JSON object of their tracebacks by name, None
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from roundhouse_worker import hostcopy, parking, quickload
+from roundhouse_worker import arrival, hostcopy, parking, quickload
 
 CPU = torch.device("cpu")
 CHECKPOINTS = Path(os.environ["ROUNDHOUSE_CHECKPOINTS"])
@@ -283,6 +284,104 @@ def check_weights_are_there_after_what_goes_wrong_meanwhile(folder):
         assert not net._forward_pre_hooks
     else:
         raise AssertionError("it went on")
+
+
+class Gpu:
+    """Stands in for `torch.cuda` and a GPU that makes copies when it is told to."""
+
+    def __init__(self, fails_at=-1):
+        self.copied, self.over, self.most, self.waits, self.end = 0, 0, 0, [], threading.Condition()
+        self.cuda, self.fails_at = self, fails_at
+
+    def device(self, device):
+        return contextlib.nullcontext()
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def Stream(self, device):
+        return self
+
+    def current_stream(self, device):
+        return self
+
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        self.waits.append(event.number)
+
+    def Event(self, enable_timing, blocking=False):
+        return Moment(self)
+
+    # ---- a host buffer of ten blocks ----
+
+    def blocks(self):
+        return [range(start, start + 10) for start in range(0, 100, 10)]
+
+    def copy_to(self, flat, block):
+        if self.copied == self.fails_at:
+            raise RuntimeError("an illegal address")
+        with self.end:
+            self.copied += 1
+            self.most = max(self.most, self.copied - self.over)
+
+    def make(self, number):
+        """All copies up to this one are over."""
+        with self.end:
+            self.over = max(self.over, number)
+            self.end.notify_all()
+
+
+class Moment:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.number = self.gpu.copied
+
+    def synchronize(self):
+        with self.gpu.end:
+            assert self.gpu.end.wait_for(lambda: self.gpu.over >= self.number, 60)
+
+    def elapsed_time(self, end):
+        return 1000.0 * (end.number - self.number)
+
+
+def arriving(gpu):
+    made = arrival.Arrival(gpu, torch.device("cuda"))
+    layers = [torch.nn.Linear(1, 1, bias=False) for _ in range(10)]
+    made.add(gpu, None, [(layer.weight, 10 * number + 10) for number, layer in enumerate(layers)])
+    made.begin()
+    return made, layers
+
+
+def check_few_copies_are_handed_over_at_once_and_a_gpu_waits_for_them(folder):
+    gpu = Gpu()
+    made, layers = arriving(gpu)
+    made.wait_for(layers[arrival.AHEAD - 1])  # handed over, and not waited for by this thread
+    assert gpu.waits == [arrival.AHEAD]
+    made.wait_for(layers[0])
+    assert gpu.waits == [arrival.AHEAD], "it was waited for"
+    for number in range(1, 11):
+        gpu.make(number)
+    made.wait_for(layers[9])
+    assert gpu.waits == [arrival.AHEAD, 10]
+    took = made.end()
+    assert 10 <= took < 11, took
+    assert (gpu.copied, gpu.most) == (10, arrival.AHEAD)
+
+
+def check_a_copy_that_fails_is_told_to_whoever_waits_for_it(folder):
+    gpu = Gpu(fails_at=2)
+    made, layers = arriving(gpu)
+    for wait in (lambda: made.wait_for(layers[2]), made.end):
+        message = ""
+        try:
+            wait()
+        except RuntimeError as error:
+            message = str(error)
+        assert message == "an illegal address"
 
 
 def made_part(folder, dtype=torch.float32):
