@@ -2,7 +2,7 @@
 # Measures swaps through the real server on this machine's GPU: FLUX.1 at its real shape, MusicGen medium and an 8B model
 # of vLLM, all with random weights, by turns on one GPU; and that nothing is left behind. Needs torch, and no network.
 #
-#   scripts/gpu-verify.sh --out /tmp/verify                       everything: half an hour, 45 GB of disk, 128 GB of memory
+#   scripts/gpu-verify.sh --out /tmp/verify                       everything: half an hour, 50 GB of disk, 128 GB of memory
 #   scripts/gpu-verify.sh --out /tmp/verify --only link,checkpoints    a part at a time; the table has all of them
 #   scripts/gpu-verify.sh --scale tiny                            the same procedure on the CPU with the small checkpoints
 #   scripts/gpu-verify.sh --help                                  all flags

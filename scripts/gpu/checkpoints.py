@@ -6,6 +6,7 @@
     flux              the whole pipeline with T5-XXL (33.7 GB); its transformer is a link to SHARE's, if that is named
     musicgen          MusicGen medium: 1.5B decoder, T5-base, EnCodec 32 kHz
     text              config and tokenizer of an 8B Llama, for vLLM's --load-format dummy
+    text-files        the same with 8 of its 32 layers, and weights (5.6 GB)
 
 Needs torch, diffusers and transformers. Run from scripts/, apart, so that its memory is gone afterwards.
 """
@@ -210,6 +211,13 @@ def musicgen(out: pathlib.Path) -> None:
     MusicgenProcessor(extractor, tokenizer()).save_pretrained(out)
 
 
+def text_files(out: pathlib.Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+
+    config = LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 8})
+    small(made(lambda: LlamaForCausalLM(config))).save_pretrained(out)
+
+
 def text(out: pathlib.Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # pyright: ignore
     from transformers import PreTrainedTokenizerFast  # pyright: ignore[reportMissingImports]
@@ -244,6 +252,9 @@ def main(kind: str, target: str, share: str | None = None) -> None:
         musicgen(out)
     elif kind == "text":
         text(out)
+    elif kind == "text-files":
+        text(out)
+        text_files(out)
     else:
         raise SystemExit(f"unknown kind {kind!r}")
     (out / "RANDOM_WEIGHTS").write_text(NOTE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gpu.common import ROOT, Json, weights_bytes
@@ -107,6 +107,14 @@ def catalogue(scale: str, checkpoints: pathlib.Path, vllm: bool, eager: bool) ->
         **options,
     )
     return {model.name: model for model in (alone, whole, music, words)}
+
+
+def with_files(words: Model) -> Model:
+    """The text model with fewer layers and weights in files: dummy ones vLLM does not read again."""
+    if words.folder is None:
+        return words
+    args = [word for word in words.args if word not in ("--load-format", "dummy")]
+    return replace(words, name="text-files", folder=words.folder.with_name("text-files"), args=args)
 
 
 def entry(model: Model, python: str | None, keys: set[str], card: int, gpu_count: int = 1) -> Json:

@@ -25,7 +25,8 @@ WEIGHTS_GB = {"flux-transformer": 24, "flux": 34, "musicgen": 4, "text": 16}
 """At real scale. In files, but for `text`, which has none, and in host memory while a model is parked."""
 SHARED_GB = 24
 """What `flux` has of `flux-transformer`, as a link."""
-CACHES_GB = 5
+CACHES_GB = 11
+"""And logs, and the files of the part `ways`."""
 PARKED_SHARE = 0.8
 """How much of the memory that parked models take is theirs alone: what else is locked, and the files' pages, is not."""
 WORKERS_GB = 16

@@ -15,6 +15,7 @@ from gpu.server import COLD_LIMIT_S, Server
 SETTLE_S = 0.3
 COLD_ROUNDS = 2
 SPARE_LIMIT_S = 90
+WAYS_ROUNDS = 2
 
 
 def circuit(names: list[str]) -> list[str]:
@@ -116,6 +117,23 @@ def run(server: Server, models: list[Model], cycles: int, records: Records, end_
         for name in walk if before is None else walk[1:]:
             visit(server, by_name[name], before, records, cycle=cycle, **labels)
             before = name
+
+
+def ways(server: Server, models: list[Model], names: dict[str, str], records: Records) -> None:
+    """Two models by turns, each parked in its own way: whether it comes back so, how fast, and as it was."""
+    seen: dict[str, list[str]] = {model.name: [] for model in models}
+    server.events()
+    for model in models * (WAYS_ROUNDS + 1):
+        job = server.finished(server.submit(model.request()), COLD_LIMIT_S)
+        seen[model.name].append(digest(server, model, job))
+    time.sleep(SETTLE_S)
+    events = server.events()
+    for model in models:
+        mine = [event for event in events if event.get("model") == model.name]
+        parks = [event["park_ms"] / 1e3 for event in mine if event.get("message") == "parked"]
+        wakes = [event["load_ms"] / 1e3 for event in mine if event.get("message") == "awake"]
+        same = len(set(seen[model.name])) == 1
+        records.add("way", model=model.name, way=names[model.name], parks=parks, wakes=wakes, same=same)
 
 
 def cold_starts(server: Server, model: Model, records: Records, spare: bool, labels: Json) -> None:

@@ -72,13 +72,14 @@ def rows(records: list[Json]) -> list[Row]:
     out += answers(swaps)
     for part, name in (("text", "5 000 short prompts through the server / direct"), ("music", "music / best batch")):
         if record := latest(records, part):
-            ratio = record.get("settled_ratio", record["ratio"])
+            ratio = record["ratio"]
             through, direct = record["through_per_s"], record["direct_per_s"]
             name = name.replace("5 000", f"{record['jobs']:,}".replace(",", " "))
             out.append(Row(name, f"{ratio:.3f} ({through}/s; direct {direct})", f">= {RATIO}x", ratio >= RATIO))
     for after, record in {r["after"]: r for r in records if r["part"] == "left"}.items():
         what = "; ".join(record["left"][:3]) or f"nothing, {record['s']} s later"
         out.append(Row(f"left behind after {after}", what, "nothing in 15 s", not record["left"]))
+    out += [way(record) for record in {r["model"]: r for r in records if r["part"] == "way"}.values()]
     for record in {r["what"]: r for r in records if r["part"] == "two-gpus"}.values():
         out.append(Row(f"two GPUs: {record['what']}", record["value"], "works", record["met"]))
     ends = {r["what"]: r for r in records if r["part"] in ("done", "failed")}
@@ -86,6 +87,14 @@ def rows(records: list[Json]) -> list[Row]:
         if record["part"] == "failed":
             out.append(Row(f"part {what}", f"failed: {brief(record['why'])}", "", False))
     return out
+
+
+def way(record: Json) -> Row:
+    """One model that is parked by the driver's checkpoint, or without a copy."""
+    parks, wakes = record["parks"], record["wakes"]
+    each = ", ".join(f"{park:.2f} + {wake:.2f}" for park, wake in zip(parks, wakes, strict=False))
+    value = f"{each or 'never parked'} s, answers {'the same' if record['same'] else 'differ'}"
+    return Row(f"{record['model']} parked by way of {record['way']}", value, "works", bool(wakes) and record["same"])
 
 
 def brief(why: str) -> str:

@@ -16,7 +16,8 @@ from gpu.server import COLD_LIMIT_S, Server
 BULK = 1000
 LIVE = ("queued", "running")
 REQUEST_LIMIT_S = 300
-DIRECT_PASSES = 2
+ROUNDS = 2
+"""How often direct passes and jobs through the server take turns."""
 """Of the best size, before and again after the server's."""
 
 
@@ -163,29 +164,31 @@ def music(server: Server, model: Model, count: int, seconds: int, records: Recor
         run = f"x-roundhouse-run: direct-{next(turns)};n={size}\r\n"
         return asyncio.run(drive(port, model.endpoint, [raw] * size, size, run))
 
+    requests = [{"endpoint": model.endpoint, "body": body}] * count
     direct(sizes[-1])  # the first one is slower
     took = {size: [direct(size)] for size in sizes}
     best = max(sizes, key=lambda size: size / took[size][0])
-    # As many passes before as after, since a machine is not always as fast.
-    took[best] += [direct(best) for _ in range(DIRECT_PASSES - 1)]
+    through(server, requests[: sizes[-1]], 900)  # by which the server has learned how large a pass pays
+    # By turns, since a machine is not always as fast: one pass, the jobs, one pass; and again.
+    took[best], ends = [], []
     seen = len(server.passes(model.name))
-    ends = through(server, [{"endpoint": model.endpoint, "body": body}] * count, 900)
+    for _ in range(ROUNDS):
+        took[best].append(direct(best))
+        ends.append(through(server, requests, 900)[-1])
+        took[best].append(direct(best))
     passes = server.passes(model.name)[seen:]
-    took[best] += [direct(best) for _ in range(DIRECT_PASSES)]
     per_s = {size: size / statistics.mean(times) for size, times in took.items()}
-    learning = min(count // 4, 16)
-    settled = (count - learning) / (ends[-1] - ends[learning - 1])
+    rate = count * ROUNDS / sum(ends)
     records.add(
         "music",
         model=model.name,
-        jobs=count,
+        jobs=count * ROUNDS,
         clip_s=seconds,
         direct_per_s={str(size): round(value, 3) for size, value in per_s.items()},
         direct_s=[round(value, 2) for value in took[best]],
         best_batch=best,
         passes=passes,
-        through_per_s=round(count / ends[-1], 3),
-        settled_per_s=round(settled, 3),
-        ratio=round(count / ends[-1] / per_s[best], 3),
-        settled_ratio=round(settled / per_s[best], 3),
+        through_per_s=round(rate, 3),
+        through_s=[round(value, 2) for value in ends],
+        ratio=round(rate / per_s[best], 3),
     )

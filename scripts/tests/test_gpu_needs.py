@@ -54,10 +54,10 @@ def test_a_machine_that_is_too_small_is_refused_with_both_figures(
     chosen = list(models.catalogue(models.REAL, tmp_path, True, False).values())
     folder = tmp_path / "not/made/yet"
     monkeypatch.setattr(needs, "machine_gb", lambda: 134)
-    monkeypatch.setattr(needs, "disk_gb", lambda _: 45)
+    monkeypatch.setattr(needs, "disk_gb", lambda _: 50)
     needs.room(chosen, folder, makes=True, parks=True)
     monkeypatch.setattr(needs, "disk_gb", lambda _: 30)
-    with pytest.raises(Failed, match=r"30 GB free, 43 wanted; .*--checkpoints"):
+    with pytest.raises(Failed, match=r"30 GB free, 49 wanted; .*--checkpoints"):
         needs.room(chosen, folder, makes=True, parks=True)
     needs.room(chosen, folder, makes=False, parks=True)
     monkeypatch.setattr(needs, "machine_gb", lambda: 64)
@@ -99,7 +99,7 @@ def test_help_names_models_parts_defaults_needs_and_exit_codes() -> None:
     said = " ".join(verify("--help").stdout.split()).replace("- ", "-")
     for text in [
         "default: all, flux-transformer,flux,musicgen,text",
-        "or none; default: all, link,checkpoints,swaps,cold,text,music,stop,kill",
+        "or none; default: all, link,checkpoints,swaps,cold,text,music,stop,kill,ways",
         "default: target/gpu-verify",
         "default: target/release/roundhouse",
         "default: 90%",

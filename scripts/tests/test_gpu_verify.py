@@ -88,10 +88,25 @@ def test_what_failed_and_what_was_left_is_missed_until_it_went_well() -> None:
 
 def test_throughput_is_judged_by_its_ratio() -> None:
     text = {"part": "text", "jobs": 5000, "direct_per_s": [500, 500], "through_per_s": 470, "ratio": 0.94}
-    music = {"part": "music", "jobs": 64, "direct_per_s": {"16": 0.9}, "through_per_s": 0.8}
-    found = verdicts([text, music | {"ratio": 0.9, "settled_ratio": 0.96}])
+    music = {"part": "music", "jobs": 64, "direct_per_s": {"16": 0.9}, "through_per_s": 0.86, "ratio": 0.96}
+    found = verdicts([text, music])
     assert found["5 000 short prompts through the server / direct"] is False
     assert found["music / best batch"] is True
+
+
+def test_a_way_of_parking_is_met_if_it_came_back_as_it_was() -> None:
+    way = {"part": "way", "model": "musicgen", "way": "the driver's checkpoint", "parks": [2.7], "wakes": [1.3]}
+    figure = "musicgen parked by way of the driver's checkpoint"
+    assert verdicts([way | {"same": True}])[figure] is True
+    assert verdicts([way | {"same": False}])[figure] is False
+    assert verdicts([way | {"same": True, "wakes": []}])[figure] is False
+
+
+def test_the_text_model_with_files_is_read_from_them(tmp_path: Path) -> None:
+    words = models.with_files(models.catalogue("real", tmp_path, True, False)["text"])
+    assert words.folder == tmp_path / "text-files"
+    assert "dummy" not in words.args
+    assert "--max-model-len" in words.args
 
 
 def test_the_table_is_markdown_with_all_pairs() -> None:
