@@ -548,11 +548,9 @@ impl Scheduler {
         let Some(first) = jobs.first() else {
             return Ok(());
         };
-        self.state.admit(&first.tenant, jobs.len()).map_err(|full| SubmitError::QueueFull {
-            queued: full.queued,
-            limit: full.limit,
-            key: full.key,
-            retry_after_s: self.state.room_in_s(),
+        self.state.admit(&first.tenant, jobs.len()).map_err(|full| match full.is_for_ever() {
+            true => SubmitError::TooMany(full),
+            false => SubmitError::QueueFull { full, retry_after_s: self.state.room_in_s() },
         })?;
         let now = self.context.clock.now();
         if let Some(error) = jobs.iter().find_map(|job| self.state.refuse_too_big(&job.model, now)) {
