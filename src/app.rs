@@ -388,7 +388,9 @@ fn stop_when_drained(tasks: &Tasks, handle: &Handle) {
 /// The one line that says the server accepts requests.
 fn announce(address: std::net::SocketAddr, models: usize, waiting: usize) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "roundhouse listening on http://{address} ({models} models, {waiting} jobs waiting)")?;
+    let counted = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+    let (models, waiting) = (counted(models, "model"), counted(waiting, "job"));
+    writeln!(out, "roundhouse listening on http://{address} ({models}, {waiting} waiting)")?;
     out.flush()
 }
 

@@ -47,12 +47,12 @@ pub enum SubmitError {
     #[error("{}", .0.message)]
     TooBig(Box<JobError>),
     /// Somebody drains the model, or all of them, by hand.
-    #[error(
-        "new jobs of `{model}` are refused while it is being drained; they are accepted again after `roundhouse queue resume`"
-    )]
+    #[error("new jobs of `{model}` are refused while it is being drained; they are accepted again after `{resume}`")]
     Drained {
         /// Entry name.
         model: String,
+        /// The command that ends it.
+        resume: String,
     },
     /// The server is shutting down.
     #[error("the server is shutting down")]

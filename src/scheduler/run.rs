@@ -15,7 +15,7 @@ use crate::clock::Clock;
 use crate::domain::worker::{FetchPhase, FetchReport, PhaseTime, Report, WorkerView};
 use crate::domain::{
     Class, Control, Controls, Face, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob,
-    StateReason, Token,
+    StateReason, Token, resume_command,
 };
 use crate::lifecycle::Tasks;
 use crate::policy::Knobs;
@@ -540,7 +540,8 @@ impl Scheduler {
             return Err(SubmitError::Draining);
         }
         if let Some(job) = jobs.iter().find(|job| self.state.is_draining(&job.model)) {
-            return Err(SubmitError::Drained { model: job.model.clone() });
+            let resume = resume_command(&job.model, self.state.controls().all.draining);
+            return Err(SubmitError::Drained { model: job.model.clone(), resume });
         }
         if self.context.store.is_full() {
             return Err(SubmitError::Store(StoreError::Full));
@@ -810,7 +811,7 @@ impl Scheduler {
         let has_begun = |lack: &&Lack| lack.fetch.is_some();
         let lack = model.lack.as_ref().filter(has_begun).map(|lack| &lack.trouble);
         let reason = match model.trouble.as_ref().or(lack) {
-            _ if model.held.paused => Some(StateReason::Paused),
+            _ if model.is_paused() => Some(StateReason::Paused),
             Some(trouble) => Some(trouble.reason),
             None if holding == Holding::Loading => Some(StateReason::ModelLoading),
             None => None,

@@ -687,6 +687,17 @@ fn by_hand(world: &mut World, control: Control) {
 }
 
 #[test]
+fn of_a_pause_of_all_it_is_said_that_only_a_resume_of_all_ends_it() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    by_hand(&mut world, Control::Pause(Some("a".into())));
+    by_hand(&mut world, Control::Pause(None));
+    world.queue(vec![job(1, "a"), job(2, "a")]);
+    let words = "a waits: it is paused with 2 jobs; `roundhouse queue resume` lets them start";
+    assert_eq!(world.state.why("a", Some(0), None, 0).as_deref(), Some(words));
+    assert_eq!(world.state.decision.clone().map(|decision| decision.reason).as_deref(), Some(words));
+}
+
+#[test]
 fn nothing_starts_while_paused_and_a_paused_model_asks_for_no_device() {
     let mut world = World::new(&[("a", 1), ("b", 1)]);
     by_hand(&mut world, Control::Pause(Some("a".into())));
@@ -695,6 +706,9 @@ fn nothing_starts_while_paused_and_a_paused_model_asks_for_no_device() {
     assert!(world.loaded.is_empty(), "{:?}", world.loaded);
     let decision = world.state.decision.clone().unwrap();
     assert_eq!((decision.code, decision.model.as_deref()), ("paused", Some("a")), "{decision:?}");
+    let words = "a waits: it is paused with 1 job; `roundhouse queue resume --model a` lets them start";
+    assert_eq!(decision.reason, words);
+    assert_eq!(world.state.why("a", Some(0), None, 0).as_deref(), Some(words));
     world.queue(vec![job(2, "b")]);
     world.finish_all();
     assert_eq!((&world.loaded[..], world.state.queued()), (&["b".to_owned()][..], 1));

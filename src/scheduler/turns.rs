@@ -83,7 +83,8 @@ impl State {
         let gpus = self.inventory.gpu_count();
         let reservations = self.reservations.clone();
         let residues = self.residues();
-        (View { devices: self.inventory.devices(), gpus, models, workers, reservations, residues }, places)
+        let all_paused = self.controls.all.paused;
+        (View { devices: self.inventory.devices(), gpus, models, workers, reservations, residues, all_paused }, places)
     }
 
     /// Whether all the numbers that workers of a model may have are taken, one of them by a worker that leaves host memory. It
