@@ -189,7 +189,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         .with_tenants(&served, &weights)
         .with_controls(&controls)
         .without_weights(&missing);
-    state.tell_parking();
+    state.tell_parking(&BTreeMap::new());
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
     // Known before the first plan; the supervisors' own reports come later.

@@ -207,8 +207,21 @@ async fn knobs_hold_at_once_and_other_sections_at_the_next_start() {
     site.write();
     heard(&server, IN_FORCE, 1).await;
     heard(&server, "`server:` was edited; that takes effect at the next start", 1).await;
+    let history = api.queue().await["history"].to_string();
+    assert!(history.contains("`scheduler:` changed in models.yaml (queued_max); it holds at once"), "{history}");
     api.submit_echo("a", json!({})).await;
     api.post("/v1/jobs", &crate::common::echo_job("a", json!({}))).await.refused(429, "queue_full");
+}
+
+#[tokio::test]
+async fn that_a_model_cannot_be_parked_any_more_is_said_when_park_ram_is_edited() {
+    let site = Site::new().env("ROUNDHOUSE_FAKE_GPUS", "1x80GiB").scheduler("park_ram", "200GiB");
+    let site = site.model("a", parking(&none()));
+    let server = site.start().await;
+    assert!(!server.log().contains("cannot be parked"), "{}", server.log());
+    site.scheduler("park_ram", "10GiB").write();
+    heard(&server, "cannot be parked: it takes 30 GiB", 1).await;
+    heard(&server, IN_FORCE, 1).await;
 }
 
 /// A model that takes most of a GPU that `ROUNDHOUSE_FAKE_GPUS` plays, and is parked when others need it.
