@@ -1,7 +1,7 @@
 //! One worker process: start under the guard, log capture, stop of the whole group, sweep by instance mark.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -94,7 +94,7 @@ impl WorkerProcess {
         let Launch::Script { python, script } = &start.spec.launch else {
             return Err(format!("model `{}`: its `command` cannot be started as a spare process", start.spec.name));
         };
-        script_is_there(start.spec, python, script)?;
+        script_is_there(start.spec, script)?;
         let port = lease.port().to_string();
         let command = [python.into(), script.into(), "--spare".into(), "--port".into(), port.into()];
         Self::run(start, lease, &command, log_path)
@@ -272,7 +272,7 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
 fn command_line(spec: &ModelSpec, port: u16) -> Result<Vec<OsString>, String> {
     match &spec.launch {
         Launch::Script { python, script } => {
-            script_is_there(spec, python, script)?;
+            script_is_there(spec, script)?;
             let mut words: Vec<OsString> = vec![
                 python.into(),
                 script.into(),
@@ -298,16 +298,16 @@ fn command_line(spec: &ModelSpec, port: u16) -> Result<Vec<OsString>, String> {
     }
 }
 
-fn script_is_there(spec: &ModelSpec, python: &Path, script: &Path) -> Result<(), String> {
+fn script_is_there(spec: &ModelSpec, script: &Path) -> Result<(), String> {
     if !script.is_file() {
         return Err(format!("there is no script {}; correct `service_script`", script.display()));
     }
-    interpreter_is_there(spec, python)
+    interpreter_is_there(spec)
 }
 
 /// The text of an error is for a person.
-pub(super) fn interpreter_is_there(spec: &ModelSpec, python: &Path) -> Result<(), String> {
-    if python.exists() { Ok(()) } else { spec.launch.without_python(&spec.name).map_or(Ok(()), Err) }
+pub(super) fn interpreter_is_there(spec: &ModelSpec) -> Result<(), String> {
+    spec.launch.without_python(&spec.name).map_or(Ok(()), Err)
 }
 
 fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
@@ -325,7 +325,8 @@ fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
     Ok(word)
 }
 
-/// The worker's environment: what the server has without its secrets, then ours, then the entry's, which wins.
+/// The worker's environment: what the server has without its secrets, then ours, then the entry's, which wins; the base
+/// service is found behind what these have in PYTHONPATH.
 pub(super) fn environment(
     inherited: impl Iterator<Item = (OsString, OsString)>,
     spec: &ModelSpec,
@@ -362,6 +363,8 @@ pub(super) fn environment(
         set(name, value);
     }
     set(MARK, mark);
+    let python_path = spec.python_path(vars.get(OsStr::new("PYTHONPATH")).map(OsString::as_os_str));
+    vars.extend(python_path.map(|path| ("PYTHONPATH".into(), path)));
     vars
 }
 
@@ -519,6 +522,33 @@ pub(super) mod tests {
         spec.gpus = 2;
         assert_eq!(seen(&spec, &[2, 3]), ["2,3", "PCI_BUS_ID"]);
         assert_eq!(seen(&spec, &[]), ["7", "-"], "nobody said which");
+    }
+
+    #[test]
+    fn a_script_in_an_environment_of_ones_own_finds_the_base_service() {
+        let dir = tempfile::tempdir().unwrap();
+        let with = |inherited: &[(&str, &str)], spec: &ModelSpec| {
+            let inherited = inherited.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
+            let mut vars = environment(inherited, spec, &[], (None, None), "id:1");
+            vars.remove(OsStr::new("PYTHONPATH")).and_then(|path| path.into_string().ok())
+        };
+        let launch = Launch::Script { python: "/mine/python".into(), script: dir.path().join("tone/server.py") };
+        let mut own = ModelSpec { launch, dir: dir.path().into(), ..spec(&[]) };
+        let theirs = [("PYTHONPATH", "/theirs")];
+        assert_eq!(with(&theirs, &own).as_deref(), Some("/theirs"), "there is no base");
+        let make = |folder: &str| {
+            let base = dir.path().join(folder);
+            std::fs::create_dir_all(base.join("roundhouse_worker")).unwrap();
+            base.display().to_string()
+        };
+        let base = make("models/base");
+        assert_eq!(with(&[], &own), Some(base.clone()), "beside models.yaml");
+        assert_eq!(with(&theirs, &own), Some(format!("/theirs:{base}")));
+        let base = make("base");
+        assert_eq!(with(&[], &own), Some(base.clone()), "beside the script's folder");
+        own.env.insert("PYTHONPATH".into(), "/entry".into());
+        assert_eq!(with(&theirs, &own), Some(format!("/entry:{base}")));
+        assert_eq!(with(&[], &ModelSpec { dir: dir.path().into(), ..spec(&["serve"]) }), None, "a command");
     }
 
     #[test]
