@@ -108,6 +108,7 @@ async fn jobs_of_a_model_that_is_taken_out_wait_until_it_is_back() {
     assert_eq!((&job["state"], &job["state_reason"]), (&json!("queued"), &json!("model_blocked")), "{job}");
     let why = job["queue"]["reason"].as_str().unwrap();
     assert!(why.contains("not in models.yaml any more") && !why.contains("paused"), "{why}");
+    api.get("/v1/queue/decisions?model=a").await.is(200);
     let queue = api.post("/v1/queue/resume", &json!({"model": "a"})).await.is(200).json();
     assert!(queue["history"][0]["reason"].as_str().unwrap().contains("until it is in models.yaml again"), "{queue}");
     assert_eq!(api.finished(&limited).await["state"], "expired", "its deadline holds");
