@@ -94,6 +94,11 @@ impl Launch {
         })
     }
 
+    /// Whether its environment is the one that `roundhouse models install` makes, and is not there.
+    pub fn is_not_installed(&self) -> bool {
+        matches!(self, Self::Script { python, script } if *python == Self::own_python(script) && !python.is_file())
+    }
+
     /// The key of an entry that makes this differ from `other`.
     fn edited_key(&self, other: &Self) -> &'static str {
         match (self, other) {

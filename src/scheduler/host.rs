@@ -235,7 +235,10 @@ impl State {
         let model = &self.models[index];
         let said = &model.learned.host;
         let refusal = (said.can_park == Some(false)).then(|| said.note.as_deref().unwrap_or_default());
-        let outlook = tier::outlook(model.parked(0).bytes, self.inventory.host, refusal, said.note.as_deref());
+        // What models on the CPU may have is all of it.
+        let memory = self.inventory.cpu;
+        let outlook =
+            tier::outlook(model.parked(0).bytes, (self.inventory.host, memory), refusal, said.note.as_deref());
         let bare = Some(model.bare()).filter(|bare| model.can_be_bare(said) && bare.is_worth_it());
         model.park.then(|| match bare.filter(|_| self.inventory.host > 0) {
             Some(bare) => outlook.or_bare(&bare),
