@@ -365,7 +365,7 @@ impl State {
         self.finish_draining(now, &mut effects);
         self.load_where_free(now, &mut effects);
         let planned = if self.stopping { None } else { self.plan_in_time(now, &mut effects) };
-        self.hurry(&mut effects);
+        self.expedite(&mut effects);
         let own = self.models.iter().filter_map(|m| m.queue.next_wake()).min();
         self.wake_at = [planned, own].into_iter().flatten().min();
         if self.served_changed && now - self.served_kept_at >= KEEP_SERVED_EVERY_MS {
