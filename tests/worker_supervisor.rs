@@ -36,7 +36,7 @@ flags.add_argument("--strange-on", type=int)
 flags.add_argument("--ignore-term", action="store_true")
 flags.add_argument("--escape", action="store_true")
 flags.add_argument("--hang-file")
-flags.add_argument("--sleepless", action="store_true")
+flags.add_argument("--stays-awake", action="store_true")
 flags.add_argument("--wake-hangs", action="store_true")
 flags.add_argument("--sleep-fails", action="store_true")
 flags.add_argument("--hold-file")
@@ -108,9 +108,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if args.sleep_fails and self.path.startswith("/sleep"):
             self.answer(500, {})
             return
-        if not args.sleepless:
+        if not args.stays_awake:
             sleeping = self.path.startswith("/sleep")
-        if args.memory_dir and not args.sleepless:
+        if args.memory_dir and not args.stays_awake:
             with open(os.path.join(args.memory_dir, str(os.getpid())), "w") as file:
                 file.write("700000000" if sleeping else str(args.memory_bytes))
         self.answer(200, {})
@@ -727,7 +727,7 @@ async fn a_parked_worker_wakes_where_it_was_and_can_be_stopped() {
 #[tokio::test]
 async fn a_worker_that_stays_awake_or_does_not_know_how_to_sleep_is_stopped_instead() {
     let bench = Bench::new();
-    for flag in ["--sleepless", "--stock"] {
+    for flag in ["--stays-awake", "--stock"] {
         let mut worker = bench.worker(&[flag]);
         worker.load().await;
         worker.handle.order(Order::Park);

@@ -205,8 +205,8 @@ pub struct WorkerView {
     #[serde(default)]
     pub device_bytes: Option<u64>,
     /// It is parked, or about to be, without a copy in host memory: its process stays, and its wake reads the weights again.
-    #[serde(default)]
-    pub without_copy: bool,
+    #[serde(default, rename = "without_copy")]
+    pub bare: bool,
     /// How its copy in host memory was lost, until its next load.
     #[serde(default)]
     pub lost_copy: Option<String>,

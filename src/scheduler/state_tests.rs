@@ -103,7 +103,7 @@ impl World {
                     self.now += 500;
                     self.report(&model, Report::Stopped { stop_ms: 500 });
                 }
-                Order::Retry | Order::Suspect | Order::Hurry => {}
+                Order::Retry | Order::Suspect | Order::Expedite => {}
             }
         }
     }

@@ -265,12 +265,12 @@ impl State {
     }
 
     /// Tells workers that load at leisure when somebody waits for them.
-    pub(super) fn hurry(&mut self, effects: &mut Vec<Effect>) {
+    pub(super) fn expedite(&mut self, effects: &mut Vec<Effect>) {
         for place in 0..self.workers.len() {
             let loads = matches!(self.workers[place].phase, Phase::Loading { .. });
             if self.workers[place].at_leisure && loads && !self.nobody_waits(place) {
                 self.workers[place].at_leisure = false;
-                effects.push(self.order(place, Order::Hurry));
+                effects.push(self.order(place, Order::Expedite));
             }
         }
     }

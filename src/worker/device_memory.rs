@@ -22,7 +22,7 @@ impl Supervisor {
     /// What it says of its copy in host memory: reported when it is another than before.
     pub(super) fn note_host(&self, running: &mut Running, host: HostCopy) {
         // What it can do by itself says nothing of what the driver does to it.
-        let host = match &self.sleepless {
+        let host = match &self.park_refused {
             None if self.spec.park == Park::Checkpoint => HostCopy::default(),
             Some(why) => HostCopy { can_park: Some(false), can_reread: Some(false), note: Some(why.clone()), ..host },
             None => host,

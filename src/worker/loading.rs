@@ -31,7 +31,7 @@ pub(super) enum Try {
     /// By an order given at this time.
     Stopped(Instant),
     /// It did not come back from its rehearsal.
-    Sleepless(String),
+    RehearsalFailed(String),
     Ended,
 }
 
@@ -42,7 +42,7 @@ impl Supervisor {
         let _loading = self.around.spares.loading();
         self.enter(ModelState::Loading);
         if self.failed_parks < FAILED_PARKS_MAX {
-            self.sleepless = None;
+            self.park_refused = None;
         }
         if let Err(reason) = self.leftovers_are_free().await {
             return self.failed_load(reason, &Tail::default(), None).await;
@@ -105,13 +105,13 @@ impl Supervisor {
                     self.report(Report::Stopped { stop_ms: self.around.clock.millis_in(ordered_at.elapsed()) });
                     return Phase::Absent;
                 }
-                Try::Sleepless(why) => {
+                Try::RehearsalFailed(why) => {
                     let model = &self.spec.name;
                     tracing::warn!(model, "it did not come back when it was put to sleep, and is loaded anew: {why}");
                     self.at_leisure = false;
                     self.failed_parks += 1;
                     ordered_at = Instant::now();
-                    self.sleepless = Some(format!("put to sleep once after its load, it did not come back: {why}"));
+                    self.park_refused = Some(format!("put to sleep once after its load, it did not come back: {why}"));
                     self.wait_memory_free(self.free_as_before(memory_before)).await;
                 }
                 Try::Ended => return Phase::Ended,
@@ -169,7 +169,7 @@ impl Supervisor {
                             process.stop(self.around.grace).await;
                             return Try::Ended;
                         }
-                        Some(Order::Hurry) => {
+                        Some(Order::Expedite) => {
                             self.at_leisure = false;
                             continue;
                         }
@@ -296,7 +296,7 @@ impl Supervisor {
             replica: self.replica,
             gpus: &self.gpus,
             // Who will not be put to sleep makes no copy for it.
-            park_bytes: self.park_bytes.map(|bytes| if self.sleepless.is_some() { 0 } else { bytes }),
+            park_bytes: self.park_bytes.map(|bytes| if self.park_refused.is_some() { 0 } else { bytes }),
             free_bytes: self.free_bytes,
             is_small: self.is_small,
             data_dir_id: &self.around.data_dir_id,
@@ -363,7 +363,7 @@ impl Supervisor {
                     self.forget_failures();
                     return Phase::Absent;
                 }
-                Some(Order::Suspect | Order::Hurry) => {}
+                Some(Order::Suspect | Order::Expedite) => {}
                 None => return Phase::Ended,
             }
         }

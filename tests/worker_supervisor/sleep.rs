@@ -49,12 +49,12 @@ async fn parked_bare(flags: &[&str]) -> Vec<String> {
     let report = worker.settled().await;
     assert!(matches!(report, Report::Parked { .. }), "{report:?}");
     let view = worker.handle.view();
-    assert_eq!((view.state, view.without_copy), (ModelState::Parked, true));
+    assert_eq!((view.state, view.bare), (ModelState::Parked, true));
     worker.handle.order_on(Order::Wake, GpuSet::one(0), Some(7));
     let report = worker.next().await;
     assert!(matches!(report, Report::Ready { .. }), "{report:?}");
     let view = worker.handle.view();
-    assert_eq!((view.state, view.without_copy, view.starts), (ModelState::Resident, false, 1), "the same process");
+    assert_eq!((view.state, view.bare, view.starts), (ModelState::Resident, false, 1), "the same process");
     worker.stop().await;
     bench.assert_nothing_left();
     bench.calls()
@@ -125,7 +125,7 @@ async fn who_comes_while_it_loads_does_not_wait_for_the_rehearsal() {
     let mut worker = parks(&bench, &["--hang-file", &hang.display().to_string()]);
     worker.handle.load_at_leisure(GpuSet::one(0), Some(7));
     until("it has begun", || !bench.toys().is_empty()).await;
-    worker.handle.order(Order::Hurry);
+    worker.handle.order(Order::Expedite);
     std::fs::remove_file(&hang).unwrap();
     assert!(matches!(worker.settled().await, Report::Ready { .. }));
     assert_eq!(bench.calls(), [""; 0]);
