@@ -606,6 +606,22 @@ async fn deaths_soon_after_readiness_back_off_in_the_end() {
 }
 
 #[tokio::test]
+async fn deaths_with_an_answer_in_between_are_not_in_a_row() {
+    let bench = Bench::new();
+    let mut worker = bench.worker(&[]);
+    for _ in 0..4 {
+        worker.load().await;
+        worker.handle.order(Order::Proven);
+        for pid in bench.toys() {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
+            std::fs::remove_file(bench.path().join(format!("pid-{pid}"))).unwrap();
+        }
+        worker.death().await;
+        assert_eq!(worker.handle.view().failed_loads, 0);
+    }
+}
+
+#[tokio::test]
 async fn a_worker_that_stops_answering_is_ended() {
     for suspect in [false, true] {
         let mut bench = Bench::new();

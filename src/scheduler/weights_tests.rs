@@ -51,6 +51,7 @@ impl Desk {
     fn asked(&mut self) -> Vec<String> {
         let word = |effect: Effect| match effect {
             Effect::Fetch { model } => Some(format!("fetch {model}")),
+            Effect::Order { order: Order::Proven, .. } => None,
             Effect::Order { model, order, .. } => Some(format!("{order:?} {model}").to_lowercase()),
             Effect::Claim { model, run, .. } => Some(format!("claim {} of {model}", run.jobs.len())),
             Effect::EndQueued { numbers, error, .. } => Some(format!("end {numbers:?} {}", error.code)),

@@ -177,7 +177,7 @@ impl Supervisor {
                             self.forget_failed_parks();
                             continue;
                         }
-                        Some(Order::Load | Order::Wake | Order::Suspect) => continue,
+                        Some(Order::Load | Order::Wake | Order::Suspect | Order::Proven) => continue,
                     }
                 }
                 how = process.exited() => {
@@ -363,7 +363,7 @@ impl Supervisor {
                     self.forget_failures();
                     return Phase::Absent;
                 }
-                Some(Order::Suspect | Order::Expedite) => {}
+                Some(Order::Suspect | Order::Expedite | Order::Proven) => {}
                 None => return Phase::Ended,
             }
         }

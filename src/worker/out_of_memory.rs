@@ -76,7 +76,7 @@ impl Supervisor {
             match self.next_order_within(look_every).await {
                 Some(None) => return Phase::Ended,
                 Some(Some(Order::Stop | Order::Park | Order::ParkBare)) => self.report(Report::Stopped { stop_ms: 0 }),
-                Some(Some(Order::Suspect | Order::Expedite)) => {}
+                Some(Some(Order::Suspect | Order::Expedite | Order::Proven)) => {}
                 Some(Some(Order::Load | Order::Wake)) => self.report(Report::DoesNotFit { error: error.clone() }),
                 Some(Some(Order::Retry)) => {
                     self.enter(ModelState::Absent);

@@ -73,7 +73,7 @@ impl Supervisor {
                         Order::Stop => return self.leave_parked(running).await,
                         Order::Park | Order::ParkBare => self.report(Report::Parked { park_ms: 0 }),
                         Order::Retry => self.forget_failures(),
-                        Order::Suspect | Order::Expedite => {} // Nothing runs on it.
+                        Order::Suspect | Order::Expedite | Order::Proven => {} // Nothing runs on it.
                     }
                     continue;
                 }
@@ -245,7 +245,7 @@ impl Supervisor {
                             return Turn::Stopped;
                         }
                         Order::Retry => self.forget_failures(),
-                        Order::Suspect | Order::Expedite => {} // Nothing runs on it.
+                        Order::Suspect | Order::Expedite | Order::Proven => {} // Nothing runs on it.
                         Order::Load | Order::Wake | Order::Park | Order::ParkBare => self.orders.kept.push_back(asked),
                     }
                 }

@@ -137,6 +137,8 @@ pub enum Order {
     Suspect,
     /// Somebody waits now for what was to be loaded at leisure. Unless it loads: nothing.
     Expedite,
+    /// It has answered a job since it was made ready: if it dies soon, it is not of itself.
+    Proven,
 }
 
 /// How fast a supervisor looks and how long it waits. The default is what runs; tests shorten it.
@@ -438,7 +440,7 @@ impl Supervisor {
                 Some(Order::Load | Order::Wake) => return Phase::Loading,
                 Some(Order::Stop | Order::Park | Order::ParkBare) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Order::Retry) => self.forget_failures(),
-                Some(Order::Suspect | Order::Expedite) => {} // It has died since, and that was reported.
+                Some(Order::Suspect | Order::Expedite | Order::Proven) => {} // It has died since, and that was reported.
                 None => return Phase::Ended,
             }
         }
@@ -471,6 +473,7 @@ impl Supervisor {
                 }
                 // Its next probe tells again what it can.
                 Event::Order(Some(Order::Retry)) => self.forget_failed_parks(),
+                Event::Order(Some(Order::Proven)) => self.early_deaths = 0,
                 Event::Order(Some(Order::Load | Order::Wake | Order::Suspect | Order::Expedite)) => {}
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
                 Event::Pulse(Pulse::Alive(memory)) => {
@@ -524,7 +527,7 @@ impl Supervisor {
             match self.next_order_within(look_every).await {
                 Some(None) => return Phase::Ended,
                 Some(Some(Order::Stop | Order::Park | Order::ParkBare)) => self.report(Report::Stopped { stop_ms: 0 }),
-                Some(Some(Order::Suspect | Order::Expedite)) => {}
+                Some(Some(Order::Suspect | Order::Expedite | Order::Proven)) => {}
                 Some(Some(Order::Load | Order::Wake)) if self.sees_gpu().await => return Phase::Loading,
                 Some(Some(Order::Load | Order::Wake)) => self.report(Report::NoGpu),
                 Some(Some(Order::Retry)) | None => {
@@ -576,7 +579,9 @@ impl Supervisor {
             self.report(Report::Died { reason });
             return Phase::Absent;
         }
-        let what = format!("its worker died {times} times in a row soon after it was ready: {reason}");
+        let what = format!(
+            "its worker died {times} times in a row soon after it was ready, without an answer in between: {reason}"
+        );
         // The back-off is told first: a load ordered between the two reports would be answered by the second one, and the
         // order be followed when the back-off is over, whoever holds the device then.
         let phase = self.enter_backoff(what, &tail, times - FREE_EARLY_DEATHS, false);

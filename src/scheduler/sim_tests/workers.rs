@@ -52,6 +52,7 @@ impl Sim {
                 let after = if dead || hung == Hung::All { 3_400 } else { self.rng.range(1, 100) };
                 self.of_worker(index, after, Ev::Pulse(index));
             }
+            (Phase::Serving { .. }, Order::Proven) => self.workers[index].early_deaths = 0,
             _ => {}
         }
     }
