@@ -121,6 +121,17 @@ impl Supervisor {
         self.used_bytes().await
     }
 
+    /// Who uses its own GPUs, asked as often.
+    async fn users_now(&self) -> Option<Vec<(u32, u32, u64)>> {
+        for _ in 1..ASKED_MAX {
+            if let Some(users) = self.users(&self.gpus).await {
+                return Some(users);
+            }
+            sleep(LOOK_EVERY).await;
+        }
+        self.users(&self.gpus).await
+    }
+
     async fn used_of(&self, indices: &[u32]) -> Option<u64> {
         let mut gpus = self.look().await;
         if !indices.is_empty() {
@@ -206,12 +217,12 @@ impl Supervisor {
     }
 
     /// What a worker takes of its GPUs together, in bytes: what the driver shows of its processes, whoever else comes and goes;
-    /// or, where it shows none, how much more than `free` is in use. `None`: the driver does not say.
+    /// or, where it shows none, how much more than `free` is in use. `None`: the driver does not say, asked again and again.
     pub(super) async fn taken_beyond(&self, free: &Free) -> Option<u64> {
         if free.pids.is_empty() {
-            return Some(self.used_bytes().await?.saturating_sub(free.at_most));
+            return Some(self.used_bytes_now().await?.saturating_sub(free.at_most));
         }
-        Some(free.used_by_it(&self.users(&self.gpus).await?).unwrap_or(0))
+        Some(free.used_by_it(&self.users_now().await?).unwrap_or(0))
     }
 
     /// Whether what it is declared to take is free on each of its GPUs.

@@ -158,3 +158,48 @@ async fn an_order_to_stop_ends_a_rehearsal_at_once() {
     assert!(matches!(worker.settled().await, Report::Stopped { .. }));
     bench.assert_nothing_left();
 }
+
+/// A driver that does not answer once: when it is first asked after memory has become free.
+struct FailsOnce {
+    probe: Arc<dyn GpuProbe>,
+    used: Mutex<Option<u64>>,
+}
+
+impl FailsOnce {
+    /// Whether it fails now, when so much is in use.
+    fn fails(&self, now: u64) -> bool {
+        let mut used = self.used.lock().unwrap();
+        let fails = used.is_some_and(|before| now < before);
+        *used = if fails { Some(0) } else { used.map(|before| before.max(now)) };
+        fails
+    }
+}
+
+impl GpuProbe for FailsOnce {
+    /// It shows no processes.
+    fn gpus(&self) -> Vec<Gpu> {
+        let gpus = self.probe.gpus();
+        if self.fails(gpus.iter().map(|gpu| gpu.used_bytes).sum()) { Vec::new() } else { gpus }
+    }
+}
+
+#[tokio::test]
+async fn a_driver_that_fails_to_answer_once_does_not_end_a_worker_that_was_parked() {
+    let gpus = tempfile::tempdir().unwrap();
+    let card = r#"[{"index":0,"name":"Fake","total_bytes":80000000000}]"#;
+    std::fs::write(gpus.path().join("gpus.json"), card).unwrap();
+    let mut bench = Bench::with_gpus(Some(&format!("dir:{}", gpus.path().display())));
+    let driver = Arc::new(FailsOnce { probe: bench.around.gpus.clone(), used: Mutex::new(Some(0)) });
+    bench.around.gpus = driver.clone();
+    let memory_dir = gpus.path().display().to_string();
+    let mut spec = bench.spec(&["--memory-dir", &memory_dir, "--memory-bytes", "5000000000"]);
+    spec.gpus = 1;
+    let mut worker = bench.supervise(spec);
+    worker.load().await;
+    worker.handle.order_on(Order::Park, GpuSet::one(0), None);
+    assert_eq!(worker.next().await, Report::Keeps { device_bytes: 700_000_000 });
+    assert!(matches!(worker.settled().await, Report::Parked { .. }));
+    assert_eq!(*driver.used.lock().unwrap(), Some(700_000_000), "it failed once");
+    worker.stop().await;
+    bench.assert_nothing_left();
+}
