@@ -1002,6 +1002,20 @@ async fn nothing_is_loaded_where_an_ended_worker_has_left_memory_in_use() {
     }
 }
 
+#[tokio::test]
+async fn memory_that_is_left_in_use_keeps_nobody_waiting_who_has_room_all_the_same() {
+    let (_gpus, mut bench, mut spec) = on_one_gpu();
+    spec.memory = Some(8_000_000_000);
+    let mut worker = bench.supervise(spec.clone());
+    assert!(matches!(load_on_gpu(&mut worker).await, Report::Ready { .. }));
+    // The driver keeps it in use: nobody removes the file.
+    worker.stop().await;
+    // Whoever waited for it would not be ready within the limit of a test.
+    bench.tempo.memory_limit = Duration::from_secs(3600);
+    let mut next = bench.supervise(spec);
+    assert!(matches!(load_on_gpu(&mut next).await, Report::Ready { .. }));
+}
+
 /// A driver that fails to answer once when it is told to. 20 GiB are others'.
 #[derive(Default)]
 struct Hiccup {

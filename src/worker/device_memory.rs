@@ -191,7 +191,9 @@ impl Supervisor {
         let overlaps = |stuck: &Stuck| stuck.gpus.is_empty() || stuck.gpus.iter().any(|gpu| self.gpus.contains(gpu));
         let left: Vec<Stuck> = self.around.stuck.lock().iter().filter(|stuck| overlaps(stuck)).cloned().collect();
         for stuck in left {
-            match self.until_free(&stuck.gpus, &stuck.free, self.tempo.memory_limit).await {
+            // Who finds room all the same only looks.
+            let limit = if self.has_room().await { Duration::ZERO } else { self.tempo.memory_limit };
+            match self.until_free(&stuck.gpus, &stuck.free, limit).await {
                 Ok(()) => self.around.stuck.lock().retain(|other| *other != stuck),
                 Err(_) if self.has_room().await => {}
                 Err(used) => {
