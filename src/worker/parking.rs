@@ -281,7 +281,13 @@ impl Supervisor {
             }
             self.note_host(running, memory.host);
         }
-        let Some((free, at_most)) = free.zip(at_most) else { return Ok(()) };
+        let Some((free, at_most)) = free.zip(at_most) else {
+            // Of a worker whose load the driver has not told of either, nothing can be seen.
+            return match running.memory_before {
+                Some(_) => Err("the driver does not say any more how much of its GPUs is in use".to_owned()),
+                None => Ok(()),
+            };
+        };
         let until = Instant::now() + self.tempo.park_memory_limit;
         loop {
             let Some(kept) = self.taken_beyond(free).await else { return Err("its GPU is gone".to_owned()) };
