@@ -171,6 +171,24 @@ async fn a_fetch_is_shown_holds_no_gpu_and_goes_on_after_its_process_is_killed()
 }
 
 #[tokio::test]
+async fn a_killed_guard_takes_its_fetcher_along_and_the_fetch_goes_on() {
+    let site_dir = Site::new();
+    let hub = Hub::start(site_dir.path(), &[]);
+    let server = site(&hub, site_dir).start().await;
+    let waiting = server.api.submit_echo("hub", json!({})).await;
+    held(&server.api).await;
+    let orphan = fetcher(&server).await;
+    let guard = server.processes().into_iter().find(|found| found.command.get(1).is_some_and(|word| word == "guard"));
+    guard.expect("its guard").signal(Signal::SIGKILL);
+    eventually(LIMIT, "the hub is asked for the rest", || async { (hub.ranges().len() == 2).then_some(()) }).await;
+    assert_ne!(fetcher(&server).await.pid, orphan.pid);
+    hub.go_on();
+    let job = server.api.succeeded(&waiting).await;
+    assert_eq!((&job["attempt"], &job["failures"], &job["crashes"]), (&json!(1), &json!(0), &json!(0)), "{job}");
+    assert_eq!(hub.ranges(), [None, Some(format!("bytes={HELD_AT}-"))], "no byte comes twice");
+}
+
+#[tokio::test]
 async fn a_fetch_goes_on_after_the_server_is_killed_and_is_not_made_again() {
     let site_dir = Site::new();
     let hub = Hub::start(site_dir.path(), &[]);
