@@ -214,6 +214,7 @@ impl Fetching {
             }
             Event::Order(Order::Retry(model)) => {
                 self.failures.remove(&model);
+                self.tell(&model, FetchReport::Forgiven);
                 self.end_pause(&model);
             }
             Event::Order(Order::Edit(specs)) => {
