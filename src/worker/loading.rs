@@ -86,7 +86,10 @@ impl Supervisor {
                 Try::PortTaken(_, reason, tail) => return self.failed_load(reason, &tail, memory_before).await,
                 Try::OutOfMemory(reason, _) if !self.is_small => {
                     let model = &self.spec.name;
-                    tracing::warn!(model, "out of memory while loading, tried once more with less: {reason}");
+                    tracing::warn!(
+                        model,
+                        "out of memory while loading, tried once more and told to make do with less: {reason}"
+                    );
                     self.is_small = true;
                     self.wait_memory_free(self.free_as_before(memory_before)).await;
                 }

@@ -56,7 +56,7 @@ impl Supervisor {
         let reason = tail.explain(reason);
         self.last_failure = Some(reason.clone());
         let message = format!(
-            "model `{}` does not fit, even with less to do: {reason}. {}",
+            "model `{}` does not fit, nor when it was told to make do with less: {reason}. {}",
             self.spec.name,
             advice(&self.spec, &gpus, &self.gpus)
         );
