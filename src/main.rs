@@ -28,7 +28,7 @@ fn main() -> ExitCode {
         }
         Command::Client(command) => {
             telemetry::init(log.filter.as_deref().or(Some("warn")), log.format == LogFormat::Json);
-            block_on(cli::run(command))
+            block_on(cli::run(command)).or_else(cli::unless_unread)
         }
     };
     outcome.unwrap_or_else(|error| {

@@ -131,3 +131,17 @@ fn scripts_run_with_the_interpreter_that_install_makes() {
         assert!(folder.join("requirements.txt").is_file(), "scripts/install.sh knows {}", folder.display());
     }
 }
+
+#[test]
+fn a_check_whose_output_nobody_reads_ends_without_a_word() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_roundhouse"));
+    let ended = command
+        .args(["config", "check", "--config", "models.yaml"])
+        .current_dir(root())
+        .stdout(writer)
+        .output()
+        .unwrap();
+    assert_eq!((String::from_utf8_lossy(&ended.stderr).as_ref(), ended.status.code()), ("", Some(141)));
+}

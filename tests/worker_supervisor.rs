@@ -36,7 +36,7 @@ flags.add_argument("--strange-on", type=int)
 flags.add_argument("--ignore-term", action="store_true")
 flags.add_argument("--escape", action="store_true")
 flags.add_argument("--hang-file")
-flags.add_argument("--sleepless", action="store_true")
+flags.add_argument("--stays-awake", action="store_true")
 flags.add_argument("--wake-hangs", action="store_true")
 flags.add_argument("--sleep-fails", action="store_true")
 flags.add_argument("--hold-file")
@@ -108,9 +108,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if args.sleep_fails and self.path.startswith("/sleep"):
             self.answer(500, {})
             return
-        if not args.sleepless:
+        if not args.stays_awake:
             sleeping = self.path.startswith("/sleep")
-        if args.memory_dir and not args.sleepless:
+        if args.memory_dir and not args.stays_awake:
             with open(os.path.join(args.memory_dir, str(os.getpid())), "w") as file:
                 file.write("700000000" if sleeping else str(args.memory_bytes))
         self.answer(200, {})
@@ -606,6 +606,22 @@ async fn deaths_soon_after_readiness_back_off_in_the_end() {
 }
 
 #[tokio::test]
+async fn deaths_with_an_answer_in_between_are_not_in_a_row() {
+    let bench = Bench::new();
+    let mut worker = bench.worker(&[]);
+    for _ in 0..4 {
+        worker.load().await;
+        worker.handle.order(Order::Proven);
+        for pid in bench.toys() {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
+            std::fs::remove_file(bench.path().join(format!("pid-{pid}"))).unwrap();
+        }
+        worker.death().await;
+        assert_eq!(worker.handle.view().failed_loads, 0);
+    }
+}
+
+#[tokio::test]
 async fn a_worker_that_stops_answering_is_ended() {
     for suspect in [false, true] {
         let mut bench = Bench::new();
@@ -727,7 +743,7 @@ async fn a_parked_worker_wakes_where_it_was_and_can_be_stopped() {
 #[tokio::test]
 async fn a_worker_that_stays_awake_or_does_not_know_how_to_sleep_is_stopped_instead() {
     let bench = Bench::new();
-    for flag in ["--sleepless", "--stock"] {
+    for flag in ["--stays-awake", "--stock"] {
         let mut worker = bench.worker(&[flag]);
         worker.load().await;
         worker.handle.order(Order::Park);
@@ -986,6 +1002,20 @@ async fn nothing_is_loaded_where_an_ended_worker_has_left_memory_in_use() {
     }
 }
 
+#[tokio::test]
+async fn memory_that_is_left_in_use_keeps_nobody_waiting_who_has_room_all_the_same() {
+    let (_gpus, mut bench, mut spec) = on_one_gpu();
+    spec.memory = Some(8_000_000_000);
+    let mut worker = bench.supervise(spec.clone());
+    assert!(matches!(load_on_gpu(&mut worker).await, Report::Ready { .. }));
+    // The driver keeps it in use: nobody removes the file.
+    worker.stop().await;
+    // Whoever waited for it would not be ready within the limit of a test.
+    bench.tempo.memory_limit = Duration::from_secs(3600);
+    let mut next = bench.supervise(spec);
+    assert!(matches!(load_on_gpu(&mut next).await, Report::Ready { .. }));
+}
+
 /// A driver that fails to answer once when it is told to. 20 GiB are others'.
 #[derive(Default)]
 struct Hiccup {
@@ -1016,5 +1046,7 @@ async fn a_driver_that_fails_to_answer_has_not_said_that_nothing_is_in_use() {
     assert!(matches!(report, Report::Stopped { stop_ms } if stop_ms < 15_000), "{report:?}");
 }
 
+#[path = "worker_supervisor/ports.rs"]
+mod ports;
 #[path = "worker_supervisor/sleep.rs"]
 mod sleep;

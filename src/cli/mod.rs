@@ -16,6 +16,7 @@ mod serve;
 mod simulate;
 mod usage;
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -310,6 +311,19 @@ pub fn in_words(error: &anyhow::Error) -> String {
         cause if words.contains(&cause) => words,
         cause => format!("{words}: {cause}"),
     })
+}
+
+/// Exit code of a program that SIGPIPE ended, as a shell tells it.
+const UNREAD: u8 = 141;
+
+/// A command whose output nobody reads any more, as behind `| head`, ends without a word.
+///
+/// # Errors
+///
+/// Every other error, as it is.
+pub fn unless_unread(error: anyhow::Error) -> anyhow::Result<ExitCode> {
+    let is_unread = error.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == ErrorKind::BrokenPipe);
+    if is_unread { Ok(ExitCode::from(UNREAD)) } else { Err(error) }
 }
 
 /// `1 job`, `2 jobs`.

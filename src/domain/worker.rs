@@ -167,6 +167,8 @@ pub enum FetchReport {
     },
     /// May be asked for again: the pause after a failure is over, or a person asked for a retry.
     Available,
+    /// A person asked for a retry: what failed before is told no more.
+    Forgiven,
 }
 
 /// A supervisor's view of its worker, for `/v1/workers`; stale by the time it is read.
@@ -205,8 +207,8 @@ pub struct WorkerView {
     #[serde(default)]
     pub device_bytes: Option<u64>,
     /// It is parked, or about to be, without a copy in host memory: its process stays, and its wake reads the weights again.
-    #[serde(default)]
-    pub without_copy: bool,
+    #[serde(default, rename = "without_copy")]
+    pub bare: bool,
     /// How its copy in host memory was lost, until its next load.
     #[serde(default)]
     pub lost_copy: Option<String>,

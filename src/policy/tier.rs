@@ -20,7 +20,7 @@ pub struct Parked {
 
 /// What a parked worker keeps of a device, and what stands against that. All in bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Residue {
+pub struct Obstruction {
     /// The device.
     pub gpu: u32,
     /// What it keeps there.
@@ -169,15 +169,15 @@ impl Tier {
     }
 
     /// A parked worker leaves host memory, since what its process keeps of a device is in another's way.
-    pub fn in_the_way(&self, name: &str, it: &Parked, residue: &Residue, other: &str) -> Decision {
-        let reason = format!("drop {name} from host memory: its process keeps {}", residue.words(other));
-        self.decide("drop", name, it, reason).against(other).with(&residue.numbers())
+    pub fn in_the_way(&self, name: &str, it: &Parked, obstruction: &Obstruction, other: &str) -> Decision {
+        let reason = format!("drop {name} from host memory: its process keeps {}", obstruction.words(other));
+        self.decide("drop", name, it, reason).against(other).with(&obstruction.numbers())
     }
 
     /// A worker that leaves its devices is not parked, since what its process would keep of one would be in another's way.
-    pub fn would_be_in_the_way(&self, name: &str, it: &Parked, residue: &Residue, other: &str) -> Decision {
-        let reason = format!("stop {name} without parking it: its process would keep {}", residue.words(other));
-        self.decide("drop", name, it, reason).against(other).with(&residue.numbers())
+    pub fn would_be_in_the_way(&self, name: &str, it: &Parked, obstruction: &Obstruction, other: &str) -> Decision {
+        let reason = format!("stop {name} without parking it: its process would keep {}", obstruction.words(other));
+        self.decide("drop", name, it, reason).against(other).with(&obstruction.numbers())
     }
 
     /// A worker that leaves its devices is not parked, though the tier is on.
@@ -209,7 +209,7 @@ impl Tier {
     }
 }
 
-impl Residue {
+impl Obstruction {
     fn words(&self, other: &str) -> String {
         let gpu = GpuSet::one(self.gpu);
         format!("{} of {gpu}, where {other} needs {} of {}", gib(self.kept), tenths(self.needs), tenths(self.there))
@@ -233,7 +233,8 @@ pub struct Outlook {
     /// Why, in words.
     pub why: String,
     /// Where it cannot be: whether its process would stay all the same, and its weights be read again.
-    pub without_copy: bool,
+    #[serde(rename = "without_copy")]
+    pub bare: bool,
 }
 
 impl Outlook {
@@ -244,7 +245,7 @@ impl Outlook {
             return self;
         }
         let why = format!("{}; it is parked without a copy: {}", self.why, bare.words());
-        Self { why, without_copy: true, ..self }
+        Self { why, bare: true, ..self }
     }
 }
 
@@ -265,7 +266,7 @@ pub fn outlook(bytes: u64, (host, memory): (u64, Option<u64>), refusal: Option<&
         None => (Some(true), format!("it takes {} of {} of host memory", gib(bytes), gib(host))),
     };
     let note = note.filter(|_| refusal.is_none()).map_or(String::new(), |note| format!("; its worker says: {note}"));
-    Outlook { can, why: why + &note, without_copy: false }
+    Outlook { can, why: why + &note, bare: false }
 }
 
 fn says(note: &str) -> String {
@@ -380,7 +381,7 @@ mod tests {
              about 5 s against 14 s cold"
         );
         let refused = outlook(34 * gib, (12 * gib, None), None, None).or_bare(&known);
-        assert!(refused.without_copy && refused.why.contains("; it is parked without a copy: its wake reads"));
-        assert!(!outlook(gib, (12 * gib, None), None, None).or_bare(&known).without_copy, "it can be parked with one");
+        assert!(refused.bare && refused.why.contains("; it is parked without a copy: its wake reads"));
+        assert!(!outlook(gib, (12 * gib, None), None, None).or_bare(&known).bare, "it can be parked with one");
     }
 }

@@ -62,12 +62,16 @@ impl State {
         model.queue.count_answer(running.worker, now);
         model.count_end(Some(now - running.claimed_at), now);
         let change = model.end_of_run(running.worker, true, now);
+        let mut effects = self.tell_change(index, change, now);
         if let Some(worker) = self.find(index, running.worker)
-            && let Phase::Serving { place, .. } = &mut self.workers[worker].phase
+            && let Phase::Serving { place, proven, .. } = &mut self.workers[worker].phase
         {
             place.canary = false;
+            if !std::mem::replace(proven, true) {
+                effects.push(self.order(worker, Order::Proven));
+            }
         }
-        self.tell_change(index, change, now)
+        effects
     }
 
     /// The end of an attempt is committed.

@@ -137,14 +137,23 @@ fn a_drain_does_not_wait_for_the_store() {
     world.wait("b", 2..=2);
     assert_eq!(world.orders, []);
     world.answer(1);
-    assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
+    assert_eq!(world.orders, [("a".to_owned(), Order::Proven), ("a".to_owned(), Order::Stop)]);
     world.report("a", Report::Stopped { stop_ms: 10 });
-    assert_eq!(world.orders[1..], [("b".to_owned(), Order::Load)]);
+    assert_eq!(world.orders[2..], [("b".to_owned(), Order::Load)]);
     world.report("b", Report::Ready { base_url: "http://b".to_owned(), load_ms: 10 });
     assert_eq!(world.runs, [[1], [2]]);
     assert_eq!(world.a().under_way(), 1, "its answer is still on its way");
     world.store(1);
     assert_eq!(world.a().under_way(), 0);
+}
+
+#[test]
+fn its_supervisor_is_told_once_that_a_worker_answers() {
+    let mut world = World::new(4, 4);
+    world.wait("a", 1..=4);
+    world.answer(1);
+    world.answer(2);
+    assert_eq!(world.orders, [("a".to_owned(), Order::Proven)]);
 }
 
 #[test]

@@ -42,7 +42,7 @@ fn a_worker_without_room_for_its_copy_keeps_its_process_if_reading_again_is_chea
     let view = case.state.view(case.now);
     assert_eq!((view.models[0].bare, view.models[0].load_ms, view.models[0].cold_ms), (true, 4_500.0, 20_000.0));
     let outlook = case.state.parking(0).unwrap();
-    assert_eq!((outlook.can, outlook.without_copy), (Some(false), true), "{outlook:?}");
+    assert_eq!((outlook.can, outlook.bare), (Some(false), true), "{outlook:?}");
     // It comes back, and may make its copy if there is room by then.
     case.answered("b", 2);
     case.wants("a");
@@ -145,10 +145,10 @@ fn a_wake_without_a_copy_that_fails_is_learned_as_a_load() {
     assert_eq!(case.state.models[0].learned.wake_ms, None);
 }
 
-/// Whether orders to load were at leisure, or to hurry.
+/// Whether orders to load were at leisure, or to be expedited.
 fn leisure(effects: &[Effect]) -> Vec<bool> {
     let of = |effect: &Effect| match effect {
-        Effect::Order { order: Order::Load | Order::Hurry, at_leisure, .. } => Some(*at_leisure),
+        Effect::Order { order: Order::Load | Order::Expedite, at_leisure, .. } => Some(*at_leisure),
         _ => None,
     };
     effects.iter().filter_map(of).collect()
@@ -201,7 +201,7 @@ fn the_copy_of_a_rehearsal_that_has_begun_counts_though_somebody_has_come() {
     case.state.models[0].learned.copies_at_load = Some(false);
     case.state.step(case.now);
     case.wants("a");
-    assert_eq!(case.orders, [order("a", Order::Hurry, None)]);
+    assert_eq!(case.orders, [order("a", Order::Expedite, None)]);
     case.wants("b");
     assert_eq!(case.orders, [order("b", Order::Load, Some(30))], "it may be about to be made");
 }

@@ -444,7 +444,7 @@ impl Boxed {
                 there.stage = Stage::Leaving;
                 self.at(self.now + self.setup.stop_ms, Ev::Gone(model, replica, order != Order::Stop));
             }
-            (Order::Hurry, Some(Stage::Loading)) => {}
+            (Order::Expedite, Some(Stage::Loading)) | (Order::Proven, Some(Stage::Ready)) => {}
             (Order::Stop, Some(Stage::Parked)) => {
                 self.at(self.now, Ev::Gone(model, replica, false));
             }

@@ -53,6 +53,7 @@ impl Case {
     /// Orders since the last event: model, worker, where, what.
     fn orders(&self) -> Vec<(String, u32, String, Order)> {
         let order = |effect: &Effect| match effect {
+            Effect::Order { order: Order::Proven, .. } => None,
             Effect::Order { model, replica, set, order, .. } => {
                 Some((model.clone(), *replica, set.to_string(), *order))
             }

@@ -162,9 +162,9 @@ impl State {
         let bare = self.bare(worker).filter(|_| !fits && has_means && (refusal || own.bytes > 0));
         let in_the_way = self.would_be_in_the_way(place).filter(|_| fits || bare.is_some());
         let (order, decision) = match (in_the_way, bare) {
-            (Some((residue, other)), _) => {
+            (Some((obstruction, other)), _) => {
                 let other = &self.models[other].name;
-                (Order::Stop, shares.tier.would_be_in_the_way(&model.name, &own, &residue, other))
+                (Order::Stop, shares.tier.would_be_in_the_way(&model.name, &own, &obstruction, other))
             }
             (None, _) if fits => (Order::Park, shares.tier.park(&model.name, &own)),
             (None, Some(bare)) => {
@@ -257,7 +257,7 @@ impl State {
         for (model, outlook) in self.outlooks().iter().filter(|(model, outlook)| before.get(*model) != Some(*outlook)) {
             let (model, park_ram) = (&**model, self.inventory.host);
             match outlook.can {
-                Some(false) if outlook.without_copy => {
+                Some(false) if outlook.bare => {
                     tracing::info!(model, park_ram.bytes = park_ram, "its copy has no room: {}", outlook.why)
                 }
                 Some(true) => tracing::info!(model, park_ram.bytes = park_ram, "can be parked: {}", outlook.why),

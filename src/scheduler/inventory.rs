@@ -87,8 +87,8 @@ pub(super) enum Phase {
     Waiting { was_parked: bool },
     /// Ordered to load.
     Loading { since: Millis, was_parked: bool },
-    /// Takes jobs.
-    Serving { since: Millis, place: Place, idle_since: Option<Millis>, suspect: bool },
+    /// Takes jobs. `proven`: has answered one.
+    Serving { since: Millis, place: Place, idle_since: Option<Millis>, suspect: bool, proven: bool },
     /// Its running jobs end. `hung`: it has stopped answering, so it is not to be parked.
     Draining { hung: bool },
     /// Ordered to stop, or to be parked.

@@ -1,5 +1,6 @@
 //! The loop's side of what is done by hand: it is kept before it is answered.
 
+use super::effects::{Ending, end_all_queued};
 use super::*;
 use crate::domain::Control;
 

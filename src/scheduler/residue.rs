@@ -6,15 +6,15 @@
 //! been parked; one that would be in the way is not parked the next time. A model that takes whole devices takes what is free.
 
 use super::*;
-use crate::policy::tier::Residue;
-use crate::policy::view;
+use crate::policy::tier::Obstruction;
+use crate::policy::view::Residue;
 
 impl State {
     /// What parked workers keep, as the policy sees it.
-    pub(super) fn residues(&self) -> Vec<view::Residue> {
+    pub(super) fn residues(&self) -> Vec<Residue> {
         let kept = self.workers.iter().filter_map(|worker| {
             let set = worker.lies_on.filter(|_| worker.keeps > 0 && worker.phase == Phase::Parked)?;
-            Some(view::Residue { model: worker.model, set, bytes: worker.keeps })
+            Some(Residue { model: worker.model, set, bytes: worker.keeps })
         });
         kept.collect()
     }
@@ -37,10 +37,10 @@ impl State {
             let there = self.left_by_those_who_stay(gpu);
             while self.kept(gpu, place, false).saturating_add(needs) > there {
                 let Some(other) = self.least_worth(gpu, place, now) else { break };
-                let residue = Residue { gpu, kept: self.workers[other].keeps, needs, there };
+                let obstruction = Obstruction { gpu, kept: self.workers[other].keeps, needs, there };
                 let (tier, size) = (self.tier_without(other, now), self.parked_size(&self.workers[other], now));
                 let theirs = self.models[self.workers[other].model].name.clone();
-                self.announce(tier.in_the_way(&theirs, &size, &residue, &name), effects);
+                self.announce(tier.in_the_way(&theirs, &size, &obstruction, &name), effects);
                 // One that was to load elsewhere does so when it is gone, as a new plan says.
                 self.workers[other].lie_down();
                 self.workers[other].phase = Phase::Dropping;
@@ -83,15 +83,15 @@ impl State {
 
     /// What a worker that leaves its devices would keep there, if parked, of what one that waits for them needs; and the model
     /// of that one.
-    pub(super) fn would_be_in_the_way(&self, place: usize) -> Option<(Residue, usize)> {
+    pub(super) fn would_be_in_the_way(&self, place: usize) -> Option<(Obstruction, usize)> {
         let worker = &self.workers[place];
         let kept = self.models[worker.model].learned.keeps_bytes.unwrap_or(0);
         let waiting = self.workers.iter().filter(|w| matches!(w.phase, Phase::Waiting { .. }));
         waiting.filter(|_| kept > 0).find_map(|waits| {
             let needs = self.models[waits.model].bytes_on(&self.inventory)?;
-            let residue = |gpu: u32| Residue { gpu, kept, needs, there: self.left_by_those_who_stay(gpu) };
-            let both = worker.set.gpus().filter(|gpu| waits.set.has(*gpu)).map(residue);
-            let tight = both.into_iter().find(|residue| residue.kept.saturating_add(needs) > residue.there)?;
+            let obstruction = |gpu: u32| Obstruction { gpu, kept, needs, there: self.left_by_those_who_stay(gpu) };
+            let both = worker.set.gpus().filter(|gpu| waits.set.has(*gpu)).map(obstruction);
+            let tight = both.into_iter().find(|it| it.kept.saturating_add(needs) > it.there)?;
             Some((tight, waits.model))
         })
     }

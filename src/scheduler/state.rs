@@ -2,12 +2,13 @@
 //! hold which devices, and which jobs wait for and run on them. Everything else (processes, rows) belongs to others, who
 //! tell it by events and are asked by effects.
 //!
-//! This file takes events in and steps; `turns` carries out plans and moves workers; `devices` is about GPUs that come and go;
-//! `weights` is about models whose weights have to be fetched first; `host` says whose host memory is whose,
-//! `residue` whose parked process is in the way on a device;
-//! `standing` says where a job stands, `eta` when it should start; `hints` what no policy can mend; `controls` does what an
-//! operator says, `edits` what an edited models.yaml does; `answers` takes in the ends of attempts; `accounts` counts where
-//! the time goes; `model` and `inventory` are what it keeps of models and workers.
+//! This file takes events in and steps; `events` is what comes in and goes out; `reports` takes in what supervisors and running
+//! jobs tell of workers; `slots` says who gets a free slot; `turns` carries out plans and moves workers; `devices` is about GPUs
+//! that come and go; `weights` is about models whose weights have to be fetched first; `host` says whose host memory is whose,
+//! `residue` whose parked process is in the way on a device; `standing` says where a job stands, `eta` when it should start;
+//! `hints` what no policy can mend; `controls` does what an operator says, `edits` what an edited models.yaml does; `answers`
+//! takes in the ends of attempts; `accounts` counts where the time goes; `model` and `inventory` are what it keeps of models
+//! and workers.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -40,12 +41,18 @@ mod devices;
 mod edits;
 #[path = "eta.rs"]
 mod eta;
+#[path = "events.rs"]
+mod events;
 #[path = "hints.rs"]
 mod hints;
 #[path = "host.rs"]
 mod host;
+#[path = "reports.rs"]
+mod reports;
 #[path = "residue.rs"]
 mod residue;
+#[path = "slots.rs"]
+mod slots;
 #[path = "standing.rs"]
 mod standing;
 #[path = "turns.rs"]
@@ -55,6 +62,7 @@ mod weights;
 pub(super) use answers::Storing;
 pub use edits::{Edit, edits};
 pub use eta::Expected;
+pub use events::{Back, Effect, Event, Place};
 pub(super) use standing::Holding;
 pub(super) use turns::TOLD_MAX;
 pub(super) use weights::Lack;
@@ -65,225 +73,6 @@ const PLAN_EVERY_MS: i64 = 5;
 const LOAD_BITS: u32 = 24;
 /// What tenants were served is kept at least this often while it changes.
 const KEEP_SERVED_EVERY_MS: i64 = 10_000;
-
-/// Something that happened.
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// Committed jobs that wait now: new ones, or given back after an attempt.
-    Queued(Vec<QueuedJob>),
-    /// A claim was committed; `lost` were not queued any more.
-    Claimed {
-        /// Entry name.
-        model: Arc<str>,
-        /// Numbers that are not this run's after all.
-        lost: Vec<i64>,
-    },
-    /// A worker has answered a job whole and is done with it: its slot is free. The answer is on its way to the store.
-    Answered {
-        /// Entry name.
-        model: Arc<str>,
-        /// Its number; it is under way until `Ended`.
-        number: i64,
-    },
-    /// The end of an attempt is committed; its slot is free, if it was not already.
-    Ended {
-        /// Entry name.
-        model: Arc<str>,
-        /// The job.
-        number: i64,
-        /// It was answered: its time counts as a sample. Stands for `Answered` as well, if nobody has told that.
-        answered: bool,
-        /// Its worker could not be reached or broke the connection.
-        suspect: bool,
-        /// The job waits again; committed.
-        back: Option<Back>,
-    },
-    /// A job failed on a worker that was woken and has answered nobody since, and is about to go back uncharged.
-    CanaryFailed {
-        /// Entry name.
-        model: Arc<str>,
-        /// Its number; it counts as running until `Ended`.
-        number: i64,
-    },
-    /// A running job ran out of memory; it is about to go back, or has failed.
-    OutOfMemory {
-        /// Entry name.
-        model: Arc<str>,
-        /// Its number; it counts as running until `Ended`.
-        number: i64,
-        /// Jobs of its run.
-        jobs: u32,
-    },
-    /// What the shape of a running job is, in words.
-    Shape {
-        /// Entry name.
-        model: Arc<str>,
-        /// Its number.
-        number: i64,
-        /// See `domain::shape::words`.
-        words: String,
-    },
-    /// An attempt ran into its time limit and showed no progress for the last half of it: its worker may hang, though its
-    /// health is well.
-    Silent {
-        /// Entry name.
-        model: Arc<str>,
-        /// The job.
-        number: i64,
-        /// When the attempt was sent.
-        since: Millis,
-    },
-    /// A waiting job is not to be scheduled any more: it was cancelled; committed.
-    Gone {
-        /// Entry name.
-        model: String,
-        /// Of the job.
-        priority: u8,
-        /// The job.
-        number: i64,
-    },
-    /// A supervisor's report.
-    Report {
-        /// Entry name.
-        model: String,
-        /// Which of its workers.
-        replica: u32,
-        /// What it says.
-        report: Report,
-    },
-    /// The fetching task says something about a model's weights.
-    Fetch {
-        /// Entry name.
-        model: String,
-        /// What it says.
-        report: Box<FetchReport>,
-    },
-    /// The GPUs that are there now: memory in bytes, by the driver's numbers.
-    Devices(BTreeMap<u32, u64>),
-    /// An operator says something.
-    Control(Control),
-    /// Waiting jobs with numbers below `before` are to be cancelled. Some at a time: ask again until there is no effect.
-    Purge {
-        /// Entry name; `None`: of all models.
-        model: Option<String>,
-        /// The number after the last of them.
-        before: i64,
-    },
-    /// So many were.
-    Purged {
-        /// As in `Purge`.
-        model: Option<String>,
-        /// How many.
-        removed: usize,
-    },
-    /// Entries of models.yaml were edited.
-    Edited(Vec<Edit>),
-    /// The server is stopping: nothing new starts.
-    Stop,
-}
-
-/// How a job comes back to the queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Back {
-    /// Not to be claimed before.
-    pub not_before: Option<Millis>,
-    /// The death of a worker that it was part of.
-    pub crash: Option<i64>,
-}
-
-/// A place on a worker.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// Number of the worker among those of its model.
-    pub replica: u32,
-    /// Where the worker answers.
-    pub base_url: String,
-    /// Which load it is from: jobs that are lost with it died together.
-    pub load: i64,
-    /// Most jobs in one run of its model.
-    pub max_batch: u32,
-    /// The GPUs that the worker is on; `None`: on the CPU, or nobody knows.
-    pub gpus: Option<GpuSet>,
-    /// It was woken and has answered nobody since: a failure is not the job's.
-    pub canary: bool,
-}
-
-/// Something to be done.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Effect {
-    /// Claim these jobs, then send them to the worker.
-    Claim {
-        /// Entry name.
-        model: Arc<str>,
-        /// Where they go.
-        place: Place,
-        /// The jobs.
-        run: Run,
-    },
-    /// Give a supervisor an order.
-    Order {
-        /// Entry name.
-        model: String,
-        /// Which of its workers; they are numbered from 0.
-        replica: u32,
-        /// The devices it holds, or is to be loaded on.
-        set: GpuSet,
-        /// The order.
-        order: Order,
-        /// With a load: most host memory that the copy of its weights may take, in bytes; `None`: it is never parked.
-        park_bytes: Option<u64>,
-        /// With a load: nobody waits for it.
-        at_leisure: bool,
-    },
-    /// Look for the weights of a model, and fetch them if they are not here.
-    Fetch {
-        /// Entry name.
-        model: String,
-    },
-    /// End the attempts of running jobs whose GPU has vanished: they wait again, uncharged.
-    Evict {
-        /// The jobs.
-        numbers: Vec<i64>,
-    },
-    /// End waiting jobs with an error: `expired` if `overdue`, else `failed`.
-    EndQueued {
-        /// The jobs.
-        numbers: Vec<i64>,
-        /// Why.
-        error: JobError,
-        /// A deadline passed.
-        overdue: bool,
-    },
-    /// Cancel jobs that waited; nothing else will be done with them.
-    CancelQueued(Vec<i64>),
-    /// Tell waiting jobs that their model is being loaded.
-    TellLoading {
-        /// The jobs.
-        numbers: Vec<i64>,
-        /// Entry name.
-        model: String,
-        /// When it should be ready.
-        eta: Millis,
-    },
-    /// Add a load's time to the jobs that waited for it.
-    AddLoadTime {
-        /// The jobs.
-        numbers: Vec<i64>,
-        /// Its length.
-        load_ms: i64,
-    },
-    /// Keep what was learned.
-    Learn {
-        /// Entry name.
-        model: String,
-        /// All of it.
-        learned: Learned,
-    },
-    /// Keep how much tenants were served: weighted GPU ms by name.
-    Served(Vec<(String, f64)>),
-    /// Log a decision that was made, or a reason to wait that is a new one: all that is kept of them.
-    Announce(Arc<Decision>),
-}
 
 /// All of it.
 #[derive(Debug)]
@@ -449,39 +238,6 @@ impl State {
         self.models[index].count_arrival(now);
     }
 
-    /// The fast path: if the job's model serves with a free slot and nobody waits, the slot is the job's, and its worker's
-    /// address is returned. Give it back by [`Event::Ended`].
-    pub fn reserve(&mut self, job: &QueuedJob, now: Millis) -> Option<Place> {
-        let index = self.index_of(&job.model)?;
-        if self.stopping || self.models[index].held.paused || job.not_before.is_some() {
-            return None;
-        }
-        let model = &self.models[index];
-        let free = |worker: &&Worker| {
-            worker.model == index
-                && matches!(worker.phase, Phase::Serving { suspect: false, .. })
-                && !model.storing.is_full(worker.replica, model.slots)
-                && model.queue.has_free_slot(model.slots, job.priority, worker.replica)
-        };
-        let worker = self.workers.iter().filter(free).min_by_key(|worker| model.queue.running_on(worker.replica))?;
-        let Phase::Serving { place, .. } = &worker.phase else { return None };
-        let place = place.clone();
-        self.account(now);
-        self.lift(&job.tenant);
-        let to = self.to(index, place.replica);
-        self.count_running(&job.tenant);
-        let model = &mut self.models[index];
-        model.queue.reserve(job.clone(), to, &mut self.served, now);
-        model.begin(&Run { jobs: vec![job.clone()], alone: false }, &place, now);
-        Some(place)
-    }
-
-    /// A worker as its model's queue needs it.
-    fn to(&self, index: usize, worker: u32) -> To {
-        let model = &self.models[index];
-        To { worker, slots: model.slots, service_ms: model.service_ms(), charge_ms: model.charge_ms() }
-    }
-
     /// Takes in an event. Call [`State::step`] after one or more of them.
     pub fn on_event(&mut self, event: Event, now: Millis) -> Vec<Effect> {
         self.account(now);
@@ -590,171 +346,9 @@ impl State {
         Some(running)
     }
 
-    /// Restarts a worker that let an attempt run into the model's own time limit without progress, and has answered nobody
-    /// since the attempt began. A limit that the client set shorter proves nothing.
-    fn on_silent(&mut self, model: &str, number: i64, since: Millis, now: Millis) -> Vec<Effect> {
-        let mut effects = Vec::new();
-        let Some(index) = self.index_of(model) else { return effects };
-        let model = &self.models[index];
-        let Some(replica) = model.queue.running().get(&number).map(|running| running.worker) else { return effects };
-        if now - since >= model.timeout_ms
-            && model.queue.answered_at(replica).is_none_or(|at| at < since)
-            && let Some(worker) = self.find(index, replica)
-        {
-            self.leave(worker, true, now, &mut effects);
-        }
-        effects
-    }
-
-    /// A worker has not served the first job since it was woken: it is stopped, so that it comes back by a cold load.
-    fn on_canary_failed(&mut self, model: &str, number: i64, now: Millis) -> Vec<Effect> {
-        let mut effects = Vec::new();
-        let Some(index) = self.index_of(model) else { return effects };
-        let running = self.models[index].queue.running().get(&number);
-        let worker = running.map(|running| running.worker).and_then(|replica| self.find(index, replica));
-        if let Some(worker) = worker
-            && matches!(&self.workers[worker].phase, Phase::Serving { place, .. } if place.canary)
-        {
-            self.leave(worker, true, now, &mut effects);
-        }
-        effects
-    }
-
-    /// Something is learned about the shape of a running job.
-    fn on_shape(
-        &mut self,
-        model: &str,
-        number: i64,
-        now: Millis,
-        learn: impl FnOnce(&mut Batching, i64) -> Option<Change>,
-    ) -> Vec<Effect> {
-        let Some(index) = self.index_of(model) else { return Vec::new() };
-        let model = &mut self.models[index];
-        let Some(key) = model.queue.running().get(&number).map(|running| running.job.batch_key) else {
-            return Vec::new();
-        };
-        let change = learn(&mut model.batching, key);
-        self.tell_change(index, change, now)
-    }
-
-    fn tell_change(&mut self, index: usize, change: Option<Change>, now: Millis) -> Vec<Effect> {
-        let decision = change.map(|change| change.decision(&self.models[index].name, now));
-        let told = decision.and_then(|decision| self.journal.keep(decision)).map(Effect::Announce);
-        let kept = self.models[index].batching.take_news().then(|| self.learn(index));
-        told.into_iter().chain(kept).collect()
-    }
-
     /// The place of a worker.
     fn find(&self, model: usize, replica: u32) -> Option<usize> {
         self.workers.iter().position(|worker| worker.model == model && worker.replica == replica)
-    }
-
-    fn on_report(&mut self, index: usize, replica: u32, report: Report, now: Millis) -> Vec<Effect> {
-        let worker = self.find(index, replica);
-        match report {
-            Report::Loading { .. } => {
-                worker.into_iter().for_each(|worker| self.note_cold(worker));
-                Vec::new()
-            }
-            Report::Takes { device_bytes } => {
-                self.models[index].count_bytes(device_bytes);
-                Vec::new()
-            }
-            Report::Host(host) => {
-                self.on_host(index, worker, host);
-                Vec::new()
-            }
-            Report::Keeps { device_bytes } => {
-                self.on_keeps(index, worker, device_bytes);
-                Vec::new()
-            }
-            Report::Loaded { phases } => {
-                self.models[index].count_phases(&phases);
-                if let Some(place) = worker {
-                    self.workers[place].has_slept |= phases.iter().any(|phase| phase.phase == PhaseTime::REHEARSAL);
-                }
-                Vec::new()
-            }
-            Report::Ready { base_url, load_ms } => self.on_ready(index, replica, base_url, load_ms, now),
-            Report::Stopped { stop_ms } => match worker.map(|worker| (worker, &self.workers[worker].phase)) {
-                Some((worker, Phase::Stopping { park })) => {
-                    if *park && self.workers[worker].is_bare {
-                        self.models[index].count_never_bare();
-                    }
-                    blend(&mut self.models[index].learned.stop_ms, stop_ms as f64, LOAD_WEIGHT);
-                    self.on_left(worker, now)
-                }
-                Some((worker, Phase::Dropping)) => {
-                    self.workers.remove(worker);
-                    self.note_unloaded(index);
-                    Vec::new()
-                }
-                // The answer to a stop that crossed with a death says nothing about a load that was ordered since.
-                _ => Vec::new(),
-            },
-            Report::Parked { park_ms } => match worker {
-                Some(worker) if self.workers[worker].phase == (Phase::Stopping { park: true }) => {
-                    blend(&mut self.models[index].learned.stop_ms, park_ms as f64, LOAD_WEIGHT);
-                    self.on_parked(worker, now)
-                }
-                _ => Vec::new(),
-            },
-            Report::Died { .. } => worker.map_or(Vec::new(), |worker| self.on_died(worker, now)),
-            Report::LoadFailed { error, retry_at, quarantined } => {
-                let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
-                let text = format!("{word}: {}", why(&error, &self.models[index].name));
-                self.on_load_failed(index, worker, error, Some(retry_at), text)
-            }
-            Report::DoesNotFit { error } => {
-                let line = first_line(&error.message);
-                let rest = line.strip_prefix(&format!("model `{}` ", self.models[index].name));
-                let text = rest.map_or_else(|| format!("blocked: {line}"), |rest| format!("it {rest}"));
-                let mut effects = worker.map_or(Vec::new(), |worker| self.drop_bare_beside(worker, now));
-                effects.extend(self.on_load_failed(index, worker, error, None, text));
-                effects
-            }
-            // Its entry is gone, and that is what its jobs wait for.
-            Report::Available if !self.models[index].is_listed => Vec::new(),
-            Report::NoGpu => {
-                self.models[index].trouble = Some(self.models[index].lacks_gpus());
-                self.models[index].block_too_big();
-                self.models[index].wanted_at = None;
-                self.give_up(worker);
-                Vec::new()
-            }
-            Report::Available => {
-                self.models[index].forget_never_bare();
-                self.models[index].trouble = None;
-                self.models[index].block_too_big();
-                self.note_devices(index);
-                Vec::new()
-            }
-        }
-    }
-
-    fn on_load_failed(
-        &mut self,
-        index: usize,
-        worker: Option<usize>,
-        error: JobError,
-        retry_at: Option<Millis>,
-        text: String,
-    ) -> Vec<Effect> {
-        self.give_up(worker);
-        if !self.models[index].is_listed {
-            return Vec::new();
-        }
-        self.look_for_weights_again(index);
-        let serves = self.serves(index);
-        let model = &mut self.models[index];
-        (model.preload, model.wanted_at) = (false, None);
-        let told = (!serves).then(|| error.clone());
-        model.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: told, text, until: retry_at });
-        if serves {
-            // Callers have another worker.
-            return Vec::new();
-        }
-        self.end_callers(index, error)
     }
 
     /// Does what follows from all events so far: ends overdue jobs, fills free slots, plans.
@@ -771,7 +365,7 @@ impl State {
         self.finish_draining(now, &mut effects);
         self.load_where_free(now, &mut effects);
         let planned = if self.stopping { None } else { self.plan_in_time(now, &mut effects) };
-        self.hurry(&mut effects);
+        self.expedite(&mut effects);
         let own = self.models.iter().filter_map(|m| m.queue.next_wake()).min();
         self.wake_at = [planned, own].into_iter().flatten().min();
         if self.served_changed && now - self.served_kept_at >= KEEP_SERVED_EVERY_MS {
@@ -805,49 +399,6 @@ impl State {
             .collect()
     }
 
-    /// Fills the free slots of ready workers, the least busy worker of a model first.
-    fn admit_jobs(&mut self, now: Millis, effects: &mut Vec<Effect>) {
-        if self.stopping {
-            return;
-        }
-        for index in 0..self.models.len() {
-            while !self.models[index].held.paused
-                && self.models[index].queue.has_ready()
-                && let Some((place, run)) = self.admit_one(index, now)
-            {
-                for job in &run.jobs {
-                    self.forget_tenant(&job.tenant);
-                    self.count_running(&job.tenant);
-                }
-                run.jobs.iter().for_each(|job| self.eta.started(job.number, now));
-                effects.push(Effect::Claim { model: self.models[index].name.clone(), place, run });
-            }
-        }
-    }
-
-    fn admit_one(&mut self, index: usize, now: Millis) -> Option<(Place, Run)> {
-        let model = &self.models[index];
-        let mut places: Vec<&Place> = self
-            .workers
-            .iter()
-            .filter(|worker| worker.model == index)
-            .filter_map(|worker| match &worker.phase {
-                Phase::Serving { place, suspect: false, .. } => Some(place),
-                _ => None,
-            })
-            .filter(|place| !model.storing.is_full(place.replica, model.slots))
-            .collect();
-        places.sort_by_key(|place| model.queue.running_on(place.replica));
-        let places: Vec<Place> = places.into_iter().cloned().collect();
-        places.into_iter().find_map(|place| {
-            let to = self.to(index, place.replica);
-            let model = &mut self.models[index];
-            let run = model.queue.admit_one(to, &model.batching, &mut self.served, now)?;
-            model.begin(&run, &place, now);
-            Some((place, run))
-        })
-    }
-
     fn note_idle(&mut self, now: Millis) {
         for worker in &mut self.workers {
             let model = &self.models[worker.model];
@@ -879,12 +430,6 @@ fn uncount(counts: &mut HashMap<Arc<str>, usize>, tenant: &Arc<str>) {
             counts.remove(tenant);
         }
     }
-}
-
-/// Why a model does not load, without saying so again.
-fn why<'a>(error: &'a JobError, model: &str) -> &'a str {
-    let line = first_line(&error.message);
-    line.strip_prefix(&format!("model `{model}` does not load: ")).unwrap_or(line)
 }
 
 fn first_line(text: &str) -> &str {

@@ -74,6 +74,7 @@ impl World {
                 Effect::Claim { model, run, .. } => {
                     self.running.extend(run.jobs.iter().map(|j| (model.clone(), j.number)))
                 }
+                Effect::Order { order: Order::Proven, .. } => {}
                 Effect::Order { model, order, .. } => self.orders.push((model, order)),
                 Effect::EndQueued { numbers, error, .. } => self.ended.extend(numbers.iter().map(|n| (*n, error.code))),
                 _ => {}
@@ -103,7 +104,7 @@ impl World {
                     self.now += 500;
                     self.report(&model, Report::Stopped { stop_ms: 500 });
                 }
-                Order::Retry | Order::Suspect | Order::Hurry => {}
+                Order::Retry | Order::Suspect | Order::Expedite | Order::Proven => {}
             }
         }
     }

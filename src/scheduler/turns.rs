@@ -266,12 +266,12 @@ impl State {
     }
 
     /// Tells workers that load at leisure when somebody waits for them.
-    pub(super) fn hurry(&mut self, effects: &mut Vec<Effect>) {
+    pub(super) fn expedite(&mut self, effects: &mut Vec<Effect>) {
         for place in 0..self.workers.len() {
             let loads = matches!(self.workers[place].phase, Phase::Loading { .. });
             if self.workers[place].at_leisure && loads && !self.nobody_waits(place) {
                 self.workers[place].at_leisure = false;
-                effects.push(self.order(place, Order::Hurry));
+                effects.push(self.order(place, Order::Expedite));
             }
         }
     }
@@ -313,7 +313,7 @@ impl State {
         };
         let gpus = (self.models[index].needs_gpus() && !self.inventory.one_at_a_time).then_some(worker.set);
         let at = Place { replica, base_url, load, max_batch, gpus, canary: was_parked };
-        worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false };
+        worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false, proven: false };
         let (set, is_bare) = (worker.set, std::mem::take(&mut worker.is_bare));
         (worker.at_leisure, worker.may_rehearse) = (false, false);
         let source = match was_parked {

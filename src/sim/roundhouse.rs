@@ -178,7 +178,7 @@ impl Roundhouse {
                 Effect::Order { model, replica, order: Order::Stop, .. } => self.stop(world, &model, replica)?,
                 // Simulated workers neither hang nor fail, and no GPU vanishes.
                 Effect::Evict { .. } => {}
-                Effect::Order { order: Order::Retry | Order::Suspect | Order::Hurry, .. } => {}
+                Effect::Order { order: Order::Retry | Order::Suspect | Order::Expedite | Order::Proven, .. } => {}
                 Effect::EndQueued { numbers, .. } => {
                     for number in numbers {
                         world.expire(job_of(number))?;

@@ -22,7 +22,7 @@ impl Supervisor {
     /// What it says of its copy in host memory: reported when it is another than before.
     pub(super) fn note_host(&self, running: &mut Running, host: HostCopy) {
         // What it can do by itself says nothing of what the driver does to it.
-        let host = match &self.sleepless {
+        let host = match &self.park_refused {
             None if self.spec.park == Park::Checkpoint => HostCopy::default(),
             Some(why) => HostCopy { can_park: Some(false), can_reread: Some(false), note: Some(why.clone()), ..host },
             None => host,
@@ -121,6 +121,17 @@ impl Supervisor {
         self.used_bytes().await
     }
 
+    /// Who uses its own GPUs, asked as often.
+    async fn users_now(&self) -> Option<Vec<(u32, u32, u64)>> {
+        for _ in 1..ASKED_MAX {
+            if let Some(users) = self.users(&self.gpus).await {
+                return Some(users);
+            }
+            sleep(LOOK_EVERY).await;
+        }
+        self.users(&self.gpus).await
+    }
+
     async fn used_of(&self, indices: &[u32]) -> Option<u64> {
         let mut gpus = self.look().await;
         if !indices.is_empty() {
@@ -180,7 +191,9 @@ impl Supervisor {
         let overlaps = |stuck: &Stuck| stuck.gpus.is_empty() || stuck.gpus.iter().any(|gpu| self.gpus.contains(gpu));
         let left: Vec<Stuck> = self.around.stuck.lock().iter().filter(|stuck| overlaps(stuck)).cloned().collect();
         for stuck in left {
-            match self.until_free(&stuck.gpus, &stuck.free, self.tempo.memory_limit).await {
+            // Who finds room all the same only looks.
+            let limit = if self.has_room().await { Duration::ZERO } else { self.tempo.memory_limit };
+            match self.until_free(&stuck.gpus, &stuck.free, limit).await {
                 Ok(()) => self.around.stuck.lock().retain(|other| *other != stuck),
                 Err(_) if self.has_room().await => {}
                 Err(used) => {
@@ -206,12 +219,12 @@ impl Supervisor {
     }
 
     /// What a worker takes of its GPUs together, in bytes: what the driver shows of its processes, whoever else comes and goes;
-    /// or, where it shows none, how much more than `free` is in use. `None`: the driver does not say.
+    /// or, where it shows none, how much more than `free` is in use. `None`: the driver does not say, asked again and again.
     pub(super) async fn taken_beyond(&self, free: &Free) -> Option<u64> {
         if free.pids.is_empty() {
-            return Some(self.used_bytes().await?.saturating_sub(free.at_most));
+            return Some(self.used_bytes_now().await?.saturating_sub(free.at_most));
         }
-        Some(free.used_by_it(&self.users(&self.gpus).await?).unwrap_or(0))
+        Some(free.used_by_it(&self.users_now().await?).unwrap_or(0))
     }
 
     /// Whether what it is declared to take is free on each of its GPUs.

@@ -56,7 +56,7 @@ impl Supervisor {
         let reason = tail.explain(reason);
         self.last_failure = Some(reason.clone());
         let message = format!(
-            "model `{}` does not fit, even with less to do: {reason}. {}",
+            "model `{}` does not fit, nor when it was told to make do with less: {reason}. {}",
             self.spec.name,
             advice(&self.spec, &gpus, &self.gpus)
         );
@@ -76,7 +76,7 @@ impl Supervisor {
             match self.next_order_within(look_every).await {
                 Some(None) => return Phase::Ended,
                 Some(Some(Order::Stop | Order::Park | Order::ParkBare)) => self.report(Report::Stopped { stop_ms: 0 }),
-                Some(Some(Order::Suspect | Order::Hurry)) => {}
+                Some(Some(Order::Suspect | Order::Expedite | Order::Proven)) => {}
                 Some(Some(Order::Load | Order::Wake)) => self.report(Report::DoesNotFit { error: error.clone() }),
                 Some(Some(Order::Retry)) => {
                     self.enter(ModelState::Absent);

@@ -28,7 +28,7 @@ impl Supervisor {
         let ordered_at = Instant::now();
         self.enter(ModelState::Parking);
         running.is_bare = bare;
-        self.view.send_modify(|v| v.without_copy = bare);
+        self.view.send_modify(|v| v.bare = bare);
         self.note_life(running.since);
         let free = self.free_when(&mut running).await;
         let at_most = self.parked_use(free.as_ref()).await;
@@ -37,7 +37,7 @@ impl Supervisor {
             Turn::Done(()) => match self.shows_back(&mut running, free.as_ref(), at_most).await {
                 Ok(()) => {
                     let park_ms = millis(ordered_at.elapsed());
-                    tracing::info!(model = self.spec.name, park_ms, without_copy = bare, "parked");
+                    tracing::info!(model = self.spec.name, park_ms, bare, "parked");
                     let kept = self.kept_bytes(free.as_ref()).await;
                     self.enter(ModelState::Parked);
                     self.view.send_modify(|v| v.device_bytes = kept);
@@ -73,7 +73,7 @@ impl Supervisor {
                         Order::Stop => return self.leave_parked(running).await,
                         Order::Park | Order::ParkBare => self.report(Report::Parked { park_ms: 0 }),
                         Order::Retry => self.forget_failures(),
-                        Order::Suspect | Order::Hurry => {} // Nothing runs on it.
+                        Order::Suspect | Order::Expedite | Order::Proven => {} // Nothing runs on it.
                     }
                     continue;
                 }
@@ -158,14 +158,14 @@ impl Supervisor {
         self.failed_parks += 1;
         if self.failed_parks >= FAILED_PARKS_MAX {
             let count = self.failed_parks;
-            self.sleepless = Some(format!("{count} parks or wakes in a row have failed, the last one since {why}"));
+            self.park_refused = Some(format!("{count} parks or wakes in a row have failed, the last one since {why}"));
             self.note_host(running, HostCopy { bytes: running.host.bytes, ..HostCopy::default() });
         }
     }
 
     /// Workers of this entry may be parked again.
     pub(super) fn forget_failed_parks(&mut self) {
-        (self.failed_parks, self.sleepless) = (0, None);
+        (self.failed_parks, self.park_refused) = (0, None);
     }
 
     /// Its worker does it, or the driver.
@@ -245,7 +245,7 @@ impl Supervisor {
                             return Turn::Stopped;
                         }
                         Order::Retry => self.forget_failures(),
-                        Order::Suspect | Order::Hurry => {} // Nothing runs on it.
+                        Order::Suspect | Order::Expedite | Order::Proven => {} // Nothing runs on it.
                         Order::Load | Order::Wake | Order::Park | Order::ParkBare => self.orders.kept.push_back(asked),
                     }
                 }
@@ -281,7 +281,13 @@ impl Supervisor {
             }
             self.note_host(running, memory.host);
         }
-        let Some((free, at_most)) = free.zip(at_most) else { return Ok(()) };
+        let Some((free, at_most)) = free.zip(at_most) else {
+            // Of a worker whose load the driver has not told of either, nothing can be seen.
+            return match running.memory_before {
+                Some(_) => Err("the driver does not say any more how much of its GPUs is in use".to_owned()),
+                None => Ok(()),
+            };
+        };
         let until = Instant::now() + self.tempo.park_memory_limit;
         loop {
             let Some(kept) = self.taken_beyond(free).await else { return Err("its GPU is gone".to_owned()) };

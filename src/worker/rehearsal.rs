@@ -33,7 +33,7 @@ impl Supervisor {
             Turn::Failed(why) => {
                 self.release(&running);
                 running.process.clear_away().await;
-                Try::Sleepless(why)
+                Try::RehearsalFailed(why)
             }
             Turn::Stopped => {
                 let ordered_at = Instant::now();

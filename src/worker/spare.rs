@@ -251,8 +251,10 @@ impl Keeper {
         loop {
             let (not_before, turn, mut loads) = (self.not_before, self.turn.clone(), self.loads.clone());
             let soft = self.around.tasks.soft().clone();
+            let view = self.view.clone();
             let mut mine = std::pin::pin!(async move {
                 sleep_until(not_before).await;
+                pause_is_over(&view);
                 loop {
                     let turn = turn.clone().lock_owned().await;
                     loads.wait_for(|count| *count == 0).await.ok()?;
@@ -431,6 +433,17 @@ impl Keeper {
     }
 }
 
+/// The pause after a failure is over: what it waits for from now on is that nobody loads.
+fn pause_is_over(view: &watch::Sender<SpareView>) {
+    view.send_if_modified(|v| {
+        let is_over = v.state == SpareState::Backoff;
+        if is_over {
+            v.state = SpareState::Absent;
+        }
+        is_over
+    });
+}
+
 /// Host memory of its processes, in bytes.
 async fn host_bytes(process: &WorkerProcess) -> Option<u64> {
     let family = process.family();
@@ -473,5 +486,31 @@ mod tests {
         let with_env = ModelSpec { env: [("PYTHONPATH".to_owned(), "/x".to_owned())].into(), ..flux.clone() };
         assert!(!is_one_environment(&flux, &with_env));
         assert!(!is_one_environment(&spec(&["serve"]), &spec(&["serve"])), "a command knows no --spare");
+    }
+    #[tokio::test(start_paused = true)]
+    async fn a_spare_whose_pause_is_over_is_shown_as_one_that_waits_for_loads() {
+        let dir = tempfile::tempdir().unwrap();
+        let tasks = crate::lifecycle::Tasks::new();
+        let around = Surroundings {
+            clock: Arc::new(crate::clock::SystemClock::default()),
+            gpus: crate::worker::gpu::from_setting(Some("none")).unwrap(),
+            tasks: tasks.clone(),
+            data_dir_id: "spare".to_owned(),
+            log_dir: dir.path().join("logs"),
+            program: dir.path().join("no-such-program"),
+            grace: Duration::from_secs(1),
+            stuck: crate::worker::supervisor::StuckMemory::default(),
+            backoff_first: Duration::from_secs(60),
+            backoff_max: Duration::from_secs(60),
+            spares: Spares::default(),
+        };
+        let launch = Launch::Script { python: "/venv/python".into(), script: "flux/server.py".into() };
+        let spares = Spares::start(&[ModelSpec { launch, spare: true, ..spec(&[]) }], &around);
+        let mut view = spares.keepers()[0].view.subscribe();
+        view.wait_for(|view| view.state == SpareState::Backoff).await.unwrap();
+        let _loading = spares.loading();
+        let is_over = timeout(Duration::from_secs(3_600), view.wait_for(|view| view.state == SpareState::Absent)).await;
+        assert!(is_over.is_ok(), "{:?}", spares.views());
+        assert!(spares.views()[0].reason.is_some(), "why the last one is gone is still told");
     }
 }

@@ -136,7 +136,9 @@ pub enum Order {
     /// `Died` reported.
     Suspect,
     /// Somebody waits now for what was to be loaded at leisure. Unless it loads: nothing.
-    Hurry,
+    Expedite,
+    /// It has answered a job since it was made ready: if it dies soon, it is not of itself.
+    Proven,
 }
 
 /// How fast a supervisor looks and how long it waits. The default is what runs; tests shorten it.
@@ -226,7 +228,7 @@ impl WorkerHandle {
             retry_at: None,
             reason: None,
             device_bytes: None,
-            without_copy: false,
+            bare: false,
             lost_copy: None,
             last_failure: None,
             host_bytes: None,
@@ -244,7 +246,7 @@ impl WorkerHandle {
             gpus: Vec::new(),
             park_bytes: None,
             at_leisure: false,
-            sleepless: None,
+            park_refused: None,
             failed_parks: 0,
             free_bytes: None,
             around,
@@ -288,7 +290,7 @@ impl WorkerHandle {
     }
 
     /// As [`Self::order_on`] with `Load`, while nobody waits: a worker that will make its copy when it is parked is put to sleep
-    /// and woken once before it is `Ready`, since the first time takes long (page-locking). `Hurry` before that says that
+    /// and woken once before it is `Ready`, since the first time takes long (page-locking). `Expedite` before that says that
     /// somebody waits now.
     pub fn load_at_leisure(&self, set: GpuSet, park_bytes: Option<u64>) {
         self.give(Asked { order: Order::Load, set: Some(set), park_bytes, at_leisure: true });
@@ -384,7 +386,7 @@ struct Supervisor {
     /// Nobody waits for its present load.
     at_leisure: bool,
     /// Why the worker that is there must not be put to sleep: another one of this load did not come back, or too many before it.
-    sleepless: Option<String>,
+    park_refused: Option<String>,
     /// Parks and wakes that failed in a row.
     failed_parks: u32,
     /// Memory that was free on the fullest of its GPUs before it was loaded, in bytes.
@@ -438,7 +440,7 @@ impl Supervisor {
                 Some(Order::Load | Order::Wake) => return Phase::Loading,
                 Some(Order::Stop | Order::Park | Order::ParkBare) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Order::Retry) => self.forget_failures(),
-                Some(Order::Suspect | Order::Hurry) => {} // It has died since, and that was reported.
+                Some(Order::Suspect | Order::Expedite | Order::Proven) => {} // It has died since, and that was reported.
                 None => return Phase::Ended,
             }
         }
@@ -471,7 +473,8 @@ impl Supervisor {
                 }
                 // Its next probe tells again what it can.
                 Event::Order(Some(Order::Retry)) => self.forget_failed_parks(),
-                Event::Order(Some(Order::Load | Order::Wake | Order::Suspect | Order::Hurry)) => {}
+                Event::Order(Some(Order::Proven)) => self.early_deaths = 0,
+                Event::Order(Some(Order::Load | Order::Wake | Order::Suspect | Order::Expedite)) => {}
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
                 Event::Pulse(Pulse::Alive(memory)) => {
                     misses = 0;
@@ -524,7 +527,7 @@ impl Supervisor {
             match self.next_order_within(look_every).await {
                 Some(None) => return Phase::Ended,
                 Some(Some(Order::Stop | Order::Park | Order::ParkBare)) => self.report(Report::Stopped { stop_ms: 0 }),
-                Some(Some(Order::Suspect | Order::Hurry)) => {}
+                Some(Some(Order::Suspect | Order::Expedite | Order::Proven)) => {}
                 Some(Some(Order::Load | Order::Wake)) if self.sees_gpu().await => return Phase::Loading,
                 Some(Some(Order::Load | Order::Wake)) => self.report(Report::NoGpu),
                 Some(Some(Order::Retry)) | None => {
@@ -576,7 +579,9 @@ impl Supervisor {
             self.report(Report::Died { reason });
             return Phase::Absent;
         }
-        let what = format!("its worker died {times} times in a row soon after it was ready: {reason}");
+        let what = format!(
+            "its worker died {times} times in a row soon after it was ready, without an answer in between: {reason}"
+        );
         // The back-off is told first: a load ordered between the two reports would be answered by the second one, and the
         // order be followed when the back-off is over, whoever holds the device then.
         let phase = self.enter_backoff(what, &tail, times - FREE_EARLY_DEATHS, false);
@@ -686,7 +691,7 @@ impl Supervisor {
             v.reason = if keeps { self.failure() } else { None };
             v.phase = None;
             v.percent = None;
-            v.without_copy &= matches!(state, ModelState::Parking | ModelState::Parked | ModelState::Waking);
+            v.bare &= matches!(state, ModelState::Parking | ModelState::Parked | ModelState::Waking);
             if state == ModelState::Loading {
                 v.lost_copy = None;
             }

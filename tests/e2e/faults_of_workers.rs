@@ -195,6 +195,18 @@ async fn a_poisonous_request_kills_an_engine_and_no_neighbour() {
 }
 
 #[tokio::test]
+async fn a_caller_whose_requests_kill_takes_the_model_from_nobody() {
+    let server = Site::new().model("t", stock(&none())).start().await;
+    let api = &server.api;
+    for _ in 0..3 {
+        let killer = api.submit(&chat_job(json!({"words": 20, "die_after": 1}))).await;
+        failed(api, &killer, "worker_lost").await;
+        api.post("/v1/chat/completions", &chat(json!({}), false)).await.is(200);
+    }
+    assert_eq!(api.worker("t").await["failed_loads"], 0);
+}
+
+#[tokio::test]
 async fn it_ends_at_once_though_with_status_0() {
     let server = Site::new().model("t", stock(&["--exit", "0"])).start().await;
     does_not_load(&server, "exited with status 0; its log says: nothing to do here").await;

@@ -1,5 +1,7 @@
 //! Workers that sleep: what comes meanwhile, without a copy of their weights, and once at their load.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 
 /// Waits until a worker is told something that the hold file keeps it from answering.
@@ -49,12 +51,12 @@ async fn parked_bare(flags: &[&str]) -> Vec<String> {
     let report = worker.settled().await;
     assert!(matches!(report, Report::Parked { .. }), "{report:?}");
     let view = worker.handle.view();
-    assert_eq!((view.state, view.without_copy), (ModelState::Parked, true));
+    assert_eq!((view.state, view.bare), (ModelState::Parked, true));
     worker.handle.order_on(Order::Wake, GpuSet::one(0), Some(7));
     let report = worker.next().await;
     assert!(matches!(report, Report::Ready { .. }), "{report:?}");
     let view = worker.handle.view();
-    assert_eq!((view.state, view.without_copy, view.starts), (ModelState::Resident, false, 1), "the same process");
+    assert_eq!((view.state, view.bare, view.starts), (ModelState::Resident, false, 1), "the same process");
     worker.stop().await;
     bench.assert_nothing_left();
     bench.calls()
@@ -125,7 +127,7 @@ async fn who_comes_while_it_loads_does_not_wait_for_the_rehearsal() {
     let mut worker = parks(&bench, &["--hang-file", &hang.display().to_string()]);
     worker.handle.load_at_leisure(GpuSet::one(0), Some(7));
     until("it has begun", || !bench.toys().is_empty()).await;
-    worker.handle.order(Order::Hurry);
+    worker.handle.order(Order::Expedite);
     std::fs::remove_file(&hang).unwrap();
     assert!(matches!(worker.settled().await, Report::Ready { .. }));
     assert_eq!(bench.calls(), [""; 0]);
@@ -155,6 +157,80 @@ async fn an_order_to_stop_ends_a_rehearsal_at_once() {
     until_told(&bench).await;
     assert_eq!(worker.handle.view().phase.as_deref(), Some("rehearsal"));
     worker.handle.order(Order::Stop);
+    assert!(matches!(worker.settled().await, Report::Stopped { .. }));
+    bench.assert_nothing_left();
+}
+
+/// A driver that does not answer once: when it is first asked after memory has become free.
+struct FailsOnce {
+    probe: Arc<dyn GpuProbe>,
+    used: Mutex<Option<u64>>,
+}
+
+impl FailsOnce {
+    /// Whether it fails now, when so much is in use.
+    fn fails(&self, now: u64) -> bool {
+        let mut used = self.used.lock().unwrap();
+        let fails = used.is_some_and(|before| now < before);
+        *used = if fails { Some(0) } else { used.map(|before| before.max(now)) };
+        fails
+    }
+}
+
+impl GpuProbe for FailsOnce {
+    /// It shows no processes.
+    fn gpus(&self) -> Vec<Gpu> {
+        let gpus = self.probe.gpus();
+        if self.fails(gpus.iter().map(|gpu| gpu.used_bytes).sum()) { Vec::new() } else { gpus }
+    }
+}
+
+#[tokio::test]
+async fn a_driver_that_fails_to_answer_once_does_not_end_a_worker_that_was_parked() {
+    let gpus = tempfile::tempdir().unwrap();
+    let card = r#"[{"index":0,"name":"Fake","total_bytes":80000000000}]"#;
+    std::fs::write(gpus.path().join("gpus.json"), card).unwrap();
+    let mut bench = Bench::with_gpus(Some(&format!("dir:{}", gpus.path().display())));
+    let driver = Arc::new(FailsOnce { probe: bench.around.gpus.clone(), used: Mutex::new(Some(0)) });
+    bench.around.gpus = driver.clone();
+    let memory_dir = gpus.path().display().to_string();
+    let mut spec = bench.spec(&["--memory-dir", &memory_dir, "--memory-bytes", "5000000000"]);
+    spec.gpus = 1;
+    let mut worker = bench.supervise(spec);
+    worker.load().await;
+    worker.handle.order_on(Order::Park, GpuSet::one(0), None);
+    assert_eq!(worker.next().await, Report::Keeps { device_bytes: 700_000_000 });
+    assert!(matches!(worker.settled().await, Report::Parked { .. }));
+    assert_eq!(*driver.used.lock().unwrap(), Some(700_000_000), "it failed once");
+    worker.stop().await;
+    bench.assert_nothing_left();
+}
+
+/// A driver that says nothing any more once it is told to.
+struct FallsSilent {
+    probe: Arc<dyn GpuProbe>,
+    is_silent: AtomicBool,
+}
+
+impl GpuProbe for FallsSilent {
+    fn gpus(&self) -> Vec<Gpu> {
+        if self.is_silent.load(Ordering::SeqCst) { Vec::new() } else { self.probe.gpus() }
+    }
+}
+
+#[tokio::test]
+async fn nobody_is_parked_whose_memory_the_driver_does_not_tell_of() {
+    let gpus = tempfile::tempdir().unwrap();
+    let card = r#"[{"index":0,"name":"Fake","total_bytes":80000000000}]"#;
+    std::fs::write(gpus.path().join("gpus.json"), card).unwrap();
+    let mut bench = Bench::with_gpus(Some(&format!("dir:{}", gpus.path().display())));
+    bench.tempo.memory_limit = Duration::from_millis(300);
+    let driver = Arc::new(FallsSilent { probe: bench.around.gpus.clone(), is_silent: AtomicBool::new(false) });
+    bench.around.gpus = driver.clone();
+    let mut worker = bench.supervise(ModelSpec { gpus: 1, ..bench.spec(&[]) });
+    worker.load().await;
+    driver.is_silent.store(true, Ordering::SeqCst);
+    worker.handle.order_on(Order::Park, GpuSet::one(0), None);
     assert!(matches!(worker.settled().await, Report::Stopped { .. }));
     bench.assert_nothing_left();
 }

@@ -1,0 +1,173 @@
+//! Takes in what supervisors report of workers, and what running jobs show of the worker and of the shape that they run in.
+
+use super::*;
+
+impl State {
+    /// Restarts a worker that let an attempt run into the model's own time limit without progress, and has answered nobody
+    /// since the attempt began. A limit that the client set shorter proves nothing.
+    pub(super) fn on_silent(&mut self, model: &str, number: i64, since: Millis, now: Millis) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let Some(index) = self.index_of(model) else { return effects };
+        let model = &self.models[index];
+        let Some(replica) = model.queue.running().get(&number).map(|running| running.worker) else { return effects };
+        if now - since >= model.timeout_ms
+            && model.queue.answered_at(replica).is_none_or(|at| at < since)
+            && let Some(worker) = self.find(index, replica)
+        {
+            self.leave(worker, true, now, &mut effects);
+        }
+        effects
+    }
+
+    /// A worker has not served the first job since it was woken: it is stopped, so that it comes back by a cold load.
+    pub(super) fn on_canary_failed(&mut self, model: &str, number: i64, now: Millis) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let Some(index) = self.index_of(model) else { return effects };
+        let running = self.models[index].queue.running().get(&number);
+        let worker = running.map(|running| running.worker).and_then(|replica| self.find(index, replica));
+        if let Some(worker) = worker
+            && matches!(&self.workers[worker].phase, Phase::Serving { place, .. } if place.canary)
+        {
+            self.leave(worker, true, now, &mut effects);
+        }
+        effects
+    }
+
+    /// Something is learned about the shape of a running job.
+    pub(super) fn on_shape(
+        &mut self,
+        model: &str,
+        number: i64,
+        now: Millis,
+        learn: impl FnOnce(&mut Batching, i64) -> Option<Change>,
+    ) -> Vec<Effect> {
+        let Some(index) = self.index_of(model) else { return Vec::new() };
+        let model = &mut self.models[index];
+        let Some(key) = model.queue.running().get(&number).map(|running| running.job.batch_key) else {
+            return Vec::new();
+        };
+        let change = learn(&mut model.batching, key);
+        self.tell_change(index, change, now)
+    }
+
+    pub(super) fn tell_change(&mut self, index: usize, change: Option<Change>, now: Millis) -> Vec<Effect> {
+        let decision = change.map(|change| change.decision(&self.models[index].name, now));
+        let told = decision.and_then(|decision| self.journal.keep(decision)).map(Effect::Announce);
+        let kept = self.models[index].batching.take_news().then(|| self.learn(index));
+        told.into_iter().chain(kept).collect()
+    }
+
+    pub(super) fn on_report(&mut self, index: usize, replica: u32, report: Report, now: Millis) -> Vec<Effect> {
+        let worker = self.find(index, replica);
+        match report {
+            Report::Loading { .. } => {
+                worker.into_iter().for_each(|worker| self.note_cold(worker));
+                Vec::new()
+            }
+            Report::Takes { device_bytes } => {
+                self.models[index].count_bytes(device_bytes);
+                Vec::new()
+            }
+            Report::Host(host) => {
+                self.on_host(index, worker, host);
+                Vec::new()
+            }
+            Report::Keeps { device_bytes } => {
+                self.on_keeps(index, worker, device_bytes);
+                Vec::new()
+            }
+            Report::Loaded { phases } => {
+                self.models[index].count_phases(&phases);
+                if let Some(place) = worker {
+                    self.workers[place].has_slept |= phases.iter().any(|phase| phase.phase == PhaseTime::REHEARSAL);
+                }
+                Vec::new()
+            }
+            Report::Ready { base_url, load_ms } => self.on_ready(index, replica, base_url, load_ms, now),
+            Report::Stopped { stop_ms } => match worker.map(|worker| (worker, &self.workers[worker].phase)) {
+                Some((worker, Phase::Stopping { park })) => {
+                    if *park && self.workers[worker].is_bare {
+                        self.models[index].count_never_bare();
+                    }
+                    blend(&mut self.models[index].learned.stop_ms, stop_ms as f64, LOAD_WEIGHT);
+                    self.on_left(worker, now)
+                }
+                Some((worker, Phase::Dropping)) => {
+                    self.workers.remove(worker);
+                    self.note_unloaded(index);
+                    Vec::new()
+                }
+                // The answer to a stop that crossed with a death says nothing about a load that was ordered since.
+                _ => Vec::new(),
+            },
+            Report::Parked { park_ms } => match worker {
+                Some(worker) if self.workers[worker].phase == (Phase::Stopping { park: true }) => {
+                    blend(&mut self.models[index].learned.stop_ms, park_ms as f64, LOAD_WEIGHT);
+                    self.on_parked(worker, now)
+                }
+                _ => Vec::new(),
+            },
+            Report::Died { .. } => worker.map_or(Vec::new(), |worker| self.on_died(worker, now)),
+            Report::LoadFailed { error, retry_at, quarantined } => {
+                let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
+                let text = format!("{word}: {}", why(&error, &self.models[index].name));
+                self.on_load_failed(index, worker, error, Some(retry_at), text)
+            }
+            Report::DoesNotFit { error } => {
+                let line = first_line(&error.message);
+                let rest = line.strip_prefix(&format!("model `{}` ", self.models[index].name));
+                let text = rest.map_or_else(|| format!("blocked: {line}"), |rest| format!("it {rest}"));
+                let mut effects = worker.map_or(Vec::new(), |worker| self.drop_bare_beside(worker, now));
+                effects.extend(self.on_load_failed(index, worker, error, None, text));
+                effects
+            }
+            // Its entry is gone, and that is what its jobs wait for.
+            Report::Available if !self.models[index].is_listed => Vec::new(),
+            Report::NoGpu => {
+                self.models[index].trouble = Some(self.models[index].lacks_gpus());
+                self.models[index].block_too_big();
+                self.models[index].wanted_at = None;
+                self.give_up(worker);
+                Vec::new()
+            }
+            Report::Available => {
+                self.models[index].forget_never_bare();
+                self.models[index].trouble = None;
+                self.models[index].block_too_big();
+                self.note_devices(index);
+                Vec::new()
+            }
+        }
+    }
+
+    fn on_load_failed(
+        &mut self,
+        index: usize,
+        worker: Option<usize>,
+        error: JobError,
+        retry_at: Option<Millis>,
+        text: String,
+    ) -> Vec<Effect> {
+        self.give_up(worker);
+        if !self.models[index].is_listed {
+            return Vec::new();
+        }
+        self.look_for_weights_again(index);
+        let serves = self.serves(index);
+        let model = &mut self.models[index];
+        (model.preload, model.wanted_at) = (false, None);
+        let told = (!serves).then(|| error.clone());
+        model.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: told, text, until: retry_at });
+        if serves {
+            // Callers have another worker.
+            return Vec::new();
+        }
+        self.end_callers(index, error)
+    }
+}
+
+/// Why a model does not load, without saying so again.
+fn why<'a>(error: &'a JobError, model: &str) -> &'a str {
+    let line = first_line(&error.message);
+    line.strip_prefix(&format!("model `{model}` does not load: ")).unwrap_or(line)
+}
