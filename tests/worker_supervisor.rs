@@ -1034,3 +1034,6 @@ async fn a_driver_that_fails_to_answer_has_not_said_that_nothing_is_in_use() {
 
 #[path = "worker_supervisor/sleep.rs"]
 mod sleep;
+
+#[path = "worker_supervisor/loads.rs"]
+mod loads;
