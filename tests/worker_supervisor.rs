@@ -908,11 +908,11 @@ async fn orphans_of_an_earlier_run_are_ended() {
     server.wait().unwrap();
     assert_eq!(bench.marked().len(), 3, "nobody is left to end them");
     let other = Bench::new();
-    assert_eq!(end_orphans(&other.around.data_dir_id, GRACE).await, 0);
+    assert_eq!(end_orphans(&other.around.data_dir_id, GRACE, None).await, 0);
     assert_eq!(bench.marked().len(), 3, "of another data dir");
-    assert_eq!(end_orphans(&bench.around.data_dir_id, GRACE).await, 3);
+    assert_eq!(end_orphans(&bench.around.data_dir_id, GRACE, None).await, 3);
     bench.assert_nothing_left();
-    assert_eq!(end_orphans(&bench.around.data_dir_id, GRACE).await, 0);
+    assert_eq!(end_orphans(&bench.around.data_dir_id, GRACE, None).await, 0);
 }
 
 #[test]
@@ -1050,3 +1050,6 @@ async fn a_driver_that_fails_to_answer_has_not_said_that_nothing_is_in_use() {
 mod ports;
 #[path = "worker_supervisor/sleep.rs"]
 mod sleep;
+
+#[path = "worker_supervisor/loads.rs"]
+mod loads;

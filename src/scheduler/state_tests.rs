@@ -1,4 +1,5 @@
 use super::*;
+use crate::domain::worker::PhaseTime;
 use crate::domain::{Face, Launch, ModelKind, Park};
 use crate::scheduler::queue::tests::job as base_job;
 use std::time::Duration;
@@ -356,6 +357,21 @@ fn a_worker_that_fails_first_after_its_wake_is_loaded_from_nothing() {
     assert_eq!(world.running.len(), 2, "job 3 runs for the second time");
     world.event(failed);
     assert_eq!(world.orders, [], "that worker was not woken");
+}
+
+#[test]
+fn a_worker_that_fails_first_after_its_rehearsal_is_loaded_from_nothing() {
+    let mut world = World::new(&[("a", 1)]);
+    world.queue(vec![job(3, "a")]);
+    assert_eq!(std::mem::take(&mut world.orders), [("a".to_owned(), Order::Load)]);
+    let phase = PhaseTime { phase: PhaseTime::REHEARSAL.to_owned(), ms: 9_000 };
+    world.report("a", Report::Loaded { phases: vec![phase] });
+    world.report("a", ready(2_000));
+    world.event(Event::CanaryFailed { model: Arc::from("a"), number: 3 });
+    let back =
+        Event::Ended { model: Arc::from("a"), number: 3, answered: false, suspect: false, back: Some(Back::default()) };
+    world.event(back);
+    assert_eq!(std::mem::take(&mut world.orders), [("a".to_owned(), Order::Stop)], "not parked");
 }
 
 #[test]

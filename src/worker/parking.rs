@@ -265,13 +265,18 @@ impl Supervisor {
     }
 
     /// The most that a worker may keep on its GPUs when it is parked, in bytes, by what it takes there now; `None`: on the CPU.
-    async fn parked_use(&self, free: Option<&Free>) -> Option<u64> {
+    pub(super) async fn parked_use(&self, free: Option<&Free>) -> Option<u64> {
         let most = RESIDUE_BYTES.saturating_mul(self.gpus.len().max(1) as u64);
         Some(most.min(self.taken_beyond(free?).await? / 2))
     }
 
     /// Whether the driver shows that it has given its memory back.
-    async fn shows_back(&self, running: &mut Running, free: Option<&Free>, at_most: Option<u64>) -> Result<(), String> {
+    pub(super) async fn shows_back(
+        &self,
+        running: &mut Running,
+        free: Option<&Free>,
+        at_most: Option<u64>,
+    ) -> Result<(), String> {
         if self.is_checkpointed() {
             // It does not know of it, and may not be able to answer.
             self.release(running);

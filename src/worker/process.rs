@@ -29,6 +29,8 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// Most that is waited at server start for orphans to end by themselves; they had their grace when the server died.
 const ORPHAN_GRACE_MAX: Duration = Duration::from_secs(3);
+/// How long their guards may take, once nothing else of them lives, to remove what they left and to end.
+const GUARDS_END_WITHIN: Duration = Duration::from_secs(1);
 /// What a worker writes is for the user alone that runs it: prompts and answers may be in it.
 const UMASK: &str = "077";
 /// Of what it would take by itself, the share that a worker is to make do with after it ran out of memory.
@@ -245,17 +247,27 @@ fn order(
 }
 
 /// See [`super::supervisor::end_orphans`].
-pub(super) async fn end_orphans(data_dir_id: &str, grace: Duration) -> usize {
-    let family = Family::DataDir { id: data_dir_id.to_owned() };
+pub(super) async fn end_orphans(data_dir_id: &str, grace: Duration, since: Option<Millis>) -> usize {
+    let (family, unguarded) =
+        (Family::DataDir { id: data_dir_id.to_owned() }, Family::Unguarded { id: data_dir_id.to_owned() });
     let grace = grace.min(ORPHAN_GRACE_MAX);
     blocking(move || {
         let count = family.living(None).len();
         if count > 0 {
             tracing::warn!(processes = count, "ending processes that an earlier run left behind");
             family.terminate();
-            if !family.wait_gone(grace) && !family.kill(None, KILL_LIMIT) {
+            let is_gone = family.wait_gone(grace) || {
+                let is_killed = unguarded.kill(None, KILL_LIMIT);
+                (is_killed && family.wait_gone(GUARDS_END_WITHIN))
+                    || family.kill(None, if is_killed { KILL_LIMIT } else { Duration::ZERO })
+            };
+            if !is_gone {
                 tracing::error!("processes of an earlier run outlive SIGKILL");
             }
+        }
+        // Their guards may have been killed, too.
+        if let Some(since) = since {
+            leftovers::remove(since);
         }
         count
     })
