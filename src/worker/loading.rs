@@ -5,6 +5,7 @@ use super::parking::FAILED_PARKS_MAX;
 use super::rehearsal::rehearsed;
 use super::*;
 use crate::clock::rfc3339;
+use crate::worker::procfs;
 
 /// Failed loads in a row after which a model is quarantined.
 const QUARANTINE_AFTER: u32 = 5;
@@ -34,6 +35,12 @@ pub(super) enum Try {
     /// It did not come back from its rehearsal.
     RehearsalFailed(String),
     Ended,
+}
+
+/// Whether the worker of another server has the port of this one.
+async fn another_listens(process: &WorkerProcess) -> bool {
+    let (port, mark) = (process.port(), process.mark().to_owned());
+    tokio::task::spawn_blocking(move || procfs::another_listens(port, &mark)).await.unwrap_or(false)
 }
 
 impl Supervisor {
@@ -208,6 +215,11 @@ impl Supervisor {
                     return Try::Failed(format!("its worker was not ready within {seconds} s{why}"), tail);
                 }
                 health = probe => health,
+            };
+            let health = match health {
+                // Nothing in the answers of a server that is not ours tells whose it is.
+                Health::Ready { .. } if another_listens(&process).await => Health::Stranger,
+                told => told,
             };
             if !matches!(health, Health::Ready { .. }) {
                 self.note_seen(&process, seen).await;

@@ -68,6 +68,30 @@ fn has_mark(pid: i32, accept: impl Fn(&[u8]) -> bool) -> bool {
     })
 }
 
+/// Whether a worker of another mark listens on this port of 127.0.0.1, by the sockets that processes hold. What cannot be
+/// read, and whoever has no mark, is nobody's.
+pub(super) fn another_listens(port: u16, mark: &str) -> bool {
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    let sockets: Vec<String> = tables.iter().flat_map(|table| listening(table, port)).collect();
+    let holds = |pid: i32| {
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        let mut targets = files.filter_map(|file| std::fs::read_link(file.path()).ok());
+        targets.any(|target| sockets.iter().any(|socket| target.as_os_str() == socket.as_str()))
+    };
+    !sockets.is_empty()
+        && processes().iter().any(|other| has_mark(other.pid, |m| m != mark.as_bytes()) && holds(other.pid))
+}
+
+/// The sockets that listen on a port, as they are called in `/proc/PID/fd`, by a table of `/proc/net`.
+fn listening(table: &str, port: u16) -> impl Iterator<Item = String> + '_ {
+    table.lines().skip(1).filter_map(move |line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let (_, own) = fields.get(1)?.rsplit_once(':')?;
+        let listens = u16::from_str_radix(own, 16).ok()? == port && *fields.get(3)? == "0A";
+        listens.then(|| format!("socket:[{}]", fields.get(9).unwrap_or(&"")))
+    })
+}
+
 /// Which processes belong together.
 #[derive(Clone, Debug)]
 pub(super) enum Family {
@@ -221,6 +245,17 @@ mod tests {
     fn sees_itself() {
         let own = nix::unistd::getpid().as_raw();
         assert!(processes().iter().any(|p| p.pid == own && !p.is_zombie));
+    }
+
+    #[test]
+    fn a_listening_socket_is_found_by_its_port() {
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
+            0: 0100007F:1F41 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 0 100 0 0 10 0\n   \
+            1: 0100007F:1F41 0100007F:C001 01 00000000:00000000 00:00000000 00000000     0        0 4712 1 0 20 4 30 10 -1\n";
+        assert_eq!(listening(table, 8001).collect::<Vec<_>>(), ["socket:[4711]"]);
+        assert_eq!(listening(table, 8002).count(), 0);
+        let own = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        assert!(!another_listens(own.local_addr().unwrap().port(), "id:1"), "it has no mark");
     }
 
     #[test]

@@ -69,3 +69,23 @@ async fn a_worker_that_finds_each_port_taken_does_not_load() {
     assert_eq!((worker.handle.view().failed_loads, worker.handle.view().starts), (1, 3));
     bench.assert_nothing_left();
 }
+
+#[tokio::test]
+async fn the_worker_of_another_server_on_its_port_is_not_taken_for_it() {
+    let bench = Bench::new();
+    // Ready, and nothing that it says tells whose it is; the own one takes its time to find the port taken.
+    let script = "if [ \"$5\" = 8186 ]; then\n\
+        ROUNDHOUSE_INSTANCE=another:1 setsid python3 \"$@\" --vllm dev &\n\
+        echo $! > stranger\n\
+        sleep 600\n\
+        fi\n\
+        exec python3 \"$@\" --vllm dev\n";
+    let mut worker = started_by(&bench, 8186, script);
+    let base_url = worker.load().await;
+    let stranger: i32 = std::fs::read_to_string(bench.path().join("stranger")).unwrap().trim().parse().unwrap();
+    kill(Pid::from_raw(stranger), Signal::SIGKILL).ok();
+    assert_ne!(base_url, "http://127.0.0.1:8186");
+    assert_eq!((worker.handle.view().failed_loads, worker.handle.view().starts), (0, 2));
+    worker.stop().await;
+    bench.assert_nothing_left();
+}
