@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -333,8 +335,22 @@ def test_a_hub_that_cannot_be_reached_is_given_up_after_some_tries(hub: Path, tm
     *tries, line = run(site, tmp_path / "cache")
     assert line["code"] == "network"
     assert line["message"].startswith(f"cannot reach the hub, {site.url}: ")
-    assert tries
-    assert all(told == {"type": "retry", "message": line["message"]} for told in tries)
+    assert "refused" in line["message"]
+    assert tries == [{"type": "retry", "message": line["message"]}] * (fetch.REFUSED_TRIES - 1)
+
+
+def test_a_hub_that_breaks_off_is_tried_more_often_than_one_that_is_not_there(tmp_path: Path) -> None:
+    def break_off() -> None:
+        with suppress(OSError):
+            while True:
+                listener.accept()[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=break_off, daemon=True).start()
+        site = Site(f"http://127.0.0.1:{listener.getsockname()[1]}", tmp_path / "none")
+        *tries, line = run(site, tmp_path / "cache")
+    assert line["code"] == "network"
+    assert [told["type"] for told in tries] == ["retry"] * (fetch.TRIES_WITHOUT_PROGRESS - 1)
 
 
 def test_a_password_of_the_hub_is_not_told(tmp_path: Path) -> None:

@@ -167,6 +167,8 @@ pub enum FetchReport {
     },
     /// May be asked for again: the pause after a failure is over, or a person asked for a retry.
     Available,
+    /// A person asked for a retry: what failed before is told no more.
+    Forgiven,
 }
 
 /// A supervisor's view of its worker, for `/v1/workers`; stale by the time it is read.

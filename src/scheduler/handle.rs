@@ -102,7 +102,8 @@ pub struct ModelQueueView {
     pub state_reason: Option<StateReason>,
     /// Why it cannot be loaded now.
     pub trouble: Option<String>,
-    /// Why its last load failed, until one works; that it may be tried again does not end it.
+    /// Why its last load failed, until one works, or the last try to fetch its weights, until bytes come; that it may be tried
+    /// again does not end it.
     pub last_failure: Option<String>,
     /// How far its weights are, while they are not here and somebody wants them.
     pub fetch: Option<Fetch>,

@@ -50,6 +50,7 @@ impl Scheduler {
         };
         // What is on its way is no trouble.
         let trouble = model.trouble.as_ref().or(lack).filter(|trouble| trouble.reason != StateReason::ModelFetching);
+        let failed_fetch = model.lack.as_ref().and_then(|lack| lack.failure.clone());
         let fetch_ms = fetch.and_then(|fetch| fetch.eta_s).map(|left| left * 1e3);
         let is_expected = model.blocked().is_none() || (trouble.is_none() && fetch_ms.is_some());
         let resident = matches!(holding, Holding::Serving | Holding::Draining);
@@ -70,7 +71,8 @@ impl Scheduler {
             state,
             state_reason: reason,
             trouble: trouble.map(|t| t.text.clone()),
-            last_failure: last_failure(handles(&self.workers, &model.name).map(WorkerHandle::view)),
+            last_failure: failed_fetch
+                .or_else(|| last_failure(handles(&self.workers, &model.name).map(WorkerHandle::view))),
             fetch: fetch.cloned(),
             paused: model.held.paused,
             draining: model.held.draining,

@@ -26,6 +26,8 @@ pub(in crate::scheduler) struct Lack {
     pub(in crate::scheduler) fetch: Option<Fetch>,
     /// What that means for the model's jobs.
     pub(in crate::scheduler) trouble: Trouble,
+    /// Why the last try to fetch them failed; that it is tried again does not end it, bytes that come do.
+    pub(in crate::scheduler) failure: Option<String>,
 }
 
 impl Lack {
@@ -38,21 +40,34 @@ impl Lack {
             None => (StateReason::WaitingForModel, "its weights are being looked for".to_owned()),
             Some(fetch) => (StateReason::ModelFetching, in_words(fetch)),
         };
-        Self { stage, fetch, trouble: Trouble { reason, error: None, text, until: None } }
+        let failure = fetch.as_ref().and_then(|fetch| fetch.reason.as_deref()).map(last_try);
+        Self { stage, fetch, trouble: Trouble { reason, error: None, text, until: None }, failure }
+    }
+
+    /// `before`: why the try before it failed.
+    fn after(mut self, before: Option<String>) -> Self {
+        let comes = self.fetch.as_ref().is_some_and(|fetch| fetch.phase == FetchPhase::Fetching);
+        self.failure = self.failure.or(before.filter(|_| !comes));
+        self
     }
 
     /// `told`: what callers on the line are refused with.
     fn failed(fetch: Fetch, told: Option<JobError>, error: &JobError) -> Self {
-        let text = format!("its weights cannot be fetched: {}", first_line(&error.message));
-        let until = fetch.retry_at;
+        let why = fetch.reason.as_deref().unwrap_or(&error.message);
+        let text = format!("its weights cannot be fetched: {}", first_line(why));
+        let (until, failure) = (fetch.retry_at, Some(last_try(why)));
         let trouble = Trouble { reason: StateReason::ModelBlocked, error: told, text, until };
-        Self { stage: Stage::Failed, fetch: Some(fetch), trouble }
+        Self { stage: Stage::Failed, fetch: Some(fetch), trouble, failure }
     }
 
     /// Whether nothing can be done about it now.
     pub(in crate::scheduler) fn has_failed(&self) -> bool {
         self.stage == Stage::Failed
     }
+}
+
+fn last_try(why: &str) -> String {
+    format!("the last try to fetch its weights failed: {}", first_line(why))
 }
 
 /// How far it is, for a person.
@@ -111,7 +126,7 @@ impl State {
             if let Some(lack) =
                 model.lack.as_mut().filter(|lack| lack.stage == Stage::Unasked && is_wanted && has_place)
             {
-                *lack = Lack::at(Stage::Asked, lack.fetch.take());
+                *lack = Lack::at(Stage::Asked, lack.fetch.take()).after(lack.failure.take());
                 effects.push(Effect::Fetch { model: model.name.to_string() });
             }
         }
@@ -125,14 +140,16 @@ impl State {
             // Of an entry that is no more.
             return Vec::new();
         }
+        let before = model.lack.as_ref().and_then(|lack| lack.failure.clone());
         match report {
             FetchReport::Here => model.lack = None,
-            FetchReport::Progress(fetch) => model.lack = Some(Lack::at(Stage::Asked, Some(fetch))),
+            FetchReport::Progress(fetch) => model.lack = Some(Lack::at(Stage::Asked, Some(fetch)).after(before)),
             FetchReport::Available => {
                 if model.lack.as_ref().is_some_and(Lack::has_failed) {
-                    model.lack = Some(Lack::unasked());
+                    model.lack = Some(Lack::unasked().after(before));
                 }
             }
+            FetchReport::Forgiven => model.lack.iter_mut().for_each(|lack| lack.failure = None),
             FetchReport::Failed { fetch, error } => {
                 (model.preload, model.wanted_at) = (false, None);
                 model.lack = Some(Lack::failed(fetch, (!serves).then(|| error.clone()), &error));

@@ -76,9 +76,11 @@ fn half_way() -> Fetch {
     }
 }
 
+const TOLD: &str = "model `hub`: its weights cannot be fetched: 403";
+
 fn no_access() -> FetchReport {
     let fetch = Fetch { retry_at: Some(99_000), reason: Some("403".to_owned()), ..Fetch::at(FetchPhase::Failed) };
-    FetchReport::Failed { fetch, error: JobError::new(ErrorCode::ModelLoadFailed, "hub is gated", true) }
+    FetchReport::Failed { fetch, error: JobError::new(ErrorCode::ModelLoadFailed, TOLD, true) }
 }
 
 #[test]
@@ -140,8 +142,8 @@ fn weights_that_cannot_be_had_end_callers_and_keep_jobs() {
     desk.event(Event::Queued(vec![caller, job(2, "hub")]));
     desk.fetch(no_access());
     assert_eq!(desk.asked(), ["fetch hub", "end [1] model_load_failed"]);
-    assert_eq!(desk.state.refusal("hub").unwrap().message, "hub is gated", "the next caller is told at once");
-    assert_eq!(desk.why(), "hub cannot be loaded now: its weights cannot be fetched: hub is gated");
+    assert_eq!(desk.state.refusal("hub").unwrap().message, TOLD, "the next caller is told at once");
+    assert_eq!(desk.why(), "hub cannot be loaded now: its weights cannot be fetched: 403");
     assert_eq!(desk.state.queued(), 1);
     // Not again before the pause is over.
     desk.event(Event::Queued(vec![job(3, "hub")]));
@@ -149,6 +151,36 @@ fn weights_that_cannot_be_had_end_callers_and_keep_jobs() {
     desk.fetch(FetchReport::Available);
     assert_eq!(desk.asked(), ["fetch hub"]);
     assert!(desk.state.refusal("hub").is_none());
+}
+
+#[test]
+fn why_a_fetch_failed_is_told_until_bytes_come_or_somebody_asks_for_a_retry() {
+    let failure = |desk: &Desk| desk.state.models[0].lack.as_ref().and_then(|lack| lack.failure.clone());
+    let at = |phase, reason: Option<&str>| {
+        FetchReport::Progress(Fetch { reason: reason.map(str::to_owned), ..Fetch::at(phase) })
+    };
+    let because = |why: &str| Some(format!("the last try to fetch its weights failed: {why}"));
+    let mut desk = Desk::new();
+    desk.event(Event::Queued(vec![QueuedJob { face: Face::Sync, ..job(1, "hub") }]));
+    desk.fetch(at(FetchPhase::Listing, None));
+    assert_eq!(failure(&desk), None);
+    desk.fetch(at(FetchPhase::Listing, Some("no way there")));
+    assert_eq!(failure(&desk), because("no way there"), "while it is tried again");
+    desk.fetch(at(FetchPhase::Listing, None));
+    assert_eq!(failure(&desk), because("no way there"));
+    desk.fetch(at(FetchPhase::Fetching, None));
+    assert_eq!(failure(&desk), None, "bytes come");
+    desk.fetch(no_access());
+    assert_eq!(failure(&desk), because("403"));
+    desk.fetch(FetchReport::Available);
+    assert_eq!(failure(&desk), because("403"), "nobody waits for it any more");
+    desk.event(Event::Queued(vec![job(2, "hub")]));
+    assert_eq!(failure(&desk), because("403"));
+    desk.fetch(FetchReport::Forgiven);
+    assert_eq!(failure(&desk), None, "a person says that it is mended");
+    desk.fetch(no_access());
+    desk.fetch(FetchReport::Here);
+    assert_eq!(failure(&desk), None);
 }
 
 #[test]

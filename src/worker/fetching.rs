@@ -214,6 +214,7 @@ impl Fetching {
             }
             Event::Order(Order::Retry(model)) => {
                 self.failures.remove(&model);
+                self.tell(&model, FetchReport::Forgiven);
                 self.end_pause(&model);
             }
             Event::Order(Order::Edit(specs)) => {
@@ -416,11 +417,23 @@ impl Fetcher {
         Ok(Self { guard, pid, lifeline, mark, tail, capture })
     }
 
+    /// Waits until the guard has ended, which takes along what it leaves behind if it is killed. Cancel-safe.
+    async fn over(&mut self) {
+        // How is told by `end`.
+        let _ = self.guard.wait().await;
+        let family = self.family();
+        blocking(move || family.kill(None, KILL_LIMIT)).await;
+    }
+
+    fn family(&self) -> Family {
+        Family::Instance { mark: self.mark.clone(), session: Some(self.pid) }
+    }
+
     /// Ends it, if it has not ended; returns how it did when nothing of it lives.
     async fn end(mut self, grace: Duration) -> (String, Tail) {
         drop(self.lifeline.take());
         let ended = timeout(grace + GUARD_SLACK, self.guard.wait()).await;
-        let family = Family::Instance { mark: self.mark.clone(), session: Some(self.pid) };
+        let family = self.family();
         blocking(move || family.kill(None, KILL_LIMIT)).await;
         let ended = match ended {
             Ok(ended) => ended,
@@ -478,6 +491,7 @@ async fn run_fetcher(
     let mut lines = BufReader::new(stdout).lines();
     let mut speed = Speed::default();
     let (mut first, mut end) = (None, None);
+    let mut is_over = false;
     loop {
         let line = tokio::select! {
             biased;
@@ -486,6 +500,10 @@ async fn run_fetcher(
                 return Outcome::Ended;
             }
             line = lines.next_line() => line,
+            () = fetcher.over(), if !is_over => {
+                is_over = true;
+                continue;
+            }
         };
         let Ok(Some(line)) = line else { break };
         match serde_json::from_str(&line) {

@@ -7,7 +7,7 @@ use crate::clock::rfc3339;
 
 /// Failed loads in a row after which a model is quarantined.
 const QUARANTINE_AFTER: u32 = 5;
-/// Loads on other ports when a stranger answers on the chosen one.
+/// Ports that one load tries when another program has taken the chosen one.
 const PORTS_TRIED: usize = 3;
 /// What keeps a load from being ready is told after this long: at first it says nothing.
 const TOLD_AFTER: Duration = Duration::from_secs(5);
@@ -23,8 +23,8 @@ const REST: &str = "load";
 /// How one try of a load ended.
 pub(super) enum Try {
     Ready(Box<Running>, Vec<PhaseTime>),
-    /// Another program answers on the port.
-    Stranger(u16),
+    /// Another program has this port, which showed in this way.
+    PortTaken(u16, String, Tail),
     Failed(String, Tail),
     /// Its device has not enough memory.
     OutOfMemory(String, Tail),
@@ -77,18 +77,13 @@ impl Supervisor {
                     self.report(Report::Ready { base_url, load_ms });
                     return Phase::Serving(running);
                 }
-                Try::Stranger(port) if avoid.len() + 1 < PORTS_TRIED => {
-                    tracing::warn!(
-                        model = self.spec.name,
-                        port,
-                        "another program answers on this port: trying another"
-                    );
+                Try::PortTaken(port, why, _) if avoid.len() + 1 < PORTS_TRIED => {
+                    let model = &self.spec.name;
+                    tracing::warn!(model, port, "another program has its port, another one is tried: {why}");
                     avoid.insert(port);
+                    self.wait_memory_free(self.free_as_before(memory_before)).await;
                 }
-                Try::Stranger(port) => {
-                    let reason = format!("another program answers on port {port}");
-                    return self.failed_load(reason, &Tail::default(), memory_before).await;
-                }
+                Try::PortTaken(_, reason, tail) => return self.failed_load(reason, &tail, memory_before).await,
                 Try::OutOfMemory(reason, _) if !self.is_small => {
                     let model = &self.spec.name;
                     tracing::warn!(model, "out of memory while loading, tried once more with less: {reason}");
@@ -181,8 +176,12 @@ impl Supervisor {
                     }
                 }
                 how = process.exited() => {
+                    let port = process.port();
                     let tail = process.clear_away().await;
-                    return self.failed(format!("its worker {how}"), false, tail);
+                    return match self.failed(format!("its worker {how}"), false, tail) {
+                        Try::Failed(why, tail) if self.found_port_taken(port, &tail) => Try::PortTaken(port, why, tail),
+                        tried => tried,
+                    };
                 }
                 () = sleep_until(deadline) => {
                     let why = heard.as_ref().and_then(|heard| so_far(&self.spec, process.port(), heard));
@@ -242,12 +241,19 @@ impl Supervisor {
                     if since.elapsed() >= self.tempo.stranger_limit {
                         let port = process.port();
                         process.stop(self.around.grace).await;
-                        return Try::Stranger(port);
+                        let why = format!("another program answers on port {port}");
+                        return Try::PortTaken(port, why, Tail::default());
                     }
                 }
                 Health::Silent(_) | Health::Refused => {}
             }
         }
+    }
+
+    /// Whether a worker that ended before it was ready may have found its port taken since that was chosen. One that is not
+    /// told its port gets no other.
+    fn found_port_taken(&self, port: u16, tail: &Tail) -> bool {
+        self.spec.tells_port() && (tail.tells_port_taken() || ports::is_foreign(port))
     }
 
     /// What keeps it from being ready, if that may be something that will not change.

@@ -32,6 +32,9 @@ const OUT_OF_MEMORY: [&str; 6] = [
     "larger than the available kv cache memory",
 ];
 
+/// How programs say that somebody else listens on their port, in small letters.
+const PORT_TAKEN: [&str; 2] = ["address already in use", "eaddrinuse"];
+
 /// Where the log of a model's worker is. No name has a `+` in it, so no other model's log is there.
 pub(super) fn path(dir: &Path, model: &str, replica: u32) -> PathBuf {
     let name = plain(model);
@@ -90,10 +93,20 @@ impl Tail {
 
     /// Whether a line says, in the words of torch or vLLM, that the device has not enough memory.
     pub(super) fn tells_out_of_memory(&self) -> bool {
+        self.tells(&OUT_OF_MEMORY)
+    }
+
+    /// Whether a line says that somebody else listens on a port that it wanted.
+    pub(super) fn tells_port_taken(&self) -> bool {
+        self.tells(&PORT_TAKEN)
+    }
+
+    /// Whether one of these, in small letters, is in a line.
+    fn tells(&self, any: &[&str]) -> bool {
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         lines.iter().any(|line| {
             let line = line.to_ascii_lowercase();
-            OUT_OF_MEMORY.iter().any(|words| line.contains(words))
+            any.iter().any(|words| line.contains(words))
         })
     }
 

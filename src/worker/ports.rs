@@ -41,6 +41,12 @@ pub(super) fn lease(preferred: u16, avoid: &BTreeSet<u16>) -> Option<Lease> {
     Some(Lease(port))
 }
 
+/// Whether another program than this one and its workers has this port.
+pub(super) fn is_foreign(port: u16) -> bool {
+    let leased = LEASED.lock().unwrap_or_else(PoisonError::into_inner);
+    !leased.contains(&port) && !is_free(port)
+}
+
 fn is_free(port: u16) -> bool {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
 }
@@ -58,6 +64,7 @@ mod tests {
 
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = taken.local_addr().unwrap().port();
+        assert!(is_foreign(port) && !is_foreign(first.port()));
         let third = lease(port, &none).unwrap();
         assert!(RANGE.contains(&third.port()));
 

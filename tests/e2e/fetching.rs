@@ -115,6 +115,10 @@ async fn held(api: &Api) -> Value {
     .await
 }
 
+async fn degraded(api: &Api) -> Value {
+    api.get("/readyz").await.is(200).json()["degraded"].clone()
+}
+
 async fn fetcher(server: &Server) -> Proc {
     let is_fetcher = |found: &Proc| found.command.get(2).is_some_and(|word| word == "roundhouse_worker.fetch");
     eventually(LIMIT, "a fetcher", || async { server.processes().into_iter().find(is_fetcher) }).await
@@ -168,6 +172,24 @@ async fn a_fetch_is_shown_holds_no_gpu_and_goes_on_after_its_process_is_killed()
     assert!(hub.requests().iter().any(|line| line["token"] == true));
     let environ = std::fs::read(format!("/proc/{}/environ", server.worker("hub").await.pid)).unwrap();
     assert!(!String::from_utf8_lossy(&environ).contains("of-the-server"));
+}
+
+#[tokio::test]
+async fn a_killed_guard_takes_its_fetcher_along_and_the_fetch_goes_on() {
+    let site_dir = Site::new();
+    let hub = Hub::start(site_dir.path(), &[]);
+    let server = site(&hub, site_dir).start().await;
+    let waiting = server.api.submit_echo("hub", json!({})).await;
+    held(&server.api).await;
+    let orphan = fetcher(&server).await;
+    let guard = server.processes().into_iter().find(|found| found.command.get(1).is_some_and(|word| word == "guard"));
+    guard.expect("its guard").signal(Signal::SIGKILL);
+    eventually(LIMIT, "the hub is asked for the rest", || async { (hub.ranges().len() == 2).then_some(()) }).await;
+    assert_ne!(fetcher(&server).await.pid, orphan.pid);
+    hub.go_on();
+    let job = server.api.succeeded(&waiting).await;
+    assert_eq!((&job["attempt"], &job["failures"], &job["crashes"]), (&json!(1), &json!(0), &json!(0)), "{job}");
+    assert_eq!(hub.ranges(), [None, Some(format!("bytes={HELD_AT}-"))], "no byte comes twice");
 }
 
 #[tokio::test]
@@ -247,6 +269,44 @@ async fn a_hub_that_cannot_be_reached_is_named_while_it_is_tried_again() {
 }
 
 #[tokio::test]
+async fn a_hub_that_cannot_be_reached_is_listed_from_the_first_try_until_it_is_back() {
+    let port = free_port().to_string();
+    let site_dir = Site::new();
+    let hub = Hub::start(site_dir.path(), &["--port", &port]);
+    let (site, url) = (site(&hub, site_dir), hub.url.clone());
+    drop(hub);
+    let server = site.start().await;
+    let api = &server.api;
+    let body = call();
+    let caller = api.post(CHAT, &body);
+    let why = format!("the last try to fetch its weights failed: cannot reach the hub, {url}: ");
+    let is_told = |told: &Value| told.as_str().is_some_and(|told| told.starts_with(&why));
+    let while_it_waits = async {
+        let fetch = eventually(LIMIT, "it is listed", || async {
+            let listed = degraded(api).await;
+            (is_told(&listed[0]["reason"]) && listed[0]["state"] == "fetching").then_some(())?;
+            Some(model(api, "hub").await)
+        });
+        fetch.await
+    };
+    let (reply, seen) = tokio::join!(caller, while_it_waits);
+    assert!(is_told(&seen["last_failure"]), "{seen}");
+    let reply = reply.refused(503, "model_load_failed").json();
+    let words = "its weights cannot be fetched: cannot reach the hub";
+    assert!(reply["error"]["message"].as_str().unwrap().contains(words), "{reply}");
+    eventually(LIMIT, "nobody wants it", || async { (model(api, "hub").await["state"] == "absent").then_some(()) })
+        .await;
+    assert!(is_told(&model(api, "hub").await["last_failure"]));
+    assert!(is_told(&degraded(api).await[0]["reason"]));
+
+    let hub = Hub::start(site.path(), &["--port", &port]);
+    hub.go_on();
+    let waiting = api.submit_echo("hub", json!({})).await;
+    api.succeeded(&waiting).await;
+    assert_eq!((model(api, "hub").await["last_failure"].clone(), degraded(api).await), (Value::Null, json!([])));
+}
+
+#[tokio::test]
 async fn a_model_without_access_fails_alone_and_is_tried_again_when_asked() {
     let site_dir = Site::new();
     let hub = Hub::start(site_dir.path(), &["--token", "another"]);
@@ -273,6 +333,8 @@ async fn a_model_without_access_fails_alone_and_is_tried_again_when_asked() {
         (&json!("backoff"), &json!(0), &json!(0))
     );
     assert!(worker["reason"].as_str().unwrap().contains("HTTP 403"), "{worker}");
+    let (listed, why) = (degraded(api).await, "its weights cannot be fetched: HTTP 403");
+    assert!(listed[0]["reason"].as_str().unwrap().starts_with(why), "{listed}");
     let other = api.submit_echo("here", json!({})).await;
     api.succeeded(&other).await;
 

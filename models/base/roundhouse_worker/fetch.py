@@ -45,6 +45,8 @@ PARALLEL_FILES = 4
 CHUNK_BYTES = 1 << 20
 PROGRESS_INTERVAL_S = 0.5
 TRIES_WITHOUT_PROGRESS = 6
+REFUSED_TRIES = 3
+"""Nobody listens where the hub should be: it is being started again, or its address is wrong, which no pause mends."""
 COMPLETE = ".roundhouse-complete"
 """A folder with an empty file for each commit of which all files were fetched; the server looks there, too."""
 ALWAYS_SKIPPED = ("*.onnx", "*.onnx_data", "*.msgpack", "*.h5", "*.ot", "*.tflite", "*.gguf", "original/*", "onnx/*")
@@ -53,11 +55,19 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class FetchError(Exception):
-    """The fetch failed; `code` says what a person has to do about it."""
+    """The fetch failed; `code` says what a person has to do about it, `tries` how often to try before it is told."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, tries: int = 1) -> None:
         super().__init__(message)
         self.code = code
+        self.tries = tries
+
+
+def was_refused(error: BaseException | None) -> bool:
+    """Whether a refused connection is at the bottom of `error`."""
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +260,7 @@ class Fetcher:
                 break
             except FetchError as error:
                 tries += 1
-                if error.code != "network" or tries >= TRIES_WITHOUT_PROGRESS:
+                if tries >= error.tries:
                     raise
                 self._reporter.again(str(error))
                 time.sleep(self._retry_s * 2 ** (tries - 1))
@@ -431,12 +441,15 @@ class Fetcher:
             status = error.response.status_code
             if status in (401, 403):
                 raise self._gated(status) from None
-            raise FetchError("network", f"the hub answered HTTP {status} for {self._repo}") from None
+            message = f"the hub answered HTTP {status} for {self._repo}"
+            raise FetchError("network", message, TRIES_WITHOUT_PROGRESS) from None
         except errors.HFValidationError as error:
             raise FetchError("misconfigured", f"{self._repo!r} is no repository name: {error}") from None
         except (self._httpx.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
             where = re.sub(r"//[^/@]*@", "//", self._api.endpoint)  # a mirror's password is nobody's business
-            raise FetchError("network", f"cannot reach the hub, {where}: {type(error).__name__}: {error}") from None
+            message = f"cannot reach the hub, {where}: {type(error).__name__}: {error}"
+            tries = REFUSED_TRIES if was_refused(error) else TRIES_WITHOUT_PROGRESS
+            raise FetchError("network", message, tries) from None
 
     def _gated(self, status: int) -> FetchError:
         what = "the token in HF_TOKEN has no access to it" if self._token else "HF_TOKEN is not set"
