@@ -53,6 +53,10 @@ WAYS_PARK_RAM = "13GiB"
 """Enough for what MusicGen has on its GPU; too little for what the text model is declared to take."""
 
 
+class LeftOut(Exception):
+    """A part has nothing to do with the chosen models, or on this machine; the text says what it needs."""
+
+
 class Verify:
     """One call of the procedure."""
 
@@ -114,8 +118,9 @@ class Verify:
         parts = {*self.options.only, *(["two-gpus"] if self.options.two_gpus else [])}
         serves, makes = bool(parts & SERVED), "checkpoints" in parts and not self.is_tiny
         pythons: dict[str, needs.Python] = {}
-        if "link" in parts or makes:
-            torch = needs.OF_TORCH | {"diffusers"} if makes else {"torch"}
+        makes_any = bool(parts & {"checkpoints", "ways"}) and not self.is_tiny
+        if "link" in parts or makes_any:
+            torch = needs.OF_TORCH | {"diffusers"} if makes_any else {"torch"}
             pythons["link and checkpoints"] = needs.Python(self.own_or_this("flux"), torch, self.advice("flux"))
         for model in self.models.values() if serves else ():
             python = self.python(model) or str(models.own_python(model.server))
@@ -234,16 +239,18 @@ class Verify:
 
     def text(self) -> None:
         """A batch of short prompts against driving the engine directly."""
-        if "text" in self.models:
-            few = (16, 8) if self.uses_vllm else (200, 16)
-            count, at_once = few if self.is_tiny else (5000, 256)
-            throughput.text(self.session(), self.models["text"], count, at_once, self.records)
+        if "text" not in self.models:
+            raise LeftOut("it needs the model text")
+        few = (16, 8) if self.uses_vllm else (200, 16)
+        count, at_once = few if self.is_tiny else (5000, 256)
+        throughput.text(self.session(), self.models["text"], count, at_once, self.records)
 
     def music(self) -> None:
         """Clips against the best direct batch."""
-        if "musicgen" in self.models:
-            count, seconds = (16, 1) if self.is_tiny else (32, 5)
-            throughput.music(self.session(), self.models["musicgen"], count, seconds, self.records)
+        if "musicgen" not in self.models:
+            raise LeftOut("it needs the model musicgen")
+        count, seconds = (16, 1) if self.is_tiny else (32, 5)
+        throughput.music(self.session(), self.models["musicgen"], count, seconds, self.records)
 
     def stop(self) -> None:
         """SIGTERM, and nothing is left."""
@@ -284,8 +291,7 @@ class Verify:
     def ways(self) -> None:
         """The other ways of parking by turns: the driver's checkpoint, and a process that keeps no copy."""
         if self.is_tiny or not {"musicgen", "text"} <= set(self.models):
-            say("left out: it needs a GPU and the models musicgen and text")
-            return
+            raise LeftOut("it needs a GPU and the models musicgen and text")
         self.end(Server.stop)
         music, words = self.models["musicgen"], models.with_files(self.models["text"])
         if words.folder and not (words.folder / ".complete").exists():
@@ -294,7 +300,7 @@ class Verify:
         entries[music.name] |= {"park": "checkpoint", "spare": False, "memory": music.memory}
         entries[words.name] |= {"exclusive": True}
         self.server = self.serve(entries, "ways", WAYS_PARK_RAM)
-        ways = {music.name: "the driver's checkpoint", words.name: "no copy"}
+        ways = {music.name: "the driver's checkpoint", words.name: swaps.BARE}
         swaps.ways(self.server, [music, words], ways, self.records)
 
     def two_gpus(self) -> None:
@@ -353,6 +359,8 @@ class Verify:
             try:
                 getattr(self, part.replace("-", "_"))()
                 self.records.add("done", what=part)
+            except LeftOut as why:
+                say(f"{part} is left out: {why}")
             except (Failed, OSError, subprocess.SubprocessError, KeyError) as error:
                 say(f"{part} failed: {error!r}" if isinstance(error, KeyError) else f"{part} failed: {error}")
                 if self.server is not None:

@@ -75,7 +75,8 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     let (fake, probe) = (std::env::var("ROUNDHOUSE_FAKE_GPUS").ok(), std::env::var("ROUNDHOUSE_GPU_PROBE").ok());
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
     let gpus = gpu::from_environment(fake.as_deref(), probe.as_deref(), visible).map_err(anyhow::Error::msg)?;
-    let orphans = supervisor::end_orphans(&opened.data_dir_id, config.server.worker_grace).await;
+    let broke_off = (!opened.was_clean).then_some(opened.last_start).flatten();
+    let orphans = supervisor::end_orphans(&opened.data_dir_id, config.server.worker_grace, broke_off).await;
     if orphans > 0 {
         tracing::warn!(orphans, "ended {orphans} processes that an earlier run left behind");
         // Memory is free when the driver says so.
@@ -388,7 +389,9 @@ fn stop_when_drained(tasks: &Tasks, handle: &Handle) {
 /// The one line that says the server accepts requests.
 fn announce(address: std::net::SocketAddr, models: usize, waiting: usize) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "roundhouse listening on http://{address} ({models} models, {waiting} jobs waiting)")?;
+    let counted = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+    let (models, waiting) = (counted(models, "model"), counted(waiting, "job"));
+    writeln!(out, "roundhouse listening on http://{address} ({models}, {waiting} waiting)")?;
     out.flush()
 }
 

@@ -908,11 +908,11 @@ async fn orphans_of_an_earlier_run_are_ended() {
     server.wait().unwrap();
     assert_eq!(bench.marked().len(), 3, "nobody is left to end them");
     let other = Bench::new();
-    assert_eq!(end_orphans(&other.around.data_dir_id, GRACE).await, 0);
+    assert_eq!(end_orphans(&other.around.data_dir_id, GRACE, None).await, 0);
     assert_eq!(bench.marked().len(), 3, "of another data dir");
-    assert_eq!(end_orphans(&bench.around.data_dir_id, GRACE).await, 3);
+    assert_eq!(end_orphans(&bench.around.data_dir_id, GRACE, None).await, 3);
     bench.assert_nothing_left();
-    assert_eq!(end_orphans(&bench.around.data_dir_id, GRACE).await, 0);
+    assert_eq!(end_orphans(&bench.around.data_dir_id, GRACE, None).await, 0);
 }
 
 #[test]
@@ -1002,6 +1002,20 @@ async fn nothing_is_loaded_where_an_ended_worker_has_left_memory_in_use() {
     }
 }
 
+#[tokio::test]
+async fn memory_that_is_left_in_use_keeps_nobody_waiting_who_has_room_all_the_same() {
+    let (_gpus, mut bench, mut spec) = on_one_gpu();
+    spec.memory = Some(8_000_000_000);
+    let mut worker = bench.supervise(spec.clone());
+    assert!(matches!(load_on_gpu(&mut worker).await, Report::Ready { .. }));
+    // The driver keeps it in use: nobody removes the file.
+    worker.stop().await;
+    // Whoever waited for it would not be ready within the limit of a test.
+    bench.tempo.memory_limit = Duration::from_secs(3600);
+    let mut next = bench.supervise(spec);
+    assert!(matches!(load_on_gpu(&mut next).await, Report::Ready { .. }));
+}
+
 /// A driver that fails to answer once when it is told to. 20 GiB are others'.
 #[derive(Default)]
 struct Hiccup {
@@ -1036,3 +1050,6 @@ async fn a_driver_that_fails_to_answer_has_not_said_that_nothing_is_in_use() {
 mod ports;
 #[path = "worker_supervisor/sleep.rs"]
 mod sleep;
+
+#[path = "worker_supervisor/loads.rs"]
+mod loads;

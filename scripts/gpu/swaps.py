@@ -16,6 +16,7 @@ SETTLE_S = 0.3
 COLD_ROUNDS = 2
 SPARE_LIMIT_S = 90
 WAYS_ROUNDS = 2
+BARE = "no copy"
 
 
 def circuit(names: list[str]) -> list[str]:
@@ -130,8 +131,10 @@ def ways(server: Server, models: list[Model], names: dict[str, str], records: Re
     events = server.events()
     for model in models:
         mine = [event for event in events if event.get("model") == model.name]
-        parks = [event["park_ms"] / 1e3 for event in mine if event.get("message") == "parked"]
-        wakes = [event["load_ms"] / 1e3 for event in mine if event.get("message") == "awake"]
+        is_bare = names[model.name] == BARE
+        told = [event for event in mine if bool(event.get("bare") or event.get("was_bare")) == is_bare]
+        parks = [event["park_ms"] / 1e3 for event in told if event.get("message") == "parked"]
+        wakes = [event["load_ms"] / 1e3 for event in told if event.get("message") == "awake"]
         same = len(set(seen[model.name])) == 1
         records.add("way", model=model.name, way=names[model.name], parks=parks, wakes=wakes, same=same)
 

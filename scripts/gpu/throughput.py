@@ -18,7 +18,6 @@ LIVE = ("queued", "running")
 REQUEST_LIMIT_S = 300
 ROUNDS = 2
 """How often direct passes and jobs through the server take turns."""
-"""Of the best size, before and again after the server's."""
 
 
 class Line:

@@ -63,10 +63,6 @@ fn no_program(program: &str, dir: &Path) -> Option<String> {
 
 /// What to do about its interpreter, if that is missing: the command that makes it, if it is its own.
 pub(super) fn python_advice(spec: &ModelSpec) -> Option<String> {
-    let Launch::Script { python, .. } = &spec.launch else { return None };
-    if python.exists() {
-        return None;
-    }
     let advice = spec.launch.without_python(&spec.name)?;
     Some(if is_own(spec) { format!("roundhouse models install {}", spec.name) } else { advice })
 }
@@ -103,6 +99,29 @@ mod tests {
         assert!(lines[3].contains("; `python` names /nope/python, which is not there; make"), "{text}");
         assert!(lines[3].contains("; pinned, so it is parked only after"), "{text}");
         assert!(lines[4].ends_with(": ok, 4 models"), "{text}");
+    }
+
+    #[test]
+    fn a_folder_and_a_tilde_are_no_interpreters() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("env/bin")).unwrap();
+        std::fs::create_dir(dir.path().join("bare")).unwrap();
+        ["server.py", "env/bin/python"].iter().for_each(|file| std::fs::write(dir.path().join(file), "").unwrap());
+        let all = [("a", "env/bin/python"), ("b", "./env"), ("c", "bare/"), ("d", "~/env/bin/python")];
+        let entry = |(name, python)| format!("  {name}: {{type: text, service_script: server.py, python: {python}}}\n");
+        let path = dir.path().join("models.yaml");
+        std::fs::write(&path, format!("models:\n{}", all.map(entry).concat())).unwrap();
+        let mut out = Vec::new();
+        check(&path, &mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(!lines[0].contains("`python`"), "{text}");
+        assert!(
+            lines[1].contains("which is a folder; did you mean ") && lines[1].contains("/env/bin/python?"),
+            "{text}"
+        );
+        assert!(lines[2].contains("which is a folder; name the interpreter"), "{text}");
+        assert!(lines[3].contains("~ is not expanded, write the whole path"), "{text}");
     }
 
     #[test]

@@ -313,8 +313,17 @@ impl Doctor<'_> {
         line(out, "room", &format!("{used} of {of} used ({percent} %), {live} that wait or run"))?;
         let first = match (room.fetched, room.unfetched) {
             (0, 0) => "nothing: no job that has ended holds anything".to_owned(),
-            (0, stay) => format!("nothing: no answer was fetched; those of {stay} jobs stay until their time is up"),
-            (go, stay) => format!("what {go} jobs hold whose answers were fetched; that of {stay} others stays"),
+            (0, stay) => format!(
+                "nothing: no answer was fetched; those of {} stay until their time is up",
+                super::counted(stay, "job")
+            ),
+            (go, stay) => {
+                let others = if stay == 1 { "1 other".to_owned() } else { format!("{stay} others") };
+                format!(
+                    "what belongs to {} whose answers were fetched; that of {others} stays",
+                    super::counted(go, "job")
+                )
+            }
         };
         line(out, "goes first", &first)?;
         if room.used > quota && room.fetched == 0 {

@@ -277,6 +277,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let bin = dir.path().join(".venv/bin");
         std::fs::create_dir_all(&bin).unwrap();
+        std::fs::create_dir_all(dir.path().join("models/base/roundhouse_worker")).unwrap();
         std::fs::write(dir.path().join("server.py"), "").unwrap();
         if !python.is_empty() {
             std::fs::write(bin.join("script"), python).unwrap();
@@ -322,9 +323,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_environment_without_the_base_service_finds_it_beside_the_scripts_folder() {
+    async fn an_environment_without_the_base_service_finds_it() {
         let (_, text) = run(r#"echo "$PYTHONPATH""#, false).await;
-        assert!(text.trim_end().ends_with("/base"), "{text}");
+        assert!(text.trim_end().ends_with("/models/base"), "{text}");
     }
 
     #[tokio::test]

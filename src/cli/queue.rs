@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::api::Server;
 use super::counted;
+use crate::domain::resume_command;
 
 /// Posts `word` about one model or all, and says what holds now.
 pub(super) async fn operate(
@@ -19,7 +20,10 @@ pub(super) async fn operate(
     let answer = server.post_json(&format!("/v1/queue/{word}"), &body).await?;
     let whose = model.unwrap_or("all models");
     let text = match word {
-        "pause" => format!("{whose}: paused; what runs goes on, and `roundhouse queue resume` lets the others start"),
+        "pause" => {
+            let resume = resume_command(whose, model.is_none());
+            format!("{whose}: paused; what runs goes on, and `{resume}` lets the others start")
+        }
         "drain" => format!(
             "{whose}: new jobs are refused; {} wait and {} run still{}",
             sum(&answer, model, "queued"),
@@ -34,6 +38,9 @@ pub(super) async fn operate(
             format!("{whose}: {} cancelled", counted(answer["removed"].as_u64().unwrap_or_default(), "waiting job"))
         }
         _ => match (answer["paused"] == true, answer["draining"] == true) {
+            (false, false) if let Some(trouble) = trouble(&answer, model) => {
+                format!("{whose}: not held by hand any more; {trouble}")
+            }
             (false, false) => format!("{whose}: jobs are accepted and start"),
             (paused, _) => format!(
                 "{whose}: still {}, since all models are; `roundhouse queue resume` without --model ends that",
@@ -43,6 +50,12 @@ pub(super) async fn operate(
     };
     writeln!(out, "{text}")?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Why a model cannot be loaded now.
+fn trouble<'a>(queue: &'a Value, model: Option<&str>) -> Option<&'a str> {
+    let mut models = queue["models"].as_array()?.iter();
+    models.find(|view| view["model"].as_str() == model)?["trouble"].as_str()
 }
 
 /// A figure of the queue, of one model or of all.
@@ -59,5 +72,8 @@ mod tests {
     fn figures_are_of_one_model_or_of_all() {
         let queue = json!({"models": [{"model": "a", "queued": 2}, {"model": "b", "queued": 3}]});
         assert_eq!((sum(&queue, Some("a"), "queued"), sum(&queue, None, "queued")), (2, 5));
+        let queue = json!({"models": [{"model": "a", "trouble": null}, {"model": "b", "trouble": "it is gone"}]});
+        assert_eq!((trouble(&queue, Some("a")), trouble(&queue, Some("b"))), (None, Some("it is gone")));
+        assert_eq!(trouble(&queue, None), None);
     }
 }

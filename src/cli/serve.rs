@@ -48,7 +48,7 @@ impl ServeArgs {
             if config.storage.snapshot_dir.is_none() {
                 let message = "--snapshot-every (ROUNDHOUSE_SNAPSHOT_EVERY) says how often, and nobody says where: name a \
                                folder with --snapshot-dir (ROUNDHOUSE_SNAPSHOT_DIR or storage.snapshot_dir), or leave it out";
-                let problem = Problem { line: None, message: message.to_owned() };
+                let problem = Problem { line: None, is_outside: true, message: message.to_owned() };
                 return Err(ConfigError { path: self.config.display().to_string(), problems: vec![problem] });
             }
             config.storage.snapshot_every = every;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use serde_json::Value;
 
 use super::api::Server;
+use super::counted;
 
 const COLUMNS: [&str; 6] = ["jobs", "work_s", "swap_s", "idle_s", "gpu_s", "cost"];
 
@@ -58,7 +59,8 @@ fn table(usage: &Value, by: &str) -> String {
         let word = if seconds < 0.0 { "cost" } else { "saved" };
         let seconds = seconds.abs();
         text += &format!(
-            "grouping {word} about {seconds:.0} GPU s{cost} (an estimate: {swaps} swaps where order of arrival takes {in_order})\n"
+            "grouping {word} about {seconds:.0} GPU s{cost} (an estimate: {} where order of arrival takes {in_order})\n",
+            counted(swaps, "swap")
         );
     }
     text

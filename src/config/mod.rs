@@ -97,6 +97,8 @@ impl Default for ServerSettings {
 pub struct Problem {
     /// 1-based; `None` if it concerns the whole file.
     pub line: Option<usize>,
+    /// A flag or a variable is at fault, and not the file.
+    pub is_outside: bool,
     /// What is wrong and what to do, naming the key.
     pub message: String,
 }
@@ -118,6 +120,7 @@ impl fmt::Display for ConfigError {
             }
             match problem.line {
                 Some(line) => write!(f, "{}:{line}: {}", self.path, problem.message)?,
+                None if problem.is_outside => f.write_str(&problem.message)?,
                 None => write!(f, "{}: {}", self.path, problem.message)?,
             }
         }
@@ -133,7 +136,12 @@ struct Problems(Vec<Problem>);
 
 impl Problems {
     fn add(&mut self, line: impl Into<Option<usize>>, message: impl Into<String>) {
-        self.0.push(Problem { line: line.into(), message: message.into() });
+        self.0.push(Problem { line: line.into(), is_outside: false, message: message.into() });
+    }
+
+    /// What a flag or a variable says.
+    fn add_outside(&mut self, message: impl Into<String>) {
+        self.0.push(Problem { line: None, is_outside: true, message: message.into() });
     }
 }
 
@@ -141,7 +149,7 @@ impl Problems {
 /// `ROUNDHOUSE_LISTEN` and `ROUNDHOUSE_PUBLIC_URL` win over the file, `RUNPOD_POD_ID` gives `public_url` a default.
 pub fn load(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
     let fail = |problems| ConfigError { path: path.display().to_string(), problems };
-    let whole = |message| fail(vec![Problem { line: None, message }]);
+    let whole = |message| fail(vec![Problem { line: None, is_outside: false, message }]);
     let text = std::fs::read_to_string(path).map_err(|error| {
         whole(format!("cannot read the model file: {error}; name another with --config or ROUNDHOUSE_CONFIG"))
     })?;

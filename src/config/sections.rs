@@ -223,7 +223,7 @@ impl Section<'_> {
     fn listen(&mut self, at: Option<&At<String>>, env: &dyn Fn(&str) -> Option<String>) -> Option<String> {
         if let Some(listen) = set(env, "ROUNDHOUSE_LISTEN") {
             if port_of(&listen).is_none() {
-                self.problems.add(None, format!("--listen or ROUNDHOUSE_LISTEN: `{listen}` {LISTEN_HELP}"));
+                self.problems.add_outside(format!("--listen or ROUNDHOUSE_LISTEN: `{listen}` {LISTEN_HELP}"));
             }
             return Some(listen);
         }
@@ -250,7 +250,10 @@ impl Section<'_> {
         let host = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
         if host.is_none_or(str::is_empty) || url.contains(char::is_whitespace) {
             let help = format!("{name}: `{url}` is no address; write https://host");
-            self.problems.add(line, help);
+            match line {
+                Some(line) => self.problems.add(line, help),
+                None => self.problems.add_outside(help),
+            }
         }
         Some(url)
     }

@@ -480,7 +480,10 @@ fn the_environment_wins_over_the_file() {
     assert_eq!(server.listen.as_deref(), Some("127.0.0.1:9200"));
     assert_eq!(server.public_url.as_deref(), Some("https://env"));
     let error = read_with(SERVER, &|name| (name == "ROUNDHOUSE_LISTEN").then(|| "9200".into()));
-    assert!(error.unwrap_err().contains("ROUNDHOUSE_LISTEN"));
+    let error = error.unwrap_err();
+    assert!(error.starts_with("--listen or ROUNDHOUSE_LISTEN: `9200` is no address"), "not the file's fault: {error}");
+    let error = read_with(SERVER, &|name| (name == "ROUNDHOUSE_PUBLIC_URL").then(|| "host".into())).unwrap_err();
+    assert!(error.starts_with("ROUNDHOUSE_PUBLIC_URL: `host` is no address"), "{error}");
 }
 
 #[test]

@@ -60,6 +60,12 @@ pub struct Controls {
     pub models: BTreeMap<String, Held>,
 }
 
+/// The command that ends a pause or a drain of a model; `with_all`: all models are held so, and so is this one.
+pub fn resume_command(model: &str, with_all: bool) -> String {
+    let own = if with_all { String::new() } else { format!(" --model {model}") };
+    format!("roundhouse queue resume{own}")
+}
+
 impl Controls {
     /// What holds for this model, what holds for all counted in.
     pub fn of(&self, model: &str) -> Held {

@@ -13,7 +13,7 @@ pub mod storage;
 pub mod worker;
 
 pub use batch::BatchId;
-pub use control::{Control, Controls, Held};
+pub use control::{Control, Controls, Held, resume_command};
 pub use error::{ErrorCode, JobError};
 pub use gpu::GpuSet;
 pub use ids::{IdError, JobId};

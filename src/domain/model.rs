@@ -72,19 +72,31 @@ impl Launch {
         script.parent().unwrap_or(Path::new("/")).join(".venv/bin/python")
     }
 
-    /// What to do if the interpreter is not there; `name`: of the entry. `None`: it has none, or it is looked up in `PATH`.
+    /// What is wrong with the interpreter, by a look at the disk, and what to do; `name`: of the entry. `None`: it is there,
+    /// there is to be none, or it is looked up in `PATH`.
     pub fn without_python(&self, name: &str) -> Option<String> {
         let Self::Script { python, script } = self else { return None };
+        if python.is_file() || python.components().count() < 2 {
+            return None;
+        }
         let shown = python.display();
-        (python.components().count() > 1).then(|| {
-            if *python == Self::own_python(script) {
-                format!("there is no interpreter {shown}; run `roundhouse models install {name}`")
-            } else {
-                format!(
-                    "`python` names {shown}, which is not there; make that environment, or correct or remove `python`"
-                )
-            }
+        let inside = python.join("bin/python");
+        Some(if *python == Self::own_python(script) {
+            format!("there is no interpreter {shown}; run `roundhouse models install {name}`")
+        } else if inside.is_file() {
+            format!("`python` names {shown}, which is a folder; did you mean {}?", inside.display())
+        } else if python.is_dir() {
+            format!("`python` names {shown}, which is a folder; name the interpreter")
+        } else if python.components().any(|part| part.as_os_str() == "~") {
+            format!("`python` names {shown}, which is not there: ~ is not expanded, write the whole path")
+        } else {
+            format!("`python` names {shown}, which is not there; make that environment, or correct or remove `python`")
         })
+    }
+
+    /// Whether its environment is the one that `roundhouse models install` makes, and is not there.
+    pub fn is_not_installed(&self) -> bool {
+        matches!(self, Self::Script { python, script } if *python == Self::own_python(script) && !python.is_file())
     }
 
     /// The key of an entry that makes this differ from `other`.
@@ -270,11 +282,14 @@ impl ModelSpec {
         self.model.as_deref().filter(|_| is_script).filter(is_repository)
     }
 
-    /// `PYTHONPATH` for the base service's own programs in this model's environment, which may not have it installed: what is
-    /// `given`, then `base` beside the script's folder, where our `server.py` look, too. `None`: it runs by a command.
+    /// `PYTHONPATH` for programs in this model's environment, which may not have the base service installed: what is `given`,
+    /// then its folder, `base` beside the script's own or `models/base` beside models.yaml. `None`: it is in neither, or the
+    /// model runs by a command.
     pub fn python_path(&self, given: Option<&OsStr>) -> Option<OsString> {
         let Launch::Script { script, .. } = &self.launch else { return None };
-        let base = script.parent().and_then(Path::parent)?.join("base");
+        let beside = script.parent().and_then(Path::parent).map(|models| models.join("base"));
+        let mut places = beside.into_iter().chain([self.dir.join("models/base")]);
+        let base = places.find(|base| base.join("roundhouse_worker").is_dir())?;
         let given = given.filter(|given| !given.is_empty());
         let before = given.map(|given| std::env::split_paths(given).collect::<Vec<_>>()).unwrap_or_default();
         std::env::join_paths(before.into_iter().chain([base])).ok()

@@ -22,7 +22,7 @@ pub async fn queue(
     let control = match word.as_str() {
         "purge" => return purge(&state, &body).await,
         "pause" => Control::Pause(model(&state, &body, false)?),
-        "resume" => Control::Resume(model(&state, &body, false)?),
+        "resume" => Control::Resume(model(&state, &body, true)?),
         "drain" => Control::Drain(model(&state, &body, false)?),
         _ => return Err(ApiError::not_found("the path")),
     };

@@ -17,8 +17,21 @@ const LIMIT_MAX: u64 = 1_000;
 
 /// `GET /v1/queue/decisions?model=&limit=&after=`, newest first.
 pub async fn list(State(state): State<AppState>, OriginalUri(uri): OriginalUri) -> Result<Response, ApiError> {
-    let filter = filter(&uri)?;
-    Ok(Json(page_json(&state.handle.decisions(filter).await)).into_response())
+    let mut filter = filter(&uri)?;
+    let asked = filter.model.clone();
+    // A model that was taken out has its own decisions still, whose alias its name may be now.
+    let is_known = |name: &str| state.handle.queue().models.iter().any(|view| view.model == name);
+    let entry =
+        asked.filter(|name| !is_known(name)).map(|name| Ok::<_, ApiError>(state.models().get(&name)?.name.clone()));
+    if let Some(Ok(name)) = &entry {
+        filter.model = Some(name.clone());
+    }
+    let is_first = filter.after.is_none();
+    let page = state.handle.decisions(filter).await;
+    match entry {
+        Some(Err(unknown)) if is_first && page.decisions.is_empty() => Err(unknown),
+        _ => Ok(Json(page_json(&page)).into_response()),
+    }
 }
 
 fn filter(uri: &Uri) -> Result<DecisionFilter, ApiError> {

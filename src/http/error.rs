@@ -363,9 +363,12 @@ impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> Self {
         let message = error.to_string();
         match error {
-            SubmitError::QueueFull { queued, limit, key, retry_after_s } => Self::new(ErrorCode::QueueFull, message)
-                .with_details(json!({"queued": queued, "limit": limit, "key": key}))
+            SubmitError::QueueFull { full, retry_after_s } => Self::new(ErrorCode::QueueFull, message)
+                .with_details(json!({"queued": full.queued, "limit": full.limit, "key": full.key}))
                 .after(retry_after_s),
+            SubmitError::TooMany(full) => {
+                Self::invalid("requests", message).with_details(json!({"limit": full.limit, "key": full.key}))
+            }
             SubmitError::ModelLoadFailed(error) | SubmitError::TooBig(error) => Self::without_job(&error),
             SubmitError::Draining | SubmitError::Drained { .. } => Self::new(ErrorCode::Draining, message),
             SubmitError::Store(error) => error.into(),

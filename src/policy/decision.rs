@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::domain::{GpuSet, Millis};
+use crate::domain::{GpuSet, Millis, resume_command};
 use crate::policy::Knobs;
 use crate::policy::due::{Due, Why};
 use crate::policy::hold::Weighed;
@@ -103,13 +103,13 @@ pub fn too_big(view: &View, model: usize, now: Millis) -> Decision {
     let largest = view.devices[there].iter().copied().max().unwrap_or(0);
     let (needs, has) = match (on_gpus, m.bytes) {
         (false, _) => (format!("{} of memory", gib(m.bytes.unwrap_or(0))), gib(largest)),
-        (true, None) => (counted(m.gpus), view.gpus.to_string()),
+        (true, None) => (gpus(m.gpus), view.gpus.to_string()),
         (true, Some(bytes)) if m.gpus == 1 => {
-            (format!("a GPU with {}", gib(bytes)), format!("{} of at most {}", counted(view.gpus), gib(largest)))
+            (format!("a GPU with {}", gib(bytes)), format!("{} of at most {}", gpus(view.gpus), gib(largest)))
         }
         (true, Some(bytes)) => (
-            format!("{} with {} each", counted(m.gpus), gib(bytes)),
-            format!("{} of at most {}", counted(view.gpus), gib(largest)),
+            format!("{} with {} each", gpus(m.gpus), gib(bytes)),
+            format!("{} of at most {}", gpus(view.gpus), gib(largest)),
         ),
     };
     let reason = format!(
@@ -222,7 +222,7 @@ impl Words<'_> {
 
     /// Nothing but paused jobs waits.
     pub(super) fn paused(&self, m: &ModelView) -> Decision {
-        let reason = is_paused(&m.name, m.paused);
+        let reason = is_paused(&m.name, m.paused, self.view.all_paused);
         Decision::new(self.now, "wait", "paused", reason).of(&m.name).with(&[("paused", m.paused as f64)])
     }
 
@@ -359,10 +359,10 @@ impl Words<'_> {
             (
                 "deadline",
                 format!(
-                    "{mn} must start by {} to end by {} ({} jobs x {} + load {})",
+                    "{mn} must start by {} to end by {} ({} x {} + load {})",
                     clock(due.at),
                     clock(end.unwrap_or(due.at)),
-                    m.pending(),
+                    counted(m.pending(), "job"),
                     seconds(m.each_ms),
                     seconds(m.load_ms)
                 ),
@@ -492,17 +492,23 @@ fn numbers(w: &Weighed) -> [(&'static str, f64); 7] {
     ]
 }
 
-fn counted(gpus: u32) -> String {
-    if gpus == 1 { "1 GPU".to_owned() } else { format!("{gpus} GPUs") }
+/// `1 job`, `2 jobs`.
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+fn gpus(count: u32) -> String {
+    counted(count as usize, "GPU")
 }
 
 pub(super) fn in_gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
-/// Why jobs of a model wait that somebody has paused.
-pub(crate) fn is_paused(model: &str, jobs: usize) -> String {
-    format!("{model} waits: it is paused with {jobs} jobs; `roundhouse queue resume` lets them start")
+/// Why jobs of a model wait that somebody has paused; `with_all`: with all others.
+pub(crate) fn is_paused(model: &str, jobs: usize, with_all: bool) -> String {
+    let (jobs, resume) = (counted(jobs, "job"), resume_command(model, with_all));
+    format!("{model} waits: it is paused with {jobs}; `{resume}` lets them start")
 }
 
 /// `1st`, `2nd`, `11th`.

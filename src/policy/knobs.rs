@@ -63,6 +63,35 @@ impl Default for Knobs {
 }
 
 impl Knobs {
+    /// The keys of `scheduler:` whose values differ.
+    pub fn edited_keys(&self, other: &Self) -> Vec<&'static str> {
+        // All of them, so that a new one is not forgotten.
+        let Self {
+            max_wait_interactive,
+            max_wait_batch,
+            max_visit,
+            swap_budget_interactive,
+            swap_budget_other,
+            park_ram,
+            queued_max,
+            queued_per_tenant_max,
+            waiting_sync_max,
+        } = self;
+        let waits = (max_wait_interactive, max_wait_batch) != (&other.max_wait_interactive, &other.max_wait_batch);
+        let budgets =
+            (swap_budget_interactive, swap_budget_other) != (&other.swap_budget_interactive, &other.swap_budget_other);
+        let all = [
+            ("max_wait", waits),
+            ("max_visit", max_visit != &other.max_visit),
+            ("swap_budget", budgets),
+            ("park_ram", park_ram != &other.park_ram),
+            ("queued_max", queued_max != &other.queued_max),
+            ("queued_per_tenant_max", queued_per_tenant_max != &other.queued_per_tenant_max),
+            ("waiting_sync_max", waiting_sync_max != &other.waiting_sync_max),
+        ];
+        all.into_iter().filter(|(_, is_edited)| *is_edited).map(|(key, _)| key).collect()
+    }
+
     /// Useful running that a swap in favour of an interactive caller must follow, in prices of the swap.
     pub fn rush(&self) -> f64 {
         (1.0 - self.swap_budget_interactive) / self.swap_budget_interactive

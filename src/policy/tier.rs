@@ -250,15 +250,18 @@ impl Outlook {
 }
 
 /// Whether a model that takes so many bytes of host memory (0: nobody knows) can be parked in the `host` bytes that there are
-/// for it. `refusal`: its worker says that it cannot, and why; `note`: what else it says about that.
-pub fn outlook(bytes: u64, host: u64, refusal: Option<&str>, note: Option<&str>) -> Outlook {
+/// for it, of this machine's `memory`. `refusal`: its worker says that it cannot, and why; `note`: what else it says about that.
+pub fn outlook(bytes: u64, (host, memory): (u64, Option<u64>), refusal: Option<&str>, note: Option<&str>) -> Outlook {
     let (can, why) = match refusal {
         _ if host == 0 => (Some(false), "scheduler.park_ram is 0".to_owned()),
         Some(refusal) => (Some(false), says(refusal)),
         None if bytes == 0 => (None, "it is not known what it takes: set `memory`, or its worker tells".to_owned()),
         None if bytes > host => {
-            let why = format!("it takes {}, and scheduler.park_ram is {}; raise that", gib(bytes), gib(host));
-            (Some(false), why)
+            let then = match memory.filter(|memory| *memory < bytes) {
+                Some(memory) => format!("this machine has {}", gib(memory)),
+                None => "raise that".to_owned(),
+            };
+            (Some(false), format!("it takes {}, and scheduler.park_ram is {}; {then}", gib(bytes), gib(host)))
         }
         None => (Some(true), format!("it takes {} of {} of host memory", gib(bytes), gib(host))),
     };
@@ -295,21 +298,35 @@ mod tests {
     fn a_model_that_can_be_parked_or_not_says_so() {
         let gib = 1 << 30;
         let all = [
-            (outlook(0, 0, None, None), Some(false), "scheduler.park_ram is 0"),
-            (outlook(0, gib, None, None), None, "it is not known what it takes: set `memory`, or its worker tells"),
+            (outlook(0, (0, None), None, None), Some(false), "scheduler.park_ram is 0"),
             (
-                outlook(2 * gib, gib, None, None),
+                outlook(0, (gib, None), None, None),
+                None,
+                "it is not known what it takes: set `memory`, or its worker tells",
+            ),
+            (
+                outlook(2 * gib, (gib, None), None, None),
                 Some(false),
                 "it takes 2 GiB, and scheduler.park_ram is 1 GiB; raise that",
             ),
             (
-                outlook(gib, gib, Some("no room"), Some("no room")),
+                outlook(2 * gib, (gib, Some(3 * gib)), None, None),
+                Some(false),
+                "it takes 2 GiB, and scheduler.park_ram is 1 GiB; raise that",
+            ),
+            (
+                outlook(4 * gib, (gib, Some(3 * gib)), None, None),
+                Some(false),
+                "it takes 4 GiB, and scheduler.park_ram is 1 GiB; this machine has 3 GiB",
+            ),
+            (
+                outlook(gib, (gib, None), Some("no room"), Some("no room")),
                 Some(false),
                 "its worker says that it cannot be: no room",
             ),
-            (outlook(gib, gib, Some(""), None), Some(false), "its worker says that it cannot be"),
+            (outlook(gib, (gib, None), Some(""), None), Some(false), "its worker says that it cannot be"),
             (
-                outlook(gib, 2 * gib, None, Some("the copy is pageable")),
+                outlook(gib, (2 * gib, None), None, Some("the copy is pageable")),
                 Some(true),
                 "it takes 1 GiB of 2 GiB of host memory; its worker says: the copy is pageable",
             ),
@@ -363,8 +380,8 @@ mod tests {
             "park flux without a copy: 34 GiB of host memory were wanted, 12 GiB are left; its wake reads the weights again, \
              about 5 s against 14 s cold"
         );
-        let refused = outlook(34 * gib, 12 * gib, None, None).or_bare(&known);
+        let refused = outlook(34 * gib, (12 * gib, None), None, None).or_bare(&known);
         assert!(refused.bare && refused.why.contains("; it is parked without a copy: its wake reads"));
-        assert!(!outlook(gib, 12 * gib, None, None).or_bare(&known).bare, "it can be parked with one");
+        assert!(!outlook(gib, (12 * gib, None), None, None).or_bare(&known).bare, "it can be parked with one");
     }
 }

@@ -19,6 +19,8 @@ pub struct View {
     pub reservations: Vec<Reservation>,
     /// What parked workers keep of devices. It is nobody's place: they are dropped where it is in the way.
     pub residues: Vec<Residue>,
+    /// Somebody has paused all models, not single ones.
+    pub all_paused: bool,
 }
 
 /// Memory that a parked worker keeps on each of its devices.

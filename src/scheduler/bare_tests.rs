@@ -91,7 +91,7 @@ fn a_worker_that_keeps_the_memory_of_an_earlier_copy_gains_nothing_by_it() {
     case.visit("a", None);
     later(&mut case, "a", "b");
     later(&mut case, "b", "a");
-    case.state.set_knobs(Knobs::default(), 20 * GIB);
+    case.state.set_knobs(Knobs::default(), 20 * GIB, case.now);
     assert_eq!(later(&mut case, "a", "b").0, Order::Stop);
 }
 
@@ -128,7 +128,7 @@ fn what_lies_without_a_copy_takes_no_host_memory_and_goes_when_its_gpu_is_too_sm
 fn no_process_stays_when_nothing_is_to_be_parked_any_more() {
     let mut case = Case::new(&[parks("a"), parks("b")], 1, 12);
     leaves(&mut case, ours());
-    case.state.set_knobs(Knobs::default(), 0);
+    case.state.set_knobs(Knobs::default(), 0, case.now);
     case.tell(Event::Edited(Vec::new()));
     assert_eq!(case.orders, [order("a", Order::Stop, None)]);
 }

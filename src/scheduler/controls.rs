@@ -45,7 +45,7 @@ impl State {
             _ => self.controls != before,
         };
         if acts {
-            self.announce(by_hand(control, now), &mut effects);
+            self.announce(self.by_hand(control, now), &mut effects);
         }
         effects
     }
@@ -131,26 +131,35 @@ impl State {
         self.announce(Decision { model: model.map(str::to_owned), ..decision }, &mut effects);
         effects
     }
-}
 
-fn by_hand(control: &Control, now: Millis) -> Decision {
-    let whole = |scope: &Option<String>| scope.clone().unwrap_or_else(|| "all models".to_owned());
-    let (model, reason) = match control {
-        Control::Pause(scope) => {
-            (scope.as_ref(), format!("pause {}: no waiting job starts until a resume", whole(scope)))
-        }
-        Control::Resume(scope) => {
-            (scope.as_ref(), format!("resume {}: jobs are accepted and start again", whole(scope)))
-        }
-        Control::Drain(scope) => (
-            scope.as_ref(),
-            format!("drain {}: new jobs are refused until a resume, those that are there are finished", whole(scope)),
-        ),
-        Control::Load(model) => (Some(model), format!("load {model}: it was asked for by hand, and is due now")),
-        Control::Unload(model) => (Some(model), format!("unload {model}: by hand, when its running jobs have ended")),
-        Control::Pin(model) => (Some(model), format!("pin {model}: by hand, no other model displaces it")),
-        Control::Unpin(model) => (Some(model), format!("unpin {model}: by hand, other models may displace it")),
-    };
-    let decision = Decision::new(now, control.as_str(), MANUAL, reason);
-    Decision { model: model.cloned(), ..decision }
+    fn by_hand(&self, control: &Control, now: Millis) -> Decision {
+        let is_gone = |model: &str| self.index_of(model).is_none_or(|index| !self.models[index].is_listed);
+        let whole = |scope: &Option<String>| scope.clone().unwrap_or_else(|| "all models".to_owned());
+        let (model, reason) = match control {
+            Control::Pause(scope) => {
+                (scope.as_ref(), format!("pause {}: no waiting job starts until a resume", whole(scope)))
+            }
+            Control::Resume(Some(model)) if is_gone(model) => {
+                (Some(model), format!("resume {model}: its jobs wait until it is in models.yaml again"))
+            }
+            Control::Resume(scope) => {
+                (scope.as_ref(), format!("resume {}: jobs are accepted and start again", whole(scope)))
+            }
+            Control::Drain(scope) => (
+                scope.as_ref(),
+                format!(
+                    "drain {}: new jobs are refused until a resume, those that are there are finished",
+                    whole(scope)
+                ),
+            ),
+            Control::Load(model) => (Some(model), format!("load {model}: it was asked for by hand, and is due now")),
+            Control::Unload(model) => {
+                (Some(model), format!("unload {model}: by hand, when its running jobs have ended"))
+            }
+            Control::Pin(model) => (Some(model), format!("pin {model}: by hand, no other model displaces it")),
+            Control::Unpin(model) => (Some(model), format!("unpin {model}: by hand, other models may displace it")),
+        };
+        let decision = Decision::new(now, control.as_str(), MANUAL, reason);
+        Decision { model: model.cloned(), ..decision }
+    }
 }

@@ -97,10 +97,17 @@ impl State {
 
     /// Takes other knobs and another budget for parked workers, in bytes. Call before [`Event::Edited`], which drops what lies
     /// beyond it.
-    pub fn set_knobs(&mut self, knobs: Knobs, park_bytes: u64) {
+    pub fn set_knobs(&mut self, knobs: Knobs, park_bytes: u64, now: Millis) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let keys = self.knobs.edited_keys(&knobs);
         self.knobs = knobs;
         self.inventory.host = park_bytes;
         self.plan_now = true;
+        if !keys.is_empty() {
+            let reason = format!("reload: `scheduler:` changed in models.yaml ({}); it holds at once", keys.join(", "));
+            self.announce(Decision::new(now, "reload", "edited", reason), &mut effects);
+        }
+        effects
     }
 
     /// Whether a supervisor of this number is needed: models.yaml asks for it, or a worker of it is still there.
@@ -145,6 +152,18 @@ mod tests {
         state.on_event(Event::Edited(edited), 0);
         let said = state.decisions().next().expect("a decision");
         assert!(said.reason.contains("changed in models.yaml (args, limit); its next load"), "{}", said.reason);
+    }
+
+    #[test]
+    fn knobs_that_differ_are_named() {
+        let mut state = State::new(&[spec("a")], Knobs::default(), &BTreeMap::new(), 1);
+        assert!(state.set_knobs(Knobs::default(), 9, 0).is_empty(), "the same");
+        let knobs = Knobs { queued_max: 3, swap_budget_other: 0.3, ..Knobs::default() };
+        let effects = state.set_knobs(knobs, 9, 0);
+        assert!(matches!(effects[..], [Effect::Announce(_)]), "{effects:?}");
+        let said = state.decisions().next().expect("a decision");
+        let words = "reload: `scheduler:` changed in models.yaml (swap_budget, queued_max); it holds at once";
+        assert_eq!((said.action, said.model.as_deref(), said.reason.as_str()), ("reload", None, words));
     }
 
     #[test]

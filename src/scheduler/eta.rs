@@ -151,8 +151,8 @@ impl State {
     pub fn why(&self, model: &str, ahead: Option<usize>, expected: Option<Expected>, now: Millis) -> Option<String> {
         let index = self.index_of(model)?;
         let m = &self.models[index];
-        if m.held.paused {
-            return Some(decision::is_paused(model, m.queue.len()));
+        if m.is_paused() {
+            return Some(decision::is_paused(model, m.queue.len(), self.controls.all.paused));
         }
         if let Some(trouble) = m.blocked() {
             let word = if m.trouble.is_none() && trouble.error.is_none() { "yet" } else { "now" };

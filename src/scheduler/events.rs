@@ -140,7 +140,7 @@ pub struct Place {
     pub max_batch: u32,
     /// The GPUs that the worker is on; `None`: on the CPU, or nobody knows.
     pub gpus: Option<GpuSet>,
-    /// It was woken and has answered nobody since: a failure is not the job's.
+    /// It was woken, or put to sleep and woken at its load, and has answered nobody since: a failure is not the job's.
     pub canary: bool,
 }
 

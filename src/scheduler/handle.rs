@@ -12,6 +12,7 @@ use crate::domain::{
     BatchId, Control, ErrorCode, Job, JobError, JobId, JobState, Millis, ModelSpec, ModelState, NewJob, StateReason,
 };
 use crate::lifecycle::Tasks;
+pub use crate::policy::admission::Full;
 pub use crate::policy::batching::ShapeView;
 pub use crate::policy::plan::Decision;
 pub use crate::policy::tier::Outlook;
@@ -28,18 +29,17 @@ use crate::worker::supervisor::{Order, WorkerHandle};
 /// Why jobs were not accepted; nothing was stored.
 #[derive(Debug, thiserror::Error)]
 pub enum SubmitError {
-    /// The queue is at its limit.
-    #[error("the queue is full: {queued} jobs queued, the limit is {limit} (scheduler.{key})")]
+    /// The queue has no room for them now.
+    #[error("the queue is full: {} queued and {} more would be over the limit of {} (scheduler.{})", .full.queued, .full.more, .full.limit, .full.key)]
     QueueFull {
-        /// Now.
-        queued: usize,
-        /// The limit that was hit.
-        limit: usize,
-        /// Its key in models.yaml.
-        key: &'static str,
+        /// Which limit.
+        full: Full,
         /// Estimate of when there is room, at most 60.
         retry_after_s: u64,
     },
+    /// They are more than may ever wait.
+    #[error("{} jobs at once are over the limit of {} (scheduler.{}): send at most {} in one call", .0.more, .0.limit, .0.key, .0.limit)]
+    TooMany(Full),
     /// The model does not load now; only sync calls are refused for it.
     #[error("{}", .0.message)]
     ModelLoadFailed(Box<JobError>),
@@ -47,12 +47,12 @@ pub enum SubmitError {
     #[error("{}", .0.message)]
     TooBig(Box<JobError>),
     /// Somebody drains the model, or all of them, by hand.
-    #[error(
-        "new jobs of `{model}` are refused while it is being drained; they are accepted again after `roundhouse queue resume`"
-    )]
+    #[error("new jobs of `{model}` are refused while it is being drained; they are accepted again after `{resume}`")]
     Drained {
         /// Entry name.
         model: String,
+        /// The command that ends it.
+        resume: String,
     },
     /// The server is shutting down.
     #[error("the server is shutting down")]

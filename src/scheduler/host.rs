@@ -235,7 +235,10 @@ impl State {
         let model = &self.models[index];
         let said = &model.learned.host;
         let refusal = (said.can_park == Some(false)).then(|| said.note.as_deref().unwrap_or_default());
-        let outlook = tier::outlook(model.parked(0).bytes, self.inventory.host, refusal, said.note.as_deref());
+        // What models on the CPU may have is all of it.
+        let memory = self.inventory.cpu;
+        let outlook =
+            tier::outlook(model.parked(0).bytes, (self.inventory.host, memory), refusal, said.note.as_deref());
         let bare = Some(model.bare()).filter(|bare| model.can_be_bare(said) && bare.is_worth_it());
         model.park.then(|| match bare.filter(|_| self.inventory.host > 0) {
             Some(bare) => outlook.or_bare(&bare),
@@ -243,11 +246,16 @@ impl State {
         })
     }
 
-    /// Says for each model that is to be parked whether it can be.
-    pub(in crate::scheduler) fn tell_parking(&self) {
-        for (index, model) in self.models.iter().enumerate() {
-            let Some(outlook) = self.parking(index) else { continue };
-            let (model, park_ram) = (&*model.name, self.inventory.host);
+    /// Of each model that is to be parked, whether it can be.
+    pub(in crate::scheduler) fn outlooks(&self) -> BTreeMap<Arc<str>, tier::Outlook> {
+        let listed = (0..self.models.len()).filter(|index| self.models[*index].is_listed);
+        listed.filter_map(|index| Some((self.models[index].name.clone(), self.parking(index)?))).collect()
+    }
+
+    /// Says it for each of which it is not as it was `before`.
+    pub(in crate::scheduler) fn tell_parking(&self, before: &BTreeMap<Arc<str>, tier::Outlook>) {
+        for (model, outlook) in self.outlooks().iter().filter(|(model, outlook)| before.get(*model) != Some(*outlook)) {
+            let (model, park_ram) = (&**model, self.inventory.host);
             match outlook.can {
                 Some(false) if outlook.bare => {
                     tracing::info!(model, park_ram.bytes = park_ram, "its copy has no room: {}", outlook.why)

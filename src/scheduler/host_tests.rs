@@ -309,7 +309,7 @@ fn what_is_not_in_the_file_any_more_is_not_loaded_whatever_its_supervisor_says()
 fn who_was_loaded_while_nothing_was_parked_is_not_parked() {
     let mut case = Case::new(&[parks("a"), parks("b")], 1, 0);
     assert_eq!(case.visit("a", None), (Order::Load, None), "it is started without the means to sleep");
-    case.state.set_knobs(Knobs::default(), 60 * GIB);
+    case.state.set_knobs(Knobs::default(), 60 * GIB, case.now);
     assert_eq!(case.swap("a", "b", None).0, Order::Stop);
     assert_eq!(
         case.said("a"),
@@ -343,15 +343,15 @@ fn a_smaller_budget_drops_what_lies_beyond_it_the_least_worth_first() {
         case.state.count_arrival("a", case.now);
     }
     // Both lie there and take 30 GiB each.
-    case.state.set_knobs(Knobs::default(), 60 * GIB);
+    case.state.set_knobs(Knobs::default(), 60 * GIB, case.now);
     case.tell(Event::Edited(Vec::new()));
     assert_eq!(case.orders, []);
-    case.state.set_knobs(Knobs::default(), 40 * GIB);
+    case.state.set_knobs(Knobs::default(), 40 * GIB, case.now);
     case.tell(Event::Edited(Vec::new()));
     assert_eq!(case.orders, [order("b", Order::Stop, None)]);
     assert!(case.said("b").starts_with("drop b from host memory: park_ram was edited, 40 GiB"), "{}", case.said("b"));
     case.report("b", Report::Stopped { stop_ms: 1 });
-    case.state.set_knobs(Knobs::default(), 0);
+    case.state.set_knobs(Knobs::default(), 0, case.now);
     case.tell(Event::Edited(Vec::new()));
     assert_eq!(case.orders, [order("a", Order::Stop, None)]);
 }

@@ -508,9 +508,14 @@ impl Model {
         }
     }
 
+    /// Its jobs wait since somebody has paused it. Those of a model without an entry wait for that first.
+    pub(super) fn is_paused(&self) -> bool {
+        self.held.paused && self.is_listed
+    }
+
     /// Jobs that may be claimed now, by class; none while it is paused.
     pub(super) fn pending(&self) -> (usize, usize) {
-        if self.held.paused { (0, 0) } else { self.queue.pending() }
+        if self.is_paused() { (0, 0) } else { self.queue.pending() }
     }
 
     /// Never displaced.
@@ -596,13 +601,13 @@ impl Model {
     pub(super) fn view(&self, inventory: &Inventory, parked: Vec<GpuSet>, now: Millis) -> ModelView {
         let (pending_interactive, pending_batch) = self.pending();
         // What is paused waits for nothing but the end of the pause.
-        let waiting = Some(&self.queue).filter(|_| !self.held.paused);
+        let waiting = Some(&self.queue).filter(|_| !self.is_paused());
         let gpus = if inventory.one_at_a_time { 1 } else { self.gpus };
         ModelView {
             name: self.name.clone(),
             pending_interactive,
             pending_batch,
-            paused: if self.held.paused { self.queue.len() } else { 0 },
+            paused: if self.is_paused() { self.queue.len() } else { 0 },
             wanted_at: self.wanted_at,
             oldest_interactive: waiting.and_then(|queue| queue.oldest(Class::Interactive)),
             oldest_batch: waiting.and_then(|queue| queue.oldest(Class::Batch)),

@@ -63,10 +63,13 @@ impl Scheduler {
             }
             handles(&self.workers, &spec.name).for_each(|worker| worker.edit(spec.clone()));
         }
-        self.state.set_knobs(knobs, park_bytes);
+        let before = self.state.outlooks();
+        let said = self.state.set_knobs(knobs, park_bytes, self.context.clock.now());
+        self.carry_out(said);
         let kept = edits.iter().filter(|edit| edit.spec.is_some());
         let names: Vec<String> = kept.map(|edit| edit.name.clone()).collect();
         self.apply(Event::Edited(edits));
+        self.state.tell_parking(&before);
         // What was wrong with the old entry says nothing about the new one.
         let all = names.iter().flat_map(|name| handles(&self.workers, name));
         all.for_each(|worker| worker.order(Order::Retry));

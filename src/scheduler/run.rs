@@ -16,7 +16,7 @@ use crate::clock::Clock;
 use crate::domain::worker::{FetchPhase, FetchReport, PhaseTime, Report, WorkerView};
 use crate::domain::{
     Class, Control, Controls, Face, JobError, JobId, JobKind, JobState, Millis, ModelSpec, ModelState, NewJob,
-    StateReason, Token,
+    StateReason, Token, resume_command,
 };
 use crate::lifecycle::Tasks;
 use crate::policy::Knobs;
@@ -196,7 +196,7 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         .with_tenants(&served, &weights)
         .with_controls(&controls)
         .without_weights(&missing);
-    state.tell_parking();
+    state.tell_parking(&BTreeMap::new());
     let begun = Instant::now();
     take_in(&store, &mut state, clock.now()).await?;
     // Known before the first plan; the supervisors' own reports come later.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::domain::worker::PhaseTime;
 use crate::domain::{Face, Launch, ModelKind, Park};
 use crate::scheduler::queue::tests::job as base_job;
 use std::time::Duration;
@@ -359,6 +360,21 @@ fn a_worker_that_fails_first_after_its_wake_is_loaded_from_nothing() {
 }
 
 #[test]
+fn a_worker_that_fails_first_after_its_rehearsal_is_loaded_from_nothing() {
+    let mut world = World::new(&[("a", 1)]);
+    world.queue(vec![job(3, "a")]);
+    assert_eq!(std::mem::take(&mut world.orders), [("a".to_owned(), Order::Load)]);
+    let phase = PhaseTime { phase: PhaseTime::REHEARSAL.to_owned(), ms: 9_000 };
+    world.report("a", Report::Loaded { phases: vec![phase] });
+    world.report("a", ready(2_000));
+    world.event(Event::CanaryFailed { model: Arc::from("a"), number: 3 });
+    let back =
+        Event::Ended { model: Arc::from("a"), number: 3, answered: false, suspect: false, back: Some(Back::default()) };
+    world.event(back);
+    assert_eq!(std::mem::take(&mut world.orders), [("a".to_owned(), Order::Stop)], "not parked");
+}
+
+#[test]
 fn a_worker_that_has_answered_since_its_wake_is_as_good_as_any() {
     let mut world = waking();
     world.report("a", ready(20));
@@ -688,6 +704,17 @@ fn by_hand(world: &mut World, control: Control) {
 }
 
 #[test]
+fn of_a_pause_of_all_it_is_said_that_only_a_resume_of_all_ends_it() {
+    let mut world = World::new(&[("a", 1), ("b", 1)]);
+    by_hand(&mut world, Control::Pause(Some("a".into())));
+    by_hand(&mut world, Control::Pause(None));
+    world.queue(vec![job(1, "a"), job(2, "a")]);
+    let words = "a waits: it is paused with 2 jobs; `roundhouse queue resume` lets them start";
+    assert_eq!(world.state.why("a", Some(0), None, 0).as_deref(), Some(words));
+    assert_eq!(world.state.decision.clone().map(|decision| decision.reason).as_deref(), Some(words));
+}
+
+#[test]
 fn nothing_starts_while_paused_and_a_paused_model_asks_for_no_device() {
     let mut world = World::new(&[("a", 1), ("b", 1)]);
     by_hand(&mut world, Control::Pause(Some("a".into())));
@@ -696,6 +723,9 @@ fn nothing_starts_while_paused_and_a_paused_model_asks_for_no_device() {
     assert!(world.loaded.is_empty(), "{:?}", world.loaded);
     let decision = world.state.decision.clone().unwrap();
     assert_eq!((decision.code, decision.model.as_deref()), ("paused", Some("a")), "{decision:?}");
+    let words = "a waits: it is paused with 1 job; `roundhouse queue resume --model a` lets them start";
+    assert_eq!(decision.reason, words);
+    assert_eq!(world.state.why("a", Some(0), None, 0).as_deref(), Some(words));
     world.queue(vec![job(2, "b")]);
     world.finish_all();
     assert_eq!((&world.loaded[..], world.state.queued()), (&["b".to_owned()][..], 1));

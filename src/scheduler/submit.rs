@@ -43,7 +43,8 @@ impl Scheduler {
             return Err(SubmitError::Draining);
         }
         if let Some(job) = jobs.iter().find(|job| self.state.is_draining(&job.model)) {
-            return Err(SubmitError::Drained { model: job.model.clone() });
+            let resume = resume_command(&job.model, self.state.controls().all.draining);
+            return Err(SubmitError::Drained { model: job.model.clone(), resume });
         }
         if self.context.store.is_full() {
             return Err(SubmitError::Store(StoreError::Full));
@@ -51,11 +52,9 @@ impl Scheduler {
         let Some(first) = jobs.first() else {
             return Ok(());
         };
-        self.state.admit(&first.tenant, jobs.len()).map_err(|full| SubmitError::QueueFull {
-            queued: full.queued,
-            limit: full.limit,
-            key: full.key,
-            retry_after_s: self.state.room_in_s(),
+        self.state.admit(&first.tenant, jobs.len()).map_err(|full| match full.is_for_ever() {
+            true => SubmitError::TooMany(full),
+            false => SubmitError::QueueFull { full, retry_after_s: self.state.room_in_s() },
         })?;
         let now = self.context.clock.now();
         if let Some(error) = jobs.iter().find_map(|job| self.state.refuse_too_big(&job.model, now)) {

@@ -83,7 +83,8 @@ impl State {
         let gpus = self.inventory.gpu_count();
         let reservations = self.reservations.clone();
         let residues = self.residues();
-        (View { devices: self.inventory.devices(), gpus, models, workers, reservations, residues }, places)
+        let all_paused = self.controls.all.paused;
+        (View { devices: self.inventory.devices(), gpus, models, workers, reservations, residues, all_paused }, places)
     }
 
     /// Whether all the numbers that workers of a model may have are taken, one of them by a worker that leaves host memory. It
@@ -311,7 +312,7 @@ impl State {
             Phase::Waiting { .. } | Phase::Parked => return vec![self.order(place, Order::Stop)],
         };
         let gpus = (self.models[index].needs_gpus() && !self.inventory.one_at_a_time).then_some(worker.set);
-        let at = Place { replica, base_url, load, max_batch, gpus, canary: was_parked };
+        let at = Place { replica, base_url, load, max_batch, gpus, canary: was_parked || worker.has_slept };
         worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false, proven: false };
         let (set, is_bare) = (worker.set, std::mem::take(&mut worker.is_bare));
         (worker.at_leisure, worker.may_rehearse) = (false, false);

@@ -43,7 +43,7 @@ impl Scheduler {
         let has_begun = |lack: &&Lack| lack.fetch.is_some();
         let lack = model.lack.as_ref().filter(has_begun).map(|lack| &lack.trouble);
         let reason = match model.trouble.as_ref().or(lack) {
-            _ if model.held.paused => Some(StateReason::Paused),
+            _ if model.is_paused() => Some(StateReason::Paused),
             Some(trouble) => Some(trouble.reason),
             None if holding == Holding::Loading => Some(StateReason::ModelLoading),
             None => None,

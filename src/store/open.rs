@@ -6,7 +6,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use rusqlite::{Connection, OpenFlags};
 use sqlx::sqlite::{
@@ -29,7 +29,7 @@ use super::space::Space;
 use super::verbs::Store;
 use super::writer::{OnFatal, Parts, Session, Writer};
 use crate::clock::Clock;
-use crate::domain::{Controls, StorageSettings};
+use crate::domain::{Controls, Millis, StorageSettings};
 
 /// Oldest SQLite without the WAL-reset corruption.
 const SQLITE_MIN: i32 = 3_051_003;
@@ -66,6 +66,8 @@ pub struct Opened {
     pub recovered: usize,
     /// Whether the last run ended in order.
     pub was_clean: bool,
+    /// When the last run began, in ms since the epoch; `None`: there was none, or it cannot be told.
+    pub last_start: Option<Millis>,
     /// Whether the write-ahead log of the last run was gone, and with it what was accepted last.
     pub lacks_log: bool,
     /// Whether this is the first run on a restored backup.
@@ -95,6 +97,7 @@ pub async fn open(
         // The folder's own name has to outlive a power cut, too. Where it may not be read, it was there before.
         let _ = File::open(parent).and_then(|parent| parent.sync_all());
     }
+    let lacks_lock = !dir.join(LOCK).exists();
     let lock = Arc::new(lock(dir)?);
     if let Some(reason) = super::restore::unfinished(dir) {
         return Err(StoreError::Unusable(reason));
@@ -116,6 +119,10 @@ pub async fn open(
     migrate(&database, &settings).await?;
     let metrics = Metrics::new(clock.clone());
     let now = clock.now();
+    let last_start = if lacks_lock { None } else { started_at(&lock) };
+    if let Err(error) = lock.set_modified(UNIX_EPOCH + Duration::from_millis(now.unsigned_abs())) {
+        tracing::debug!("the lock file cannot tell when this run began: {error}");
+    }
     let connection = writing_connection(&database, &settings).map_err(in_database)?;
     verify(&connection).map_err(in_database)?;
     let keys = Keys::load(&connection, now).map_err(in_database)?;
@@ -180,6 +187,7 @@ pub async fn open(
         next_number,
         recovered: recovered.jobs,
         was_clean: recovered.was_clean,
+        last_start,
         lacks_log: lacks_log && !recovered.was_clean,
         is_restored: is_new && recovered.epoch > 1,
         epoch: recovered.epoch,
@@ -207,6 +215,12 @@ pub(super) fn lock(dir: &Path) -> Result<File, StoreError> {
         ))),
         Err(std::fs::TryLockError::Error(source)) => Err(in_file(source)),
     }
+}
+
+/// When the run that had it last began: each run sets the time of the file.
+fn started_at(lock: &File) -> Option<Millis> {
+    let at = lock.metadata().ok()?.modified().ok()?;
+    i64::try_from(at.duration_since(UNIX_EPOCH).ok()?.as_millis()).ok()
 }
 
 async fn migrate(database: &Path, settings: &StorageSettings) -> Result<(), StoreError> {

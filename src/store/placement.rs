@@ -181,6 +181,10 @@ pub fn place(
     allow_network: bool,
     file_systems: &FileSystems,
 ) -> Result<Placement, StoreError> {
+    if dir.is_file() {
+        let help = "is a file, not a folder; name a folder for the data dir with --data-dir (ROUNDHOUSE_DATA_DIR)";
+        return Err(StoreError::Unusable(format!("{} {help}", dir.display())));
+    }
     let found = file_systems.of(dir);
     let file_system = found.map_err(|source| StoreError::File { path: dir.display().to_string(), source })?;
     let (shown, name) = (dir.display(), &file_system.name);

@@ -590,8 +590,12 @@ async fn one_connection_for_all_works_too() {
 async fn a_stop_is_told_from_a_crash_and_runs_are_counted() {
     let bench = Bench::new().await;
     assert_eq!((bench.opened.epoch, bench.opened.was_clean), (1, false), "the first run follows none");
+    assert_eq!(bench.opened.last_start, None);
+    bench.clock.advance(4_000);
     let bench = bench.restart().await;
-    assert_eq!((bench.opened.epoch, bench.opened.was_clean), (2, true));
+    assert_eq!((bench.opened.epoch, bench.opened.was_clean, bench.opened.last_start), (2, true, Some(1_000)));
+    let bench = bench.restart().await;
+    assert_eq!(bench.opened.last_start, Some(5_000));
 }
 
 #[tokio::test]

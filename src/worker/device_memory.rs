@@ -55,9 +55,24 @@ impl Supervisor {
         Some(Free { at_most, pids: running.pids.clone(), is_shared })
     }
 
-    /// When it is free after a load that came to nothing.
-    pub(super) fn free_as_before(&self, before: Option<u64>) -> Option<Free> {
-        Some(Free { at_most: before?, pids: BTreeSet::new(), is_shared: self.is_shared(None) })
+    /// When it is free after a load that came to nothing, whose processes were `seen` while it went on.
+    pub(super) fn free_as_before(&self, before: Option<u64>, seen: &Seen) -> Option<Free> {
+        Some(Free { at_most: before?, pids: seen.own.clone(), is_shared: self.is_shared(None) })
+    }
+
+    /// Which processes of a load the driver shows by now: it may end by itself at any time.
+    pub(super) async fn note_seen(&self, process: &WorkerProcess, seen: &mut Seen) {
+        if self.spec.gpus == 0 {
+            return;
+        }
+        let users = self.users(&self.gpus).await.unwrap_or_default();
+        let new: BTreeSet<u32> = users.iter().map(|(_, pid, _)| *pid).filter(|pid| !seen.all.contains(pid)).collect();
+        // Whose they are is asked once: that reads the environments of all processes.
+        if !new.is_empty() {
+            let ours = process.pids().await;
+            seen.own.extend(new.intersection(&ours));
+            seen.all.extend(new);
+        }
     }
 
     /// Whether others may take and free memory of the same GPUs meanwhile.
@@ -191,7 +206,9 @@ impl Supervisor {
         let overlaps = |stuck: &Stuck| stuck.gpus.is_empty() || stuck.gpus.iter().any(|gpu| self.gpus.contains(gpu));
         let left: Vec<Stuck> = self.around.stuck.lock().iter().filter(|stuck| overlaps(stuck)).cloned().collect();
         for stuck in left {
-            match self.until_free(&stuck.gpus, &stuck.free, self.tempo.memory_limit).await {
+            // Who finds room all the same only looks.
+            let limit = if self.has_room().await { Duration::ZERO } else { self.tempo.memory_limit };
+            match self.until_free(&stuck.gpus, &stuck.free, limit).await {
                 Ok(()) => self.around.stuck.lock().retain(|other| *other != stuck),
                 Err(_) if self.has_room().await => {}
                 Err(used) => {
@@ -239,6 +256,14 @@ impl Supervisor {
 const ASKED_MAX: usize = 5;
 /// Between two looks at memory that is to be free.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Processes that the driver has shown while a worker was loaded.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    /// Those of the worker.
+    pub(super) own: BTreeSet<u32>,
+    all: BTreeSet<u32>,
+}
 
 /// When the memory of a worker is free.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 //! person has to mend (no access, no such model, no space) is tried again after such pauses, too.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -422,7 +422,7 @@ impl Fetcher {
         let Launch::Script { python, .. } = &spec.launch else {
             return Err("its own program gets its weights".to_owned());
         };
-        process::interpreter_is_there(spec, python)?;
+        process::interpreter_is_there(spec)?;
         let mark = format!("{}:{}", around.data_dir_id, process::nonce()?);
         let (reader, writer) = std::io::pipe().map_err(|error| format!("cannot make a pipe: {error}"))?;
         let mut command = Command::new(&around.program);
@@ -492,8 +492,6 @@ fn environment(
         vars.entry(name).or_insert(value);
     }
     vars.insert("CUDA_VISIBLE_DEVICES".into(), "".into());
-    let python_path = spec.python_path(vars.get(OsStr::new("PYTHONPATH")).map(OsString::as_os_str));
-    vars.extend(python_path.map(|path| ("PYTHONPATH".into(), path)));
     vars
 }
 
@@ -647,10 +645,13 @@ mod tests {
         assert_eq!(get(&vars(&spec), "HF_TOKEN").as_deref(), Some("of the entry"));
 
         assert_eq!(get(&vars(&spec), "PYTHONPATH"), None, "a command");
-        spec.launch = Launch::Script { python: "python3".into(), script: "/m/tone/server.py".into() };
-        assert_eq!(get(&vars(&spec), "PYTHONPATH").as_deref(), Some("/m/base"), "if the environment does not have it");
+        let models = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(models.path().join("base/roundhouse_worker")).unwrap();
+        let base = models.path().join("base").display().to_string();
+        spec.launch = Launch::Script { python: "python3".into(), script: models.path().join("tone/server.py") };
+        assert_eq!(get(&vars(&spec), "PYTHONPATH"), Some(base.clone()), "if the environment does not have it");
         spec.env.insert("PYTHONPATH".to_owned(), "/x:/y".to_owned());
-        assert_eq!(get(&vars(&spec), "PYTHONPATH").as_deref(), Some("/x:/y:/m/base"));
+        assert_eq!(get(&vars(&spec), "PYTHONPATH"), Some(format!("/x:/y:{base}")));
     }
 
     #[test]

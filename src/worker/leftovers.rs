@@ -8,31 +8,55 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use crate::domain::Millis;
+use crate::worker::procfs::processes;
 
-const SHARED: &str = "/dev/shm";
+/// Where killed engines leave files.
+struct Folders {
+    /// Shared memory and semaphores; `None`: nothing is removed there.
+    shared: Option<PathBuf>,
+    /// Where programs keep files for a while.
+    temporary: BTreeSet<PathBuf>,
+}
+
+impl Folders {
+    /// Of this machine: `/dev/shm`, `/tmp` and what `TMPDIR` says.
+    fn own() -> Self {
+        let namespace = |of: &str| std::fs::read_link(format!("/proc/self/ns/{of}")).unwrap_or_default();
+        let shared = (!has_unseen_users(&namespace("ipc"), &namespace("pid"))).then(|| PathBuf::from("/dev/shm"));
+        Self { shared, temporary: [PathBuf::from("/tmp"), std::env::temp_dir()].into() }
+    }
+}
+
+/// Whether processes may use this `/dev/shm` that cannot be seen here: in a container with process ids of its own and the
+/// machine's IPC (`--ipc=host`). The numbers of the machine's first namespaces are the kernel's.
+fn has_unseen_users(ipc: &Path, pid: &Path) -> bool {
+    ipc == Path::new("ipc:[4026531839]") && pid != Path::new("pid:[4026531836]")
+}
 
 /// Removes what a worker that lived from `since` on has left, now that it is gone: files of Python's, vLLM's and
 /// onnxruntime's naming, owned by this user, made since then, and neither open nor mapped in any living process. Blocking;
 /// returns how many.
 pub(super) fn remove(since: Millis) -> usize {
-    // Where programs keep files for a while: `/tmp`, and what `TMPDIR` says.
-    remove_from(Path::new(SHARED), &[PathBuf::from("/tmp"), std::env::temp_dir()].into(), since)
+    remove_from(&Folders::own(), since)
 }
 
-fn remove_from(shared: &Path, temporary: &BTreeSet<PathBuf>, since: Millis) -> usize {
+fn remove_from(folders: &Folders, since: Millis) -> usize {
     let is_python = |name: &str| name.starts_with("psm_") || name.starts_with("sem.mp-");
-    let mut candidates = made_since(shared, is_python, since);
+    let shared = folders.shared.iter();
+    let mut candidates: Vec<PathBuf> = shared.flat_map(|folder| made_since(folder, is_python, since)).collect();
     // torch opens its rendezvous file only now and then, so "not open" does not tell whether it is in use.
     let rendezvous = !another_vllm_runs();
-    for folder in temporary {
+    let living: BTreeSet<i32> = processes().iter().filter(|found| !found.is_zombie).map(|found| found.pid).collect();
+    let is_log_of_the_dead = |name: &str| writer_of(name).is_some_and(|pid| !living.contains(&pid));
+    for folder in &folders.temporary {
         candidates.extend(made_since(folder, |name| rendezvous && name.starts_with("vllm_dist_"), since));
-        candidates.extend(made_since(folder, is_telemetry_log, since));
+        candidates.extend(made_since(folder, &is_log_of_the_dead, since));
         candidates.extend(dead_sockets(folder, since));
     }
     if candidates.is_empty() {
         return 0;
     }
-    let used = in_use(shared, temporary);
+    let used = in_use(folders);
     let mut removed = 0;
     for path in candidates {
         if !used.contains(&path) && std::fs::remove_file(&path).is_ok() {
@@ -46,9 +70,8 @@ fn remove_from(shared: &Path, temporary: &BTreeSet<PathBuf>, since: Millis) -> u
 }
 
 /// `mat-debug-PID.log`, which onnxruntime writes in every process that imports it, as diffusers does.
-fn is_telemetry_log(name: &str) -> bool {
-    let pid = name.strip_prefix("mat-debug-").and_then(|rest| rest.strip_suffix(".log"));
-    pid.is_some_and(|pid| !pid.is_empty() && pid.bytes().all(|byte| byte.is_ascii_digit()))
+fn writer_of(telemetry_log: &str) -> Option<i32> {
+    telemetry_log.strip_prefix("mat-debug-")?.strip_suffix(".log")?.parse().ok()
 }
 
 fn made_since(dir: &Path, is_wanted: impl Fn(&str) -> bool, since: Millis) -> Vec<PathBuf> {
@@ -107,7 +130,7 @@ fn made_ms(file: &std::fs::Metadata) -> Millis {
 /// Besides this process, whose own words may name it: a guard's are those of its worker.
 fn another_vllm_runs() -> bool {
     let own = nix::unistd::getpid().as_raw();
-    super::procfs::processes().iter().any(|process| {
+    processes().iter().any(|process| {
         !process.is_zombie
             && process.pid != own
             && std::fs::read(format!("/proc/{}/cmdline", process.pid)).is_ok_and(|words| is_vllm(&words))
@@ -121,11 +144,11 @@ fn is_vllm(command_line: &[u8]) -> bool {
 }
 
 /// Every file below these folders that a process has open or mapped.
-fn in_use(shared: &Path, temporary: &BTreeSet<PathBuf>) -> BTreeSet<PathBuf> {
-    let is_shared = |path: &Path| path.starts_with(shared) || temporary.iter().any(|dir| path.starts_with(dir));
-    let semaphores = semaphores();
+fn in_use(folders: &Folders) -> BTreeSet<PathBuf> {
+    let is_shared = |path: &Path| folders.shared.iter().chain(&folders.temporary).any(|dir| path.starts_with(dir));
+    let semaphores = folders.shared.as_deref().map(semaphores).unwrap_or_default();
     let mut used = BTreeSet::new();
-    for process in super::procfs::processes() {
+    for process in processes() {
         let base = format!("/proc/{}", process.pid);
         if let Ok(fds) = std::fs::read_dir(format!("{base}/fd")) {
             let open = fds.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
@@ -135,10 +158,11 @@ fn in_use(shared: &Path, temporary: &BTreeSet<PathBuf>) -> BTreeSet<PathBuf> {
             continue;
         };
         for line in String::from_utf8_lossy(&maps).lines() {
-            if let Some(at) = line.find('/')
-                && is_shared(Path::new(&line[at..]))
-            {
+            let Some(at) = line.find('/') else { continue };
+            if is_shared(Path::new(&line[at..])) {
                 used.insert(PathBuf::from(&line[at..]));
+            }
+            if !semaphores.is_empty() {
                 used.extend(mapped_inode(line).and_then(|inode| semaphores.get(&inode).cloned()));
             }
         }
@@ -148,8 +172,8 @@ fn in_use(shared: &Path, temporary: &BTreeSet<PathBuf>) -> BTreeSet<PathBuf> {
 
 /// Semaphores by device and inode. glibc makes one under a name of its own and links it to the wanted one, so a mapping
 /// shows a path that is deleted: only the inode tells which file it is.
-fn semaphores() -> BTreeMap<(u64, u64), PathBuf> {
-    let Ok(entries) = std::fs::read_dir(SHARED) else {
+fn semaphores(shared: &Path) -> BTreeMap<(u64, u64), PathBuf> {
+    let Ok(entries) = std::fs::read_dir(shared) else {
         return BTreeMap::new();
     };
     entries
@@ -175,7 +199,11 @@ mod tests {
     use super::*;
     use crate::clock::{Clock, SystemClock};
 
-    /// Python's locks between processes are such semaphores; an engine that starts beside us must not lose its own.
+    /// No process has so high a number.
+    const GONE_LOG: &str = "mat-debug-4194305.log";
+
+    /// Python's locks between processes are such semaphores; an engine that starts beside us must not lose its own. Seen under
+    /// a second name in a folder of this test, since in the real one this would remove what others have left.
     #[test]
     fn a_semaphore_is_kept_while_its_process_lives() {
         use std::io::{BufRead as _, BufReader};
@@ -192,15 +220,40 @@ mod tests {
             .unwrap();
         let mut line = String::new();
         BufReader::new(python.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        let semaphore = Path::new(line.trim());
+        let shared = tempfile::tempdir_in("/dev/shm").unwrap();
+        let semaphore = shared.path().join("sem.mp-seen");
+        std::fs::hard_link(line.trim(), &semaphore).unwrap();
+        let folders = folders_of(Some(&shared), None);
         let since = SystemClock::default().now() - 60_000;
-        assert!(semaphore.exists());
-        remove(since);
-        assert!(semaphore.exists(), "mapped by a living process");
+        assert_eq!(remove_from(&folders, since), 0, "mapped by a living process");
         python.kill().unwrap();
         python.wait().unwrap();
-        remove(since);
+        assert_eq!(remove_from(&folders, since), 1);
         assert!(!semaphore.exists());
+    }
+
+    fn folders_of(shared: Option<&tempfile::TempDir>, temporary: Option<&tempfile::TempDir>) -> Folders {
+        let path = |dir: &tempfile::TempDir| dir.path().to_owned();
+        Folders { shared: shared.map(path), temporary: temporary.map(path).into_iter().collect() }
+    }
+
+    #[test]
+    fn nothing_is_removed_from_shared_memory_that_unseen_processes_may_use() {
+        let unseen = |ipc: &str, pid: &str| has_unseen_users(Path::new(ipc), Path::new(pid));
+        let (first_ipc, first_pid) = ("ipc:[4026531839]", "pid:[4026531836]");
+        assert!(unseen(first_ipc, "pid:[4026533107]"), "a container with --ipc=host");
+        assert!(!unseen(first_ipc, first_pid), "no container");
+        assert!(!unseen("ipc:[4026533105]", "pid:[4026533107]"), "a container");
+        assert!(!unseen("ipc:[4026533105]", first_pid), "a container with --pid=host");
+        assert!(!unseen("", ""), "nobody says");
+
+        let temporary = tempfile::tempdir().unwrap();
+        let shared = tempfile::tempdir().unwrap();
+        let of = |dir: &tempfile::TempDir, name: &str| dir.path().join(name);
+        let (memory, log) = (of(&shared, "psm_left"), of(&temporary, GONE_LOG));
+        [&memory, &log].into_iter().for_each(|path| std::fs::write(path, "x").unwrap());
+        assert_eq!(remove_from(&folders_of(None, Some(&temporary)), 0), 1);
+        assert!(memory.exists() && !log.exists());
     }
 
     #[test]
@@ -208,19 +261,21 @@ mod tests {
         // Folders of its own: whatever else ends meanwhile removes what it finds in the real ones.
         let (shared, temporary) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let of = |dir: &tempfile::TempDir, name: &str| dir.path().join(name);
-        let left = [of(&shared, "psm_left"), of(&shared, "sem.mp-left"), of(&temporary, "mat-debug-17.log")];
-        let other = [of(&shared, "left"), of(&temporary, "mat-debug-.log"), of(&temporary, "mat-debug-1.log.old")];
+        let left = [of(&shared, "psm_left"), of(&shared, "sem.mp-left"), of(&temporary, GONE_LOG)];
+        let living = format!("mat-debug-{}.log", std::process::id());
+        let other = ["mat-debug-.log", "mat-debug-1.log.old", &living].map(|name| of(&temporary, name));
+        let other = [of(&shared, "left")].into_iter().chain(other).collect::<Vec<_>>();
         left.iter().chain(&other).for_each(|path| std::fs::write(path, "x").unwrap());
         let open = of(&shared, "psm_open");
         let held = std::fs::File::create(&open).unwrap();
         let now = SystemClock::default().now();
-        let remove = |since| remove_from(shared.path(), &[temporary.path().to_owned()].into(), since);
+        let remove = |since| remove_from(&folders_of(Some(&shared), Some(&temporary)), since);
 
         assert_eq!(remove(now + 60_000), 0, "older than the worker");
         assert_eq!(remove(now - 1_000), 3);
         assert!(left.iter().all(|path| !path.exists()));
         assert!(open.exists(), "open in a living process");
-        assert!(other.iter().all(|path| path.exists()), "not of a known name");
+        assert!(other.iter().all(|path| path.exists()), "not of a known name, or of a living process");
         drop(held);
         assert_eq!(remove(now - 1_000), 1);
     }

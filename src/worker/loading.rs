@@ -1,5 +1,6 @@
 //! A cold load: starting the process, watching it get ready, and waiting after a failure.
 
+use super::device_memory::Seen;
 use super::parking::FAILED_PARKS_MAX;
 use super::rehearsal::rehearsed;
 use super::*;
@@ -57,10 +58,15 @@ impl Supervisor {
         let deadline = ordered_at + limit;
         let mut avoid = BTreeSet::new();
         loop {
-            let tried = match self.try_load(&avoid, deadline, memory_before).await {
-                Try::Ready(running, phases) if self.rehearses(&running) => self.rehearse(running, phases).await,
+            let mut seen = Seen::default();
+            let tried = match self.try_load(&avoid, deadline, memory_before, &mut seen).await {
+                Try::Ready(running, phases) if self.rehearses(&running) => {
+                    seen.own.extend(&running.pids);
+                    self.rehearse(running, phases).await
+                }
                 tried => tried,
             };
+            let free = self.free_as_before(memory_before, &seen);
             match tried {
                 Try::Ready(running, phases) => {
                     let base_url = format!("http://127.0.0.1:{}", running.process.port());
@@ -81,21 +87,22 @@ impl Supervisor {
                     let model = &self.spec.name;
                     tracing::warn!(model, port, "another program has its port, another one is tried: {why}");
                     avoid.insert(port);
-                    self.wait_memory_free(self.free_as_before(memory_before)).await;
+                    self.wait_memory_free(free).await;
                 }
-                Try::PortTaken(_, reason, tail) => return self.failed_load(reason, &tail, memory_before).await,
+                Try::PortTaken(_, reason, tail) => return self.failed_load(reason, &tail, free).await,
                 Try::OutOfMemory(reason, _) if !self.is_small => {
                     let model = &self.spec.name;
-                    tracing::warn!(model, "out of memory while loading, tried once more with less: {reason}");
+                    tracing::warn!(
+                        model,
+                        "out of memory while loading, tried once more and told to make do with less: {reason}"
+                    );
                     self.is_small = true;
-                    self.wait_memory_free(self.free_as_before(memory_before)).await;
+                    self.wait_memory_free(free).await;
                 }
-                Try::OutOfMemory(reason, tail) => return self.does_not_fit(reason, &tail, memory_before).await,
-                Try::Failed(reason, tail) => {
-                    return self.failed_load(reason, &tail, memory_before).await;
-                }
+                Try::OutOfMemory(reason, tail) => return self.does_not_fit(reason, &tail, free).await,
+                Try::Failed(reason, tail) => return self.failed_load(reason, &tail, free).await,
                 Try::Stopped(ordered_at) => {
-                    self.wait_memory_free(self.free_as_before(memory_before)).await;
+                    self.wait_memory_free(free).await;
                     self.enter(ModelState::Absent);
                     self.report(Report::Stopped { stop_ms: self.around.clock.millis_in(ordered_at.elapsed()) });
                     return Phase::Absent;
@@ -107,15 +114,22 @@ impl Supervisor {
                     self.failed_parks += 1;
                     ordered_at = Instant::now();
                     self.park_refused = Some(format!("put to sleep once after its load, it did not come back: {why}"));
-                    self.wait_memory_free(self.free_as_before(memory_before)).await;
+                    self.wait_memory_free(free).await;
                 }
                 Try::Ended => return Phase::Ended,
             }
         }
     }
 
-    /// Starts the process and probes it until it is ready. Whatever the end but `Ready`, nothing of it runs any more.
-    async fn try_load(&mut self, avoid: &BTreeSet<u16>, deadline: Instant, memory_before: Option<u64>) -> Try {
+    /// Starts the process and probes it until it is ready. Whatever the end but `Ready`, nothing of it runs any more, and `seen`
+    /// says which of its processes were on its GPUs.
+    async fn try_load(
+        &mut self,
+        avoid: &BTreeSet<u16>,
+        deadline: Instant,
+        memory_before: Option<u64>,
+        seen: &mut Seen,
+    ) -> Try {
         let started = Instant::now();
         let spare = if avoid.is_empty() && !self.is_small { self.take_spare().await } else { None };
         let was_spare = spare.is_some();
@@ -157,6 +171,7 @@ impl Supervisor {
                         Some(Order::Stop | Order::Park | Order::ParkBare) => {
                             let ordered_at = Instant::now();
                             self.enter(ModelState::Draining);
+                            self.note_seen(&process, seen).await;
                             process.stop(self.around.grace).await;
                             return Try::Stopped(ordered_at);
                         }
@@ -185,6 +200,7 @@ impl Supervisor {
                 }
                 () = sleep_until(deadline) => {
                     let why = heard.as_ref().and_then(|heard| so_far(&self.spec, process.port(), heard));
+                    self.note_seen(&process, seen).await;
                     let tail = process.stop(self.around.grace).await;
                     let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
                     let seconds = limit.as_secs_f64();
@@ -193,6 +209,9 @@ impl Supervisor {
                 }
                 health = probe => health,
             };
+            if !matches!(health, Health::Ready { .. }) {
+                self.note_seen(&process, seen).await;
+            }
             if health != Health::Stranger {
                 strange_since = None;
                 if health != Health::Refused {
@@ -313,8 +332,8 @@ impl Supervisor {
         }
     }
 
-    async fn failed_load(&mut self, reason: String, tail: &Tail, memory: Option<u64>) -> Phase {
-        self.wait_memory_free(self.free_as_before(memory)).await;
+    async fn failed_load(&mut self, reason: String, tail: &Tail, free: Option<Free>) -> Phase {
+        self.wait_memory_free(free).await;
         self.failed_loads += 1;
         let quarantined = self.failed_loads >= QUARANTINE_AFTER;
         let reason = tail.explain(reason);

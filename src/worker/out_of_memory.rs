@@ -48,15 +48,15 @@ impl Supervisor {
     }
 
     /// It ran out of memory twice, the second time when it was told to make do with less.
-    pub(super) async fn does_not_fit(&mut self, reason: String, tail: &Tail, memory_before: Option<u64>) -> Phase {
-        self.wait_memory_free(self.free_as_before(memory_before)).await;
+    pub(super) async fn does_not_fit(&mut self, reason: String, tail: &Tail, free: Option<Free>) -> Phase {
+        self.wait_memory_free(free).await;
         self.failed_loads += 1;
         self.small = None;
         let gpus = self.look().await;
         let reason = tail.explain(reason);
         self.last_failure = Some(reason.clone());
         let message = format!(
-            "model `{}` does not fit, even with less to do: {reason}. {}",
+            "model `{}` does not fit, nor when it was told to make do with less: {reason}. {}",
             self.spec.name,
             advice(&self.spec, &gpus, &self.gpus)
         );

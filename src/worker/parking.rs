@@ -265,13 +265,18 @@ impl Supervisor {
     }
 
     /// The most that a worker may keep on its GPUs when it is parked, in bytes, by what it takes there now; `None`: on the CPU.
-    async fn parked_use(&self, free: Option<&Free>) -> Option<u64> {
+    pub(super) async fn parked_use(&self, free: Option<&Free>) -> Option<u64> {
         let most = RESIDUE_BYTES.saturating_mul(self.gpus.len().max(1) as u64);
         Some(most.min(self.taken_beyond(free?).await? / 2))
     }
 
     /// Whether the driver shows that it has given its memory back.
-    async fn shows_back(&self, running: &mut Running, free: Option<&Free>, at_most: Option<u64>) -> Result<(), String> {
+    pub(super) async fn shows_back(
+        &self,
+        running: &mut Running,
+        free: Option<&Free>,
+        at_most: Option<u64>,
+    ) -> Result<(), String> {
         if self.is_checkpointed() {
             // It does not know of it, and may not be able to answer.
             self.release(running);
@@ -281,7 +286,13 @@ impl Supervisor {
             }
             self.note_host(running, memory.host);
         }
-        let Some((free, at_most)) = free.zip(at_most) else { return Ok(()) };
+        let Some((free, at_most)) = free.zip(at_most) else {
+            // Of a worker whose load the driver has not told of either, nothing can be seen.
+            return match running.memory_before {
+                Some(_) => Err("the driver does not say any more how much of its GPUs is in use".to_owned()),
+                None => Ok(()),
+            };
+        };
         let until = Instant::now() + self.tempo.park_memory_limit;
         loop {
             let Some(kept) = self.taken_beyond(free).await else { return Err("its GPU is gone".to_owned()) };

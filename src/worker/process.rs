@@ -1,7 +1,7 @@
 //! One worker process: start under the guard, log capture, stop of the whole group, sweep by instance mark.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -29,6 +29,8 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// Most that is waited at server start for orphans to end by themselves; they had their grace when the server died.
 const ORPHAN_GRACE_MAX: Duration = Duration::from_secs(3);
+/// How long their guards may take, once nothing else of them lives, to remove what they left and to end.
+const GUARDS_END_WITHIN: Duration = Duration::from_secs(1);
 /// What a worker writes is for the user alone that runs it: prompts and answers may be in it.
 const UMASK: &str = "077";
 /// Of what it would take by itself, the share that a worker is to make do with after it ran out of memory.
@@ -94,7 +96,7 @@ impl WorkerProcess {
         let Launch::Script { python, script } = &start.spec.launch else {
             return Err(format!("model `{}`: its `command` cannot be started as a spare process", start.spec.name));
         };
-        script_is_there(start.spec, python, script)?;
+        script_is_there(start.spec, script)?;
         let port = lease.port().to_string();
         let command = [python.into(), script.into(), "--spare".into(), "--port".into(), port.into()];
         Self::run(start, lease, &command, log_path)
@@ -245,17 +247,27 @@ fn order(
 }
 
 /// See [`super::supervisor::end_orphans`].
-pub(super) async fn end_orphans(data_dir_id: &str, grace: Duration) -> usize {
-    let family = Family::DataDir { id: data_dir_id.to_owned() };
+pub(super) async fn end_orphans(data_dir_id: &str, grace: Duration, since: Option<Millis>) -> usize {
+    let (family, unguarded) =
+        (Family::DataDir { id: data_dir_id.to_owned() }, Family::Unguarded { id: data_dir_id.to_owned() });
     let grace = grace.min(ORPHAN_GRACE_MAX);
     blocking(move || {
         let count = family.living(None).len();
         if count > 0 {
             tracing::warn!(processes = count, "ending processes that an earlier run left behind");
             family.terminate();
-            if !family.wait_gone(grace) && !family.kill(None, KILL_LIMIT) {
+            let is_gone = family.wait_gone(grace) || {
+                let is_killed = unguarded.kill(None, KILL_LIMIT);
+                (is_killed && family.wait_gone(GUARDS_END_WITHIN))
+                    || family.kill(None, if is_killed { KILL_LIMIT } else { Duration::ZERO })
+            };
+            if !is_gone {
                 tracing::error!("processes of an earlier run outlive SIGKILL");
             }
+        }
+        // Their guards may have been killed, too.
+        if let Some(since) = since {
+            leftovers::remove(since);
         }
         count
     })
@@ -272,7 +284,7 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
 fn command_line(spec: &ModelSpec, port: u16) -> Result<Vec<OsString>, String> {
     match &spec.launch {
         Launch::Script { python, script } => {
-            script_is_there(spec, python, script)?;
+            script_is_there(spec, script)?;
             let mut words: Vec<OsString> = vec![
                 python.into(),
                 script.into(),
@@ -298,16 +310,16 @@ fn command_line(spec: &ModelSpec, port: u16) -> Result<Vec<OsString>, String> {
     }
 }
 
-fn script_is_there(spec: &ModelSpec, python: &Path, script: &Path) -> Result<(), String> {
+fn script_is_there(spec: &ModelSpec, script: &Path) -> Result<(), String> {
     if !script.is_file() {
         return Err(format!("there is no script {}; correct `service_script`", script.display()));
     }
-    interpreter_is_there(spec, python)
+    interpreter_is_there(spec)
 }
 
 /// The text of an error is for a person.
-pub(super) fn interpreter_is_there(spec: &ModelSpec, python: &Path) -> Result<(), String> {
-    if python.exists() { Ok(()) } else { spec.launch.without_python(&spec.name).map_or(Ok(()), Err) }
+pub(super) fn interpreter_is_there(spec: &ModelSpec) -> Result<(), String> {
+    spec.launch.without_python(&spec.name).map_or(Ok(()), Err)
 }
 
 fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
@@ -325,7 +337,8 @@ fn fill(word: &str, spec: &ModelSpec, port: u16) -> Result<String, String> {
     Ok(word)
 }
 
-/// The worker's environment: what the server has without its secrets, then ours, then the entry's, which wins.
+/// The worker's environment: what the server has without its secrets, then ours, then the entry's, which wins; the base
+/// service is found behind what these have in PYTHONPATH.
 pub(super) fn environment(
     inherited: impl Iterator<Item = (OsString, OsString)>,
     spec: &ModelSpec,
@@ -362,6 +375,8 @@ pub(super) fn environment(
         set(name, value);
     }
     set(MARK, mark);
+    let python_path = spec.python_path(vars.get(OsStr::new("PYTHONPATH")).map(OsString::as_os_str));
+    vars.extend(python_path.map(|path| ("PYTHONPATH".into(), path)));
     vars
 }
 
@@ -519,6 +534,33 @@ pub(super) mod tests {
         spec.gpus = 2;
         assert_eq!(seen(&spec, &[2, 3]), ["2,3", "PCI_BUS_ID"]);
         assert_eq!(seen(&spec, &[]), ["7", "-"], "nobody said which");
+    }
+
+    #[test]
+    fn a_script_in_an_environment_of_ones_own_finds_the_base_service() {
+        let dir = tempfile::tempdir().unwrap();
+        let with = |inherited: &[(&str, &str)], spec: &ModelSpec| {
+            let inherited = inherited.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
+            let mut vars = environment(inherited, spec, &[], (None, None), "id:1");
+            vars.remove(OsStr::new("PYTHONPATH")).and_then(|path| path.into_string().ok())
+        };
+        let launch = Launch::Script { python: "/mine/python".into(), script: dir.path().join("tone/server.py") };
+        let mut own = ModelSpec { launch, dir: dir.path().into(), ..spec(&[]) };
+        let theirs = [("PYTHONPATH", "/theirs")];
+        assert_eq!(with(&theirs, &own).as_deref(), Some("/theirs"), "there is no base");
+        let make = |folder: &str| {
+            let base = dir.path().join(folder);
+            std::fs::create_dir_all(base.join("roundhouse_worker")).unwrap();
+            base.display().to_string()
+        };
+        let base = make("models/base");
+        assert_eq!(with(&[], &own), Some(base.clone()), "beside models.yaml");
+        assert_eq!(with(&theirs, &own), Some(format!("/theirs:{base}")));
+        let base = make("base");
+        assert_eq!(with(&[], &own), Some(base.clone()), "beside the script's folder");
+        own.env.insert("PYTHONPATH".into(), "/entry".into());
+        assert_eq!(with(&theirs, &own), Some(format!("/entry:{base}")));
+        assert_eq!(with(&[], &ModelSpec { dir: dir.path().into(), ..spec(&["serve"]) }), None, "a command");
     }
 
     #[test]

@@ -83,6 +83,11 @@ pub(super) enum Family {
         /// First half of the mark.
         id: String,
     },
+    /// The same without the guards.
+    Unguarded {
+        /// As of `DataDir`.
+        id: String,
+    },
 }
 
 impl Family {
@@ -101,9 +106,8 @@ impl Family {
             Self::Instance { mark, session } => {
                 *session == Some(process.session) || has_mark(process.pid, |m| m == mark.as_bytes())
             }
-            Self::DataDir { id } => {
-                has_mark(process.pid, |m| m.strip_prefix(id.as_bytes()).is_some_and(|rest| rest.first() == Some(&b':')))
-            }
+            Self::DataDir { id } => is_of(process.pid, id),
+            Self::Unguarded { id } => !is_guard(process) && is_of(process.pid, id),
         }
     }
 
@@ -168,6 +172,18 @@ impl Family {
 fn rest(pause: &mut Duration) {
     std::thread::sleep(*pause);
     *pause = (*pause * 2).min(LOOK_EVERY);
+}
+
+/// Whether it carries a mark of the data dir `id`.
+fn is_of(pid: i32, id: &str) -> bool {
+    has_mark(pid, |m| m.strip_prefix(id.as_bytes()).is_some_and(|rest| rest.first() == Some(&b':')))
+}
+
+/// `<this program> guard ...`, which leads its session.
+fn is_guard(process: &Process) -> bool {
+    process.session == process.pid
+        && std::fs::read(format!("/proc/{}/cmdline", process.pid))
+            .is_ok_and(|words| words.split(|b| *b == 0).nth(1) == Some(b"guard"))
 }
 
 fn is_resource_tracker(pid: i32) -> bool {

@@ -18,12 +18,22 @@ impl Supervisor {
     pub(super) async fn rehearse(&mut self, mut running: Box<Running>, mut phases: Vec<PhaseTime>) -> Try {
         let began = Instant::now();
         self.show_progress(Some(PhaseTime::REHEARSAL.to_owned()), None);
-        let (asleep, awake) = (self.fall_asleep(&running), self.come_back(&running));
-        let both = async {
-            asleep.await?;
-            awake.await
+        let free = self.free_when(&mut running).await;
+        let at_most = self.parked_use(free.as_ref()).await;
+        let asleep = self.fall_asleep(&running);
+        let slept = match self.meanwhile(&mut running, asleep).await {
+            Turn::Done(()) => match self.shows_back(&mut running, free.as_ref(), at_most).await {
+                Ok(()) => {
+                    let awake = self.come_back(&running);
+                    self.meanwhile(&mut running, awake).await
+                }
+                Err(why) => Turn::Failed(why),
+            },
+            Turn::Failed(why) => Turn::Failed(why),
+            Turn::Stopped => Turn::Stopped,
+            Turn::Ended => Turn::Ended,
         };
-        match self.meanwhile(&mut running, both).await {
+        match slept {
             Turn::Done(memory) => {
                 self.note_memory(&mut running, memory);
                 phases.push(PhaseTime { phase: PhaseTime::REHEARSAL.to_owned(), ms: millis(began.elapsed()) });

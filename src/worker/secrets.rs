@@ -3,21 +3,39 @@
 
 /// Beginnings of names: our own settings, API keys of our clients among them, and a cloud's.
 const BEGINNINGS: [&str; 2] = ["ROUNDHOUSE_", "AWS_"];
-/// Ends of names, or whole names without the underscore: `HF_TOKEN`, `GITHUB_TOKEN`, `TOKEN`, `RUNPOD_API_KEY`.
-const ENDS: [&str; 9] =
-    ["_TOKEN", "_API_KEY", "_APIKEY", "_ACCESS_KEY", "_ACCOUNT_KEY", "_PRIVATE_KEY", "_SIGNING_KEY", "_PASS", "_DSN"];
+/// Ends of names, or whole names without the underscore: `HF_TOKEN`, `TOKEN`, `RUNPOD_API_KEY`, `OPENAI_KEY`, `GITHUB_PAT`.
+const ENDS: [&str; 7] = ["_TOKEN", "_KEY", "_APIKEY", "_PASS", "_PWD", "_PAT", "_DSN"];
 /// Parts of names, wherever they stand.
 const PARTS: [&str; 5] = ["SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL"];
-/// Whole names: by the first one signs with the keys of whoever started the server, the second has a password in it.
-const NAMES: [&str; 2] = ["SSH_AUTH_SOCK", "DATABASE_URL"];
+/// Words of a name that ends in `_URL` or `_URI`: a password is in it. `REDIS_URL`, `MY_DATABASE_URL`, `MONGO_URI`.
+const STORES: [&str; 12] = [
+    "DATABASE",
+    "DB",
+    "REDIS",
+    "MONGO",
+    "MONGODB",
+    "POSTGRES",
+    "POSTGRESQL",
+    "MYSQL",
+    "MARIADB",
+    "AMQP",
+    "RABBITMQ",
+    "BROKER",
+];
+/// By this one signs with the keys of whoever started the server.
+const AGENT: &str = "SSH_AUTH_SOCK";
+/// The folder that a shell is in.
+const FOLDER: &str = "PWD";
 
 /// Whether a variable looks like a credential.
 pub(super) fn is_secret(name: &str) -> bool {
     let name = name.to_ascii_uppercase();
+    let address = name.strip_suffix("_URL").or_else(|| name.strip_suffix("_URI"));
     BEGINNINGS.iter().any(|begin| name.starts_with(begin))
-        || ENDS.iter().any(|end| name.ends_with(end) || name == end[1..])
+        || (name != FOLDER && ENDS.iter().any(|end| name.ends_with(end) || name == end[1..]))
         || PARTS.iter().any(|part| name.contains(part))
-        || NAMES.contains(&name.as_str())
+        || address.is_some_and(|rest| rest.split('_').any(|word| STORES.contains(&word)))
+        || name == AGENT
 }
 
 #[cfg(test)]
@@ -29,12 +47,15 @@ mod tests {
         let secrets = "HF_TOKEN HF_API_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACEHUB_API_TOKEN RUNPOD_API_KEY OPENAI_API_KEY \
                        VLLM_API_KEY ROUNDHOUSE_API_KEYS ROUNDHOUSE_ANYTHING AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY \
                        AWS_SESSION_TOKEN AZURE_STORAGE_ACCOUNT_KEY GOOGLE_APPLICATION_CREDENTIALS GITHUB_TOKEN TOKEN API_KEY \
-                       PGPASSWORD DB_PASSWORD MY_SECRET_THING CLIENT_SECRET SSH_AUTH_SOCK DATABASE_URL SENTRY_DSN github_token";
+                       PGPASSWORD DB_PASSWORD MY_SECRET_THING CLIENT_SECRET SSH_AUTH_SOCK DATABASE_URL SENTRY_DSN github_token \
+                       OPENAI_KEY ENCRYPTION_KEY SIGNING_KEY GITHUB_PAT MYSQL_PWD DB_PASS MY_DATABASE_URL REDIS_URL MONGO_URI \
+                       CELERY_BROKER_URL";
         for name in secrets.split_whitespace() {
             assert!(is_secret(name), "{name}");
         }
         let plain = "PATH HOME PWD OLDPWD LANG HF_HOME HF_HUB_CACHE HF_ENDPOINT TOKENIZERS_PARALLELISM CUDA_VISIBLE_DEVICES \
-                     LD_LIBRARY_PATH PYTORCH_CUDA_ALLOC_CONF VLLM_CACHE_ROOT KEYBOARD RUNPOD_POD_ID HTTPS_PROXY";
+                     LD_LIBRARY_PATH PYTORCH_CUDA_ALLOC_CONF VLLM_CACHE_ROOT KEYBOARD RUNPOD_POD_ID HTTPS_PROXY \
+                     XKB_KEYMAP COMPAT BASE_URL HF_HUB_URL DBUS_SESSION_BUS_ADDRESS PATH_PATTERN";
         for name in plain.split_whitespace() {
             assert!(!is_secret(name), "{name}");
         }

@@ -92,6 +92,7 @@ impl Spares {
         let Some(with) = &self.with else { return };
         let wants = |spec: &&ModelSpec| spec.spare && matches!(spec.launch, Launch::Script { .. });
         let mut keepers = self.keepers();
+        let before: Vec<usize> = keepers.iter().map(|keeper| keeper.index).collect();
         keepers.retain(|keeper| models.iter().filter(wants).any(|spec| is_one_environment(&keeper.spec, spec)));
         for spec in models.iter().filter(wants) {
             if !keepers.iter().any(|keeper| is_one_environment(&keeper.spec, spec)) {
@@ -103,6 +104,10 @@ impl Spares {
             let sharing = models.iter().filter(wants).filter(|spec| is_one_environment(&keeper.spec, spec));
             let sharing = sharing.map(|spec| spec.name.clone()).collect();
             keeper.view.send_modify(|view| view.models = sharing);
+        }
+        let new = keepers.iter().filter(|keeper| !before.contains(&keeper.index));
+        if let Some(text) = not_installed(new.map(|keeper| (&keeper.spec, keeper.view.borrow().models.join(", ")))) {
+            tracing::warn!("{text}");
         }
     }
 
@@ -173,6 +178,18 @@ impl Spares {
         let keeper = keepers.iter().find(|keeper| spec.spare && is_one_environment(&keeper.spec, spec));
         keeper.map(|keeper| keeper.messages.clone())
     }
+}
+
+/// What to say once about the environments that are not installed yet, with the models that share them.
+fn not_installed<'a>(environments: impl Iterator<Item = (&'a ModelSpec, String)>) -> Option<String> {
+    let lacks = environments.filter(|(spec, _)| spec.launch.is_not_installed());
+    let models: Vec<String> = lacks.map(|(_, models)| models).collect();
+    (!models.is_empty()).then(|| {
+        let models = models.join(", ");
+        format!(
+            "no spare processes for {models}: not installed yet; run `roundhouse models install`, with names or --all"
+        )
+    })
 }
 
 /// Whether one spare is good for both: the same interpreter runs the same script, and imports see the same variables.
@@ -388,12 +405,15 @@ impl Keeper {
         self.failures += 1;
         let wait = backoff(self.around.backoff_first, self.around.backoff_max, self.failures);
         let models = self.view.borrow().models.join(", ");
-        tracing::warn!(
-            models,
-            failures = self.failures,
-            "no spare process, so loads start from nothing; tried again in {} s: {reason}",
-            wait.as_secs_f64()
-        );
+        // Of what is not installed, one line was for all.
+        if !self.spec.launch.is_not_installed() {
+            tracing::warn!(
+                models,
+                failures = self.failures,
+                "no spare process, so loads start from nothing; tried again in {} s: {reason}",
+                wait.as_secs_f64()
+            );
+        }
         self.not_before = Instant::now() + wait;
         self.enter(SpareState::Backoff, None);
         self.view.send_modify(|v| v.reason = Some(reason));
@@ -435,6 +455,24 @@ async fn host_bytes(process: &WorkerProcess) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::worker::process::tests::spec;
+
+    #[test]
+    fn of_all_environments_that_are_not_installed_one_line_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = |name: &str, python: Option<&str>| {
+            let script = dir.path().join(name).join("server.py");
+            let python = python.map_or_else(|| Launch::own_python(&script), Into::into);
+            ModelSpec { name: name.into(), launch: Launch::Script { python, script }, ..spec(&[]) }
+        };
+        let (a, b, own) = (entry("a", None), entry("b", None), entry("own", Some("/mine/python")));
+        let say = |specs: &[&ModelSpec]| not_installed(specs.iter().map(|spec| (*spec, spec.name.clone())));
+        let said = say(&[&a, &own, &b]).unwrap();
+        assert!(said.starts_with("no spare processes for a, b: not installed yet; run `roundhouse models"), "{said}");
+        assert_eq!(say(&[&own]), None, "that is no matter of installing");
+        std::fs::create_dir_all(dir.path().join("a/.venv/bin")).unwrap();
+        std::fs::write(dir.path().join("a/.venv/bin/python"), "").unwrap();
+        assert_eq!(say(&[&a]), None);
+    }
 
     #[test]
     fn models_share_a_spare_if_their_imports_are_the_same() {

@@ -311,9 +311,10 @@ impl WorkerHandle {
 }
 
 /// Ends every process whose environment carries this data dir's instance mark (an earlier run's orphans); returns how
-/// many there were, when they are gone. `grace` is cut to 3 s: they had theirs when their server ended.
-pub async fn end_orphans(data_dir_id: &str, grace: Duration) -> usize {
-    process::end_orphans(data_dir_id, grace).await
+/// many there were, when they are gone. `grace` is cut to 3 s: they had theirs when their server ended. `since`: if that run
+/// did not end in order, when it began, in ms since the epoch: the files that its workers left in shared folders are removed.
+pub async fn end_orphans(data_dir_id: &str, grace: Duration, since: Option<Millis>) -> usize {
+    process::end_orphans(data_dir_id, grace, since).await
 }
 
 /// What the supervisor does next. Each phase has its own function, which ends with the next phase.

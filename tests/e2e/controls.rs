@@ -45,7 +45,7 @@ async fn a_drain_finishes_what_is_there_and_refuses_what_comes() {
     api.post("/v1/queue/drain", &json!({"model": "a"})).await.is(200);
     let job = crate::common::echo_job("a", json!({}));
     let refused = api.post("/v1/jobs", &job).await.refused(503, "draining");
-    assert!(refused.text().contains("roundhouse queue resume"), "{}", refused.text());
+    assert!(refused.text().contains("roundhouse queue resume --model a"), "{}", refused.text());
     for id in &ids {
         api.succeeded(id).await;
     }

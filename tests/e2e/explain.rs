@@ -32,7 +32,7 @@ async fn the_log_the_decisions_and_the_job_say_the_same_words() {
         (&json!("stay"), &json!("not_due"), &json!("b"))
     );
     assert!(about[0]["numbers"]["price_s"].as_f64().unwrap() > 0.0, "{about:?}");
-    assert!(decisions(&server, "?model=none").await.is_empty());
+    api.get("/v1/queue/decisions?model=none").await.refused(404, "model_not_found");
 
     let queue = api.job(&waiting).await["queue"].clone();
     let times = |field: &str| queue[field].as_array().map(|pair| [pair[0].clone(), pair[1].clone()]).unwrap();

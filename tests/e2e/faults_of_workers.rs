@@ -14,7 +14,7 @@ use crate::common::{
 };
 
 /// An entry with `tests/support/stock_server.py`: an engine that knows nothing of us and has a process of its own.
-fn stock<A: AsRef<str>>(args: &[A]) -> Value {
+pub(crate) fn stock<A: AsRef<str>>(args: &[A]) -> Value {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let script = root.join("tests/support/stock_server.py");
     let mut command = vec![python(root), "-S".to_owned(), script.display().to_string()];
@@ -32,7 +32,7 @@ fn chat(fault: Value, stream: bool) -> Value {
     json!({"model": "t", "messages": [message], "fault": fault, "stream": stream})
 }
 
-fn chat_job(fault: Value) -> Value {
+pub(crate) fn chat_job(fault: Value) -> Value {
     json!({"endpoint": "/v1/chat/completions", "body": chat(fault, false)})
 }
 
@@ -47,7 +47,7 @@ fn engine(server: &Server) -> Proc {
     server.processes().into_iter().find(is_engine).expect("an engine")
 }
 
-fn is_guard(found: &Proc) -> bool {
+pub(crate) fn is_guard(found: &Proc) -> bool {
     found.command.get(1).is_some_and(|word| word == "guard")
 }
 
@@ -143,7 +143,7 @@ async fn a_death(harm: impl FnOnce(&Server)) {
     assert_eq!(shared_memory(&token).len(), 1, "that of the dead is gone");
 }
 
-fn shared_memory(token: &str) -> Vec<String> {
+pub(crate) fn shared_memory(token: &str) -> Vec<String> {
     let names = std::fs::read_dir("/dev/shm").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.starts_with(token)).collect()
 }

@@ -22,6 +22,15 @@ async fn a_full_queue_refuses_and_keeps_what_it_has() {
     let two = json!({"requests": [echo_job("a", json!({})), echo_job("a", json!({}))]});
     let reply = api.post("/v1/jobs/bulk", &two).await.refused(429, "queue_full");
     assert!(!reply.header("retry-after").is_empty(), "{:?}", reply.headers);
+    assert!(reply.text().contains("3 queued and 2 more would be over the limit of 4"), "{}", reply.text());
+    // What is over the limit alone will never fit: nobody is told to try again.
+    let five: Vec<Value> = (0..5).map(|_| echo_job("a", json!({}))).collect();
+    let reply = api.post("/v1/jobs/bulk", &json!({"requests": five})).await.refused(400, "invalid_request");
+    let error = &reply.json()["error"];
+    assert!(error["message"].as_str().is_some_and(|text| text.contains("send at most 4")), "{error}");
+    assert_eq!((&error["retryable"], &error["param"]), (&json!(false), &json!("requests")));
+    assert_eq!(error["details"], json!({"limit": 4, "key": "queued_max"}));
+    assert!(!reply.headers.contains_key("retry-after"), "{:?}", reply.headers);
     eventually(LIMIT, "three wait", || async { (api.queue().await["queued"] == 3).then_some(()) }).await;
     ids.push(api.submit_echo("a", json!({})).await);
     let reply = api.post("/v1/jobs", &echo_job("a", json!({}))).await.refused(429, "queue_full");

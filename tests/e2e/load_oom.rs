@@ -22,7 +22,7 @@ async fn a_load_that_runs_out_of_memory_is_tried_once_more_with_less() {
     visit(&server.api, "a").await;
     assert_eq!(starts(&server.api).await, 2);
     assert_eq!(server.api.worker("a").await["failed_loads"], 0);
-    assert!(server.log().contains("tried once more with less"), "{}", server.log());
+    assert!(server.log().contains("told to make do with less"), "{}", server.log());
 }
 
 #[tokio::test]

@@ -22,6 +22,7 @@ mod fetching;
 mod gpu;
 mod hung_loads;
 mod input;
+mod leftovers;
 mod limits;
 mod load_oom;
 mod messages;

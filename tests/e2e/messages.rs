@@ -31,7 +31,7 @@ fn paths_that_cannot_be_used_are_named_with_their_flag_and_the_reason_once() {
     let serve = ["serve", "--listen", "127.0.0.1:0"];
     let cases: &[(&[&str], &[&str])] = &[
         (&[serve[0], serve[1], serve[2], "--config", "nope.yaml"], &["nope.yaml", "--config", "No such file"]),
-        (&[serve[0], serve[1], serve[2], "--data-dir", "file"], &["--data-dir", "file", "os error"]),
+        (&[serve[0], serve[1], serve[2], "--data-dir", "file"], &["--data-dir", "file is a file, not a folder"]),
         (&[serve[0], serve[1], serve[2], "--data-dir", "file/data"], &["--data-dir", "file/data", "Not a directory"]),
         (&[serve[0], serve[1], serve[2], "--snapshot-dir", "file"], &["--snapshot-dir", "file", "os error"]),
         (&["backup", "copy", "--data-dir", "nope"], &["nope (--data-dir)", "No such file"]),
@@ -61,4 +61,6 @@ fn an_address_that_is_taken_is_said_with_its_flag_and_what_to_do() {
     }
     let said = refuses(dir.path(), &["serve", "--listen", "no.such.host.invalid:9000"]);
     assert!(said.contains("--listen") && said.contains("HOST:PORT"), "{said}");
+    let said = refuses(dir.path(), &["serve", "--listen", "9000"]);
+    assert!(said.contains("--listen") && !said.contains("models.yaml"), "{said}");
 }

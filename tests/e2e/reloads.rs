@@ -93,7 +93,10 @@ async fn jobs_of_a_model_that_is_taken_out_wait_until_it_is_back() {
     let api = &server.api;
     let running = api.submit_echo("a", json!({"delay_ms": 2000})).await;
     api.happened(&running, "job.started").await;
+    // Also if somebody has paused it: no resume would help before its entry is back.
+    api.post("/v1/queue/pause", &json!({"model": "a"})).await.is(200);
     let waiting = api.submit_echo("a", json!({})).await;
+    assert_eq!(api.job(&waiting).await["state_reason"], "paused");
     let limited = api.submit(&json!({"endpoint": "/echo", "body": {"model": "a"}, "deadline_s": 4})).await;
     let site = site.without_model("a");
     site.write();
@@ -103,6 +106,11 @@ async fn jobs_of_a_model_that_is_taken_out_wait_until_it_is_back() {
     assert_eq!(job["attempt"], 1, "it finished where it was: {job}");
     let job = api.job(&waiting).await;
     assert_eq!((&job["state"], &job["state_reason"]), (&json!("queued"), &json!("model_blocked")), "{job}");
+    let why = job["queue"]["reason"].as_str().unwrap();
+    assert!(why.contains("not in models.yaml any more") && !why.contains("paused"), "{why}");
+    api.get("/v1/queue/decisions?model=a").await.is(200);
+    let queue = api.post("/v1/queue/resume", &json!({"model": "a"})).await.is(200).json();
+    assert!(queue["history"][0]["reason"].as_str().unwrap().contains("until it is in models.yaml again"), "{queue}");
     assert_eq!(api.finished(&limited).await["state"], "expired", "its deadline holds");
     eventually(LIMIT, "its worker has left, and its supervisor with it", || async {
         let workers = api.get("/v1/workers").await.is(200).json();
@@ -201,8 +209,21 @@ async fn knobs_hold_at_once_and_other_sections_at_the_next_start() {
     site.write();
     heard(&server, IN_FORCE, 1).await;
     heard(&server, "`server:` was edited; that takes effect at the next start", 1).await;
+    let history = api.queue().await["history"].to_string();
+    assert!(history.contains("`scheduler:` changed in models.yaml (queued_max); it holds at once"), "{history}");
     api.submit_echo("a", json!({})).await;
     api.post("/v1/jobs", &crate::common::echo_job("a", json!({}))).await.refused(429, "queue_full");
+}
+
+#[tokio::test]
+async fn that_a_model_cannot_be_parked_any_more_is_said_when_park_ram_is_edited() {
+    let site = Site::new().env("ROUNDHOUSE_FAKE_GPUS", "1x80GiB").scheduler("park_ram", "200GiB");
+    let site = site.model("a", parking(&none()));
+    let server = site.start().await;
+    assert!(!server.log().contains("cannot be parked"), "{}", server.log());
+    site.scheduler("park_ram", "10GiB").write();
+    heard(&server, "cannot be parked: it takes 30 GiB", 1).await;
+    heard(&server, IN_FORCE, 1).await;
 }
 
 /// A model that takes most of a GPU that `ROUNDHOUSE_FAKE_GPUS` plays, and is parked when others need it.

@@ -29,6 +29,7 @@ def flags() -> argparse.Namespace:
     made.add_argument("--name", default="t")
     made.add_argument("--port", type=int, default=0)
     made.add_argument("--shm", metavar="NAME", help="shared memory of this name, and the process id")
+    made.add_argument("--ignore-term", action="store_true", help="end by SIGKILL alone")
     made.add_argument("--exit", type=int, metavar="CODE", help="say something and end at once")
     made.add_argument("--deaf", action="store_true", help="take connections and answer none")
     made.add_argument("--never-ready", action="store_true", help="/health says 503 for ever")
@@ -185,7 +186,7 @@ def main() -> None:
             memory.unlink()
         os._exit(0)
 
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if options.ignore_term else end)
     server.serve_forever()
 
 

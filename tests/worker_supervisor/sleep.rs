@@ -1,5 +1,7 @@
 //! Workers that sleep: what comes meanwhile, without a copy of their weights, and once at their load.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 
 /// Waits until a worker is told something that the hold file keeps it from answering.
@@ -201,5 +203,34 @@ async fn a_driver_that_fails_to_answer_once_does_not_end_a_worker_that_was_parke
     assert!(matches!(worker.settled().await, Report::Parked { .. }));
     assert_eq!(*driver.used.lock().unwrap(), Some(700_000_000), "it failed once");
     worker.stop().await;
+    bench.assert_nothing_left();
+}
+
+/// A driver that says nothing any more once it is told to.
+struct FallsSilent {
+    probe: Arc<dyn GpuProbe>,
+    is_silent: AtomicBool,
+}
+
+impl GpuProbe for FallsSilent {
+    fn gpus(&self) -> Vec<Gpu> {
+        if self.is_silent.load(Ordering::SeqCst) { Vec::new() } else { self.probe.gpus() }
+    }
+}
+
+#[tokio::test]
+async fn nobody_is_parked_whose_memory_the_driver_does_not_tell_of() {
+    let gpus = tempfile::tempdir().unwrap();
+    let card = r#"[{"index":0,"name":"Fake","total_bytes":80000000000}]"#;
+    std::fs::write(gpus.path().join("gpus.json"), card).unwrap();
+    let mut bench = Bench::with_gpus(Some(&format!("dir:{}", gpus.path().display())));
+    bench.tempo.memory_limit = Duration::from_millis(300);
+    let driver = Arc::new(FallsSilent { probe: bench.around.gpus.clone(), is_silent: AtomicBool::new(false) });
+    bench.around.gpus = driver.clone();
+    let mut worker = bench.supervise(ModelSpec { gpus: 1, ..bench.spec(&[]) });
+    worker.load().await;
+    driver.is_silent.store(true, Ordering::SeqCst);
+    worker.handle.order_on(Order::Park, GpuSet::one(0), None);
+    assert!(matches!(worker.settled().await, Report::Stopped { .. }));
     bench.assert_nothing_left();
 }

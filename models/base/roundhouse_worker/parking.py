@@ -259,17 +259,33 @@ def available_bytes(root: str = "/") -> int:
     with open(os.path.join(root, "proc/meminfo"), encoding="ascii") as lines:
         free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
     groups = [
-        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ("sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
+        ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ]
-    for folder, limit, used, idle in groups:
-        folder = os.path.join(root, folder)
-        try:
-            most, now = _number(os.path.join(folder, limit)), _number(os.path.join(folder, used))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-        free = min(free, most - now + _stat(os.path.join(folder, "memory.stat"), idle))
+    for mount, controller, limit, used, idle in groups:
+        for group in _groups(root, controller):
+            folder = os.path.join(root, mount, group)
+            try:
+                most, now = _number(os.path.join(folder, limit)), _number(os.path.join(folder, used))
+            except (OSError, ValueError):  # no such limit, or "max"
+                continue
+            free = min(free, most - now + _stat(os.path.join(folder, "memory.stat"), idle))
     return max(free, 0)
+
+
+def _groups(root: str, controller: str) -> list[str]:
+    """The cgroup of this process and those above it, as paths below the mount; the last is the mount itself.
+
+    In a container with a namespace of its own that is all there is; a unit of systemd or a job of Slurm lies deeper.
+    """
+    try:
+        with open(os.path.join(root, "proc/self/cgroup"), encoding="utf-8") as lines:
+            entries = [line.rstrip("\n").split(":", 2) for line in lines]
+    except OSError:
+        entries = []
+    own = next((entry[2] for entry in entries if len(entry) == 3 and controller in entry[1].split(",")), "/")
+    parts = [part for part in own.split("/") if part not in ("", "..")]
+    return ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
 
 
 def _number(path: str) -> int:

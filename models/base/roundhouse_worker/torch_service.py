@@ -26,6 +26,7 @@ class Loader:
         self._service = service
         self._loading = loading
         self._parts: list[quickload.Part] = []
+        self._left_bytes = 0
 
     def part(self, library: str, class_name: str, folder: pathlib.Path) -> Any:
         """A module that `read` will fill, or None: let its library load it.
@@ -39,13 +40,14 @@ class Loader:
             return None
         made = quickload.part(library, class_name, folder, self._service.dtype)
         if made is None:
+            self._left_bytes += sum(path.stat().st_size for path in hostcopy.files(folder))
             return None
         self._parts.append(made)
         return made.module
 
     def read(self) -> None:
         """Fill all parts and move them to the device. Then load the rest with the library, and move it too."""
-        self._service._read_parts(self._parts, self._loading)  # pyright: ignore[reportPrivateUsage]
+        self._service._read_parts(self._parts, self._left_bytes, self._loading)  # pyright: ignore[reportPrivateUsage]
 
 
 class TorchService(BaseService):
@@ -163,9 +165,10 @@ class TorchService(BaseService):
         if self.on_cuda:
             self.torch.cuda.synchronize()
 
-    def _read_parts(self, parts: list[quickload.Part], loading: Loading) -> None:
+    def _read_parts(self, parts: list[quickload.Part], left_bytes: int, loading: Loading) -> None:
+        """`left_bytes`: what the library reads afterwards, through host memory that the copy must leave."""
         size = sum(part.size_bytes for part in parts)
-        self._plan = self._planned(size)
+        self._plan = self._planned(size, left_bytes)
         keep = self.parks and self._plan.when == "load"
         self._held_bytes = size if keep else 0
 
@@ -185,8 +188,9 @@ class TorchService(BaseService):
                 read_kept=keep,
             )
 
-    def _planned(self, size: int) -> parking.Plan:
-        return parking.plan(size, self.options.host_copy, parking.available_bytes() + self._held_bytes)
+    def _planned(self, size: int, beside: int = 0) -> parking.Plan:
+        available = parking.available_bytes() + self._held_bytes - beside
+        return parking.plan(size, self.options.host_copy, max(available, 0))
 
     def _keep_copy(self) -> None:
         """Make the Parker, now that all there is to copy is known: decided before any of it is page-locked."""

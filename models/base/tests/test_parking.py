@@ -83,6 +83,32 @@ def test_available_memory_in_an_old_container(tmp_path):
     assert parking.available_bytes(root) == 5 * GIB
 
 
+def test_the_limit_of_a_unit_counts_and_that_of_the_slice_above_it(tmp_path):
+    unit = "sys__fs__cgroup__system.slice__my.service__memoryDOT"
+    above = "sys__fs__cgroup__system.slice__memoryDOT"
+    files = {
+        "proc__meminfo": MEMINFO,
+        "proc__self__cgroup": "0::/system.slice/my.service\n",
+        f"{unit}max": str(16 * GIB),
+        f"{unit}current": str(6 * GIB),
+        f"{above}max": str(20 * GIB),
+        f"{above}current": str(6 * GIB),
+    }
+    assert parking.available_bytes(write(tmp_path, **files)) == 10 * GIB
+    assert parking.available_bytes(write(tmp_path, **files | {f"{above}current": str(17 * GIB)})) == 3 * GIB
+
+
+def test_the_limit_of_a_job_where_cgroups_are_old(tmp_path):
+    job = "sys__fs__cgroup__memory__slurm__job_7__memoryDOT"
+    root = write(
+        tmp_path,
+        proc__meminfo=MEMINFO,
+        proc__self__cgroup="5:cpu,cpuacct:/\n4:memory:/slurm/job_7\n",
+        **{f"{job}limit_in_bytes": str(9 * GIB), f"{job}usage_in_bytes": str(1 * GIB)},
+    )
+    assert parking.available_bytes(root) == 8 * GIB
+
+
 def test_no_limit_is_no_limit(tmp_path):
     root = write(
         tmp_path,

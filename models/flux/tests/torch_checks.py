@@ -15,11 +15,14 @@ import tempfile
 import threading
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 
-from roundhouse_worker import arrival, hostcopy, parking, quickload
+from roundhouse_worker import Loading, arrival, hostcopy, parking, quickload, torch_service
 
 CPU = torch.device("cpu")
 CHECKPOINTS = Path(os.environ["ROUNDHOUSE_CHECKPOINTS"])
@@ -382,6 +385,27 @@ def check_a_copy_that_fails_is_told_to_whoever_waits_for_it(folder):
         except RuntimeError as error:
             message = str(error)
         assert message == "an illegal address"
+
+
+def check_what_the_library_reads_besides_is_reckoned_with_before_the_copy_is_made(folder):
+    saved(folder, {"x": torch.zeros(1000)})
+    size = sum(path.stat().st_size for path in hostcopy.files(Path(folder)))
+    service: Any = object.__new__(torch_service.TorchService)
+    service.options = SimpleNamespace(loading="fast", host_copy="load")
+    service.torch, service.dtype, service.device = torch, torch.float32, "cpu"
+    service.on_cuda, service._held_bytes = True, 0
+    budget = {"ROUNDHOUSE_INSTANCE": "dir:nonce", parking.BUDGET_VARIABLE: str(1 << 40)}
+    for available, when in ((size + 99, "never"), (size + 100, "load")):
+        loader: Any = torch_service.Loader(service, Loading())
+        assert loader.part("somewhere", "NoSuchModel", Path(folder)) is None
+        loader._parts.append(SimpleNamespace(size_bytes=100, module=None))
+        with (
+            mock.patch.dict(os.environ, budget),
+            mock.patch.object(parking, "available_bytes", return_value=available),
+            mock.patch.object(quickload, "read", return_value=None),
+        ):
+            loader.read()
+        assert service._plan.when == when, service._plan
 
 
 def made_part(folder, dtype=torch.float32):

@@ -115,11 +115,14 @@ fn check_one(models: &Models, request: Value, source: &Source, seen: &mut HashSe
 }
 
 fn refusal(faults: Vec<Value>, partial: bool) -> ApiError {
-    let count = faults.len();
+    let which = match faults.len() {
+        1 => "1 request is".to_owned(),
+        count => format!("{count} requests are"),
+    };
     let message = if partial {
-        format!("all {count} requests are invalid; nothing was submitted")
+        format!("{which} invalid and none is valid: nothing was submitted")
     } else {
-        format!("{count} requests are invalid, so nothing was submitted; see details, or use ?partial=true")
+        format!("{which} invalid, so nothing was submitted; see details, or use ?partial=true")
     };
     ApiError::invalid("requests", message).with_details(Value::Array(faults))
 }

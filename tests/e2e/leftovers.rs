@@ -1,0 +1,38 @@
+//! What killed workers leave in shared folders, when the server was killed as well and is started again at once.
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::common::{Site, free_port};
+use crate::faults_of_workers::{chat_job, is_guard, shared_memory, stock};
+
+/// The worker ends by SIGKILL alone, so that its guard still waits for it when the next run begins.
+async fn a_restart(and_guards: bool) {
+    let token = format!("psm_rh{}_", free_port());
+    let site = Site::new().server("worker_grace", "60s").model("t", stock(&["--ignore-term", "--shm", &token]));
+    let mut server = site.start().await;
+    let id = server.api.submit(&chat_job(json!({"words": 1}))).await;
+    server.api.succeeded(&id).await;
+    assert_eq!(shared_memory(&token).len(), 1);
+    let of_first = server.processes();
+    server.kill();
+    server.forget_processes();
+    if and_guards {
+        of_first.iter().filter(|found| is_guard(found)).for_each(|guard| guard.signal(Signal::SIGKILL));
+    }
+    let next = site.start().await;
+    assert_eq!(shared_memory(&token), Vec::<String>::new());
+    let alive: Vec<_> = of_first.iter().filter(|found| found.is_alive()).collect();
+    assert!(alive.is_empty(), "left of the first run: {alive:?}");
+    drop(next);
+}
+
+#[tokio::test]
+async fn a_restart_at_once_leaves_no_files_of_the_killed_run() {
+    a_restart(false).await;
+}
+
+#[tokio::test]
+async fn a_restart_leaves_no_files_of_a_run_that_was_killed_with_its_guards() {
+    a_restart(true).await;
+}
