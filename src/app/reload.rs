@@ -32,6 +32,8 @@ pub(super) struct Follower {
     current: Config,
     /// As it is in the file, without the flags that win over it.
     in_file: Option<Config>,
+    /// The last edit was refused.
+    is_refused: bool,
     handle: Handle,
     state: AppState,
 }
@@ -39,7 +41,7 @@ pub(super) struct Follower {
 impl Follower {
     pub(super) fn new(current: Config, handle: Handle, state: AppState) -> Self {
         let path = current.path.clone();
-        Self { in_file: load(&path).ok(), path, current, handle, state }
+        Self { in_file: load(&path).ok(), is_refused: false, path, current, handle, state }
     }
 
     pub(super) async fn run(mut self, tasks: Tasks) {
@@ -71,10 +73,12 @@ impl Follower {
             Ok(new) => new,
             Err(error) => {
                 tracing::error!("models.yaml was edited and is refused, what was read before stays in force:\n{error}");
+                self.is_refused = true;
                 return self.state.refuse_edit(&error.to_string());
             }
         };
         self.state.accept_edit();
+        let was_refused = std::mem::take(&mut self.is_refused);
         if let Some(old) = &self.in_file {
             let sections = [
                 ("server", old.server != new.server),
@@ -90,6 +94,9 @@ impl Follower {
             && new.gpu_hourly_cost == self.current.gpu_hourly_cost;
         self.in_file = Some(new.clone());
         if is_same {
+            if was_refused {
+                tracing::info!("models.yaml is accepted again: its models are as they were before it was refused");
+            }
             return;
         }
         let reload = Reload {

@@ -29,7 +29,8 @@ pub(super) async fn operate(server: &Server, word: &str, name: &str, out: &mut d
     let text = match word {
         "load" => "is due now, and is loaded as soon as others make room; `roundhouse models list` shows how it goes",
         "unload" => {
-            "stops when its running jobs have ended, or at once if it loads; jobs that wait bring it back unless it is paused"
+            "stops when its running jobs have ended, or at once if it loads or its weights are fetched; jobs that wait bring it back \
+             unless it is paused"
         }
         "pin" => "is not displaced by other models any more, once it is loaded",
         _ => "may be displaced by other models",

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::sim::Rng;
 use super::tests::spec;
 use super::*;
-use crate::domain::Face;
+use crate::domain::{Face, Park};
 use crate::policy::{hold, sets, view};
 use crate::scheduler::queue::tests::job as base_job;
 
@@ -654,11 +654,16 @@ fn nobody_is_loaded_beside_what_a_waiting_worker_keeps_before_all_have_left() {
 
 /// A box after `requests` of each of two callers, who use a model each and send one request after the other.
 fn closed_loops(requests: usize, think: Millis, work: Millis, load: Millis) -> Boxed {
-    let specs = [0, 1].map(|index| ModelSpec {
-        gpus: 1,
-        startup_time: Duration::from_millis(load.unsigned_abs()),
-        ..spec(&format!("m{index}"), 8)
-    });
+    closed_loops_of(ModelSpec { gpus: 1, ..spec("m", 8) }, Inventory::one_device(), (requests, think, work, load))
+}
+
+fn closed_loops_of(
+    each: ModelSpec,
+    inventory: Inventory,
+    (requests, think, work, load): (usize, Millis, Millis, Millis),
+) -> Boxed {
+    let startup_time = Duration::from_millis(load.unsigned_abs());
+    let specs = [0, 1].map(|index| ModelSpec { name: format!("m{index}"), startup_time, ..each.clone() });
     let mut boxed = Boxed::of(Setup {
         specs: specs.to_vec(),
         cold_ms: vec![load; 2],
@@ -666,7 +671,7 @@ fn closed_loops(requests: usize, think: Millis, work: Millis, load: Millis) -> B
         work_ms: vec![work; 2],
         keeps: vec![0; 2],
         stop_ms: 500,
-        inventory: Inventory::one_device(),
+        inventory,
         knobs: Knobs::default(),
         arrivals: Vec::new(),
     });
@@ -691,4 +696,18 @@ fn two_callers_who_send_one_request_after_the_other_do_not_cost_a_swap_for_each(
     assert!(apart.loads > 6);
     let hints = apart.state.decisions().filter(|decision| decision.reason.contains("turns of one job each")).count();
     assert!(hints >= 3 && hints < apart.loads - 3, "{hints} hints on what would help, {} loads", apart.loads);
+}
+
+#[test]
+fn who_is_parked_already_is_not_told_to_park() {
+    let hints = |parks: Park| {
+        let each = ModelSpec { gpus: 1, memory: Some(60 * GB), park: parks, ..spec("m", 8) };
+        let inventory = Inventory { host: 400 * GB, ..Inventory::of(&[(0, GPU)].into(), 0) };
+        let boxed = closed_loops_of(each, inventory, (8, 60_000, 1_000, 2_000));
+        let said = boxed.state.decisions().filter(|decision| decision.reason.contains("turns of one job each"));
+        said.map(|decision| decision.reason.contains("(`park`)")).collect::<Vec<bool>>()
+    };
+    let (awake, parked) = (hints(Park::Off), hints(Park::Ram));
+    assert!(!awake.is_empty() && awake.iter().all(|advice| *advice), "{awake:?}");
+    assert!(!parked.is_empty() && parked.iter().all(|advice| !advice), "{parked:?}");
 }

@@ -63,10 +63,14 @@ impl State {
         true
     }
 
-    /// False: nothing of it is there.
+    /// Ends a fetch of its weights, too. False: nothing of it is there.
     fn unload_by_hand(&mut self, model: &str, now: Millis, effects: &mut Vec<Effect>) -> bool {
         let Some(index) = self.index_of(model) else { return false };
         (self.models[index].wanted_at, self.models[index].preload) = (None, false);
+        if let Some(text) = self.end_fetch(index, effects) {
+            let decision = Decision::new(now, "unload", MANUAL, format!("unload {model}: {text}"));
+            self.announce(Decision { model: Some(model.to_owned()), ..decision }, effects);
+        }
         self.unload(index, now, effects)
     }
 

@@ -15,6 +15,7 @@ impl Scheduler {
                     }
                 }
                 Effect::Fetch { model } => self.fetching.want(&model),
+                Effect::EndFetch { model } => self.fetching.end(&model),
                 Effect::Evict { numbers } => {
                     let stops = numbers.iter().filter_map(|number| self.stops.get(number));
                     stops.for_each(|stop| stop.evicted.cancel());

@@ -176,6 +176,11 @@ pub enum Effect {
         /// Entry name.
         model: String,
     },
+    /// End the fetch of a model's weights; what has come stays.
+    EndFetch {
+        /// Entry name.
+        model: String,
+    },
     /// End the attempts of running jobs whose GPU has vanished: they wait again, uncharged.
     Evict {
         /// The jobs.

@@ -84,14 +84,15 @@ impl State {
         let index = |name: &Option<String>| name.as_ref().and_then(|name| self.index_of(name));
         let (Some(to), Some(from)) = (index(&swap.model), index(&swap.other)) else { return swap };
         let admitted = |index: usize| (index, self.models[index].queue.admitted());
+        let are_parked = [from, to].iter().all(|index| self.parking(*index).is_some_and(|it| it.can == Some(true)));
         let (from, to) = (admitted(from), admitted(to));
         let turns = self.turns.count(from, to);
         if turns < TURNS_MIN {
             return swap;
         }
+        let or_parking = if are_parked { "" } else { " or parking in host memory (`park`)" };
         let reason = format!(
-            "{}; {turns} turns of one job each: only both on the GPUs at once (`memory`, more GPUs) or parking in host memory \
-             (`park`) helps",
+            "{}; {turns} turns of one job each: only both on the GPUs at once (`memory`, more GPUs){or_parking} helps",
             swap.reason
         );
         Decision { reason, ..swap }.with(&[("turns", f64::from(turns))])

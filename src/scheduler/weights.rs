@@ -16,6 +16,8 @@ enum Stage {
     Asked,
     /// They cannot be had now.
     Failed,
+    /// Their fetch was ended by hand; to be asked for when the model is wanted again.
+    Ended,
 }
 
 /// That a model's weights are not known to be here.
@@ -60,6 +62,20 @@ impl Lack {
         Self { stage: Stage::Failed, fetch: Some(fetch), trouble, failure }
     }
 
+    /// Their fetch was ended by hand.
+    fn ended(&self) -> Self {
+        let so_far = self.fetch.as_ref().map(|fetch| format!(" at {}", so_far(fetch))).unwrap_or_default();
+        let text =
+            format!("the fetch of its weights was ended by hand{so_far}; it goes on from there when it is wanted");
+        let trouble = Trouble { reason: StateReason::WaitingForModel, error: None, text, until: None };
+        Self { stage: Stage::Ended, fetch: None, trouble, failure: self.failure.clone() }
+    }
+
+    /// Whether somebody is to be asked for them when the model is wanted.
+    fn is_to_be_asked(&self) -> bool {
+        matches!(self.stage, Stage::Unasked | Stage::Ended)
+    }
+
     /// Whether nothing can be done about it now.
     pub(in crate::scheduler) fn has_failed(&self) -> bool {
         self.stage == Stage::Failed
@@ -70,15 +86,20 @@ fn last_try(why: &str) -> String {
     format!("the last try to fetch its weights failed: {}", first_line(why))
 }
 
-/// How far it is, for a person.
+/// How much has come.
 #[expect(clippy::cast_precision_loss, reason = "sizes are far below 2^52 bytes")]
-fn in_words(fetch: &Fetch) -> String {
-    let so_far = match (fetch.total_bytes, fetch.percent) {
+fn so_far(fetch: &Fetch) -> String {
+    match (fetch.total_bytes, fetch.percent) {
         (Some(total), Some(percent)) => {
             format!("{:.2} of {:.2} GB ({percent:.0} %)", fetch.bytes as f64 / 1e9, total as f64 / 1e9)
         }
         _ => "size not known yet".to_owned(),
-    };
+    }
+}
+
+/// How far it is, for a person.
+fn in_words(fetch: &Fetch) -> String {
+    let so_far = so_far(fetch);
     let trouble = fetch.reason.as_deref().map(|reason| format!("; last trouble: {reason}")).unwrap_or_default();
     match fetch.phase {
         FetchPhase::Waiting => "its weights are not here, and are fetched after those of another model".to_owned(),
@@ -123,13 +144,20 @@ impl State {
             let is_wanted = model.pending() != (0, 0) || model.preload || model.wanted_at.is_some();
             let has_place = model.too_big.is_none()
                 && model.trouble.as_ref().is_none_or(|trouble| trouble.reason != StateReason::NoGpu);
-            if let Some(lack) =
-                model.lack.as_mut().filter(|lack| lack.stage == Stage::Unasked && is_wanted && has_place)
-            {
+            if let Some(lack) = model.lack.as_mut().filter(|lack| lack.is_to_be_asked() && is_wanted && has_place) {
                 *lack = Lack::at(Stage::Asked, lack.fetch.take()).after(lack.failure.take());
                 effects.push(Effect::Fetch { model: model.name.to_string() });
             }
         }
+    }
+
+    /// Ends the fetch of a model's weights, if it goes on or is to; the answer: where it was, for a person.
+    pub(super) fn end_fetch(&mut self, index: usize, effects: &mut Vec<Effect>) -> Option<String> {
+        let model = &mut self.models[index];
+        let lack = model.lack.as_mut().filter(|lack| lack.stage == Stage::Asked)?;
+        *lack = lack.ended();
+        effects.push(Effect::EndFetch { model: model.name.to_string() });
+        Some(lack.trouble.text.clone())
     }
 
     pub(super) fn on_fetch(&mut self, model: &str, report: FetchReport) -> Vec<Effect> {
@@ -141,7 +169,10 @@ impl State {
             return Vec::new();
         }
         let before = model.lack.as_ref().and_then(|lack| lack.failure.clone());
+        let is_ended = model.lack.as_ref().is_some_and(|lack| lack.stage == Stage::Ended);
         match report {
+            // It was on its way when the fetch was ended.
+            FetchReport::Progress(_) | FetchReport::Failed { .. } if is_ended => {}
             FetchReport::Here => model.lack = None,
             FetchReport::Progress(fetch) => model.lack = Some(Lack::at(Stage::Asked, Some(fetch)).after(before)),
             FetchReport::Available => {

@@ -51,6 +51,7 @@ impl Desk {
     fn asked(&mut self) -> Vec<String> {
         let word = |effect: Effect| match effect {
             Effect::Fetch { model } => Some(format!("fetch {model}")),
+            Effect::EndFetch { model } => Some(format!("end fetch of {model}")),
             Effect::Order { order: Order::Proven, .. } => None,
             Effect::Order { model, order, .. } => Some(format!("{order:?} {model}").to_lowercase()),
             Effect::Claim { model, run, .. } => Some(format!("claim {} of {model}", run.jobs.len())),
@@ -213,6 +214,39 @@ fn after_a_failed_load_the_weights_are_looked_for_again() {
 fn what_is_loaded_by_hand_is_fetched_first() {
     let mut desk = Desk::new();
     desk.event(Event::Control(Control::Load("hub".to_owned())));
+    assert_eq!(desk.asked(), ["fetch hub"]);
+    desk.fetch(FetchReport::Here);
+    assert_eq!(desk.asked(), ["load hub"]);
+}
+
+#[test]
+fn an_unload_by_hand_ends_a_fetch_until_somebody_wants_the_model_again() {
+    let mut desk = Desk::new();
+    let unload = || Event::Control(Control::Unload("hub".to_owned()));
+    desk.event(Event::Control(Control::Load("hub".to_owned())));
+    desk.fetch(FetchReport::Progress(half_way()));
+    desk.event(unload());
+    assert_eq!(desk.asked(), ["fetch hub", "end fetch of hub"], "and nobody asks for it again");
+    let said = desk.state.decisions().next().unwrap();
+    let words = "unload hub: the fetch of its weights was ended by hand at 8.00 of 16.00 GB (50 %); it goes on from there when \
+                 it is wanted";
+    assert_eq!((said.action, said.code, said.reason.as_str()), ("unload", "manual", words));
+    // What was under way.
+    desk.fetch(FetchReport::Progress(half_way()));
+    desk.fetch(no_access());
+    assert_eq!(desk.state.models[0].lack.as_ref().unwrap().fetch, None);
+    assert!(desk.state.refusal("hub").is_none());
+    desk.event(unload());
+    assert!(desk.asked().is_empty(), "nothing is left to be ended");
+
+    desk.event(Event::Queued(vec![job(1, "hub")]));
+    assert_eq!(desk.asked(), ["fetch hub"]);
+    desk.event(unload());
+    assert_eq!(desk.asked(), ["end fetch of hub", "fetch hub"], "who waits brings it back");
+    desk.event(Event::Control(Control::Pause(Some("hub".to_owned()))));
+    desk.event(unload());
+    assert_eq!(desk.asked(), ["end fetch of hub"], "but for a pause");
+    desk.event(Event::Control(Control::Resume(Some("hub".to_owned()))));
     assert_eq!(desk.asked(), ["fetch hub"]);
     desk.fetch(FetchReport::Here);
     assert_eq!(desk.asked(), ["load hub"]);

@@ -187,6 +187,7 @@ impl Roundhouse {
                 Effect::Announce(_)
                 | Effect::CancelQueued(_)
                 | Effect::Fetch { .. }
+                | Effect::EndFetch { .. }
                 | Effect::TellLoading { .. }
                 | Effect::AddLoadTime { .. }
                 | Effect::Learn { .. }

@@ -17,6 +17,7 @@ use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::clock::rfc3339;
 use crate::domain::worker::{Fetch, FetchPhase, FetchReport};
@@ -91,6 +92,7 @@ pub struct FetchHandle {
 #[derive(Debug)]
 enum Order {
     Want(String),
+    End(String),
     Retry(String),
     Edit(Vec<ModelSpec>),
 }
@@ -100,6 +102,12 @@ impl FetchHandle {
     pub fn want(&self, model: &str) {
         // An error: the server is stopping.
         let _ = self.orders.send(Order::Want(model.to_owned()));
+    }
+
+    /// Ends the fetch of this model's weights, or that it waits for its turn or its next try; what has come stays. Nothing more
+    /// is told of it, but for reports that are on their way, until it is wanted again.
+    pub fn end(&self, model: &str) {
+        let _ = self.orders.send(Order::End(model.to_owned()));
     }
 
     /// models.yaml was edited: these are its entries now.
@@ -142,9 +150,22 @@ struct Fetching {
     /// To be fetched, the next one first.
     line: VecDeque<String>,
     /// Being fetched.
-    current: Option<String>,
+    current: Option<Current>,
     pauses: BTreeMap<String, Pause>,
     failures: BTreeMap<String, Failures>,
+}
+
+/// A fetch that goes on.
+struct Current {
+    model: String,
+    /// Ends it. Somebody may want the model again before it is over.
+    ended: CancellationToken,
+}
+
+impl Current {
+    fn comes(&self, model: &str) -> bool {
+        self.model == model && !self.ended.is_cancelled()
+    }
 }
 
 /// Tries of a model's fetch that failed.
@@ -172,7 +193,7 @@ enum Outcome {
     },
     /// Its entry is no more.
     Dropped,
-    /// The server is stopping.
+    /// By hand, or the server is stopping.
     Ended,
 }
 
@@ -194,7 +215,7 @@ impl Fetching {
                 }
                 continue;
             };
-            if self.fetch(model).await == Outcome::Ended {
+            if self.fetch(model).await == Outcome::Ended && soft.is_cancelled() {
                 return;
             }
         }
@@ -217,6 +238,14 @@ impl Fetching {
                 self.tell(&model, FetchReport::Forgiven);
                 self.end_pause(&model);
             }
+            Event::Order(Order::End(model)) => {
+                self.line.retain(|waiting| *waiting != model);
+                self.pauses.remove(&model);
+                if let Some(current) = self.current.as_ref().filter(|current| current.comes(&model)) {
+                    tracing::info!(model, "the fetch of its weights is ended by hand");
+                    current.ended.cancel();
+                }
+            }
             Event::Order(Order::Edit(specs)) => {
                 let before = std::mem::replace(&mut self.specs, by_name(&specs));
                 for (model, spec) in &before {
@@ -233,7 +262,7 @@ impl Fetching {
                 let Some(spec) = self.specs.get(&model).cloned() else { return };
                 if blocking(move || is_here(&spec)).await == Some(true) {
                     self.tell(&model, FetchReport::Here);
-                } else if self.current.as_ref() != Some(&model) && !self.line.contains(&model) {
+                } else if !self.current.as_ref().is_some_and(|it| it.comes(&model)) && !self.line.contains(&model) {
                     if self.current.is_some() || !self.line.is_empty() {
                         self.tell(&model, FetchReport::Progress(Fetch::at(FetchPhase::Waiting)));
                     }
@@ -259,9 +288,11 @@ impl Fetching {
     /// One try, and what follows from it.
     async fn fetch(&mut self, model: String) -> Outcome {
         let Some(spec) = self.specs.get(&model).cloned() else { return Outcome::Here };
-        self.current = Some(model.clone());
+        let ended = self.around.tasks.soft().child_token();
+        self.current = Some(Current { model: model.clone(), ended: ended.clone() });
         let before = self.failures.get(&model).map(|failures| failures.reason.clone());
-        let mut run = Box::pin(run_fetcher(spec.clone(), self.around.clone(), self.reports.clone(), before));
+        let mut run =
+            Box::pin(run_fetcher(spec.clone(), self.around.clone(), self.reports.clone(), before, ended.clone()));
         let outcome = loop {
             tokio::select! {
                 biased;
@@ -289,6 +320,8 @@ impl Fetching {
                 );
                 self.tell(&model, FetchReport::Here);
             }
+            // Nobody waits for a try that was ended.
+            Outcome::Failed { .. } | Outcome::Dropped if ended.is_cancelled() => {}
             Outcome::Failed { for_a_person, message, fetch, got_further } => {
                 self.failed(&model, *for_a_person, message, fetch.clone(), *got_further);
             }
@@ -462,12 +495,13 @@ fn environment(
     vars
 }
 
-/// `before`: why the last try failed, which is said until this one gets further.
+/// `before`: why the last try failed, which is said until this one gets further. `ended`: it is to end.
 async fn run_fetcher(
     spec: ModelSpec,
     around: Surroundings,
     reports: mpsc::UnboundedSender<(String, FetchReport)>,
     before: Option<String>,
+    ended: CancellationToken,
 ) -> Outcome {
     let looked = spec.clone();
     if blocking(move || is_here(&looked)).await == Some(true) {
@@ -493,7 +527,7 @@ async fn run_fetcher(
     loop {
         let line = tokio::select! {
             biased;
-            () = around.tasks.soft().cancelled() => {
+            () = ended.cancelled() => {
                 fetcher.end(around.grace).await;
                 return Outcome::Ended;
             }

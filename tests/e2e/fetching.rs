@@ -230,6 +230,38 @@ async fn a_fetch_goes_on_after_the_server_is_killed_and_is_not_made_again() {
 }
 
 #[tokio::test]
+async fn a_fetch_is_ended_by_hand_and_goes_on_where_it_was_when_the_model_is_wanted() {
+    let site_dir = Site::new();
+    let hub = Hub::start(site_dir.path(), &[]);
+    let server = site(&hub, site_dir).start().await;
+    let api = &server.api;
+    api.post("/v1/models/hub/load", &json!({})).await.is(200);
+    held(api).await;
+    let process = fetcher(&server).await;
+    let shown = api.post("/v1/models/hub/unload", &json!({})).await.is(200).json()["roundhouse"].clone();
+    assert_eq!((&shown["state"], &shown["fetch"], &shown["trouble"]), (&json!("absent"), &Value::Null, &Value::Null));
+    eventually(LIMIT, "no fetcher", || async {
+        (!server.processes().iter().any(|found| found.pid == process.pid)).then_some(())
+    })
+    .await;
+    let said = api.get("/v1/queue/decisions?model=hub").await.is(200).json();
+    let reason = said["data"][0]["reason"].as_str().unwrap();
+    assert!(reason.contains("was ended by hand at 0.00 of 0.00 GB (33 %)"), "{reason}");
+
+    let waiting = api.submit_echo("hub", json!({})).await;
+    let rest = Some(format!("bytes={HELD_AT}-"));
+    eventually(LIMIT, "the hub is asked for the rest", || async { (hub.ranges().len() == 2).then_some(()) }).await;
+    // Who waits brings it back at once.
+    held(api).await;
+    api.post("/v1/models/hub/unload", &json!({})).await.is(200);
+    eventually(LIMIT, "the hub is asked once more", || async { (hub.ranges().len() == 3).then_some(()) }).await;
+    hub.go_on();
+    let job = api.succeeded(&waiting).await;
+    assert_eq!((&job["attempt"], &job["failures"]), (&json!(1), &json!(0)), "{job}");
+    assert_eq!(hub.ranges(), [None, rest.clone(), rest], "no byte comes twice");
+}
+
+#[tokio::test]
 async fn a_fetch_outlives_its_hub() {
     let port = free_port().to_string();
     let site_dir = Site::new();

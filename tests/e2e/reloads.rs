@@ -154,6 +154,7 @@ async fn a_wrong_file_is_refused_and_what_was_read_before_stays() {
         .await;
     }
     assert!(server.log().contains("tipe"), "the problems are in the log");
+    heard(&server, "models.yaml is accepted again", 3).await;
     assert_eq!(starts(api, "a").await, 1);
 }
 
