@@ -50,7 +50,7 @@ fn remove_from(folders: &Folders, since: Millis) -> usize {
     let is_log_of_the_dead = |name: &str| writer_of(name).is_some_and(|pid| !living.contains(&pid));
     for folder in &folders.temporary {
         candidates.extend(made_since(folder, |name| rendezvous && name.starts_with("vllm_dist_"), since));
-        candidates.extend(made_since(folder, &is_log_of_the_dead, since));
+        candidates.extend(made_since(folder, is_log_of_the_dead, since));
         candidates.extend(dead_sockets(folder, since));
     }
     if candidates.is_empty() {
