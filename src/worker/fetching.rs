@@ -619,8 +619,15 @@ impl Speed {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::clock::SystemClock;
+    use crate::lifecycle::Tasks;
+    use crate::worker::gpu::from_setting;
     use crate::worker::process::tests::spec;
+    use crate::worker::spare::Spares;
+    use crate::worker::supervisor::StuckMemory;
 
     #[test]
     fn the_fetcher_gets_the_token_and_no_gpu() {
@@ -652,6 +659,52 @@ mod tests {
         assert_eq!(get(&vars(&spec), "PYTHONPATH"), Some(base.clone()), "if the environment does not have it");
         spec.env.insert("PYTHONPATH".to_owned(), "/x:/y".to_owned());
         assert_eq!(get(&vars(&spec), "PYTHONPATH"), Some(format!("/x:/y:{base}")));
+    }
+
+    #[tokio::test]
+    async fn an_end_takes_a_model_out_of_the_line_its_pause_and_its_fetch_until_it_is_wanted_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let around = Surroundings {
+            clock: Arc::new(SystemClock::default()),
+            gpus: from_setting(Some("none")).unwrap(),
+            tasks: Tasks::new(),
+            data_dir_id: "fetching".to_owned(),
+            log_dir: dir.path().join("logs"),
+            program: dir.path().join("no-such-program"),
+            grace: Duration::from_secs(1),
+            stuck: StuckMemory::default(),
+            backoff_first: Duration::from_secs(60),
+            backoff_max: Duration::from_secs(60),
+            spares: Spares::default(),
+        };
+        let env = BTreeMap::from([("HF_HUB_CACHE".to_owned(), dir.path().display().to_string())]);
+        let launch = Launch::Script { python: "python3".into(), script: "/m/server.py".into() };
+        let model = Some("org/tiny".to_owned());
+        let current = ModelSpec { name: "current".to_owned(), launch, model, env, ..spec(&[]) };
+        let ended = CancellationToken::new();
+        let (reports, mut told) = mpsc::unbounded_channel();
+        let mut fetching = Fetching {
+            specs: by_name(&[current]),
+            around,
+            orders: mpsc::unbounded_channel().1,
+            reports,
+            line: ["stays".to_owned(), "waits".to_owned()].into(),
+            current: Some(Current { model: "current".to_owned(), ended: ended.clone() }),
+            pauses: [("pauses".to_owned(), Pause { until: Instant::now(), goes_on: true })].into(),
+            failures: BTreeMap::new(),
+        };
+        fetching.on_event(Event::Order(Order::Want("current".to_owned()))).await;
+        assert_eq!(fetching.line, ["stays", "waits"], "it comes already");
+        for model in ["waits", "pauses", "current"] {
+            fetching.on_event(Event::Order(Order::End(model.to_owned()))).await;
+        }
+        assert_eq!(fetching.line, ["stays"]);
+        assert!(fetching.pauses.is_empty() && ended.is_cancelled());
+        assert!(told.try_recv().is_err(), "nothing is told of it");
+        fetching.on_event(Event::Order(Order::Want("current".to_owned()))).await;
+        assert_eq!(fetching.line, ["stays", "current"], "after the one that is being ended");
+        let waiting = FetchReport::Progress(Fetch::at(FetchPhase::Waiting));
+        assert_eq!(told.try_recv(), Ok(("current".to_owned(), waiting)));
     }
 
     #[test]
