@@ -286,13 +286,25 @@ impl ModelSpec {
     /// then its folder, `base` beside the script's own or `models/base` beside models.yaml. `None`: it is in neither, or the
     /// model runs by a command.
     pub fn python_path(&self, given: Option<&OsStr>) -> Option<OsString> {
-        let Launch::Script { script, .. } = &self.launch else { return None };
-        let beside = script.parent().and_then(Path::parent).map(|models| models.join("base"));
-        let mut places = beside.into_iter().chain([self.dir.join("models/base")]);
-        let base = places.find(|base| base.join("roundhouse_worker").is_dir())?;
+        let base = self.base()?;
         let given = given.filter(|given| !given.is_empty());
         let before = given.map(|given| std::env::split_paths(given).collect::<Vec<_>>()).unwrap_or_default();
         std::env::join_paths(before.into_iter().chain([base])).ok()
+    }
+
+    /// The folder of the base service.
+    fn base(&self) -> Option<PathBuf> {
+        let Launch::Script { script, .. } = &self.launch else { return None };
+        let beside = script.parent().and_then(Path::parent).map(|models| models.join("base"));
+        let mut places = beside.into_iter().chain([self.dir.join("models/base")]);
+        places.find(|base| base.join("roundhouse_worker").is_dir())
+    }
+
+    /// The folders whose Python files its worker is made of: its script's and the base service's. None of a `command`.
+    pub fn code_folders(&self) -> Vec<PathBuf> {
+        let Launch::Script { script, .. } = &self.launch else { return Vec::new() };
+        let own = script.parent().map(Path::to_owned);
+        own.into_iter().chain(self.base().map(|base| base.join("roundhouse_worker"))).collect()
     }
 
     /// Whether its worker is told which port to listen on.

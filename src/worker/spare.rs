@@ -1,9 +1,10 @@
 //! Spare processes: each has imported what an environment's workers import, and becomes the next worker that is loaded there.
 //! One task for each environment, the only owner of its spare until a load takes it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Mutex, OwnedMutexGuard, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -210,6 +211,8 @@ fn folder(spec: &ModelSpec) -> String {
 enum End {
     /// A load has it.
     Taken,
+    /// Its code has been edited since it was started.
+    Outdated,
     Failed(String),
     /// The server ends.
     Over,
@@ -239,6 +242,7 @@ impl Keeper {
                     self.view.send_modify(|v| v.taken += 1);
                     self.enter(SpareState::Absent, None);
                 }
+                End::Outdated => self.enter(SpareState::Absent, None),
                 End::Failed(reason) => self.failed(reason),
                 End::Over => break,
             }
@@ -283,6 +287,7 @@ impl Keeper {
     /// From its start until it is taken or gone.
     async fn keep(&mut self, turn: OwnedMutexGuard<()>) -> End {
         let gpus = self.only_gpu().await;
+        let code = self.code().await;
         let mut process = match self.start(&gpus) {
             Ok(process) => process,
             Err(reason) => return End::Failed(reason),
@@ -306,6 +311,13 @@ impl Keeper {
                     return End::Over;
                 }
                 message = self.inbox.recv() => match message {
+                    Some(Message::Take(reply)) if has_answered && self.code().await != code => {
+                        drop(reply.send(None));
+                        let models = self.view.borrow().models.join(", ");
+                        tracing::info!(models, "the code of a spare process has been edited: it is replaced");
+                        process.stop(grace).await;
+                        return End::Outdated;
+                    }
                     // Even while it imports: that is a part of the load which is behind it.
                     Some(Message::Take(reply)) if has_answered => match reply.send(Some(process)) {
                         Ok(()) => return End::Taken,
@@ -365,6 +377,17 @@ impl Keeper {
             let tail = process.clear_away().await;
             return End::Failed(tail.explain(why));
         }
+    }
+
+    /// The Python files that it is made of, with their sizes and when they were edited.
+    async fn code(&self) -> BTreeMap<PathBuf, (u64, Option<SystemTime>)> {
+        let folders = self.spec.code_folders();
+        let look = move || {
+            let entries = folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten();
+            let files = entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|it| it == "py"));
+            files.filter_map(|path| path.metadata().ok().map(|it| (path, (it.len(), it.modified().ok())))).collect()
+        };
+        process::blocking(look).await.unwrap_or_default()
     }
 
     /// The GPU of a box that has one: it can be chosen before anything is imported. An import that initialises CUDA fixes the

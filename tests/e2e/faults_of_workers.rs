@@ -112,7 +112,7 @@ async fn does_not_load(server: &Server, reason: &str) {
 /// In the middle of a stream, with two others behind it, something of the worker dies.
 async fn a_death(harm: impl FnOnce(&Server)) {
     let token = format!("psm_rh{}_", free_port());
-    let server = Site::new().model("t", stock(&["--shm", &token])).start().await;
+    let server = Site::new().model("t", stock(&["--shm", &token, "--chatter"])).start().await;
     let api = &server.api;
     let (mut stream, streamed) = open(api, &chat(json!({"words": 1000, "gap_s": 0.02}), true)).await;
     let first = stream.next_data().await.unwrap();
@@ -123,7 +123,11 @@ async fn a_death(harm: impl FnOnce(&Server)) {
         beside(async move { api.following().post("/v1/chat/completions", &chat(json!({}), false)).await })
     };
     api.happened(&waiting, "job.started").await;
-    eventually(LIMIT, "all three run", || async { (api.queue().await["running"] == 3).then_some(()) }).await;
+    // Not only on their way to it: those would have lost nothing.
+    eventually(LIMIT, "all three have reached it", || async {
+        (server.worker_log("t").matches("a request").count() == 3).then_some(())
+    })
+    .await;
     let before = server.processes();
     harm(&server);
 

@@ -141,6 +141,26 @@ async fn a_load_that_fails_in_a_former_spare_says_why() {
 }
 
 #[tokio::test]
+async fn a_spare_whose_code_has_been_edited_is_replaced() {
+    let site = site();
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+    let script = site.path().join("models/mine/server.py");
+    std::fs::create_dir_all(script.parent().unwrap()).unwrap();
+    std::fs::copy(models.join("echo/server.py"), &script).unwrap();
+    std::os::unix::fs::symlink(models.join("base"), site.path().join("models/base")).unwrap();
+    let server = site.model("a", scripted(json!({"service_script": script}))).start().await;
+    let api = &server.api;
+    let before = ready_spare(api).await;
+    let text = std::fs::read_to_string(&script).unwrap();
+    std::fs::write(&script, format!("{text}# edited\n")).unwrap();
+    visit(api, "a").await;
+    let after =
+        spare_when(api, "another one is ready", |spare| spare["state"] == "ready" && spare["pid"] != before["pid"])
+            .await;
+    assert_eq!(after["taken"], 0, "the load began from nothing");
+}
+
+#[tokio::test]
 async fn imports_that_fail_leave_cold_starts_as_they_are() {
     let entry = scripted(json!({"env": {"ECHO_IMPORT_MS": "no number"}}));
     let server = site().model("a", entry).start().await;
