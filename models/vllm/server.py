@@ -226,8 +226,7 @@ def plan(
             env.setdefault("PYTORCH_CUDA_ALLOC_CONF", PINNED_FAST)
         else:
             env.pop("VLLM_SERVER_DEV_MODE", None)
-        is_cold_each_time = not standalone and not (parks and options.sleep_mode == "auto")
-        if (is_small or is_cold_each_time) and not has_flag(extra, COMPILE_FLAGS):
+        if (is_small or not parks) and not has_flag(extra, COMPILE_FLAGS):
             # Each of its loads is a cold one: 47 s instead of 72 (139 the first time) for 8B on an H100.
             argv += ["--enforce-eager"]
         share = options.gpu_memory_utilization

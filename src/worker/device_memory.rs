@@ -62,10 +62,15 @@ impl Supervisor {
 
     /// Which processes of a load the driver shows by now: it may end by itself at any time.
     pub(super) async fn note_seen(&self, process: &WorkerProcess, seen: &mut Seen) {
-        if self.spec.gpus == 0 {
+        if self.spec.gpus == 0 || seen.is_silent {
             return;
         }
-        let users = self.users(&self.gpus).await.unwrap_or_default();
+        // A driver that hangs must not keep a load from its orders and its limit, and is not asked again.
+        let Ok(users) = timeout(SEEN_WITHIN, self.users(&self.gpus)).await else {
+            seen.is_silent = true;
+            return;
+        };
+        let users = users.unwrap_or_default();
         let new: BTreeSet<u32> = users.iter().map(|(_, pid, _)| *pid).filter(|pid| !seen.all.contains(pid)).collect();
         // Whose they are is asked once: that reads the environments of all processes.
         if !new.is_empty() {
@@ -252,6 +257,8 @@ impl Supervisor {
     }
 }
 
+/// Longest answer of the driver while a worker loads.
+const SEEN_WITHIN: Duration = Duration::from_secs(1);
 /// How many times a driver is asked that fails to answer.
 const ASKED_MAX: usize = 5;
 /// Between two looks at memory that is to be free.
@@ -263,6 +270,8 @@ pub(super) struct Seen {
     /// Those of the worker.
     pub(super) own: BTreeSet<u32>,
     all: BTreeSet<u32>,
+    /// The driver did not answer in time.
+    pub(super) is_silent: bool,
 }
 
 /// When the memory of a worker is free.

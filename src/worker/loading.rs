@@ -62,7 +62,7 @@ impl Supervisor {
         self.free_bytes = self.least_free().await;
         self.is_small = self.begins_small();
         let limit = load_limit(self.spec.startup_time, self.tempo.load_limit_min);
-        let deadline = ordered_at + limit;
+        let mut deadline = ordered_at + limit;
         let mut avoid = BTreeSet::new();
         loop {
             let mut seen = Seen::default();
@@ -120,6 +120,7 @@ impl Supervisor {
                     self.at_leisure = false;
                     self.failed_parks += 1;
                     ordered_at = Instant::now();
+                    deadline = ordered_at + limit;
                     self.park_refused = Some(format!("put to sleep once after its load, it did not come back: {why}"));
                     self.wait_memory_free(free).await;
                 }

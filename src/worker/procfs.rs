@@ -82,12 +82,17 @@ pub(super) fn another_listens(port: u16, mark: &str) -> bool {
         && processes().iter().any(|other| has_mark(other.pid, |m| m != mark.as_bytes()) && holds(other.pid))
 }
 
+/// Addresses by which 127.0.0.1 is reached, as a table of `/proc/net` has them: itself and all, of both kinds.
+const REACHED: [&str; 4] =
+    ["0100007F", "00000000", "00000000000000000000000000000000", "0000000000000000FFFF00000100007F"];
+
 /// The sockets that listen on a port, as they are called in `/proc/PID/fd`, by a table of `/proc/net`.
 fn listening(table: &str, port: u16) -> impl Iterator<Item = String> + '_ {
     table.lines().skip(1).filter_map(move |line| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-        let (_, own) = fields.get(1)?.rsplit_once(':')?;
-        let listens = u16::from_str_radix(own, 16).ok()? == port && *fields.get(3)? == "0A";
+        let (address, own) = fields.get(1)?.rsplit_once(':')?;
+        let listens =
+            REACHED.contains(&address) && u16::from_str_radix(own, 16).ok()? == port && *fields.get(3)? == "0A";
         listens.then(|| format!("socket:[{}]", fields.get(9).unwrap_or(&"")))
     })
 }

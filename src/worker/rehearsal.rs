@@ -19,15 +19,18 @@ impl Supervisor {
         let began = Instant::now();
         self.show_progress(Some(PhaseTime::REHEARSAL.to_owned()), None);
         let free = self.free_when(&mut running).await;
+        // Where the driver shows no processes, totals tell nothing of it beside others who come meanwhile.
+        let free = free.filter(|free| !free.is_shared || !free.pids.is_empty());
+        let is_seen = free.is_some();
         let at_most = self.parked_use(free.as_ref()).await;
         let asleep = self.fall_asleep(&running);
         let slept = match self.meanwhile(&mut running, asleep).await {
             Turn::Done(()) => match self.shows_back(&mut running, free.as_ref(), at_most).await {
-                Ok(()) => {
+                told if told.is_ok() || !is_seen => {
                     let awake = self.come_back(&running);
                     self.meanwhile(&mut running, awake).await
                 }
-                Err(why) => Turn::Failed(why),
+                told => Turn::Failed(told.err().unwrap_or_default()),
             },
             Turn::Failed(why) => Turn::Failed(why),
             Turn::Stopped => Turn::Stopped,

@@ -315,7 +315,7 @@ impl Keeper {
                         drop(reply.send(None));
                         let models = self.view.borrow().models.join(", ");
                         tracing::info!(models, "the code of a spare process has been edited: it is replaced");
-                        process.stop(grace).await;
+                        process.clear_away().await; // It has nothing to save, and others may ask for a spare.
                         return End::Outdated;
                     }
                     // Even while it imports: that is a part of the load which is behind it.

@@ -139,9 +139,6 @@ def test_only_a_model_that_may_be_parked_with_or_without_a_copy_compiles_and_can
     assert ("--enforce-eager" in launch.argv) is not parks
     assert ("VLLM_SERVER_DEV_MODE" in launch.environment) is parks
     assert "--enforce-eager" not in plan("--no-enforce-eager", environment=environment).argv
-    awake = plan("--sleep-mode", "off", environment=environment).argv
-    assert "--enable-sleep-mode" not in awake
-    assert "--enforce-eager" in awake, "each of its loads is a cold one"
 
 
 @pytest.mark.parametrize("flag", ["--host", "--host=0.0.0.0", "--hos", "--uds"])
