@@ -21,17 +21,22 @@ impl Supervisor {
         let free = self.free_when(&mut running).await;
         // Where the driver shows no processes, totals tell nothing of it beside others who come meanwhile.
         let free = free.filter(|free| !free.is_shared || !free.pids.is_empty());
-        let is_seen = free.is_some();
         let at_most = self.parked_use(free.as_ref()).await;
         let asleep = self.fall_asleep(&running);
         let slept = match self.meanwhile(&mut running, asleep).await {
-            Turn::Done(()) => match self.shows_back(&mut running, free.as_ref(), at_most).await {
-                told if told.is_ok() || !is_seen => {
-                    let awake = self.come_back(&running);
-                    self.meanwhile(&mut running, awake).await
+            Turn::Done(()) => {
+                let back = match &free {
+                    Some(free) => self.shows_back(&mut running, Some(free), at_most).await,
+                    None => Ok(()),
+                };
+                match back {
+                    Ok(()) => {
+                        let awake = self.come_back(&running);
+                        self.meanwhile(&mut running, awake).await
+                    }
+                    Err(why) => Turn::Failed(why),
                 }
-                told => Turn::Failed(told.err().unwrap_or_default()),
-            },
+            }
             Turn::Failed(why) => Turn::Failed(why),
             Turn::Stopped => Turn::Stopped,
             Turn::Ended => Turn::Ended,

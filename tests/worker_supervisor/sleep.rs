@@ -187,15 +187,9 @@ impl GpuProbe for FailsOnce {
 
 #[tokio::test]
 async fn a_driver_that_fails_to_answer_once_does_not_end_a_worker_that_was_parked() {
-    let gpus = tempfile::tempdir().unwrap();
-    let card = r#"[{"index":0,"name":"Fake","total_bytes":80000000000}]"#;
-    std::fs::write(gpus.path().join("gpus.json"), card).unwrap();
-    let mut bench = Bench::with_gpus(Some(&format!("dir:{}", gpus.path().display())));
+    let (_gpus, mut bench, spec) = on_one_gpu();
     let driver = Arc::new(FailsOnce { probe: bench.around.gpus.clone(), used: Mutex::new(Some(0)) });
     bench.around.gpus = driver.clone();
-    let memory_dir = gpus.path().display().to_string();
-    let mut spec = bench.spec(&["--memory-dir", &memory_dir, "--memory-bytes", "5000000000"]);
-    spec.gpus = 1;
     let mut worker = bench.supervise(spec);
     worker.load().await;
     worker.handle.order_on(Order::Park, GpuSet::one(0), None);
@@ -220,14 +214,10 @@ impl GpuProbe for FallsSilent {
 
 #[tokio::test]
 async fn nobody_is_parked_whose_memory_the_driver_does_not_tell_of() {
-    let gpus = tempfile::tempdir().unwrap();
-    let card = r#"[{"index":0,"name":"Fake","total_bytes":80000000000}]"#;
-    std::fs::write(gpus.path().join("gpus.json"), card).unwrap();
-    let mut bench = Bench::with_gpus(Some(&format!("dir:{}", gpus.path().display())));
-    bench.tempo.memory_limit = Duration::from_millis(300);
+    let (_gpus, mut bench, spec) = on_one_gpu();
     let driver = Arc::new(FallsSilent { probe: bench.around.gpus.clone(), is_silent: AtomicBool::new(false) });
     bench.around.gpus = driver.clone();
-    let mut worker = bench.supervise(ModelSpec { gpus: 1, ..bench.spec(&[]) });
+    let mut worker = bench.supervise(spec);
     worker.load().await;
     driver.is_silent.store(true, Ordering::SeqCst);
     worker.handle.order_on(Order::Park, GpuSet::one(0), None);
