@@ -8,12 +8,15 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use crate::domain::Millis;
+use crate::worker::held::is_held;
 use crate::worker::procfs::processes;
 
 /// Where killed engines leave files.
 struct Folders {
-    /// Shared memory and semaphores; `None`: nothing is removed there.
-    shared: Option<PathBuf>,
+    /// Shared memory and semaphores.
+    shared: PathBuf,
+    /// Whether processes may use `shared` that cannot be seen here.
+    has_unseen_users: bool,
     /// Where programs keep files for a while.
     temporary: BTreeSet<PathBuf>,
 }
@@ -22,8 +25,11 @@ impl Folders {
     /// Of this machine: `/dev/shm`, `/tmp` and what `TMPDIR` says.
     fn own() -> Self {
         let namespace = |of: &str| std::fs::read_link(format!("/proc/self/ns/{of}")).unwrap_or_default();
-        let shared = (!has_unseen_users(&namespace("ipc"), &namespace("pid"))).then(|| PathBuf::from("/dev/shm"));
-        Self { shared, temporary: [PathBuf::from("/tmp"), std::env::temp_dir()].into() }
+        Self {
+            shared: PathBuf::from("/dev/shm"),
+            has_unseen_users: has_unseen_users(&namespace("ipc"), &namespace("pid")),
+            temporary: [PathBuf::from("/tmp"), std::env::temp_dir()].into(),
+        }
     }
 }
 
@@ -31,6 +37,12 @@ impl Folders {
 /// machine's IPC (`--ipc=host`). The numbers of the machine's first namespaces are the kernel's.
 fn has_unseen_users(ipc: &Path, pid: &Path) -> bool {
     ipc == Path::new("ipc:[4026531839]") && pid != Path::new("pid:[4026531836]")
+}
+
+/// Whether a shared file that no process here has open may be removed: by what the kernel says of those that cannot be
+/// seen, and by whether there may be any where it says nothing.
+fn is_nobodys(is_held: Option<bool>, has_unseen_users: bool) -> bool {
+    is_held.map_or(!has_unseen_users, |held| !held)
 }
 
 /// Removes what a worker that lived from `since` on has left, now that it is gone: files of Python's, vLLM's and
@@ -42,8 +54,8 @@ pub(super) fn remove(since: Millis) -> usize {
 
 fn remove_from(folders: &Folders, since: Millis) -> usize {
     let is_python = |name: &str| name.starts_with("psm_") || name.starts_with("sem.mp-");
-    let shared = folders.shared.iter();
-    let mut candidates: Vec<PathBuf> = shared.flat_map(|folder| made_since(folder, is_python, since)).collect();
+    let mut candidates = made_since(&folders.shared, is_python, since);
+    candidates.retain(|path| is_nobodys(is_held(path), folders.has_unseen_users));
     // torch opens its rendezvous file only now and then, so "not open" does not tell whether it is in use.
     let rendezvous = !another_vllm_runs();
     let living: BTreeSet<i32> = processes().iter().filter(|found| !found.is_zombie).map(|found| found.pid).collect();
@@ -145,8 +157,9 @@ fn is_vllm(command_line: &[u8]) -> bool {
 
 /// Every file below these folders that a process has open or mapped.
 fn in_use(folders: &Folders) -> BTreeSet<PathBuf> {
-    let is_shared = |path: &Path| folders.shared.iter().chain(&folders.temporary).any(|dir| path.starts_with(dir));
-    let semaphores = folders.shared.as_deref().map(semaphores).unwrap_or_default();
+    let is_shared =
+        |path: &Path| path.starts_with(&folders.shared) || folders.temporary.iter().any(|d| path.starts_with(d));
+    let semaphores = semaphores(&folders.shared);
     let mut used = BTreeSet::new();
     for process in processes() {
         let base = format!("/proc/{}", process.pid);
@@ -223,7 +236,7 @@ mod tests {
         let shared = tempfile::tempdir_in("/dev/shm").unwrap();
         let semaphore = shared.path().join("sem.mp-seen");
         std::fs::hard_link(line.trim(), &semaphore).unwrap();
-        let folders = folders_of(Some(&shared), None);
+        let folders = folders_of(&shared, None);
         let since = SystemClock::default().now() - 60_000;
         assert_eq!(remove_from(&folders, since), 0, "mapped by a living process");
         python.kill().unwrap();
@@ -232,9 +245,10 @@ mod tests {
         assert!(!semaphore.exists());
     }
 
-    fn folders_of(shared: Option<&tempfile::TempDir>, temporary: Option<&tempfile::TempDir>) -> Folders {
+    fn folders_of(shared: &tempfile::TempDir, temporary: Option<&tempfile::TempDir>) -> Folders {
         let path = |dir: &tempfile::TempDir| dir.path().to_owned();
-        Folders { shared: shared.map(path), temporary: temporary.map(path).into_iter().collect() }
+        let temporary = temporary.map(path).into_iter().collect();
+        Folders { shared: path(shared), has_unseen_users: false, temporary }
     }
 
     #[test]
@@ -247,13 +261,9 @@ mod tests {
         assert!(!unseen("ipc:[4026533105]", first_pid), "a container with --pid=host");
         assert!(!unseen("", ""), "nobody says");
 
-        let temporary = tempfile::tempdir().unwrap();
-        let shared = tempfile::tempdir().unwrap();
-        let of = |dir: &tempfile::TempDir, name: &str| dir.path().join(name);
-        let (memory, log) = (of(&shared, "psm_left"), of(&temporary, GONE_LOG));
-        [&memory, &log].into_iter().for_each(|path| std::fs::write(path, "x").unwrap());
-        assert_eq!(remove_from(&folders_of(None, Some(&temporary)), 0), 1);
-        assert!(memory.exists() && !log.exists());
+        assert!(is_nobodys(Some(false), true), "the kernel knows");
+        assert!(!is_nobodys(Some(true), false), "held in another container of the pod");
+        assert!(is_nobodys(None, false) && !is_nobodys(None, true));
     }
 
     #[test]
@@ -269,7 +279,7 @@ mod tests {
         let open = of(&shared, "psm_open");
         let held = std::fs::File::create(&open).unwrap();
         let now = SystemClock::default().now();
-        let remove = |since| remove_from(&folders_of(Some(&shared), Some(&temporary)), since);
+        let remove = |since| remove_from(&folders_of(&shared, Some(&temporary)), since);
 
         assert_eq!(remove(now + 60_000), 0, "older than the worker");
         assert_eq!(remove(now - 1_000), 3);

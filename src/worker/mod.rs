@@ -10,6 +10,7 @@ pub mod fetching;
 pub mod gpu;
 pub mod guard;
 mod health;
+mod held;
 pub mod host;
 mod leftovers;
 mod logs;
