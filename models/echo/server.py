@@ -40,6 +40,8 @@ except ModuleNotFoundError:  # not installed: use the neighbour
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "base"))
     import roundhouse_worker as rw
 
+from roundhouse_worker.fields import integer, number
+
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 IMAGES = "/v1/images/generations"
@@ -637,10 +639,10 @@ def _image(body: dict[str, Any], plan: Plan) -> Wanted:
     width, height = (int(match[1]), int(match[2])) if match else (0, 0)
     if not (1 <= width <= SIDE_LIMIT_PIXELS and 1 <= height <= SIDE_LIMIT_PIXELS):
         raise rw.InvalidRequest(f"size must be <width>x<height> up to {SIDE_LIMIT_PIXELS}, not {size!r}", param="size")
-    count = _number(body, "n", 1, low=1, high=IMAGES_LIMIT)
-    seed = _number(body, "seed", 0, low=0, high=2**63)
+    count = integer(body, "n", 1, 1, IMAGES_LIMIT)
+    seed = integer(body, "seed", 0, 0, 2**63)
     prompt = _text(body.get("prompt"), "prompt")
-    return Wanted(plan, text=prompt, width=width, height=height, count=int(count), seed=int(seed))
+    return Wanted(plan, text=prompt, width=width, height=height, count=count, seed=seed)
 
 
 def _speech(body: dict[str, Any], plan: Plan) -> Wanted:
@@ -650,9 +652,9 @@ def _speech(body: dict[str, Any], plan: Plan) -> Wanted:
 
 def _audio(body: dict[str, Any], plan: Plan) -> Wanted:
     _wav_only(body)
-    duration_s = _number(body, "duration", 1.0, low=0.1, high=DURATION_LIMIT_S)
-    seed = _number(body, "seed", 0, low=0, high=2**63)
-    return Wanted(plan, text=_text(body.get("prompt"), "prompt"), duration_s=duration_s, seed=int(seed))
+    duration_s = number(body, "duration", 1.0, 0.1, DURATION_LIMIT_S)
+    seed = integer(body, "seed", 0, 0, 2**63)
+    return Wanted(plan, text=_text(body.get("prompt"), "prompt"), duration_s=duration_s, seed=seed)
 
 
 def _wav_only(body: dict[str, Any]) -> None:
@@ -673,19 +675,9 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _number(body: dict[str, Any], name: str, default: float, *, low: float, high: float) -> float:
-    value = body.get(name, default)
-    if value is None:
-        return default
-    whole = isinstance(default, int)
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not low <= value <= high:
-        raise rw.InvalidRequest(f"{name} must be {low}-{high}, not {value!r}", param=name)
-    return value
-
-
 def _max_tokens(body: dict[str, Any]) -> int:
     name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    return int(_number(body, name, TOKENS_LIMIT, low=1, high=2**31))
+    return integer(body, name, TOKENS_LIMIT, 1, 2**31)
 
 
 # ---- what is made ------------------------------------------------------------

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base"))
 
 from roundhouse_worker import Cancelled, InvalidRequest, Item, Loading, Output, Progress, hostcopy, log, weights
+from roundhouse_worker.fields import integer, number, text
 from roundhouse_worker.torch_service import Loader, TorchService
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class FluxServer(TorchService):
             raise InvalidRequest("negative_prompt must be text", param="negative_prompt")
         steps_name = "steps" if body.get("num_inference_steps") is None else "num_inference_steps"
         return Params(
-            prompt=prompt_text(body, "prompt"),
+            prompt=text(body, "prompt", PROMPT_MAX_CHARS),
             negative_prompt=negative if "negative_prompt" in self._takes else None,
             count=integer(body, "n", 1, 1, IMAGES_MAX),
             width=width,
@@ -358,36 +359,6 @@ def parse_size(text: Any, what: str) -> tuple[int, int]:
                 f"{what}: both sides must be multiples of {SIZE_STEP} from {SIZE_MIN} to {SIZE_MAX}, not {text[:40]}"
             )
     return int(width), int(height)
-
-
-def prompt_text(body: dict[str, Any], name: str) -> str:
-    """A required text, not empty and not too long."""
-    value = body.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise InvalidRequest(f"{name} must be a text that is not empty", param=name)
-    if len(value) > PROMPT_MAX_CHARS:
-        raise InvalidRequest(f"{name} has {len(value)} characters, more than {PROMPT_MAX_CHARS}", param=name)
-    return value
-
-
-def integer(body: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
-    """An optional whole number within limits."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}, not {str(value)[:40]}", param=name)
-    return value
-
-
-def number(body: dict[str, Any], name: str, default: float | None, low: float, high: float) -> float | None:
-    """An optional number within limits."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {str(value)[:40]}", param=name)
-    return float(value)
 
 
 def encode_png(image: Any, note: str) -> bytes:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "base"))
 
 from roundhouse_worker import Binary, InvalidRequest, Item, Loading, Output, Progress, log, weights
+from roundhouse_worker.fields import integer, number, text
 from roundhouse_worker.torch_service import Loader, TorchService
 
 if TYPE_CHECKING:
@@ -148,8 +149,8 @@ class MusicgenServer(TorchService):
             )
         seed = body.get("seed")
         return Params(
-            prompt=prompt_text(body, "input" if speech else "prompt"),
-            seconds=number(body, "duration", self.options.default_seconds, SECONDS_MIN, SECONDS_MAX),
+            prompt=text(body, "input" if speech else "prompt", PROMPT_MAX_CHARS),
+            seconds=number(body, "duration", float(self.options.default_seconds), SECONDS_MIN, SECONDS_MAX),
             guidance=number(body, "guidance_scale", 3.0, 1.0, 20.0),
             temperature=number(body, "temperature", 1.0, 0.01, 5.0),
             top_k=integer(body, "top_k", 250, 1, 2048),
@@ -275,36 +276,6 @@ def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
         spread[::up] = wave[:, channel]
         made[:, channel] = np.convolve(spread, taps)[half : half + spread.size : down]
     return made.clip(-1, 1)
-
-
-def prompt_text(body: dict[str, Any], name: str) -> str:
-    """A required text, not empty and not too long."""
-    value = body.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise InvalidRequest(f"{name} must be a text that is not empty", param=name)
-    if len(value) > PROMPT_MAX_CHARS:
-        raise InvalidRequest(f"{name} has {len(value)} characters, more than {PROMPT_MAX_CHARS}", param=name)
-    return value
-
-
-def integer(body: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
-    """An optional whole number within limits."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}, not {str(value)[:40]}", param=name)
-    return value
-
-
-def number(body: dict[str, Any], name: str, default: float, low: float, high: float) -> float:
-    """An optional number within limits."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {str(value)[:40]}", param=name)
-    return float(value)
 
 
 if __name__ == "__main__":
