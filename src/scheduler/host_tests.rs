@@ -123,7 +123,7 @@ fn what_loads_has_been_promised_its_copy() {
     let mut case = Case::new(&[parks("a"), parks("b")], 2, 60);
     case.wants("a");
     case.wants("b");
-    assert_eq!(case.orders, [order("b", Order::Load, Some(30))], "as far as anybody knows");
+    assert_eq!(case.orders, [order("b", Order::Load, Some(10))], "the first may take all that it has on its GPU");
     let nobody_knows = |name| ModelSpec { memory: None, ..parks(name) };
     let mut case = Case::new(&[nobody_knows("a"), nobody_knows("b")], 2, 60);
     case.wants("a");

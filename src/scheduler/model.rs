@@ -459,8 +459,7 @@ impl Model {
     /// Host memory that a parked worker takes.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes are far below 2^53 bytes")]
     pub(super) fn parked(&self, now: Millis) -> Parked {
-        let on_devices = self.memory_bytes.or_else(|| self.bytes()).unwrap_or(0).saturating_mul(u64::from(self.gpus));
-        let bytes = self.learned.host.bytes.unwrap_or((on_devices as f64 * PARKED_SHARE) as u64);
+        let bytes = self.learned.host.bytes.unwrap_or((self.on_devices() as f64 * PARKED_SHARE) as u64);
         Parked { rate: self.rate.per_ms(now), cold_ms: self.cold_ms(), wake_ms: self.wake_ms(), bytes }
     }
 
@@ -493,10 +492,17 @@ impl Model {
         self.host.refused.is_some_and(|most| most >= self.parked(0).bytes)
     }
 
-    /// Host memory that a worker takes for its copy while it loads, of what it was promised; bytes.
+    /// Memory that it takes on all of its devices, bytes; 0: nobody knows.
+    fn on_devices(&self) -> u64 {
+        self.memory_bytes.or_else(|| self.bytes()).unwrap_or(0).saturating_mul(u64::from(self.gpus))
+    }
+
+    /// Host memory that a worker takes for its copy while it loads, of what it was promised, at most; bytes. Before one has
+    /// said what it takes, it may be all that it has on its devices.
     pub(super) fn host_at_load(&self, promised: Option<u64>) -> u64 {
         let makes_none = self.learned.copies_at_load == Some(false);
-        let takes = if makes_none { Some(0) } else { Some(self.parked(0).bytes).filter(|b| *b > 0) };
+        let most = self.learned.host.bytes.unwrap_or_else(|| self.on_devices());
+        let takes = if makes_none { Some(0) } else { Some(most).filter(|b| *b > 0) };
         promised.map_or(0, |promised| takes.map_or(promised, |takes| takes.min(promised)))
     }
 
