@@ -316,11 +316,11 @@ class Verify:
         for turn in ("apart", "back"):
             self.apart(server, picture, music, turn)
             if turn == "apart":
-                job = server.finished(server.submit(words.request()), COLD_LIMIT_S)
+                jobs = [server.finished(server.submit(words.request()), COLD_LIMIT_S) for _ in range(2)]
                 gpus = server.worker(words.name)["gpus"]
-                digest = swaps.digest(server, words, job)
-                value = f"{words.name} answered on GPUs {gpus} ({digest})"
-                self.records.add("two-gpus", what="one model on both", value=value, met=len(gpus) == 2)
+                same = len({swaps.digest(server, words, job) for job in jobs}) == 1
+                value = f"{words.name} answered on GPUs {gpus}, twice {'the same' if same else 'not the same'}"
+                self.records.add("two-gpus", what="one model on both", value=value, met=same and len(gpus) == 2)
 
     def apart(self, server: Server, one: Model, other: Model, turn: str) -> None:
         """Jobs of both run at the same time, on different GPUs."""

@@ -107,7 +107,7 @@ def mib_of(worker: Json, by_pid: dict[int, int]) -> int:
 
 
 def run(server: Server, models: list[Model], cycles: int, records: Records, end_at: float, labels: Json) -> None:
-    """All ordered pairs, `cycles` times; fewer if the time is up, but never fewer than two."""
+    """All ordered pairs, `cycles` times, the first time with cold loads; fewer if the time is up, but at least two."""
     by_name = {model.name: model for model in models}
     walk = circuit([model.name for model in models])
     before: str | None = None
@@ -116,8 +116,16 @@ def run(server: Server, models: list[Model], cycles: int, records: Records, end_
             say(f"the time is up after {cycle - 1} cycles")
             return
         for name in walk if before is None else walk[1:]:
+            if cycle == 1 and before is not None:
+                unload(server, name)
             visit(server, by_name[name], before, records, cycle=cycle, **labels)
             before = name
+
+
+def unload(server: Server, name: str) -> None:
+    """Ends a model's worker, parked or not, so that its next job takes a cold load."""
+    server.ask("POST", f"/v1/models/{name}/unload")
+    until(f"the end of {name}", 60, 0.1, lambda: server.worker(name)["state"] == "absent")
 
 
 def ways(server: Server, models: list[Model], names: dict[str, str], records: Records) -> None:
@@ -143,8 +151,7 @@ def cold_starts(server: Server, model: Model, records: Records, spare: bool, lab
     """Loads from the page cache: unloaded by hand, and asked for again."""
     visit(server, model, None, records, cycle=0, **labels)
     for _ in range(COLD_ROUNDS):
-        server.ask("POST", f"/v1/models/{model.name}/unload")
-        until(f"the end of {model.name}", 60, 0.1, lambda: server.worker(model.name)["state"] == "absent")
+        unload(server, model.name)
         if spare:
             until("spare processes", SPARE_LIMIT_S, 0.2, lambda: spares_are_ready(server))
         server.events()
