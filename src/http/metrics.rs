@@ -161,11 +161,16 @@ fn by_model(out: &mut String, name: &str, counts: &std::collections::BTreeMap<St
 fn sample(out: &mut String, name: &str, labels: &[(&str, &str)], value: impl Display) {
     out.push_str(name);
     for (index, (label, text)) in labels.iter().enumerate() {
-        let text = text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+        let text = escaped(text);
         let _ = write!(out, "{}{label}=\"{text}\"", if index == 0 { '{' } else { ',' });
     }
     let close = if labels.is_empty() { "" } else { "}" };
     let _ = writeln!(out, "{close} {value}");
+}
+
+/// The text of a label as the format has it between quotes.
+pub(super) fn escaped(text: &str) -> String {
+    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 #[cfg(test)]

@@ -44,6 +44,7 @@ pub mod submit;
 pub mod usage;
 pub mod view;
 pub mod waiters;
+mod worker_metrics;
 
 pub use server::serve;
 

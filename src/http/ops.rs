@@ -11,7 +11,7 @@ use crate::domain::worker::WorkerView;
 use crate::domain::{ErrorCode, ModelSpec, ModelState};
 use crate::http::body::Segments;
 use crate::http::error::ApiError;
-use crate::http::{AppState, metrics as series};
+use crate::http::{AppState, metrics as series, worker_metrics};
 use crate::scheduler::handle::{Decision, ModelQueueView, QueueView, ShapeView};
 use crate::store::Trouble;
 
@@ -195,7 +195,7 @@ fn store_trouble(trouble: &Trouble) -> Value {
     json!({"store": trouble.state, "reason": trouble.reason})
 }
 
-/// `GET /metrics`, Prometheus text.
+/// `GET /metrics`, Prometheus text: the server's own series, then those of its workers.
 pub async fn metrics(State(state): State<AppState>) -> Response {
     let seen = series::Seen {
         queue: &state.handle.queue(),
@@ -205,7 +205,8 @@ pub async fn metrics(State(state): State<AppState>) -> Response {
         #[expect(clippy::cast_precision_loss, reason = "uptimes are far below 2^52 ms")]
         uptime_s: (state.clock.now() - state.started_at) as f64 / 1e3,
     };
-    let mut response = series::render(&seen).into_response();
+    let workers = state.handle.worker_metrics().await;
+    let mut response = (series::render(&seen) + &worker_metrics::render(&workers)).into_response();
     let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, text);
     response

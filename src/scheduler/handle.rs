@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -22,6 +23,7 @@ pub use crate::scheduler::journal::{DecisionFilter, DecisionPage};
 use crate::scheduler::run::{Message, Reload};
 pub use crate::scheduler::state::Expected;
 use crate::store::{IdempotencyKey, Store, StoreError, StoreMetrics, Trouble};
+use crate::worker::client::WorkerClient;
 use crate::worker::fetching::FetchHandle;
 use crate::worker::spare::Spares;
 use crate::worker::supervisor::{Order, WorkerHandle};
@@ -200,6 +202,17 @@ pub(super) fn handles<'a>(workers: &'a Workers, model: &str) -> impl Iterator<It
     workers.range(all).map(|(_, worker)| worker)
 }
 
+/// What a worker tells by its own `/metrics`.
+#[derive(Clone, Debug)]
+pub struct WorkerMetrics {
+    /// Entry name.
+    pub model: String,
+    /// Its number among the workers of its model, from 0.
+    pub replica: u32,
+    /// Prometheus text, as it came.
+    pub text: String,
+}
+
 /// Asks the scheduler.
 #[derive(Clone)]
 pub struct Handle {
@@ -209,6 +222,7 @@ pub struct Handle {
     workers: Arc<Mutex<Workers>>,
     fetching: FetchHandle,
     spares: Spares,
+    client: WorkerClient,
     view: watch::Receiver<Arc<QueueView>>,
     counters: Arc<Mutex<Counters>>,
     tasks: Tasks,
@@ -226,7 +240,8 @@ impl Handle {
         let counters =
             Counters { wait_buckets: WAIT_BUCKETS.iter().map(|le| (*le, 0)).collect(), ..Counters::default() };
         let (workers, counters) = (Arc::new(Mutex::new(workers)), Arc::new(Mutex::new(counters)));
-        Self { messages, hub, store, workers, fetching, spares, view, counters, tasks }
+        let client = WorkerClient::new();
+        Self { messages, hub, store, workers, fetching, spares, client, view, counters, tasks }
     }
 
     /// Commits jobs (all or none) and returns them in order. All are of one tenant. With a `key` that came before, those of
@@ -352,6 +367,19 @@ impl Handle {
             }
         };
         self.supervisors().values().map(show).collect()
+    }
+
+    /// What the workers that have loaded tell by their own `/metrics`; those that have none, or do not answer within a second,
+    /// are left out.
+    pub async fn worker_metrics(&self) -> Vec<WorkerMetrics> {
+        let has_loaded =
+            |view: &WorkerView| matches!(view.state, ModelState::Resident | ModelState::Draining | ModelState::Parked);
+        let views: Vec<WorkerView> = self.supervisors().values().map(WorkerHandle::view).filter(has_loaded).collect();
+        let asked = views.into_iter().filter_map(|view| Some((view.port?, view))).map(|(port, view)| async move {
+            let text = self.client.metrics(&format!("http://127.0.0.1:{port}")).await?;
+            Some(WorkerMetrics { model: view.model, replica: view.replica, text })
+        });
+        join_all(asked).await.into_iter().flatten().collect()
     }
 
     /// How the spare processes are.

@@ -27,6 +27,9 @@ const ANSWER_LIMIT_BYTES: usize = 256 << 20;
 const REFUSAL_LIMIT_BYTES: usize = 256 << 10;
 /// How long a server that answered with an error of its own may take to say how it is.
 const ENGINE_LIMIT: Duration = Duration::from_secs(1);
+/// How long a worker may take for its metrics, and how long they may be, in bytes.
+const METRICS_LIMIT: Duration = Duration::from_secs(1);
+const METRICS_LIMIT_BYTES: usize = 4 << 20;
 /// Most chunks of a stream that are held back while none had content.
 const HELD_LIMIT: usize = 64;
 const JSON: &str = "application/json";
@@ -114,6 +117,19 @@ impl WorkerClient {
             () = stop.cancelled() => Outcome::Stopped,
             () = tokio::time::sleep(call.timeout) => attempt.failed(timed_out(call.timeout)),
         }
+    }
+
+    /// What a worker tells by its own `/metrics`. `None`: it has none, or does not answer within a second.
+    pub async fn metrics(&self, base_url: &str) -> Option<String> {
+        let told = async {
+            let authority = authority(base_url);
+            let mut reply = self.pool.call(authority, &Ask::get("/metrics")).await.ok()?;
+            let status = reply.status;
+            let body = reply.whole(METRICS_LIMIT_BYTES).await.ok()??;
+            self.pool.give_back(authority, reply);
+            (status == 200).then(|| String::from_utf8_lossy(&body).into_owned())
+        };
+        tokio::time::timeout(METRICS_LIMIT, told).await.ok().flatten()
     }
 
     /// Why the engine behind a worker that still answers is dead: engines with processes of their own (vLLM) answer each of

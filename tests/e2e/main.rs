@@ -26,6 +26,7 @@ mod leftovers;
 mod limits;
 mod load_oom;
 mod messages;
+mod metrics;
 mod parking;
 mod reloads;
 mod renames;

@@ -16,7 +16,7 @@ fn parking(args: &[&str]) -> Value {
 }
 
 /// `a` with these flags, and others without.
-fn site(args: &[&str]) -> Site {
+pub(crate) fn site(args: &[&str]) -> Site {
     let site = Site::new().model("a", parking(args)).model("b", parking(&[])).model("c", parking(&[]));
     site.env("ROUNDHOUSE_FAKE_GPUS", "1x80GiB").scheduler("park_ram", "200GiB")
 }

@@ -42,8 +42,9 @@ def call(server: RoundhouseServer, **fields: Any) -> httpx.Response:
 
 def engine_running(server: RoundhouseServer) -> float:
     """How many requests vLLM itself says it works on."""
-    metrics = httpx.get(f"http://127.0.0.1:{server.worker('text')['port']}/metrics").text
-    lines = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")]
+    metrics = server.client.get("/metrics").text
+    own = 'vllm:num_requests_running{model="text",replica="0",'
+    lines = [line for line in metrics.splitlines() if line.startswith(own)]
     assert lines
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
