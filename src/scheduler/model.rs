@@ -96,6 +96,8 @@ pub(super) struct Model {
     pub(super) trouble: Option<Trouble>,
     /// Its weights are not known to be here.
     pub(super) lack: Option<Lack>,
+    /// The number of the last want of them, or of the end of one by hand.
+    pub(super) want: u64,
     /// They come from a hub.
     pub(super) fetches: bool,
     /// Why no device of this box could ever hold it.
@@ -272,6 +274,7 @@ impl Model {
             aliases: Vec::new(),
             trouble: None,
             lack: None,
+            want: 0,
             fetches: false,
             too_big: None,
             slots: Slots { limit: 1, max_batch: 1 },
