@@ -126,7 +126,8 @@ pub(super) struct Model {
     declared_bytes: Option<u64>,
     /// The same, whoever shares its devices.
     memory_bytes: Option<u64>,
-    /// The driver takes its workers to host memory: they keep nothing there when they are back, and are promised nothing.
+    /// The driver takes its workers to host memory: they have nothing there until they are parked nor when they are back, and
+    /// their loads are promised nothing.
     pub(super) is_checkpointed: bool,
     /// Its memory is for it to tell: neither declared nor all of the device.
     tells_bytes: bool,
