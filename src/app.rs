@@ -77,6 +77,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     let gpus = gpu::from_environment(fake.as_deref(), probe.as_deref(), visible).map_err(anyhow::Error::msg)?;
     let broke_off = (!opened.was_clean).then_some(opened.last_start).flatten();
     let orphans = supervisor::end_orphans(&opened.data_dir_id, config.server.worker_grace, broke_off).await;
+    opened.store.note_start().await?;
     if orphans > 0 {
         tracing::warn!(orphans, "ended {orphans} processes that an earlier run left behind");
         // Memory is free when the driver says so.

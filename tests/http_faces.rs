@@ -550,6 +550,10 @@ async fn bad_requests_are_told_what_is_wrong() {
         (seen.error(), seen.header("content-type")),
         ((415, "unsupported_media_type".into()), "application/problem+json")
     );
+    let seen = bench.post("/v1/jobs?wait=5", &image_job()).await;
+    let said = seen.json()["detail"].as_str().unwrap_or_default().to_owned();
+    assert_eq!(seen.error(), (400, "invalid_request".into()));
+    assert!(said.contains("`wait` is not a field here") && said.contains("`Prefer: wait=SECONDS`"), "{said}");
     let wrong_method = bench.send(Request::put("/v1/jobs").body(Body::empty()).expect("a request")).await;
     assert_eq!(wrong_method.error(), (405, "method_not_allowed".into()));
     assert!(wrong_method.header("allow").contains("POST"));

@@ -14,7 +14,7 @@ impl Scheduler {
                         None => tracing::error!(replica, ?order, "an order for a worker that has no supervisor"),
                     }
                 }
-                Effect::Fetch { model } => self.fetching.want(&model),
+                Effect::Fetch { model, want } => self.fetching.want(&model, want),
                 Effect::EndFetch { model } => self.fetching.end(&model),
                 Effect::Evict { numbers } => {
                     let stops = numbers.iter().filter_map(|number| self.stops.get(number));

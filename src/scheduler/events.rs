@@ -91,6 +91,8 @@ pub enum Event {
     Fetch {
         /// Entry name.
         model: String,
+        /// The number of the want that it answers; see [`Effect::Fetch`].
+        want: u64,
         /// What it says.
         report: Box<FetchReport>,
     },
@@ -175,6 +177,8 @@ pub enum Effect {
     Fetch {
         /// Entry name.
         model: String,
+        /// The number of this want, which its reports carry: those of an earlier one may still be on their way.
+        want: u64,
     },
     /// End the fetch of a model's weights; what has come stays.
     EndFetch {

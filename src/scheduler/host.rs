@@ -5,7 +5,8 @@
 //! nobody, so one that has slept once counts as long as it lives, unless it says otherwise. What is asked of a leaving worker counts
 //! only what the others have by then or were promised; a newcomer is promised the rest when its devices are free, which is
 //! after all who leave for it have been parked or stopped, and is loaded when what is dropped for it is gone. So of two, one
-//! always gets what there is.
+//! always gets what there is. What the driver's checkpoint takes of it, it takes when the worker leaves: a load is promised
+//! nothing for that.
 
 use super::*;
 use crate::policy::tier::{self, Bare, Parked, Tier};
@@ -182,11 +183,11 @@ impl State {
     }
 
     /// Most host memory that a worker which is about to load may take for its copy: what is left. If that is less than it
-    /// takes, parked ones that are worth less go first. `None`: it is never parked, whatever there is.
+    /// takes, parked ones that are worth less go first. `None`: it is never parked, whatever there is, or its load makes no copy.
     pub(super) fn promise(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) -> Option<u64> {
         let worker = &self.workers[place];
         let model = &self.models[worker.model];
-        if !model.park || self.inventory.host == 0 {
+        if !model.park || model.is_checkpointed || self.inventory.host == 0 {
             return None;
         }
         if model.copies_at_load() && !model.has_refused_room() {

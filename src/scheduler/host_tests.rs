@@ -141,6 +141,22 @@ fn what_loads_has_been_promised_its_copy() {
 }
 
 #[test]
+fn what_the_driver_parks_is_promised_nothing_and_takes_nothing_before_it_is_parked() {
+    let checkpointed = ModelSpec { park: crate::domain::Park::Checkpoint, ..parks("a") };
+    let mut case = Case::new(&[checkpointed, parks("b")], 2, 60);
+    let number = case.wants("a");
+    assert_eq!(case.orders, [order("a", Order::Load, None)]);
+    case.wants("b");
+    assert_eq!(case.orders, [order("b", Order::Load, Some(60))], "while the other loads");
+    case.ready("a");
+    case.answered("a", number);
+    // It counts once it leaves.
+    let mut case = Case::new(&[ModelSpec { park: crate::domain::Park::Checkpoint, ..parks("a") }, parks("b")], 1, 60);
+    case.visit("a", None);
+    assert_eq!(case.swap("a", "b", None), (Order::Park, (Order::Load, Some(30))));
+}
+
+#[test]
 fn what_workers_say_counts_and_not_what_was_expected() {
     for (told, left) in [(55, Order::Park), (61, Order::Stop)] {
         let mut case = Case::new(&[parks("a"), parks("b")], 1, 60);

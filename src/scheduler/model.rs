@@ -96,6 +96,8 @@ pub(super) struct Model {
     pub(super) trouble: Option<Trouble>,
     /// Its weights are not known to be here.
     pub(super) lack: Option<Lack>,
+    /// The number of the last want of them, or of the end of one by hand.
+    pub(super) want: u64,
     /// They come from a hub.
     pub(super) fetches: bool,
     /// Why no device of this box could ever hold it.
@@ -124,7 +126,8 @@ pub(super) struct Model {
     declared_bytes: Option<u64>,
     /// The same, whoever shares its devices.
     memory_bytes: Option<u64>,
-    /// The driver takes its workers to host memory: they keep nothing there when they are back, and are promised nothing.
+    /// The driver takes its workers to host memory: they have nothing there until they are parked nor when they are back, and
+    /// their loads are promised nothing.
     pub(super) is_checkpointed: bool,
     /// Its memory is for it to tell: neither declared nor all of the device.
     tells_bytes: bool,
@@ -272,6 +275,7 @@ impl Model {
             aliases: Vec::new(),
             trouble: None,
             lack: None,
+            want: 0,
             fetches: false,
             too_big: None,
             slots: Slots { limit: 1, max_batch: 1 },

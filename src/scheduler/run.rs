@@ -254,7 +254,7 @@ struct Scheduler {
     inbox: mpsc::UnboundedReceiver<Message>,
     reports: mpsc::UnboundedReceiver<(String, u32, Report)>,
     fetching: FetchHandle,
-    fetches: mpsc::UnboundedReceiver<(String, FetchReport)>,
+    fetches: mpsc::UnboundedReceiver<(String, u64, FetchReport)>,
     handle: Handle,
     view: watch::Sender<Arc<QueueView>>,
     /// Whether something happened since the last step.
@@ -282,7 +282,7 @@ fn confirm(message: Message) {
 enum Wake {
     Message(Message),
     Report(String, u32, Report),
-    Fetch(String, FetchReport),
+    Fetch(String, u64, FetchReport),
     Timer,
     View,
     Keep,
@@ -314,7 +314,7 @@ impl Scheduler {
                 }
                 Wake::Timer => {}
                 Wake::Report(model, replica, report) => self.on_report(model, replica, report),
-                Wake::Fetch(model, report) => self.apply(Event::Fetch { model, report: Box::new(report) }),
+                Wake::Fetch(model, want, report) => self.apply(Event::Fetch { model, want, report: Box::new(report) }),
                 Wake::Message(message) => {
                     self.on_message(message);
                     for _ in 1..MESSAGES_PER_STEP {
@@ -356,7 +356,7 @@ impl Scheduler {
             () = tasks.hard().cancelled() => Wake::Hard,
             () = tasks.soft().cancelled(), if !stopping => Wake::Soft,
             Some((model, replica, report)) = self.reports.recv() => Wake::Report(model, replica, report),
-            Some((model, report)) = self.fetches.recv() => Wake::Fetch(model, report),
+            Some((model, want, report)) = self.fetches.recv() => Wake::Fetch(model, want, report),
             Some(message) = self.inbox.recv() => Wake::Message(message),
             () = until(self.view_at) => Wake::View,
             () = tokio::time::sleep_until(self.keep_at) => Wake::Keep,

@@ -286,7 +286,7 @@ impl State {
                 Some(index) => self.on_report(index, replica, report, now),
                 None => Vec::new(),
             },
-            Event::Fetch { model, report } => self.on_fetch(&model, *report),
+            Event::Fetch { model, want, report } => self.on_fetch(&model, want, *report),
             Event::Devices(there) => self.on_devices(&there),
             Event::Control(control) => self.on_control(&control, now),
             Event::Purge { model, before } => self.on_purge(model.as_deref(), before),

@@ -146,7 +146,8 @@ impl State {
                 && model.trouble.as_ref().is_none_or(|trouble| trouble.reason != StateReason::NoGpu);
             if let Some(lack) = model.lack.as_mut().filter(|lack| lack.is_to_be_asked() && is_wanted && has_place) {
                 *lack = Lack::at(Stage::Asked, lack.fetch.take()).after(lack.failure.take());
-                effects.push(Effect::Fetch { model: model.name.to_string() });
+                model.want += 1;
+                effects.push(Effect::Fetch { model: model.name.to_string(), want: model.want });
             }
         }
     }
@@ -156,23 +157,24 @@ impl State {
         let model = &mut self.models[index];
         let lack = model.lack.as_mut().filter(|lack| lack.stage == Stage::Asked)?;
         *lack = lack.ended();
+        // What is on its way is of a want that is no more.
+        model.want += 1;
         effects.push(Effect::EndFetch { model: model.name.to_string() });
         Some(lack.trouble.text.clone())
     }
 
-    pub(super) fn on_fetch(&mut self, model: &str, report: FetchReport) -> Vec<Effect> {
+    /// The fetching task says something about a want. That a person asked for a retry is of no want.
+    pub(super) fn on_fetch(&mut self, model: &str, want: u64, report: FetchReport) -> Vec<Effect> {
         let Some(index) = self.index_of(model) else { return Vec::new() };
         let serves = self.serves(index);
         let model = &mut self.models[index];
-        if !model.fetches {
-            // Of an entry that is no more.
+        let is_late = want != model.want && report != FetchReport::Forgiven;
+        if !model.fetches || is_late {
+            // Of an entry or a want that is no more.
             return Vec::new();
         }
         let before = model.lack.as_ref().and_then(|lack| lack.failure.clone());
-        let is_ended = model.lack.as_ref().is_some_and(|lack| lack.stage == Stage::Ended);
         match report {
-            // It was on its way when the fetch was ended.
-            FetchReport::Progress(_) | FetchReport::Failed { .. } if is_ended => {}
             FetchReport::Here => model.lack = None,
             FetchReport::Progress(fetch) => model.lack = Some(Lack::at(Stage::Asked, Some(fetch)).after(before)),
             FetchReport::Available => {

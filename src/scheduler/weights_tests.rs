@@ -8,6 +8,8 @@ struct Desk {
     state: State,
     now: Millis,
     effects: Vec<Effect>,
+    /// The last one, which reports answer.
+    want: u64,
 }
 
 impl Desk {
@@ -23,13 +25,15 @@ impl Desk {
         let state = State::new(&[from_hub, here], Knobs::default(), &BTreeMap::new(), 1)
             .on(Inventory::of(&gpus, 64 << 30))
             .without_weights(&["hub".to_owned()].into());
-        let mut desk = Self { state, now: 1_000, effects: Vec::new() };
+        let mut desk = Self { state, now: 1_000, effects: Vec::new(), want: 0 };
         desk.step();
         desk
     }
 
     fn step(&mut self) {
         let effects = self.state.step(self.now);
+        let want = |effect: &Effect| if let Effect::Fetch { want, .. } = effect { Some(*want) } else { None };
+        self.want = effects.iter().filter_map(want).next_back().unwrap_or(self.want);
         self.effects.extend(effects);
     }
 
@@ -40,7 +44,11 @@ impl Desk {
     }
 
     fn fetch(&mut self, report: FetchReport) {
-        self.event(Event::Fetch { model: "hub".to_owned(), report: Box::new(report) });
+        self.fetch_for(self.want, report);
+    }
+
+    fn fetch_for(&mut self, want: u64, report: FetchReport) {
+        self.event(Event::Fetch { model: "hub".to_owned(), want, report: Box::new(report) });
     }
 
     fn report(&mut self, model: &str, report: Report) {
@@ -50,7 +58,7 @@ impl Desk {
     /// What is to be done since the last look, but for telling and keeping.
     fn asked(&mut self) -> Vec<String> {
         let word = |effect: Effect| match effect {
-            Effect::Fetch { model } => Some(format!("fetch {model}")),
+            Effect::Fetch { model, .. } => Some(format!("fetch {model}")),
             Effect::EndFetch { model } => Some(format!("end fetch of {model}")),
             Effect::Order { order: Order::Proven, .. } => None,
             Effect::Order { model, order, .. } => Some(format!("{order:?} {model}").to_lowercase()),
@@ -250,4 +258,24 @@ fn an_unload_by_hand_ends_a_fetch_until_somebody_wants_the_model_again() {
     assert_eq!(desk.asked(), ["fetch hub"]);
     desk.fetch(FetchReport::Here);
     assert_eq!(desk.asked(), ["load hub"]);
+}
+
+#[test]
+fn what_a_fetch_that_was_ended_still_says_is_not_taken_for_that_of_the_next() {
+    let mut desk = Desk::new();
+    let caller = QueuedJob { face: Face::Sync, ..job(1, "hub") };
+    desk.event(Event::Queued(vec![caller]));
+    desk.fetch(FetchReport::Progress(half_way()));
+    let ended = desk.want;
+    desk.event(Event::Control(Control::Unload("hub".to_owned())));
+    assert_eq!(desk.asked(), ["fetch hub", "end fetch of hub", "fetch hub"], "who waits brings it back");
+    for late in [FetchReport::Progress(half_way()), no_access(), FetchReport::Available, FetchReport::Here] {
+        desk.fetch_for(ended, late);
+        assert_eq!(desk.state.models[0].lack.as_ref().expect("not here").fetch, None);
+    }
+    assert!(desk.asked().is_empty() && desk.state.refusal("hub").is_none(), "nobody is told that it failed");
+    desk.fetch(FetchReport::Progress(half_way()));
+    assert!(desk.state.models[0].lack.as_ref().unwrap().fetch.is_some());
+    desk.fetch(no_access());
+    assert_eq!(desk.asked(), ["end [1] model_load_failed"], "that of the next one counts");
 }

@@ -27,7 +27,7 @@ use super::read::Reader;
 use super::recovery;
 use super::space::Space;
 use super::verbs::Store;
-use super::writer::{OnFatal, Parts, Session, Writer};
+use super::writer::{Kind, OnFatal, Parts, Session, Writer, answer};
 use crate::clock::Clock;
 use crate::domain::{Controls, Millis, StorageSettings};
 
@@ -64,9 +64,9 @@ pub struct Opened {
     pub next_number: i64,
     /// Jobs that were on a worker when the last run ended, and wait again now, uncharged.
     pub recovered: usize,
-    /// Whether the last run ended in order.
+    /// Whether the last run that called [`Store::note_start`] ended in order.
     pub was_clean: bool,
-    /// When the last run began, in ms since the epoch; `None`: there was none, or it cannot be told.
+    /// When the last run that called [`Store::note_start`] did, in ms since the epoch; `None`: none did, or it cannot be told.
     pub last_start: Option<Millis>,
     /// Whether the write-ahead log of the last run was gone, and with it what was accepted last.
     pub lacks_log: bool,
@@ -120,9 +120,6 @@ pub async fn open(
     let metrics = Metrics::new(clock.clone());
     let now = clock.now();
     let last_start = if lacks_lock { None } else { started_at(&lock) };
-    if let Err(error) = lock.set_modified(UNIX_EPOCH + Duration::from_millis(now.unsigned_abs())) {
-        tracing::debug!("the lock file cannot tell when this run began: {error}");
-    }
     let connection = writing_connection(&database, &settings).map_err(in_database)?;
     verify(&connection).map_err(in_database)?;
     let keys = Keys::load(&connection, now).map_err(in_database)?;
@@ -177,7 +174,7 @@ pub async fn open(
         presence,
         settings: Arc::new(settings),
         next_batch: Arc::new(AtomicI64::new(next_batch)),
-        _lock: lock,
+        lock,
     };
     Ok(Opened {
         store,
@@ -217,10 +214,27 @@ pub(super) fn lock(dir: &Path) -> Result<File, StoreError> {
     }
 }
 
-/// When the run that had it last began: each run sets the time of the file.
+/// When a run began last, by [`Store::note_start`].
 fn started_at(lock: &File) -> Option<Millis> {
     let at = lock.metadata().ok()?.modified().ok()?;
     i64::try_from(at.duration_since(UNIX_EPOCH).ok()?.as_millis()).ok()
+}
+
+impl Store {
+    /// Notes that a run begins now, for [`Opened::last_start`] and [`Opened::was_clean`] of the next one: after what the last
+    /// run left behind has been ended and removed, and before anything is started. A start that fails before leaves both as
+    /// they were, since what has not been removed yet dates from then.
+    pub async fn note_start(&self) -> Result<(), StoreError> {
+        let now = self.clock.now().unsigned_abs();
+        if let Err(error) = self.lock.set_modified(UNIX_EPOCH + Duration::from_millis(now)) {
+            tracing::debug!("the lock file cannot tell when this run began: {error}");
+        }
+        let settle = |session: &mut Session| {
+            session.is_settled = true;
+            Ok(())
+        };
+        answer(self.writer.apply(Kind::Change, 0, settle)).await
+    }
 }
 
 async fn migrate(database: &Path, settings: &StorageSettings) -> Result<(), StoreError> {

@@ -83,6 +83,7 @@ pub(super) struct Recovered {
 pub(super) fn recover(session: &mut Session, now: Millis, settings: &StorageSettings) -> Result<Recovered, StoreError> {
     session.c.execute_batch("BEGIN IMMEDIATE")?;
     let (epoch, was_clean) = begin_epoch(&session.c)?;
+    session.is_settled = was_clean || epoch == 1;
     set_times(&session.c, now, settings)?;
     let mut left: Vec<(Token, JobState)> = Vec::new();
     {

@@ -591,11 +591,38 @@ async fn a_stop_is_told_from_a_crash_and_runs_are_counted() {
     let bench = Bench::new().await;
     assert_eq!((bench.opened.epoch, bench.opened.was_clean), (1, false), "the first run follows none");
     assert_eq!(bench.opened.last_start, None);
+    bench.store().note_start().await.unwrap();
     bench.clock.advance(4_000);
     let bench = bench.restart().await;
     assert_eq!((bench.opened.epoch, bench.opened.was_clean, bench.opened.last_start), (2, true, Some(1_000)));
     let bench = bench.restart().await;
+    assert_eq!(bench.opened.last_start, Some(1_000), "the second did not get as far");
+    bench.store().note_start().await.unwrap();
+    let bench = bench.restart().await;
     assert_eq!(bench.opened.last_start, Some(5_000));
+}
+
+#[tokio::test]
+async fn a_start_that_fails_after_a_crash_leaves_the_crash_to_the_next_one() {
+    let bench = Bench::new().await;
+    bench.store().note_start().await.unwrap();
+    let bench = bench.restart().await;
+    assert!(bench.opened.was_clean);
+    // As if this run had been killed: what it writes at its end is undone.
+    let Bench { dir, clock, opened } = bench;
+    drop(opened);
+    while super::open::lock(dir.path()).is_err() {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    let database = rusqlite::Connection::open(dir.path().join("roundhouse.db")).unwrap();
+    database.execute("DELETE FROM meta WHERE key = 'clean'", []).unwrap();
+    drop(database);
+    let bench = Bench { opened: reopen(&dir, &clock).await, dir, clock };
+    assert!(!bench.opened.was_clean);
+    let bench = bench.restart().await;
+    assert!(!bench.opened.was_clean, "this start failed before it had cleaned up");
+    bench.store().note_start().await.unwrap();
+    assert!(bench.restart().await.opened.was_clean);
 }
 
 #[tokio::test]

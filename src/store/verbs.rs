@@ -65,8 +65,8 @@ pub struct Store {
     pub(super) presence: Presence,
     pub(super) settings: Arc<StorageSettings>,
     pub(super) next_batch: Arc<AtomicI64>,
-    /// Keeps the data dir for this process.
-    pub(super) _lock: Arc<File>,
+    /// Keeps the data dir for this process; its time is when a run began last.
+    pub(super) lock: Arc<File>,
 }
 
 /// A committed change of a job.
@@ -370,7 +370,7 @@ impl Store {
         let presence = self.presence.clone();
         let pending = self.writer.apply(Kind::Change, 0, move |session| match presence.gone() {
             Some(gone) => Err(StoreError::Gone(gone)),
-            None => super::writer::mark_clean(&session.c),
+            None => super::writer::mark_clean(session),
         });
         answer(pending).await
     }

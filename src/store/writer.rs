@@ -46,13 +46,18 @@ pub(super) struct Session {
     pub(super) touched: Vec<i64>,
     /// What attempts that this transaction ends had; added to the sums before it is committed.
     pub(super) used: Vec<Used>,
+    /// Nothing of an earlier run is left: it ended in order, or this one has cleaned up after it ([`Store::note_start`]).
+    ///
+    /// [`Store::note_start`]: super::Store::note_start
+    pub(super) is_settled: bool,
     models: HashMap<String, i64>,
     tenants: HashMap<String, i64>,
 }
 
 impl Session {
     pub(super) fn new(c: Connection, keys: Keys) -> Self {
-        Self { c, keys, touched: Vec::new(), used: Vec::new(), models: HashMap::new(), tenants: HashMap::new() }
+        let (touched, used) = (Vec::new(), Vec::new());
+        Self { c, keys, touched, used, is_settled: true, models: HashMap::new(), tenants: HashMap::new() }
     }
 
     /// The small integer of a model's name.
@@ -285,7 +290,7 @@ impl Thread {
             self.commit(group, bytes);
         }
         if !self.is_dead {
-            close(&self.parts.session.c);
+            close(&self.parts.session);
         }
     }
 
@@ -471,15 +476,21 @@ impl From<StoreError> for Stop {
     }
 }
 
-/// Writes that the run ended in order.
-pub(super) fn mark_clean(c: &Connection) -> Result<(), StoreError> {
-    c.execute("INSERT INTO meta (key, value) VALUES ('clean', '1') ON CONFLICT (key) DO UPDATE SET value = '1'", [])?;
+/// Writes that the run ended in order; not if it was a start that failed after a run that did not.
+pub(super) fn mark_clean(session: &Session) -> Result<(), StoreError> {
+    if !session.is_settled {
+        return Ok(());
+    }
+    session.c.execute(
+        "INSERT INTO meta (key, value) VALUES ('clean', '1') ON CONFLICT (key) DO UPDATE SET value = '1'",
+        [],
+    )?;
     Ok(())
 }
 
 /// A clean end: everything is in the database's own file, and the next start knows it.
-fn close(c: &Connection) {
-    let closed = mark_clean(c).and_then(|()| Ok(c.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")?));
+fn close(session: &Session) {
+    let closed = mark_clean(session).and_then(|()| Ok(session.c.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")?));
     if let Err(error) = closed {
         tracing::warn!("the database was not closed cleanly (nothing is lost): {error}");
     }

@@ -148,7 +148,10 @@ impl WorkerClient {
             Ok(Ok(status)) if status >= 500 => {
                 Some(format!("its engine is dead: /health answers with status {status}"))
             }
-            Ok(Err(lost)) => Some(lost.to_string()),
+            Ok(Err(lost)) => {
+                tracing::warn!(worker = base_url, "/health does not answer: {lost}");
+                Some(format!("{}, when it was asked for its health", lost.what))
+            }
             Ok(Ok(_)) | Err(_) => None,
         }
     }
@@ -177,7 +180,10 @@ impl Attempt<'_> {
         match self.exchange().await {
             Ok(answer) => Outcome::Answered(answer),
             Err(Trouble::Failed(failure)) => self.failed(failure),
-            Err(Trouble::Lost(lost)) => Outcome::WorkerLost { reached: lost.reached, reason: lost.to_string() },
+            Err(Trouble::Lost(lost)) => {
+                tracing::warn!(job.id = %self.call.token.id, "no answer: {lost}");
+                Outcome::WorkerLost { reached: lost.reached, reason: lost.what.to_owned() }
+            }
         }
     }
 

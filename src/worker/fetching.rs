@@ -8,6 +8,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsString;
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -45,8 +47,8 @@ const READING_MIN_S: f64 = 0.1;
 pub struct Fetches {
     /// Asks it.
     pub handle: FetchHandle,
-    /// What it tells: (model, report).
-    pub reports: mpsc::UnboundedReceiver<(String, FetchReport)>,
+    /// What it tells: (model, the number of the last want that it had heard of, report).
+    pub reports: mpsc::UnboundedReceiver<(String, u64, FetchReport)>,
     /// The models whose weights come from a hub and were not here at the start.
     pub missing: BTreeSet<String>,
 }
@@ -66,6 +68,7 @@ impl Fetches {
             around,
             orders: inbox,
             reports: sender,
+            wants: BTreeMap::new(),
             line: VecDeque::new(),
             current: None,
             pauses: BTreeMap::new(),
@@ -91,21 +94,22 @@ pub struct FetchHandle {
 
 #[derive(Debug)]
 enum Order {
-    Want(String),
+    Want(String, u64),
     End(String),
     Retry(String),
     Edit(Vec<ModelSpec>),
 }
 
 impl FetchHandle {
-    /// The weights of this model are wanted: `Here` if they are, else `Progress` and in the end `Here` or `Failed`.
-    pub fn want(&self, model: &str) {
+    /// The weights of this model are wanted: `Here` if they are, else `Progress` and in the end `Here` or `Failed`, with this
+    /// number.
+    pub fn want(&self, model: &str, want: u64) {
         // An error: the server is stopping.
-        let _ = self.orders.send(Order::Want(model.to_owned()));
+        let _ = self.orders.send(Order::Want(model.to_owned(), want));
     }
 
     /// Ends the fetch of this model's weights, or that it waits for its turn or its next try; what has come stays. Nothing more
-    /// is told of it, but for reports that are on their way, until it is wanted again.
+    /// is told of it, but for reports that are on their way with the number of its want, until it is wanted again.
     pub fn end(&self, model: &str) {
         let _ = self.orders.send(Order::End(model.to_owned()));
     }
@@ -146,7 +150,9 @@ struct Fetching {
     specs: BTreeMap<String, ModelSpec>,
     around: Surroundings,
     orders: mpsc::UnboundedReceiver<Order>,
-    reports: mpsc::UnboundedSender<(String, FetchReport)>,
+    reports: mpsc::UnboundedSender<(String, u64, FetchReport)>,
+    /// The number of the last want of each model.
+    wants: BTreeMap<String, u64>,
     /// To be fetched, the next one first.
     line: VecDeque<String>,
     /// Being fetched.
@@ -158,6 +164,8 @@ struct Fetching {
 /// A fetch that goes on.
 struct Current {
     model: String,
+    /// The number of its want.
+    want: Arc<AtomicU64>,
     /// Ends it. Somebody may want the model again before it is over.
     ended: CancellationToken,
 }
@@ -258,7 +266,11 @@ impl Fetching {
                     self.failures.remove(model);
                 }
             }
-            Event::Order(Order::Want(model)) => {
+            Event::Order(Order::Want(model, want)) => {
+                self.wants.insert(model.clone(), want);
+                if let Some(current) = self.current.as_ref().filter(|current| current.comes(&model)) {
+                    current.want.store(want, Ordering::Relaxed);
+                }
                 let Some(spec) = self.specs.get(&model).cloned() else { return };
                 if blocking(move || is_here(&spec)).await == Some(true) {
                     self.tell(&model, FetchReport::Here);
@@ -289,10 +301,11 @@ impl Fetching {
     async fn fetch(&mut self, model: String) -> Outcome {
         let Some(spec) = self.specs.get(&model).cloned() else { return Outcome::Here };
         let ended = self.around.tasks.soft().child_token();
-        self.current = Some(Current { model: model.clone(), ended: ended.clone() });
+        let want = Arc::new(AtomicU64::new(self.want_of(&model)));
+        self.current = Some(Current { model: model.clone(), want: want.clone(), ended: ended.clone() });
         let before = self.failures.get(&model).map(|failures| failures.reason.clone());
-        let mut run =
-            Box::pin(run_fetcher(spec.clone(), self.around.clone(), self.reports.clone(), before, ended.clone()));
+        let reports = (self.reports.clone(), want);
+        let mut run = Box::pin(run_fetcher(spec.clone(), self.around.clone(), reports, before, ended.clone()));
         let outcome = loop {
             tokio::select! {
                 biased;
@@ -326,7 +339,10 @@ impl Fetching {
                 self.failed(&model, *for_a_person, message, fetch.clone(), *got_further);
             }
             // Those of the new entry are asked for again.
-            Outcome::Dropped => self.on_event(Event::Order(Order::Want(model))).await,
+            Outcome::Dropped => {
+                let want = self.want_of(&model);
+                self.on_event(Event::Order(Order::Want(model, want))).await;
+            }
             Outcome::Ended => {}
         }
         outcome
@@ -358,7 +374,12 @@ impl Fetching {
 
     fn tell(&self, model: &str, report: FetchReport) {
         // Nobody listening means that the server is shutting down.
-        let _ = self.reports.send((model.to_owned(), report));
+        let _ = self.reports.send((model.to_owned(), self.want_of(model), report));
+    }
+
+    /// 0: it has not been wanted.
+    fn want_of(&self, model: &str) -> u64 {
+        self.wants.get(model).copied().unwrap_or(0)
     }
 }
 
@@ -499,7 +520,7 @@ fn environment(
 async fn run_fetcher(
     spec: ModelSpec,
     around: Surroundings,
-    reports: mpsc::UnboundedSender<(String, FetchReport)>,
+    (reports, want): (mpsc::UnboundedSender<(String, u64, FetchReport)>, Arc<AtomicU64>),
     before: Option<String>,
     ended: CancellationToken,
 ) -> Outcome {
@@ -508,7 +529,10 @@ async fn run_fetcher(
         return Outcome::Here;
     }
     let mut fetch = Fetch { reason: before, ..Fetch::at(FetchPhase::Listing) };
-    let tell = |fetch: &Fetch| drop(reports.send((spec.name.clone(), FetchReport::Progress(fetch.clone()))));
+    let tell = |fetch: &Fetch| {
+        let report = FetchReport::Progress(fetch.clone());
+        drop(reports.send((spec.name.clone(), want.load(Ordering::Relaxed), report)));
+    };
     let failed =
         |for_a_person, message, fetch, got_further| Outcome::Failed { for_a_person, message, fetch, got_further };
     tell(&fetch);
@@ -619,8 +643,6 @@ impl Speed {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::clock::SystemClock;
     use crate::lifecycle::Tasks;
@@ -682,29 +704,33 @@ mod tests {
         let model = Some("org/tiny".to_owned());
         let current = ModelSpec { name: "current".to_owned(), launch, model, env, ..spec(&[]) };
         let ended = CancellationToken::new();
+        let want = Arc::new(AtomicU64::new(1));
         let (reports, mut told) = mpsc::unbounded_channel();
         let mut fetching = Fetching {
             specs: by_name(&[current]),
             around,
             orders: mpsc::unbounded_channel().1,
             reports,
+            wants: [("current".to_owned(), 1)].into(),
             line: ["stays".to_owned(), "waits".to_owned()].into(),
-            current: Some(Current { model: "current".to_owned(), ended: ended.clone() }),
+            current: Some(Current { model: "current".to_owned(), want: want.clone(), ended: ended.clone() }),
             pauses: [("pauses".to_owned(), Pause { until: Instant::now(), goes_on: true })].into(),
             failures: BTreeMap::new(),
         };
-        fetching.on_event(Event::Order(Order::Want("current".to_owned()))).await;
+        fetching.on_event(Event::Order(Order::Want("current".to_owned(), 2))).await;
         assert_eq!(fetching.line, ["stays", "waits"], "it comes already");
+        assert_eq!(want.load(Ordering::Relaxed), 2, "and answers both");
         for model in ["waits", "pauses", "current"] {
             fetching.on_event(Event::Order(Order::End(model.to_owned()))).await;
         }
         assert_eq!(fetching.line, ["stays"]);
         assert!(fetching.pauses.is_empty() && ended.is_cancelled());
         assert!(told.try_recv().is_err(), "nothing is told of it");
-        fetching.on_event(Event::Order(Order::Want("current".to_owned()))).await;
+        fetching.on_event(Event::Order(Order::Want("current".to_owned(), 4))).await;
+        assert_eq!(want.load(Ordering::Relaxed), 2, "what is being ended does not answer the next");
         assert_eq!(fetching.line, ["stays", "current"], "after the one that is being ended");
         let waiting = FetchReport::Progress(Fetch::at(FetchPhase::Waiting));
-        assert_eq!(told.try_recv(), Ok(("current".to_owned(), waiting)));
+        assert_eq!(told.try_recv(), Ok(("current".to_owned(), 4, waiting)));
     }
 
     #[test]

@@ -29,11 +29,14 @@ const IDLE_LIMIT: Duration = Duration::from_millis(3500);
 /// the request; see [`Pool::call`].
 const STALE_WINDOW: Duration = Duration::from_millis(100);
 
-/// The connection was refused, reset or ended early; the text is for the log.
+/// The connection was refused, reset or ended early. As text it has all that is known, for the log.
 #[derive(Debug, thiserror::Error)]
-#[error("{text}")]
+#[error("{what}: {detail}")]
 pub(super) struct Lost {
-    text: String,
+    /// In plain words, for callers.
+    pub(super) what: &'static str,
+    /// As the HTTP library and the system say it.
+    detail: String,
     /// Nobody listens on the port.
     pub(super) is_refused: bool,
     /// Whether the request may have reached the worker.
@@ -41,15 +44,15 @@ pub(super) struct Lost {
 }
 
 impl Lost {
-    fn new(what: &str, error: &dyn std::error::Error) -> Self {
-        let mut text = format!("{what}: {error}");
+    fn new(what: &'static str, error: &dyn std::error::Error) -> Self {
+        let mut detail = error.to_string();
         let mut source = error.source();
         while let Some(inner) = source {
-            text.push_str(": ");
-            text.push_str(&inner.to_string());
+            detail.push_str(": ");
+            detail.push_str(&inner.to_string());
             source = inner.source();
         }
-        Self { text, is_refused: false, reached: true }
+        Self { what, detail, is_refused: false, reached: true }
     }
 }
 
@@ -186,7 +189,7 @@ impl Reply {
             match frame {
                 None => self.ended = true,
                 Some(Err(error)) => {
-                    return Err(Lost::new("the connection broke within the answer", &error));
+                    return Err(Lost::new("its connection broke in the middle of the answer", &error));
                 }
                 Some(Ok(frame)) => {
                     if let Ok(data) = frame.into_data()
@@ -259,13 +262,13 @@ impl Pool {
                     reached = true;
                     break;
                 }
-                Err(error) => return Err(Lost::new("the worker did not answer", &error)),
+                Err(error) => return Err(Lost::new("its connection broke before it answered", &error)),
             }
         }
         let mut conn = Conn::open(authority).await.map_err(|lost| Lost { reached, ..lost })?;
         match conn.send(ask.request(authority)?).await {
             Ok(head) => Ok(reply(head, conn)),
-            Err(error) => Err(Lost::new("the worker did not answer", &error)),
+            Err(error) => Err(Lost::new("its connection broke before it answered", &error)),
         }
     }
 

@@ -85,7 +85,15 @@ async fn survived(api: &Api, id: &str) -> Value {
     assert_eq!(check_history(&events), "job.succeeded");
     let retrying = events.iter().find(|event| event["type"] == "job.retrying").expect("job.retrying");
     assert_eq!(retrying["error"]["code"], "worker_lost", "{retrying}");
+    is_in_plain_words(&retrying["error"]);
     job
+}
+
+/// Insists on the words of an error that callers see: those of the HTTP library and of the system are for the log.
+fn is_in_plain_words(error: &Value) {
+    let message = error["message"].as_str().unwrap();
+    let others = ["EOF", "chunk", "error reading", "os error", "hyper", "closed before message completed"];
+    assert!(!others.iter().any(|words| message.contains(words)), "{message}");
 }
 
 /// Insists on a model that does not load for this reason: who holds the line is told, who left a job finds it waiting.
@@ -134,6 +142,7 @@ async fn a_death(harm: impl FnOnce(&Server)) {
     assert_eq!(rest_of(&mut stream).await.1, "worker_lost");
     let job = failed(api, &streamed, "worker_lost").await;
     assert_eq!(job["attempt"], 1, "nothing is repeated to a caller who has seen a part: {job}");
+    is_in_plain_words(&job["error"]);
     survived(api, &waiting).await;
     let answer = caller.await.unwrap().is(200);
     assert!(

@@ -1,13 +1,24 @@
 //! What killed workers leave in shared folders, when the server was killed as well and is started again at once.
 
+use std::process::Command;
+
 use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::common::{Site, free_port};
 use crate::faults_of_workers::{chat_job, is_guard, shared_memory, stock};
 
+/// A start that opens the data dir and then fails.
+fn a_failing_start(site: &Site) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_roundhouse"));
+    command.args(["serve", "--listen", "127.0.0.1:0"]).arg("--config").arg(site.config());
+    let output = command.arg("--data-dir").arg(site.data()).env("ROUNDHOUSE_FAKE_GPUS", "none such").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("ROUNDHOUSE_FAKE_GPUS"), "{said}");
+}
+
 /// The worker ends by SIGKILL alone, so that its guard still waits for it when the next run begins.
-async fn a_restart(and_guards: bool) {
+async fn a_restart(and_guards: bool, fails_at_first: bool) {
     let token = format!("psm_rh{}_", free_port());
     let site = Site::new().server("worker_grace", "60s").model("t", stock(&["--ignore-term", "--shm", &token]));
     let mut server = site.start().await;
@@ -20,6 +31,9 @@ async fn a_restart(and_guards: bool) {
     if and_guards {
         of_first.iter().filter(|found| is_guard(found)).for_each(|guard| guard.signal(Signal::SIGKILL));
     }
+    if fails_at_first {
+        a_failing_start(&site);
+    }
     let next = site.start().await;
     assert_eq!(shared_memory(&token), Vec::<String>::new());
     let alive: Vec<_> = of_first.iter().filter(|found| found.is_alive()).collect();
@@ -29,10 +43,15 @@ async fn a_restart(and_guards: bool) {
 
 #[tokio::test]
 async fn a_restart_at_once_leaves_no_files_of_the_killed_run() {
-    a_restart(false).await;
+    a_restart(false, false).await;
 }
 
 #[tokio::test]
 async fn a_restart_leaves_no_files_of_a_run_that_was_killed_with_its_guards() {
-    a_restart(true).await;
+    a_restart(true, false).await;
+}
+
+#[tokio::test]
+async fn a_start_that_fails_does_not_forget_when_the_killed_run_began() {
+    a_restart(true, true).await;
 }

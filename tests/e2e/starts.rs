@@ -1,6 +1,6 @@
 //! Cold starts: where their time goes, and spare processes that have imported everything before a load wants them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -140,14 +140,20 @@ async fn a_load_that_fails_in_a_former_spare_says_why() {
     .await;
 }
 
-#[tokio::test]
-async fn a_spare_whose_code_has_been_edited_is_replaced() {
-    let site = site();
+/// A copy of echo's script, which a test may edit.
+fn own_script(site: &Site) -> PathBuf {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
     let script = site.path().join("models/mine/server.py");
     std::fs::create_dir_all(script.parent().unwrap()).unwrap();
     std::fs::copy(models.join("echo/server.py"), &script).unwrap();
     std::os::unix::fs::symlink(models.join("base"), site.path().join("models/base")).unwrap();
+    script
+}
+
+#[tokio::test]
+async fn a_spare_whose_code_has_been_edited_is_replaced() {
+    let site = site();
+    let script = own_script(&site);
     let server = site.model("a", scripted(json!({"service_script": script}))).start().await;
     let api = &server.api;
     let before = ready_spare(api).await;
@@ -158,6 +164,25 @@ async fn a_spare_whose_code_has_been_edited_is_replaced() {
         spare_when(api, "another one is ready", |spare| spare["state"] == "ready" && spare["pid"] != before["pid"])
             .await;
     assert_eq!(after["taken"], 0, "the load began from nothing");
+}
+
+#[tokio::test]
+async fn a_spare_whose_code_has_been_edited_and_that_is_slow_to_end_keeps_no_load_waiting() {
+    // Longer than anything is waited for here.
+    let site = site().server("worker_grace", "10min");
+    let script = own_script(&site);
+    let text = std::fs::read_to_string(&script).unwrap();
+    let deaf = "\nimport signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nsignal.signal = lambda *_: None\n";
+    std::fs::write(&script, text.replace("\nimport signal\n", deaf)).unwrap();
+    let entry = || scripted(json!({"service_script": script, "memory": "30GiB"}));
+    let server = site.model("a", entry()).model("b", entry()).start().await;
+    let api = &server.api;
+    let before = ready_spare(api).await;
+    std::fs::write(&script, text).unwrap();
+    visit(api, "a").await;
+    visit(api, "b").await;
+    let is_new = |spare: &Value| spare["state"] == "ready" && spare["pid"] != before["pid"];
+    spare_when(api, "another one is ready", is_new).await;
 }
 
 #[tokio::test]

@@ -41,13 +41,25 @@ pub(crate) fn job_id(text: &str) -> Result<JobId, ApiError> {
 pub async fn create(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
+    OriginalUri(uri): OriginalUri,
     headers: HeaderMap,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
+    no_fields(&uri)?;
     let key = idempotency::key(&headers, &caller, "/v1/jobs", "", &object)?;
     let job = submission::read(&state.models(), object, submission::Source::one(caller.tenant, state.clock.now()))?;
     let (submitted, _) = submit(&state, job, key).await?;
     accepted(&state, submitted, Prefer::read(&headers).wait_s).await
+}
+
+/// A submission's query has no fields: who writes `?wait=` there would be answered at once.
+fn no_fields(uri: &Uri) -> Result<(), ApiError> {
+    let Some((name, _)) = body::query(uri)?.into_iter().next() else { return Ok(()) };
+    let name = shortened(&name);
+    let message = format!(
+        "`{name}` is not a field here: this query has none; to wait for the job's end, send the header `Prefer: wait=SECONDS`"
+    );
+    Err(ApiError::invalid(&name, message))
 }
 
 /// 202 with the job, or 200 if it ended within `wait_s`.

@@ -335,7 +335,7 @@ impl Sim {
                     self.world(after, Ev::Orders(index));
                 }
                 Effect::Evict { numbers } => panic!("no GPU vanishes here: {numbers:?}"),
-                Effect::Fetch { model } | Effect::EndFetch { model } => panic!("{model} has nothing to fetch"),
+                Effect::Fetch { model, .. } | Effect::EndFetch { model } => panic!("{model} has nothing to fetch"),
                 Effect::EndQueued { numbers, error, overdue } => {
                     self.ask(Op::EndQueued { numbers, error, overdue, pause: 200 });
                 }
