@@ -122,7 +122,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-http.server.ThreadingHTTPServer(("127.0.0.1", args.port), Handler).serve_forever()
+try:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
+except OSError as error:
+    # As asyncio does, it names the port.
+    sys.exit(f"OSError: error while attempting to bind on address ('127.0.0.1', {args.port}): {error}")
+server.serve_forever()
 "#;
 
 const GRACE: Duration = Duration::from_millis(700);
