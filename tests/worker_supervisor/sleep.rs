@@ -206,6 +206,14 @@ struct FallsSilent {
     is_silent: AtomicBool,
 }
 
+impl FallsSilent {
+    fn of(bench: &mut Bench) -> Arc<Self> {
+        let driver = Arc::new(Self { probe: bench.around.gpus.clone(), is_silent: AtomicBool::new(false) });
+        bench.around.gpus = driver.clone();
+        driver
+    }
+}
+
 impl GpuProbe for FallsSilent {
     fn gpus(&self) -> Vec<Gpu> {
         if self.is_silent.load(Ordering::SeqCst) { Vec::new() } else { self.probe.gpus() }
@@ -215,12 +223,39 @@ impl GpuProbe for FallsSilent {
 #[tokio::test]
 async fn nobody_is_parked_whose_memory_the_driver_does_not_tell_of() {
     let (_gpus, mut bench, spec) = on_one_gpu();
-    let driver = Arc::new(FallsSilent { probe: bench.around.gpus.clone(), is_silent: AtomicBool::new(false) });
-    bench.around.gpus = driver.clone();
+    let driver = FallsSilent::of(&mut bench);
     let mut worker = bench.supervise(spec);
     worker.load().await;
     driver.is_silent.store(true, Ordering::SeqCst);
     worker.handle.order_on(Order::Park, GpuSet::one(0), None);
     assert!(matches!(worker.settled().await, Report::Stopped { .. }));
+    bench.assert_nothing_left();
+}
+
+/// Puts one that is loaded at leisure to sleep, and wakes it when `meanwhile` has been done.
+async fn rehearse(bench: &Bench, mut spec: ModelSpec, meanwhile: impl FnOnce()) -> Worker {
+    let hold = bench.path().join("hold");
+    std::fs::write(&hold, "").unwrap();
+    spec.park = roundhouse::domain::Park::Ram;
+    spec.args.extend(["--hold-file".to_owned(), hold.display().to_string()]);
+    let worker = bench.supervise(spec);
+    worker.handle.load_at_leisure(GpuSet::one(0), Some(7));
+    until_told(bench).await;
+    meanwhile();
+    std::fs::remove_file(&hold).unwrap();
+    worker
+}
+
+#[tokio::test]
+async fn a_rehearsal_of_which_the_driver_tells_nothing_is_not_judged() {
+    let (_gpus, mut bench, spec) = on_one_gpu();
+    let driver = FallsSilent::of(&mut bench);
+    let mut worker = rehearse(&bench, spec, || driver.is_silent.store(true, Ordering::SeqCst)).await;
+    let report = worker.settled().await;
+    assert!(matches!(report, Report::Ready { .. }), "{report:?}");
+    let view = worker.handle.view();
+    assert_eq!((view.starts, view.can_park), (1, None), "{view:?}");
+    assert_eq!(bench.calls(), ["/sleep?level=1", "/wake_up"]);
+    worker.stop().await;
     bench.assert_nothing_left();
 }
