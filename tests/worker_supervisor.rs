@@ -1051,6 +1051,8 @@ async fn a_driver_that_fails_to_answer_has_not_said_that_nothing_is_in_use() {
     assert!(matches!(report, Report::Stopped { stop_ms } if stop_ms < 15_000), "{report:?}");
 }
 
+#[path = "worker_supervisor/drivers.rs"]
+mod drivers;
 #[path = "worker_supervisor/ports.rs"]
 mod ports;
 #[path = "worker_supervisor/sleep.rs"]
