@@ -259,3 +259,38 @@ async fn a_rehearsal_of_which_the_driver_tells_nothing_is_not_judged() {
     worker.stop().await;
     bench.assert_nothing_left();
 }
+
+#[tokio::test]
+async fn who_comes_to_a_shared_gpu_does_not_end_a_rehearsal_where_the_driver_shows_no_processes() {
+    let (gpus, mut bench, mut spec) = on_one_gpu();
+    bench.tempo.park_memory_limit = Duration::from_millis(300);
+    spec.memory = Some(8_000_000_000);
+    std::fs::write(gpus.path().join("no-pids"), "").unwrap();
+    let neighbour = gpus.path().join("1");
+    let mut worker = rehearse(&bench, spec, || std::fs::write(neighbour, "60000000000").unwrap()).await;
+    let report = worker.settled().await;
+    assert!(matches!(report, Report::Ready { .. }), "{report:?}");
+    assert_eq!(worker.handle.view().starts, 1);
+    assert_eq!(bench.calls(), ["/sleep?level=1", "/wake_up"]);
+    worker.stop().await;
+    bench.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn the_load_after_a_failed_rehearsal_has_a_limit_of_its_own() {
+    let limit = Duration::from_secs(5);
+    let mut bench = Bench::new();
+    // It sleeps too late: when that is known, the limit of the first load is over.
+    (bench.tempo.load_limit_min, bench.tempo.park_limit) = (limit, limit);
+    let hold = bench.path().join("hold");
+    std::fs::write(&hold, "").unwrap();
+    let mut spec = bench.spec(&["--hold-file", &hold.display().to_string()]);
+    (spec.park, spec.startup_time) = (roundhouse::domain::Park::Ram, Duration::from_millis(1));
+    let mut worker = bench.supervise(spec);
+    assert_eq!(load_at_leisure(&mut worker).await, ["spawn", "load"]);
+    let view = worker.handle.view();
+    assert_eq!(view.starts, 2);
+    assert!(view.park_note.as_ref().unwrap().contains("not asleep within 5 s"), "{view:?}");
+    worker.stop().await;
+    bench.assert_nothing_left();
+}
