@@ -67,7 +67,7 @@ impl Supervisor {
         loop {
             let mut seen = Seen::default();
             let tried = match self.try_load(&avoid, deadline, memory_before, &mut seen).await {
-                Try::Ready(running, phases) if self.rehearses(&running) => {
+                Try::Ready(running, phases) if !seen.is_silent && self.rehearses(&running) => {
                     seen.own.extend(&running.pids);
                     self.rehearse(running, phases).await
                 }
@@ -257,10 +257,7 @@ impl Supervisor {
                         pids,
                     };
                     self.note_memory(&mut running, memory);
-                    self.note_pids(&mut running).await;
-                    if let Some(before) = memory_before {
-                        running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
-                    }
+                    self.note_ready(&mut running, seen).await;
                     return Try::Ready(Box::new(running), phases);
                 }
                 Health::NotYet { phase, percent, .. } => self.show_progress(phase, percent),

@@ -71,6 +71,22 @@ async fn a_driver_that_hangs_keeps_no_load_from_its_orders_and_its_limit_and_is_
 }
 
 #[tokio::test]
+async fn a_driver_that_hangs_keeps_no_worker_from_being_ready() {
+    let (_gpus, mut bench, mut spec) = on_one_gpu();
+    let driver = Counted::of(&mut bench, true);
+    let freed = Freed(driver.clone());
+    spec.park = roundhouse::domain::Park::Ram;
+    let mut worker = bench.supervise(spec);
+    // Nor is it rehearsed, of which the driver would be asked, too.
+    worker.handle.load_at_leisure(GpuSet::one(0), Some(7));
+    assert!(matches!(worker.settled().await, Report::Ready { .. }));
+    assert_eq!((driver.asked(), bench.calls()), (1, Vec::new()));
+    drop(freed);
+    worker.stop().await;
+    bench.assert_nothing_left();
+}
+
+#[tokio::test]
 async fn an_answer_that_is_told_after_the_death_of_its_worker_counts() {
     let (gpus, mut bench, spec) = on_one_gpu();
     // Each death is counted when the memory is free.
