@@ -122,7 +122,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-http.server.ThreadingHTTPServer(("127.0.0.1", args.port), Handler).serve_forever()
+try:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
+except OSError as error:
+    # As asyncio does, it names the port.
+    sys.exit(f"OSError: error while attempting to bind on address ('127.0.0.1', {args.port}): {error}")
+server.serve_forever()
 "#;
 
 const GRACE: Duration = Duration::from_millis(700);
@@ -1046,6 +1051,8 @@ async fn a_driver_that_fails_to_answer_has_not_said_that_nothing_is_in_use() {
     assert!(matches!(report, Report::Stopped { stop_ms } if stop_ms < 15_000), "{report:?}");
 }
 
+#[path = "worker_supervisor/drivers.rs"]
+mod drivers;
 #[path = "worker_supervisor/ports.rs"]
 mod ports;
 #[path = "worker_supervisor/sleep.rs"]

@@ -80,6 +80,17 @@ impl Supervisor {
         }
     }
 
+    /// What the driver shows of a worker that has just got ready. One that hangs keeps it from nothing.
+    pub(super) async fn note_ready(&self, running: &mut Running, seen: &mut Seen) {
+        let asked = async {
+            self.note_pids(running).await;
+            if let Some(before) = running.memory_before {
+                running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
+            }
+        };
+        seen.is_silent = seen.is_silent || timeout(SEEN_WITHIN, asked).await.is_err();
+    }
+
     /// Whether others may take and free memory of the same GPUs meanwhile.
     fn is_shared(&self, own: Option<u64>) -> bool {
         own.is_some() || (self.spec.memory.is_some() && !self.spec.exclusive)

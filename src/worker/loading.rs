@@ -67,7 +67,7 @@ impl Supervisor {
         loop {
             let mut seen = Seen::default();
             let tried = match self.try_load(&avoid, deadline, memory_before, &mut seen).await {
-                Try::Ready(running, phases) if self.rehearses(&running) => {
+                Try::Ready(running, phases) if !seen.is_silent && self.rehearses(&running) => {
                     seen.own.extend(&running.pids);
                     self.rehearse(running, phases).await
                 }
@@ -257,10 +257,7 @@ impl Supervisor {
                         pids,
                     };
                     self.note_memory(&mut running, memory);
-                    self.note_pids(&mut running).await;
-                    if let Some(before) = memory_before {
-                        running.grown = self.used_bytes().await.map(|now| now.saturating_sub(before));
-                    }
+                    self.note_ready(&mut running, seen).await;
                     return Try::Ready(Box::new(running), phases);
                 }
                 Health::NotYet { phase, percent, .. } => self.show_progress(phase, percent),
@@ -282,10 +279,14 @@ impl Supervisor {
         }
     }
 
-    /// Whether a worker that ended before it was ready may have found its port taken since that was chosen. One that is not
-    /// told its port gets no other.
+    /// Whether a worker that ended before it was ready found its port taken since that was chosen: somebody has it now that
+    /// nothing of the worker runs any more, or the worker named it. One that is not told its port gets no other.
+    ///
+    /// Where neither is so, its words may be of another port, that its entry fixes and that stays taken. Taken for its own,
+    /// that would cost three loads of which nobody is told; a port that was its own, not named and free again, is a failed
+    /// load with its reason and a back-off, which costs less.
     fn found_port_taken(&self, port: u16, tail: &Tail) -> bool {
-        self.spec.tells_port() && (tail.tells_port_taken() || ports::is_foreign(port))
+        self.spec.tells_port() && (tail.tells_port_taken(port) || ports::is_foreign(port))
     }
 
     /// What keeps it from being ready, if that may be something that will not change.

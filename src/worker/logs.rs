@@ -96,18 +96,22 @@ impl Tail {
         self.tells(&OUT_OF_MEMORY)
     }
 
-    /// Whether a line says that somebody else listens on a port that it wanted.
-    pub(super) fn tells_port_taken(&self) -> bool {
-        self.tells(&PORT_TAKEN)
+    /// Whether a line says that somebody else listens on this port, and names it: a program may want others, too.
+    pub(super) fn tells_port_taken(&self, port: u16) -> bool {
+        let port = port.to_string();
+        let names_it = |line: &str| line.split(|c: char| !c.is_ascii_digit()).any(|number| number == port);
+        self.any_line(|line| has_one(line, &PORT_TAKEN) && names_it(line))
     }
 
     /// Whether one of these, in small letters, is in a line.
     fn tells(&self, any: &[&str]) -> bool {
+        self.any_line(|line| has_one(line, any))
+    }
+
+    /// Whether a line is so, in small letters.
+    fn any_line(&self, is_so: impl Fn(&str) -> bool) -> bool {
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        lines.iter().any(|line| {
-            let line = line.to_ascii_lowercase();
-            any.iter().any(|words| line.contains(words))
-        })
+        lines.iter().any(|line| is_so(&line.to_ascii_lowercase()))
     }
 
     /// `reason` and the line that explains it best.
@@ -128,6 +132,10 @@ impl Tail {
         }
         lines.push_back(String::from_utf8_lossy(line).into_owned());
     }
+}
+
+fn has_one(line: &str, of: &[&str]) -> bool {
+    of.iter().any(|words| line.contains(words))
 }
 
 /// Reads `pipe` until every process that holds its other end is gone. Trouble with the file never stops the draining: a
@@ -352,6 +360,23 @@ mod tests {
             tail.push(b"bye");
             assert!(tail.tells_out_of_memory(), "{line}");
         }
+    }
+
+    #[test]
+    fn a_port_is_taken_that_a_line_names() {
+        let told = |line: &str| {
+            let tail = Tail::default();
+            tail.push(line.as_bytes());
+            tail.push(b"bye 8001");
+            tail.tells_port_taken(8001)
+        };
+        assert!(told(
+            "[Errno 98] error while attempting to bind on address ('127.0.0.1', 8001): address already in use"
+        ));
+        assert!(told("Error: listen EADDRINUSE: address already in use 127.0.0.1:8001"));
+        assert!(!told("listen tcp :9464: bind: address already in use"), "another");
+        assert!(!told("listen tcp :18001: bind: address already in use"), "another");
+        assert!(!told("OSError: [Errno 98] Address already in use"), "it may be any");
     }
 
     #[test]

@@ -22,6 +22,15 @@ pub(super) enum Turn<T> {
     Ended,
 }
 
+/// What the driver shows of the memory of a worker that says that it sleeps.
+pub(super) enum Shown {
+    /// It has given it back, or has none.
+    Back,
+    Kept(String),
+    /// It does not say.
+    Nothing(String),
+}
+
 impl Supervisor {
     /// Its jobs have ended: it sleeps, and its device memory is seen to be free. `bare`: nothing of its weights stays.
     pub(super) async fn park(&mut self, mut running: Running, bare: bool) -> Phase {
@@ -35,7 +44,7 @@ impl Supervisor {
         let fall_asleep = self.fall_asleep(&running);
         let failed = match self.meanwhile(&mut running, fall_asleep).await {
             Turn::Done(()) => match self.shows_back(&mut running, free.as_ref(), at_most).await {
-                Ok(()) => {
+                Shown::Back => {
                     let park_ms = millis(ordered_at.elapsed());
                     tracing::info!(model = self.spec.name, park_ms, bare, "parked");
                     let kept = self.kept_bytes(free.as_ref()).await;
@@ -47,7 +56,7 @@ impl Supervisor {
                     self.report(Report::Parked { park_ms });
                     return Phase::Parked(Box::new(running));
                 }
-                Err(why) => why,
+                Shown::Kept(why) | Shown::Nothing(why) => why,
             },
             Turn::Failed(why) => why,
             Turn::Stopped => return self.leave(running, free, ordered_at).await,
@@ -271,12 +280,7 @@ impl Supervisor {
     }
 
     /// Whether the driver shows that it has given its memory back.
-    pub(super) async fn shows_back(
-        &self,
-        running: &mut Running,
-        free: Option<&Free>,
-        at_most: Option<u64>,
-    ) -> Result<(), String> {
+    pub(super) async fn shows_back(&self, running: &mut Running, free: Option<&Free>, at_most: Option<u64>) -> Shown {
         if self.is_checkpointed() {
             // It does not know of it, and may not be able to answer.
             self.release(running);
@@ -289,18 +293,20 @@ impl Supervisor {
         let Some((free, at_most)) = free.zip(at_most) else {
             // Of a worker whose load the driver has not told of either, nothing can be seen.
             return match running.memory_before {
-                Some(_) => Err("the driver does not say any more how much of its GPUs is in use".to_owned()),
-                None => Ok(()),
+                Some(_) => Shown::Nothing("the driver does not say any more how much of its GPUs is in use".to_owned()),
+                None => Shown::Back,
             };
         };
         let until = Instant::now() + self.tempo.park_memory_limit;
         loop {
-            let Some(kept) = self.taken_beyond(free).await else { return Err("its GPU is gone".to_owned()) };
+            let Some(kept) = self.taken_beyond(free).await else {
+                return Shown::Nothing("its GPU is gone".to_owned());
+            };
             if kept <= at_most {
-                return Ok(());
+                return Shown::Back;
             }
             if Instant::now() >= until || self.hard.is_cancelled() {
-                return Err(format!(
+                return Shown::Kept(format!(
                     "it says that it sleeps, and the driver shows {kept} bytes of its GPUs in use by it, not {at_most} or less"
                 ));
             }

@@ -264,6 +264,20 @@ mod tests {
     }
 
     #[test]
+    fn who_listens_on_an_address_that_is_not_asked_is_no_stranger() {
+        let listens = |address: &str| {
+            let line =
+                format!("  0: {address}:1F41 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 4711 1");
+            listening(&format!("head\n{line}\n"), 8001).count() == 1
+        };
+        let loopback = ["0100007F", "0000000000000000FFFF00000100007F"];
+        let all = ["00000000", "00000000000000000000000000000000"];
+        assert!(loopback.into_iter().chain(all).all(listens));
+        let others = ["0200007F", "0500000A", "00000000000000000000000001000000", "0000000000000000FFFF00000500000A"];
+        assert!(!others.into_iter().any(listens));
+    }
+
+    #[test]
     fn ends_exactly_what_carries_the_mark() {
         let spawn = |mark: &str| std::process::Command::new("sleep").arg("60").env(MARK, mark).spawn().unwrap();
         let id = format!("procfs-test-{}", std::process::id());

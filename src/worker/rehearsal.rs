@@ -2,7 +2,7 @@
 //! 8B, 0.4 s from then on), and shows whether it comes back.
 
 use super::loading::Try;
-use super::parking::Turn;
+use super::parking::{Shown, Turn};
 use super::*;
 
 impl Supervisor {
@@ -24,19 +24,14 @@ impl Supervisor {
         let at_most = self.parked_use(free.as_ref()).await;
         let asleep = self.fall_asleep(&running);
         let slept = match self.meanwhile(&mut running, asleep).await {
-            Turn::Done(()) => {
-                let back = match &free {
-                    Some(free) => self.shows_back(&mut running, Some(free), at_most).await,
-                    None => Ok(()),
-                };
-                match back {
-                    Ok(()) => {
-                        let awake = self.come_back(&running);
-                        self.meanwhile(&mut running, awake).await
-                    }
-                    Err(why) => Turn::Failed(why),
+            Turn::Done(()) => match self.shows_back(&mut running, free.as_ref(), at_most).await {
+                // What the driver does not say is not held against a ready worker.
+                Shown::Back | Shown::Nothing(_) => {
+                    let awake = self.come_back(&running);
+                    self.meanwhile(&mut running, awake).await
                 }
-            }
+                Shown::Kept(why) => Turn::Failed(why),
+            },
             Turn::Failed(why) => Turn::Failed(why),
             Turn::Stopped => Turn::Stopped,
             Turn::Ended => Turn::Ended,

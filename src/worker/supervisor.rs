@@ -115,6 +115,16 @@ impl Inbox {
     async fn fresh(&mut self) -> Option<Asked> {
         self.orders.recv().await
     }
+
+    /// Takes those out that wait and are this one; whether there was any.
+    fn take_out(&mut self, order: Order) -> bool {
+        while let Ok(asked) = self.orders.try_recv() {
+            self.kept.push_back(asked);
+        }
+        let waiting = self.kept.len();
+        self.kept.retain(|asked| asked.order != order);
+        self.kept.len() < waiting
+    }
 }
 
 /// What a supervisor can be asked.
@@ -574,7 +584,10 @@ impl Supervisor {
         tracing::error!(model = self.spec.name, "the worker died: {reason}");
         self.wait_memory_free(free).await;
         self.enter(ModelState::Absent);
-        self.early_deaths = if lived < self.tempo.early_death { self.early_deaths + 1 } else { 0 };
+        // Its last answer may have been told after its end.
+        let is_proven = self.orders.take_out(Order::Proven);
+        let before = if is_proven { 0 } else { self.early_deaths };
+        self.early_deaths = if lived < self.tempo.early_death { before + 1 } else { 0 };
         let times = self.early_deaths;
         if times <= FREE_EARLY_DEATHS {
             self.report(Report::Died { reason });

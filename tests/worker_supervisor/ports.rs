@@ -71,6 +71,21 @@ async fn a_worker_that_finds_each_port_taken_does_not_load() {
 }
 
 #[tokio::test]
+async fn a_worker_that_finds_another_port_taken_does_not_load_and_is_not_tried_on_other_ports() {
+    let said =
+        "OSError: error while attempting to bind on address ('127.0.0.1', 9464): [Errno 98] Address already in use";
+    for said in [said, "OSError: [Errno 98] Address already in use"] {
+        let bench = Bench::new();
+        let mut worker = started_by(&bench, 8191, &format!("echo \"{said}\" >&2\nexit 1\n"));
+        worker.handle.order(Order::Load);
+        let Report::LoadFailed { error, .. } = worker.settled().await else { panic!("loaded") };
+        assert!(error.message.contains(said), "{}", error.message);
+        assert_eq!((worker.handle.view().failed_loads, worker.handle.view().starts), (1, 1));
+        bench.assert_nothing_left();
+    }
+}
+
+#[tokio::test]
 async fn the_worker_of_another_server_on_its_port_is_not_taken_for_it() {
     let bench = Bench::new();
     // Ready, and nothing that it says tells whose it is; the own one takes its time to find the port taken.

@@ -206,6 +206,14 @@ struct FallsSilent {
     is_silent: AtomicBool,
 }
 
+impl FallsSilent {
+    fn of(bench: &mut Bench) -> Arc<Self> {
+        let driver = Arc::new(Self { probe: bench.around.gpus.clone(), is_silent: AtomicBool::new(false) });
+        bench.around.gpus = driver.clone();
+        driver
+    }
+}
+
 impl GpuProbe for FallsSilent {
     fn gpus(&self) -> Vec<Gpu> {
         if self.is_silent.load(Ordering::SeqCst) { Vec::new() } else { self.probe.gpus() }
@@ -215,12 +223,74 @@ impl GpuProbe for FallsSilent {
 #[tokio::test]
 async fn nobody_is_parked_whose_memory_the_driver_does_not_tell_of() {
     let (_gpus, mut bench, spec) = on_one_gpu();
-    let driver = Arc::new(FallsSilent { probe: bench.around.gpus.clone(), is_silent: AtomicBool::new(false) });
-    bench.around.gpus = driver.clone();
+    let driver = FallsSilent::of(&mut bench);
     let mut worker = bench.supervise(spec);
     worker.load().await;
     driver.is_silent.store(true, Ordering::SeqCst);
     worker.handle.order_on(Order::Park, GpuSet::one(0), None);
     assert!(matches!(worker.settled().await, Report::Stopped { .. }));
+    bench.assert_nothing_left();
+}
+
+/// Puts one that is loaded at leisure to sleep, and wakes it when `meanwhile` has been done.
+async fn rehearse(bench: &Bench, mut spec: ModelSpec, meanwhile: impl FnOnce()) -> Worker {
+    let hold = bench.path().join("hold");
+    std::fs::write(&hold, "").unwrap();
+    spec.park = roundhouse::domain::Park::Ram;
+    spec.args.extend(["--hold-file".to_owned(), hold.display().to_string()]);
+    let worker = bench.supervise(spec);
+    worker.handle.load_at_leisure(GpuSet::one(0), Some(7));
+    until_told(bench).await;
+    meanwhile();
+    std::fs::remove_file(&hold).unwrap();
+    worker
+}
+
+#[tokio::test]
+async fn a_rehearsal_of_which_the_driver_tells_nothing_is_not_judged() {
+    let (_gpus, mut bench, spec) = on_one_gpu();
+    let driver = FallsSilent::of(&mut bench);
+    let mut worker = rehearse(&bench, spec, || driver.is_silent.store(true, Ordering::SeqCst)).await;
+    let report = worker.settled().await;
+    assert!(matches!(report, Report::Ready { .. }), "{report:?}");
+    let view = worker.handle.view();
+    assert_eq!((view.starts, view.can_park), (1, None), "{view:?}");
+    assert_eq!(bench.calls(), ["/sleep?level=1", "/wake_up"]);
+    worker.stop().await;
+    bench.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn who_comes_to_a_shared_gpu_does_not_end_a_rehearsal_where_the_driver_shows_no_processes() {
+    let (gpus, mut bench, mut spec) = on_one_gpu();
+    bench.tempo.park_memory_limit = Duration::from_millis(300);
+    spec.memory = Some(8_000_000_000);
+    std::fs::write(gpus.path().join("no-pids"), "").unwrap();
+    let neighbour = gpus.path().join("1");
+    let mut worker = rehearse(&bench, spec, || std::fs::write(neighbour, "60000000000").unwrap()).await;
+    let report = worker.settled().await;
+    assert!(matches!(report, Report::Ready { .. }), "{report:?}");
+    assert_eq!(worker.handle.view().starts, 1);
+    assert_eq!(bench.calls(), ["/sleep?level=1", "/wake_up"]);
+    worker.stop().await;
+    bench.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn the_load_after_a_failed_rehearsal_has_a_limit_of_its_own() {
+    let limit = Duration::from_secs(5);
+    let mut bench = Bench::new();
+    // It sleeps too late: when that is known, the limit of the first load is over.
+    (bench.tempo.load_limit_min, bench.tempo.park_limit) = (limit, limit);
+    let hold = bench.path().join("hold");
+    std::fs::write(&hold, "").unwrap();
+    let mut spec = bench.spec(&["--hold-file", &hold.display().to_string()]);
+    (spec.park, spec.startup_time) = (roundhouse::domain::Park::Ram, Duration::from_millis(1));
+    let mut worker = bench.supervise(spec);
+    assert_eq!(load_at_leisure(&mut worker).await, ["spawn", "load"]);
+    let view = worker.handle.view();
+    assert_eq!(view.starts, 2);
+    assert!(view.park_note.as_ref().unwrap().contains("not asleep within 5 s"), "{view:?}");
+    worker.stop().await;
     bench.assert_nothing_left();
 }
