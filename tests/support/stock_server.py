@@ -3,7 +3,8 @@
     python3 tests/support/stock_server.py --name t --port 8001 [faults]
 
 Speaks OpenAI's chat, streamed and whole, one request at a time; needs nothing but Python. As engines do, it keeps
-shared memory that is left behind when it is killed. What a request does is in its body, under `fault`.
+shared memory and temporary files that are left behind when it is killed. What a request does is in its body, under
+`fault`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import json
 import mmap
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ def flags() -> argparse.Namespace:
     made = argparse.ArgumentParser()
     made.add_argument("--name", default="t")
     made.add_argument("--port", type=int, default=0)
-    made.add_argument("--shm", metavar="NAME", help="shared memory of this name, and the process id")
+    made.add_argument("--shm", metavar="NAME", help="shared memory of this name and the process id; temporary files")
     made.add_argument("--ignore-term", action="store_true", help="end by SIGKILL alone")
     made.add_argument("--exit", type=int, metavar="CODE", help="say something and end at once")
     made.add_argument("--deaf", action="store_true", help="take connections and answer none")
@@ -171,19 +175,26 @@ def main() -> None:
     if options.exit is not None:
         print("nothing to do here", flush=True)
         sys.exit(options.exit)
-    memory = None
+    kept: list[Path] = []
     if options.shm:
         memory = Path("/dev/shm", f"{options.shm}{os.getpid()}")
         memory.write_bytes(bytes(4096))
         with memory.open("r+b") as file:
             mapped = mmap.mmap(file.fileno(), 4096)
         assert mapped
+        # As ZeroMQ's sockets and onnxruntime's logs are called.
+        temporary = Path(tempfile.gettempdir())
+        door, log = temporary / str(uuid.uuid4()), temporary / f"mat-debug-{os.getpid()}.log"
+        talk = socket.socket(socket.AF_UNIX)
+        talk.bind(str(door))
+        log.write_text("x")
+        kept = [memory, door, log]
     server = Server(options)
 
     def end(*_: object) -> None:
         server.engine.stop()
-        if memory:
-            memory.unlink()
+        for path in kept:
+            path.unlink()
         os._exit(0)
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN if options.ignore_term else end)
