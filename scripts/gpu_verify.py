@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
@@ -49,8 +50,9 @@ exit codes:
 """
 CHECKPOINT_LIMIT_S = 420
 GONE_LIMIT_S = 15
-WAYS_PARK_RAM = "13GiB"
-"""Enough for what MusicGen has on its GPU; too little for what the text model is declared to take."""
+CHECKPOINT = "the driver's checkpoint"
+WAYS_PARK_RAM = "24GiB"
+"""Enough for what the driver takes to host memory; too little for what the text model without a copy is declared to take."""
 
 
 class LeftOut(Exception):
@@ -289,19 +291,25 @@ class Verify:
         self.records.add("left", after=after, left=left, s=round(took, 1))
 
     def ways(self) -> None:
-        """The other ways of parking by turns: the driver's checkpoint, and a process that keeps no copy."""
+        """The other ways of parking by turns: the driver's checkpoint, of one process and of an engine with several, and a
+        process that keeps no copy."""
         if self.is_tiny or not {"musicgen", "text"} <= set(self.models):
             raise LeftOut("it needs a GPU and the models musicgen and text")
         self.end(Server.stop)
         music, words = self.models["musicgen"], models.with_files(self.models["text"])
         if words.folder and not (words.folder / ".complete").exists():
             self.make(words, words.folder)
-        entries = {m.name: models.entry(m, self.python(m), self.keys, self.card) for m in (music, words)}
-        entries[music.name] |= {"park": "checkpoint", "spare": False, "memory": music.memory}
-        entries[words.name] |= {"exclusive": True}
+        engine = replace(words, name="text-checkpoint")
+        ways = {music.name: CHECKPOINT, words.name: swaps.BARE, engine.name: CHECKPOINT}
+        by_turns = [music, words, engine]
+        entries = {m.name: models.entry(m, self.python(m), self.keys, self.card) for m in by_turns}
+        for model in (music, engine):
+            # Of all that is on the GPU the driver makes a copy.
+            entries[model.name] |= {"park": "checkpoint", "spare": False, "memory": music.memory}
+        for model in (words, engine):
+            entries[model.name] |= {"exclusive": True}
         self.server = self.serve(entries, "ways", WAYS_PARK_RAM)
-        ways = {music.name: "the driver's checkpoint", words.name: swaps.BARE}
-        swaps.ways(self.server, [music, words], ways, self.records)
+        swaps.ways(self.server, by_turns, ways, self.records)
 
     def two_gpus(self) -> None:
         """Two models at once on a GPU each, one on both, and back."""
