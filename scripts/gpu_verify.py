@@ -52,7 +52,7 @@ CHECKPOINT_LIMIT_S = 420
 GONE_LIMIT_S = 15
 CHECKPOINT = "the driver's checkpoint"
 WAYS_PARK_RAM = "24GiB"
-"""Enough for what the driver takes to host memory; too little for what the text model without a copy is declared to take."""
+"""Enough for what the driver takes there; too little for what the text model without a copy is declared to take."""
 
 
 class LeftOut(Exception):
@@ -291,8 +291,7 @@ class Verify:
         self.records.add("left", after=after, left=left, s=round(took, 1))
 
     def ways(self) -> None:
-        """The other ways of parking by turns: the driver's checkpoint, of one process and of an engine with several, and a
-        process that keeps no copy."""
+        """The other ways of parking by turns: the driver's checkpoint, of one process and of several, and no copy at all."""
         if self.is_tiny or not {"musicgen", "text"} <= set(self.models):
             raise LeftOut("it needs a GPU and the models musicgen and text")
         self.end(Server.stop)
