@@ -119,6 +119,8 @@ pub(super) struct Worker {
     pub(super) has_slept: bool,
     /// The load by which it was woken, or put to sleep and woken, if it has answered nobody since: a failure is not its job's.
     pub(super) canary: Option<i64>,
+    /// Its entry has been edited since it was ordered, so that it would be another one now: it ends, and is never woken.
+    pub(super) is_outdated: bool,
     /// It loads, and nobody waits for it.
     pub(super) at_leisure: bool,
     /// It began to load so: it may make its copy before it is ready, even if somebody has come since.

@@ -773,3 +773,6 @@ fn a_purge_takes_what_waits_and_nothing_that_runs_or_came_later() {
 
 #[path = "canary_tests.rs"]
 mod canary;
+
+#[path = "outdated_tests.rs"]
+mod outdated;

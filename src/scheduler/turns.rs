@@ -159,6 +159,7 @@ impl State {
             is_bare: false,
             has_slept: false,
             canary: None,
+            is_outdated: false,
             at_leisure: false,
             may_rehearse: false,
             keeps: 0,
@@ -382,7 +383,7 @@ impl State {
             let queue = &self.models[worker.model].queue;
             let Phase::Draining { hung } = worker.phase else { continue };
             if queue.running_on(worker.replica) == 0 {
-                let may_stay = !hung && !self.is_unloaded(worker.model);
+                let may_stay = !hung && !self.must_end(place);
                 let order = if may_stay { self.leaves_by(place, now, effects) } else { Order::Stop };
                 let worker = &mut self.workers[place];
                 worker.phase = Phase::Stopping { park: order != Order::Stop };
@@ -407,7 +408,7 @@ impl State {
         worker.has_slept |= !worker.is_bare;
         self.note_left(index, now);
         let mut effects = vec![self.learn(index)];
-        if self.is_unloaded(index) {
+        if self.must_end(place) {
             // It was on its way when it was said that nothing of it is to stay.
             self.workers[place].phase = Phase::Dropping;
             effects.push(self.order(place, Order::Stop));
