@@ -30,7 +30,8 @@ pub struct Attempt {
     pub cancelling: bool,
     /// The server is stopping: nothing is charged.
     pub stopping: bool,
-    /// Its worker was woken and has answered nobody since.
+    /// Its worker was woken and had answered nobody since when it failed, and is loaded from nothing now. Only for what
+    /// [`may_be_the_wakes`].
     pub canary: bool,
     /// Output has been relayed to a caller who cannot be asked to forget it.
     pub relayed: bool,
@@ -108,7 +109,7 @@ pub const BACKOFF_MIN_MS: i64 = 100;
 
 /// Judges the end of an attempt.
 pub fn judge(outcome: Outcome, attempt: &Attempt, now: Millis) -> Verdict {
-    if blames_wake(&outcome, attempt) {
+    if attempt.canary && may_be_the_wakes(&outcome, attempt) {
         let error = if let Outcome::Failed { error, .. } = outcome { Some(error) } else { None };
         return requeue(attempt, error);
     }
@@ -131,12 +132,12 @@ pub fn judge(outcome: Outcome, attempt: &Attempt, now: Millis) -> Verdict {
     }
 }
 
-/// Whether it is put down to the worker, which was woken and has answered nobody since: the job runs again uncharged, on one
-/// that was loaded from nothing.
-pub fn blames_wake(outcome: &Outcome, attempt: &Attempt) -> bool {
+/// Whether it is put down to the worker, if that was woken and has answered nobody since ([`Attempt::canary`]): the job runs
+/// again uncharged, on one that was loaded from nothing.
+pub fn may_be_the_wakes(outcome: &Outcome, attempt: &Attempt) -> bool {
     let is_over = attempt.relayed || attempt.deadline_passed || attempt.cancelling || attempt.stopping;
     let failed = matches!(outcome, Outcome::Failed { retriable: true, .. } | Outcome::WorkerLost { reached: true, .. });
-    attempt.canary && failed && !is_over
+    failed && !is_over
 }
 
 fn requeue(attempt: &Attempt, error: Option<JobError>) -> Verdict {

@@ -61,15 +61,18 @@ impl State {
         model.storing.0.insert(number, Answer { worker: running.worker, device_ms: had.device_ms });
         model.queue.count_answer(running.worker, now);
         model.count_end(Some(now - running.claimed_at), now);
+        if let Some(canary) = running.canary {
+            model.queue.prove(canary);
+            let of_it = self.workers.iter_mut().filter(|worker| worker.model == index && worker.canary == Some(canary));
+            of_it.for_each(|worker| worker.canary = None);
+        }
         let change = model.end_of_run(running.worker, true, now);
         let mut effects = self.tell_change(index, change, now);
         if let Some(worker) = self.find(index, running.worker)
-            && let Phase::Serving { place, proven, .. } = &mut self.workers[worker].phase
+            && let Phase::Serving { proven, .. } = &mut self.workers[worker].phase
+            && !std::mem::replace(proven, true)
         {
-            place.canary = false;
-            if !std::mem::replace(proven, true) {
-                effects.push(self.order(worker, Order::Proven));
-            }
+            effects.push(self.order(worker, Order::Proven));
         }
         effects
     }

@@ -55,11 +55,10 @@ impl State {
         let Some(index) = self.index_of(model) else { return false };
         let is_there = self.workers.iter().any(|worker| worker.model == index && worker.stays());
         let model = &mut self.models[index];
-        model.unload = false;
         if is_there || model.trouble.is_some() || model.lack.as_ref().is_some_and(Lack::has_failed) {
             return false;
         }
-        model.wanted_at = Some(now);
+        (model.unload, model.wanted_at) = (false, Some(now));
         true
     }
 
@@ -96,9 +95,15 @@ impl State {
         !all.is_empty()
     }
 
-    /// Whether a worker of this model that leaves is to be stopped, and not parked.
+    /// Whether all workers of this model are to leave, and to be stopped, before another one is loaded.
     pub(super) fn is_unloaded(&self, index: usize) -> bool {
         self.models[index].unload
+    }
+
+    /// Whether a worker that leaves is to be stopped, and not parked.
+    pub(super) fn must_end(&self, place: usize) -> bool {
+        let worker = &self.workers[place];
+        worker.is_outdated || self.is_unloaded(worker.model)
     }
 
     /// A worker has left: what was asked for by hand may be done.

@@ -146,10 +146,12 @@ async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
     if silent {
         context.tell(Message::Event(Event::Silent { model: dispatch.model.clone(), number: token.id.number, since }));
     }
-    let judged = judged(&context, &dispatch, relayed, deadline_passed);
-    if retry::blames_wake(&outcome, &judged) {
+    let mut judged = judged(&context, &dispatch, relayed, deadline_passed);
+    if retry::may_be_the_wakes(&outcome, &judged) {
+        judged.canary = context.blames_wake(&dispatch.model, token.id.number).await;
+    }
+    if judged.canary {
         tracing::warn!(job.id = %token.id, model = %dispatch.model, "failed on a worker just woken, which is loaded anew");
-        context.tell(Message::Event(Event::CanaryFailed { model: dispatch.model.clone(), number: token.id.number }));
     } else if matches!(&outcome, Outcome::Failed { error, .. } if error.code == ErrorCode::WorkerOom) {
         let (model, number, jobs) = (dispatch.model.clone(), token.id.number, dispatch.run_jobs);
         tracing::warn!(job.id = %token.id, model = %model, run.jobs = jobs, "out of memory");
@@ -232,7 +234,8 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
         isolated: dispatch.alone,
         run_jobs: dispatch.run_jobs,
         after_oom: dispatch.alone && job.crash.is_some_and(retry::is_oom_mark),
-        canary: dispatch.place.canary,
+        // Asked for when it matters.
+        canary: false,
         cancelling: dispatch.stop.cancelled.is_cancelled(),
         stopping: context.tasks.hard().is_cancelled(),
         // A caller on the line has the output already and cannot be asked to forget it; readers of events can.
@@ -268,6 +271,13 @@ impl Context {
         let (reply, answer) = oneshot::channel();
         self.tell(Message::Settle { model: model.clone(), number, reply });
         answer.await.unwrap_or(0.0)
+    }
+
+    /// Whether a failure is put down to the wake of the job's worker, which ends then. False if the loop has ended.
+    async fn blames_wake(&self, model: &Arc<str>, number: i64) -> bool {
+        let (reply, answer) = oneshot::channel();
+        self.tell(Message::BlameWake { model: model.clone(), number, reply });
+        answer.await.unwrap_or(false)
     }
 
     /// Tells the loop; after the loop has ended there is nothing left to tell.

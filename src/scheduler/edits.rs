@@ -56,6 +56,7 @@ impl State {
             if *restart {
                 self.look_for_weights_again(index);
                 // What loads would come to is not wanted any more.
+                self.workers.iter_mut().filter(|w| w.model == index).for_each(|worker| worker.is_outdated = true);
                 self.unload(index, now, &mut effects);
             }
             let then = match what {

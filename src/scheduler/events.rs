@@ -34,13 +34,6 @@ pub enum Event {
         /// The job waits again; committed.
         back: Option<Back>,
     },
-    /// A job failed on a worker that was woken and has answered nobody since, and is about to go back uncharged.
-    CanaryFailed {
-        /// Entry name.
-        model: Arc<str>,
-        /// Its number; it counts as running until `Ended`.
-        number: i64,
-    },
     /// A running job ran out of memory; it is about to go back, or has failed.
     OutOfMemory {
         /// Entry name.
@@ -142,8 +135,6 @@ pub struct Place {
     pub max_batch: u32,
     /// The GPUs that the worker is on; `None`: on the CPU, or nobody knows.
     pub gpus: Option<GpuSet>,
-    /// It was woken, or put to sleep and woken at its load, and has answered nobody since: a failure is not the job's.
-    pub canary: bool,
 }
 
 /// Something to be done.

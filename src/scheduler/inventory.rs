@@ -117,6 +117,10 @@ pub(super) struct Worker {
     pub(super) is_bare: bool,
     /// It was put to sleep with a copy since it was loaded: one that tells nothing of its copy keeps the memory.
     pub(super) has_slept: bool,
+    /// The load by which it was woken, or put to sleep and woken, if it has answered nobody since: a failure is not its job's.
+    pub(super) canary: Option<i64>,
+    /// Its entry has been edited since it was ordered, so that it would be another one now: it ends, and is never woken.
+    pub(super) is_outdated: bool,
     /// It loads, and nobody waits for it.
     pub(super) at_leisure: bool,
     /// It began to load so: it may make its copy before it is ready, even if somebody has come since.
@@ -140,7 +144,7 @@ impl Worker {
 
     /// Its process is gone, and another one is started.
     pub(super) fn starts_anew(&mut self) {
-        (self.host, self.is_bare, self.has_slept) = (HostCopy::default(), false, false);
+        (self.host, self.is_bare, self.has_slept, self.canary) = (HostCopy::default(), false, false, None);
     }
 
     /// Whether it is on its devices, or on the way there or away.

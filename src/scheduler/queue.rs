@@ -78,6 +78,8 @@ pub(super) struct Running {
     pub(super) claimed_at: Millis,
     /// Number of its worker among those of the model.
     pub(super) worker: u32,
+    /// See [`To::canary`]; `None` once the worker has answered somebody.
+    pub(super) canary: Option<i64>,
     /// GPU time that its tenant was charged in advance, ms.
     charged_ms: f64,
     /// The worker's shares so far when it began, ms.
@@ -129,6 +131,8 @@ pub(super) struct To {
     pub(super) worker: u32,
     /// Its limits.
     pub(super) slots: Slots,
+    /// The load by which it was woken, if it has answered nobody since.
+    pub(super) canary: Option<i64>,
     /// Expected service time of a job.
     pub(super) service_ms: f64,
     /// What a tenant is charged for a job in advance, GPU ms.
@@ -508,6 +512,7 @@ impl Queue {
             alone,
             claimed_at: now,
             worker: to.worker,
+            canary: to.canary,
             charged_ms: to.charge_ms,
             share_from,
             device_from,
@@ -580,6 +585,12 @@ impl Queue {
     /// A worker has answered.
     pub(super) fn count_answer(&mut self, worker: u32, now: Millis) {
         self.answered.insert(worker, now);
+    }
+
+    /// The worker that this load woke has answered somebody.
+    pub(super) fn prove(&mut self, canary: i64) {
+        let of_it = self.running.values_mut().filter(|running| running.canary == Some(canary));
+        of_it.for_each(|running| running.canary = None);
     }
 
     /// When a worker last answered a job.

@@ -28,7 +28,7 @@ fn numbers(runs: &[Run]) -> Vec<Vec<i64>> {
 }
 
 fn to(slots: Slots) -> To {
-    To { worker: 0, slots, service_ms: 0.0, charge_ms: 10.0 }
+    To { worker: 0, slots, canary: None, service_ms: 0.0, charge_ms: 10.0 }
 }
 
 fn nobody() -> Served {

@@ -19,18 +19,21 @@ impl State {
         effects
     }
 
-    /// A worker has not served the first job since it was woken: it is stopped, so that it comes back by a cold load.
-    pub(super) fn on_canary_failed(&mut self, model: &str, number: i64, now: Millis) -> Vec<Effect> {
+    /// A running job has failed in a way that may be its worker's fault. If that was woken and has answered nobody since, the
+    /// failure is put down to the wake: the worker is stopped, if it has not died, so that the next load is from nothing, and
+    /// the job is to go back uncharged. `None`: it is the job's.
+    pub fn blame_wake(&mut self, model: &str, number: i64, now: Millis) -> Option<Vec<Effect>> {
+        let index = self.index_of(model)?;
+        let canary = self.models[index].queue.running().get(&number)?.canary?;
+        self.account(now);
+        self.plan_now = true;
         let mut effects = Vec::new();
-        let Some(index) = self.index_of(model) else { return effects };
-        let running = self.models[index].queue.running().get(&number);
-        let worker = running.map(|running| running.worker).and_then(|replica| self.find(index, replica));
-        if let Some(worker) = worker
-            && matches!(&self.workers[worker].phase, Phase::Serving { place, .. } if place.canary)
-        {
+        // Not by its number, which another one may have by now.
+        let worker = self.workers.iter().position(|worker| worker.model == index && worker.canary == Some(canary));
+        if let Some(worker) = worker {
             self.leave(worker, true, now, &mut effects);
         }
-        effects
+        Some(effects)
     }
 
     /// Something is learned about the shape of a running job.

@@ -85,6 +85,8 @@ pub(super) enum Message {
     Purge { model: Option<String>, before: Option<i64>, removed: usize, reply: oneshot::Sender<usize> },
     /// An attempt is over: what did it have of the devices, in ms?
     Settle { model: Arc<str>, number: i64, reply: oneshot::Sender<f64> },
+    /// A job has failed in a way that may be its worker's fault: is it put down to the worker's wake?
+    BlameWake { model: Arc<str>, number: i64, reply: oneshot::Sender<bool> },
     /// Keep where the devices' time went until now.
     KeepSpent { reply: oneshot::Sender<Result<(), StoreError>> },
     /// Where the devices' time went could not be stored.
@@ -457,6 +459,12 @@ impl Scheduler {
             Message::Purge { model, before, removed, reply } => self.purge(model, before, removed, reply),
             Message::Settle { model, number, reply } => {
                 let _ = reply.send(self.state.settle(&model, number, self.context.clock.now()));
+            }
+            Message::BlameWake { model, number, reply } => {
+                let effects = self.state.blame_wake(&model, number, self.context.clock.now());
+                let _ = reply.send(effects.is_some());
+                self.changed |= effects.is_some();
+                self.carry_out(effects.unwrap_or_default());
             }
             Message::KeepSpent { reply } => self.keep_spent(Some(reply)),
             Message::Decisions { filter, reply } => {

@@ -33,7 +33,9 @@ impl State {
     /// A worker as its model's queue needs it.
     pub(super) fn to(&self, index: usize, worker: u32) -> To {
         let model = &self.models[index];
-        To { worker, slots: model.slots, service_ms: model.service_ms(), charge_ms: model.charge_ms() }
+        let canary = self.find(index, worker).and_then(|place| self.workers[place].canary);
+        let (slots, service_ms, charge_ms) = (model.slots, model.service_ms(), model.charge_ms());
+        To { worker, slots, canary, service_ms, charge_ms }
     }
 
     /// Fills the free slots of ready workers, the least busy worker of a model first.

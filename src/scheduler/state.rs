@@ -262,7 +262,6 @@ impl State {
                 Vec::new()
             }
             Event::Silent { model, number, since } => self.on_silent(&model, number, since, now),
-            Event::CanaryFailed { model, number } => self.on_canary_failed(&model, number, now),
             Event::OutOfMemory { model, number, jobs } => {
                 self.on_shape(&model, number, now, |batching, key| batching.out_of_memory(key, jobs))
             }

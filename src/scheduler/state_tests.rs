@@ -317,7 +317,12 @@ fn a_hung_worker_is_stopped_and_not_parked() {
 
 /// `a` was ordered to come back from host memory for job 3, and `b` is parked in its stead.
 fn waking() -> World {
-    let on_gpu = |name| ModelSpec { gpus: 1, memory: Some(50 << 30), park: Park::Ram, ..spec(name, 1) };
+    waking_with(1)
+}
+
+/// The same with so many slots.
+fn waking_with(limit: u32) -> World {
+    let on_gpu = |name| ModelSpec { gpus: 1, memory: Some(50 << 30), park: Park::Ram, ..spec(name, limit) };
     let inventory =
         Inventory { gpus: vec![80 << 30], cpu: None, host: 64 << 30, one_at_a_time: false, gone: Default::default() };
     let mut world = World::new(&[]);
@@ -339,49 +344,6 @@ fn waking() -> World {
 
 fn ready(load_ms: i64) -> Report {
     Report::Ready { base_url: "http://a".into(), load_ms }
-}
-
-#[test]
-fn a_worker_that_fails_first_after_its_wake_is_loaded_from_nothing() {
-    let mut world = waking();
-    world.report("a", ready(20));
-    let failed = Event::CanaryFailed { model: Arc::from("a"), number: 3 };
-    let back =
-        Event::Ended { model: Arc::from("a"), number: 3, answered: false, suspect: false, back: Some(Back::default()) };
-    world.event(failed.clone());
-    world.event(back);
-    assert_eq!(std::mem::take(&mut world.orders), [("a".to_owned(), Order::Stop)], "not parked again");
-    world.report("a", Report::Stopped { stop_ms: 1 });
-    assert_eq!(std::mem::take(&mut world.orders), [("a".to_owned(), Order::Load)]);
-    world.report("a", ready(2_000));
-    assert_eq!(world.running.len(), 2, "job 3 runs for the second time");
-    world.event(failed);
-    assert_eq!(world.orders, [], "that worker was not woken");
-}
-
-#[test]
-fn a_worker_that_fails_first_after_its_rehearsal_is_loaded_from_nothing() {
-    let mut world = World::new(&[("a", 1)]);
-    world.queue(vec![job(3, "a")]);
-    assert_eq!(std::mem::take(&mut world.orders), [("a".to_owned(), Order::Load)]);
-    let phase = PhaseTime { phase: PhaseTime::REHEARSAL.to_owned(), ms: 9_000 };
-    world.report("a", Report::Loaded { phases: vec![phase] });
-    world.report("a", ready(2_000));
-    world.event(Event::CanaryFailed { model: Arc::from("a"), number: 3 });
-    let back =
-        Event::Ended { model: Arc::from("a"), number: 3, answered: false, suspect: false, back: Some(Back::default()) };
-    world.event(back);
-    assert_eq!(std::mem::take(&mut world.orders), [("a".to_owned(), Order::Stop)], "not parked");
-}
-
-#[test]
-fn a_worker_that_has_answered_since_its_wake_is_as_good_as_any() {
-    let mut world = waking();
-    world.report("a", ready(20));
-    world.event(Event::Ended { model: Arc::from("a"), number: 3, answered: true, suspect: false, back: None });
-    world.queue(vec![job(4, "a")]);
-    world.event(Event::CanaryFailed { model: Arc::from("a"), number: 4 });
-    assert_eq!(world.orders, []);
 }
 
 #[test]
@@ -808,3 +770,9 @@ fn a_purge_takes_what_waits_and_nothing_that_runs_or_came_later() {
     world.finish_all();
     assert_eq!((world.state.queued(), world.state.by_tenant.len()), (0, 0));
 }
+
+#[path = "canary_tests.rs"]
+mod canary;
+
+#[path = "outdated_tests.rs"]
+mod outdated;

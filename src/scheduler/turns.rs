@@ -158,6 +158,8 @@ impl State {
             host: HostCopy::default(),
             is_bare: false,
             has_slept: false,
+            canary: None,
+            is_outdated: false,
             at_leisure: false,
             may_rehearse: false,
             keeps: 0,
@@ -312,7 +314,8 @@ impl State {
             Phase::Waiting { .. } | Phase::Parked => return vec![self.order(place, Order::Stop)],
         };
         let gpus = (self.models[index].needs_gpus() && !self.inventory.one_at_a_time).then_some(worker.set);
-        let at = Place { replica, base_url, load, max_batch, gpus, canary: was_parked || worker.has_slept };
+        let at = Place { replica, base_url, load, max_batch, gpus };
+        worker.canary = (was_parked || worker.has_slept).then_some(load);
         worker.phase = Phase::Serving { since: now, place: at, idle_since: None, suspect: false, proven: false };
         let (set, is_bare) = (worker.set, std::mem::take(&mut worker.is_bare));
         (worker.at_leisure, worker.may_rehearse) = (false, false);
@@ -353,12 +356,17 @@ impl State {
         self.last_on[device as usize].is_some_and(|last| last != index && !stands(last))
     }
 
-    /// Tells a ready worker to leave when its jobs have ended. `hung`: it has stopped answering.
+    /// Tells a ready worker to leave when its jobs have ended. `hung`: it has stopped answering, which is news of one that
+    /// leaves already, too.
     pub(super) fn leave(&mut self, place: usize, hung: bool, now: Millis, effects: &mut Vec<Effect>) {
-        if let Phase::Serving { .. } = self.workers[place].phase {
-            self.workers[place].phase = Phase::Draining { hung };
-            self.note_left(self.workers[place].model, now);
-            self.finish_draining(now, effects);
+        match &mut self.workers[place].phase {
+            Phase::Serving { .. } => {
+                self.workers[place].phase = Phase::Draining { hung };
+                self.note_left(self.workers[place].model, now);
+                self.finish_draining(now, effects);
+            }
+            Phase::Draining { hung: known } => *known |= hung,
+            _ => {}
         }
     }
 
@@ -375,7 +383,7 @@ impl State {
             let queue = &self.models[worker.model].queue;
             let Phase::Draining { hung } = worker.phase else { continue };
             if queue.running_on(worker.replica) == 0 {
-                let may_stay = !hung && !self.is_unloaded(worker.model);
+                let may_stay = !hung && !self.must_end(place);
                 let order = if may_stay { self.leaves_by(place, now, effects) } else { Order::Stop };
                 let worker = &mut self.workers[place];
                 worker.phase = Phase::Stopping { park: order != Order::Stop };
@@ -400,7 +408,7 @@ impl State {
         worker.has_slept |= !worker.is_bare;
         self.note_left(index, now);
         let mut effects = vec![self.learn(index)];
-        if self.is_unloaded(index) {
+        if self.must_end(place) {
             // It was on its way when it was said that nothing of it is to stay.
             self.workers[place].phase = Phase::Dropping;
             effects.push(self.order(place, Order::Stop));
