@@ -291,7 +291,7 @@ class Verify:
         self.records.add("left", after=after, left=left, s=round(took, 1))
 
     def ways(self) -> None:
-        """The other ways of parking by turns: the driver's checkpoint, of one process and of several, and no copy at all."""
+        """The other ways of parking by turns: the driver's checkpoint, of one process and of several, and no copy."""
         if self.is_tiny or not {"musicgen", "text"} <= set(self.models):
             raise LeftOut("it needs a GPU and the models musicgen and text")
         self.end(Server.stop)
