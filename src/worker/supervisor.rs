@@ -735,6 +735,7 @@ async fn pulse(doctor: &Doctor, limit: Duration) -> Pulse {
         Health::Ready { memory, .. } => Pulse::Alive(memory),
         Health::NotYet { memory, .. } => Pulse::Alive(Memory { device_bytes: None, ..memory }),
         Health::Failed { why, .. } => Pulse::Missed(format!("it says that it failed: {why}")),
+        Health::Importing(_) => Pulse::Missed("it says that it is a spare process".to_owned()),
         Health::Stranger => Pulse::Missed("another program answers on its port".to_owned()),
         Health::Silent(why) => Pulse::Missed(why),
         Health::Refused => Pulse::Refused,
