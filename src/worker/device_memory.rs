@@ -103,12 +103,13 @@ impl Supervisor {
         Some(all.into_iter().flatten().collect())
     }
 
-    /// Device memory in use, in bytes: `Some(None)` for a CPU model, `None` if a GPU is needed and there is none.
+    /// Device memory in use, in bytes: `Some(None)` for a CPU model, `None` if a GPU is needed and there is none, asked again
+    /// and again.
     pub(super) async fn device_memory(&self) -> Option<Option<u64>> {
         if self.spec.gpus == 0 {
             return Some(None);
         }
-        self.used_bytes().await.map(Some)
+        self.used_bytes_now().await.map(Some)
     }
 
     /// Whether there are as many GPUs as it needs. Which of them it gets is not decided here.
