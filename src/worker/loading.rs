@@ -50,9 +50,11 @@ async fn another_listens(process: &WorkerProcess) -> bool {
 impl Supervisor {
     pub(super) async fn load(&mut self) -> Phase {
         let mut ordered_at = Instant::now();
+        let since = ordered_at;
         self.take_spec();
         let _loading = self.around.spares.loading();
         self.enter(ModelState::Loading);
+        let _on_its_way = self.on_its_way(None);
         if self.failed_parks < FAILED_PARKS_MAX {
             self.park_refused = None;
         }
@@ -77,7 +79,7 @@ impl Supervisor {
                 }
                 tried => tried,
             };
-            let free = self.free_as_before(memory_before, &seen);
+            let free = self.free_as_before(memory_before, since, &seen);
             match tried {
                 Try::Ready(running, phases) => {
                     let base_url = format!("http://127.0.0.1:{}", running.process.port());

@@ -23,6 +23,8 @@ use crate::worker::ports;
 use crate::worker::process::{self, Start, WorkerProcess};
 use crate::worker::spare::Spares;
 
+#[path = "arrivals.rs"]
+mod arrivals;
 #[path = "device_memory.rs"]
 mod device_memory;
 #[path = "loading.rs"]
