@@ -214,8 +214,8 @@ async fn a_driver_that_fails_to_answer_once_does_not_cost_a_copy_at_its_wake() {
     worker.handle.order_on(Order::Wake, GpuSet::one(0), None);
     let report = worker.settled().await;
     assert!(matches!(report, Report::Ready { .. }), "{report:?}");
-    assert_eq!(*driver.used.lock().unwrap(), Some(5_000_000_000), "it failed once");
     assert_eq!(worker.handle.view().starts, 1, "the same process");
+    assert_eq!(*driver.used.lock().unwrap(), Some(5_000_000_000), "it failed once");
     worker.stop().await;
     bench.assert_nothing_left();
 }
