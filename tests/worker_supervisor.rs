@@ -44,6 +44,7 @@ flags.add_argument("--vllm", choices=("dev", "old"))
 flags.add_argument("--host-bytes", type=int)
 flags.add_argument("--memory-dir")
 flags.add_argument("--memory-bytes", type=int, default=0)
+flags.add_argument("--asleep-bytes", type=int, default=700000000)
 flags.add_argument("--device-bytes", type=int)
 args = flags.parse_args()
 started = time.monotonic()
@@ -112,7 +113,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             sleeping = self.path.startswith("/sleep")
         if args.memory_dir and not args.stays_awake:
             with open(os.path.join(args.memory_dir, str(os.getpid())), "w") as file:
-                file.write("700000000" if sleeping else str(args.memory_bytes))
+                file.write(str(args.asleep_bytes if sleeping else args.memory_bytes))
         self.answer(200, {})
 
     def answer(self, status, body):
@@ -1060,3 +1061,6 @@ mod sleep;
 
 #[path = "worker_supervisor/loads.rs"]
 mod loads;
+
+#[path = "worker_supervisor/neighbours.rs"]
+mod neighbours;

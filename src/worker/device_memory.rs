@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::arrivals::{Arrivals, OnItsWay};
 use super::*;
 
 /// Device memory that may stay in use after a stop, in bytes: other programs come and go.
@@ -49,15 +50,33 @@ impl Supervisor {
         let before = running.memory_before?;
         self.note_pids(running).await;
         let is_shared = self.is_shared(running.own);
+        let since = Instant::now();
         let now = if is_shared { self.used_bytes_now().await? } else { 0 };
         let all = |each: u64| each.saturating_mul(u64::try_from(self.gpus.len()).unwrap_or(1).max(1));
         let at_most = free_at(before, now, running.own.map(all), running.grown.filter(|_| is_shared));
-        Some(Free { at_most, pids: running.pids.clone(), is_shared })
+        Some(Free { at_most, since, pids: running.pids.clone(), is_shared })
     }
 
-    /// When it is free after a load that came to nothing, whose processes were `seen` while it went on.
-    pub(super) fn free_as_before(&self, before: Option<u64>, seen: &Seen) -> Option<Free> {
-        Some(Free { at_most: before?, pids: seen.own.clone(), is_shared: self.is_shared(None) })
+    /// When it is free after a load that came to nothing, whose processes were `seen` while it went on; `since` it began.
+    pub(super) fn free_as_before(&self, before: Option<u64>, since: Instant, seen: &Seen) -> Option<Free> {
+        Some(Free { at_most: before?, since, pids: seen.own.clone(), is_shared: self.is_shared(None) })
+    }
+
+    /// It takes memory of its GPUs from now on, which others are not to take for theirs: what it says (`own`) or is declared to
+    /// take, or who knows how much.
+    pub(super) fn on_its_way(&self, own: Option<u64>) -> Option<OnItsWay> {
+        let bytes = own.max(self.spec.memory).unwrap_or(u64::MAX).saturating_add(MEMORY_SLACK_BYTES);
+        let arrivals = &self.around.stuck.arrivals;
+        (self.spec.gpus > 0).then(|| arrivals.begin((self.spec.name.clone(), self.replica), &self.gpus, bytes))
+    }
+
+    /// The most that others have taken of these GPUs together since `free` was looked at, in bytes, as far as that matters: where
+    /// the driver shows processes, it shows whose the memory is.
+    pub(super) fn come_since(&self, free: &Free, gpus: &[u32]) -> u64 {
+        if !free.is_shared || !free.pids.is_empty() {
+            return 0;
+        }
+        self.around.stuck.arrivals.since(free.since, gpus, &(self.spec.name.clone(), self.replica))
     }
 
     /// Which processes of a load the driver shows by now: it may end by itself at any time.
@@ -114,12 +133,13 @@ impl Supervisor {
         Some(all.into_iter().flatten().collect())
     }
 
-    /// Device memory in use, in bytes: `Some(None)` for a CPU model, `None` if a GPU is needed and there is none.
+    /// Device memory in use, in bytes: `Some(None)` for a CPU model, `None` if a GPU is needed and there is none, asked again
+    /// and again.
     pub(super) async fn device_memory(&self) -> Option<Option<u64>> {
         if self.spec.gpus == 0 {
             return Some(None);
         }
-        self.used_bytes().await.map(Some)
+        self.used_bytes_now().await.map(Some)
     }
 
     /// Whether there are as many GPUs as it needs. Which of them it gets is not decided here.
@@ -194,7 +214,10 @@ impl Supervisor {
         let until = Instant::now() + limit;
         loop {
             let used = match free.pids.is_empty() {
-                true => self.used_of(gpus).await.filter(|used| *used > free.at_most.saturating_add(MEMORY_SLACK_BYTES)),
+                true => self.used_of(gpus).await.filter(|used| {
+                    let beside = MEMORY_SLACK_BYTES.saturating_add(self.come_since(free, gpus));
+                    *used > free.at_most.saturating_add(beside)
+                }),
                 false => self.users(gpus).await.and_then(|users| free.used_by_it(&users)),
             };
             // A driver that does not answer says neither that it is free nor that it is not.
@@ -243,10 +266,12 @@ impl Supervisor {
         own.map(|gpu| gpu.total_bytes.saturating_sub(gpu.used_bytes)).min()
     }
 
-    /// What a worker that has just been parked keeps on each of its GPUs, in bytes.
+    /// What a worker that has just been parked keeps on each of its GPUs, in bytes; `None`: the driver does not say, or others
+    /// have come.
     pub(super) async fn kept_bytes(&self, free: Option<&Free>) -> Option<u64> {
         let gpus = u64::try_from(self.gpus.len()).unwrap_or(1).max(1);
-        Some(self.taken_beyond(free?).await? / gpus)
+        let taken = self.taken_beyond(free?).await?;
+        (self.come_since(free?, &self.gpus) == 0).then_some(taken / gpus)
     }
 
     /// What a worker takes of its GPUs together, in bytes: what the driver shows of its processes, whoever else comes and goes;
@@ -290,6 +315,8 @@ pub(super) struct Seen {
 pub(super) struct Free {
     /// At this use of its GPUs together, in bytes, if the driver shows none of its processes.
     pub(super) at_most: u64,
+    /// When that was looked at.
+    pub(super) since: Instant,
     /// When it shows none of these any more.
     pub(super) pids: BTreeSet<u32>,
     /// Others may take and free memory of the same GPUs meanwhile.
@@ -333,13 +360,16 @@ impl Stuck {
     }
 }
 
-/// Device memory that ended workers have left in use, of all supervisors.
+/// Device memory that ended workers have left in use, and what is about to take some, of all supervisors.
 #[derive(Clone, Debug, Default)]
-pub struct StuckMemory(Arc<Mutex<Vec<Stuck>>>);
+pub struct StuckMemory {
+    left: Arc<Mutex<Vec<Stuck>>>,
+    arrivals: Arrivals,
+}
 
 impl StuckMemory {
     fn lock(&self) -> MutexGuard<'_, Vec<Stuck>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -26,6 +26,8 @@ pub(super) enum Health {
     Ready { memory: Memory, phases: Vec<PhaseTime> },
     /// Lives and takes no jobs now: loading or asleep.
     NotYet { phase: Option<String>, percent: Option<f64>, memory: Memory },
+    /// A spare process, one that was taken over among them, that still imports; an error: it says why that failed.
+    Importing(Result<(), String>),
     /// Says that it has failed and why; `oom`: its device ran out of memory.
     Failed { why: String, oom: bool },
     /// Another worker answers on this port.
@@ -66,6 +68,8 @@ struct Body {
     can_park: Option<bool>,
     park_note: Option<String>,
     can_reread: Option<bool>,
+    #[serde(default)]
+    importing: bool,
     #[serde(default)]
     phases: Vec<PhaseTime>,
 }
@@ -187,10 +191,12 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
         let memory = Memory { device_bytes: body.device_bytes, host };
         return match body.status.as_str() {
             "ready" if status == 200 => Health::Ready { memory, phases: body.phases },
-            "failed" => Health::Failed {
-                why: cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400),
-                oom: body.code.as_deref() == Some("worker_oom"),
-            },
+            "failed" => {
+                let why = cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400);
+                let oom = body.code.as_deref() == Some("worker_oom");
+                if body.importing { Health::Importing(Err(why)) } else { Health::Failed { why, oom } }
+            }
+            _ if body.importing => Health::Importing(Ok(())),
             _ => Health::NotYet { phase: body.phase, percent: body.percent, memory },
         };
     }
@@ -232,6 +238,13 @@ mod tests {
         assert_eq!(ask(503, "asleep", "id:1".into()), not_yet);
         assert_eq!(ask(503, "ready", "id:1".into()), not_yet, "ready but stopping");
         assert_eq!(ask(503, "failed", "id:1".into()), Health::Failed { why: "no file".into(), oom: false });
+        let imports = |word: &str| {
+            let body =
+                json!({"status": word, "instance": "m", "phase": "import", "importing": true, "error": "no wheel"});
+            read(503, body.to_string().as_bytes(), "m")
+        };
+        assert_eq!(imports("loading"), Health::Importing(Ok(())));
+        assert_eq!(imports("failed"), Health::Importing(Err("no wheel".into())));
         let oom = br#"{"status": "failed", "instance": "m", "error": "no room", "code": "worker_oom"}"#;
         assert_eq!(read(503, oom, "m"), Health::Failed { why: "no room".into(), oom: true });
         assert_eq!(ask(200, "ready", "id:2".into()), Health::Stranger);

@@ -21,6 +21,8 @@ const TAKE_OVER_LIMIT: Duration = Duration::from_secs(5);
 /// Names of the phases that are measured here.
 const SPAWN: &str = "spawn";
 const REST: &str = "load";
+/// The phase of a spare process that was taken over before it was ready.
+const IMPORT: &str = "import";
 
 /// How one try of a load ended.
 pub(super) enum Try {
@@ -28,6 +30,8 @@ pub(super) enum Try {
     /// Another program has this port, which showed in this way.
     PortTaken(u16, String, Tail),
     Failed(String, Tail),
+    /// It was a spare process that had not ended its imports.
+    ImportsFailed(String),
     /// Its device has not enough memory.
     OutOfMemory(String, Tail),
     /// By an order given at this time.
@@ -46,9 +50,11 @@ async fn another_listens(process: &WorkerProcess) -> bool {
 impl Supervisor {
     pub(super) async fn load(&mut self) -> Phase {
         let mut ordered_at = Instant::now();
+        let since = ordered_at;
         self.take_spec();
         let _loading = self.around.spares.loading();
         self.enter(ModelState::Loading);
+        let _on_its_way = self.on_its_way(None);
         if self.failed_parks < FAILED_PARKS_MAX {
             self.park_refused = None;
         }
@@ -73,7 +79,7 @@ impl Supervisor {
                 }
                 tried => tried,
             };
-            let free = self.free_as_before(memory_before, &seen);
+            let free = self.free_as_before(memory_before, since, &seen);
             match tried {
                 Try::Ready(running, phases) => {
                     let base_url = format!("http://127.0.0.1:{}", running.process.port());
@@ -108,6 +114,16 @@ impl Supervisor {
                 }
                 Try::OutOfMemory(reason, tail) => return self.does_not_fit(reason, &tail, free).await,
                 Try::Failed(reason, tail) => return self.failed_load(reason, &tail, free).await,
+                Try::ImportsFailed(why) => {
+                    let model = &self.spec.name;
+                    tracing::warn!(
+                        model,
+                        "its spare process has failed to import, so it is loaded from nothing: {why}"
+                    );
+                    // Before the next try, which is to find none.
+                    self.around.spares.came(&self.spec, Err(why)).await;
+                    self.wait_memory_free(free).await;
+                }
                 Try::Stopped(ordered_at) => {
                     self.wait_memory_free(free).await;
                     self.enter(ModelState::Absent);
@@ -141,6 +157,8 @@ impl Supervisor {
         let started = Instant::now();
         let spare = if avoid.is_empty() && !self.is_small { self.take_spare().await } else { None };
         let was_spare = spare.is_some();
+        // As long as nothing is heard of the load itself.
+        let mut imports = was_spare;
         let mut process = match spare.map_or_else(|| self.start_process(avoid), Ok) {
             Ok(process) => process,
             Err(reason) => return Try::Failed(reason, Tail::default()),
@@ -201,6 +219,9 @@ impl Supervisor {
                 how = process.exited() => {
                     let port = process.port();
                     let tail = process.clear_away().await;
+                    if imports {
+                        return Try::ImportsFailed(tail.explain(format!("it {how}")));
+                    }
                     return match self.failed(format!("its worker {how}"), false, tail) {
                         Try::Failed(why, tail) if self.found_port_taken(port, &tail) => Try::PortTaken(port, why, tail),
                         tried => tried,
@@ -224,6 +245,10 @@ impl Supervisor {
             };
             if !matches!(health, Health::Ready { .. }) {
                 self.note_seen(&process, seen).await;
+            }
+            if imports && matches!(health, Health::Ready { .. } | Health::NotYet { .. } | Health::Failed { .. }) {
+                imports = false;
+                self.around.spares.came(&self.spec, Ok(())).await;
             }
             if health != Health::Stranger {
                 strange_since = None;
@@ -261,6 +286,11 @@ impl Supervisor {
                     return Try::Ready(Box::new(running), phases);
                 }
                 Health::NotYet { phase, percent, .. } => self.show_progress(phase, percent),
+                Health::Importing(Ok(())) => self.show_progress(Some(IMPORT.to_owned()), None),
+                Health::Importing(Err(why)) => {
+                    let tail = process.clear_away().await;
+                    return Try::ImportsFailed(tail.explain(format!("it says: {why}")));
+                }
                 Health::Failed { why, oom } => {
                     let tail = process.stop(self.around.grace).await;
                     return self.failed(format!("its worker says: {why}"), oom, tail);
@@ -305,7 +335,8 @@ impl Supervisor {
         WorkerProcess::start(&self.wanted(), lease)
     }
 
-    /// A spare process of its environment that has become its worker. Whatever is wrong with one costs a start from nothing.
+    /// A spare process of its environment that becomes its worker, once its imports are over. Whatever is wrong with one until
+    /// then costs a start from nothing.
     async fn take_spare(&self) -> Option<WorkerProcess> {
         let process = self.around.spares.take(&self.spec).await?;
         let doctor = Doctor::new(process.port(), process.mark());
@@ -315,18 +346,17 @@ impl Supervisor {
                 .unwrap_or_else(|_| Err(format!("no answer to /take_over within {} s", TAKE_OVER_LIMIT.as_secs()))),
             Err(why) => Err(why),
         };
-        let process = match &took {
+        match took {
             Ok(()) => {
                 process.became(&self.wanted());
                 Some(process)
             }
-            Err(_) => {
+            Err(why) => {
                 process.clear_away().await;
+                self.around.spares.came(&self.spec, Err(why)).await;
                 None
             }
-        };
-        self.around.spares.came(&self.spec, took).await;
-        process
+        }
     }
 
     fn wanted(&self) -> Start<'_> {
@@ -419,6 +449,7 @@ fn so_far(spec: &ModelSpec, port: u16, heard: &Health) -> Option<String> {
             let percent = percent.map_or_else(String::new, |percent| format!(", {percent:.0} %"));
             Some(format!("it says that it is at `{phase}`{percent}"))
         }
+        Health::Importing(Ok(())) => Some(format!("it says that it is at `{IMPORT}`")),
         _ => None,
     }
 }

@@ -119,6 +119,7 @@ impl Supervisor {
             };
             before_wake = before;
             self.enter(ModelState::Waking);
+            let _on_its_way = self.on_its_way(running.own);
             if let Err(why) = self.leftovers_are_free().await {
                 // Its memory is what it needs; if that is not there, it says so itself.
                 tracing::warn!(model = self.spec.name, "it is woken all the same: {why}");
@@ -146,7 +147,7 @@ impl Supervisor {
                     why
                 }
                 Turn::Stopped => {
-                    let free = self.free_when_parked(&running, before);
+                    let free = self.free_when_parked(&running, before, ordered_at);
                     return self.leave(running, free, ordered_at).await;
                 }
                 Turn::Ended => return self.end(running).await,
@@ -155,7 +156,7 @@ impl Supervisor {
             format!("it lies where GPUs {:?} are its own, and is wanted on {wanted_on:?}", self.gpus)
         };
         tracing::warn!(model = self.spec.name, "could not be woken, so it is loaded anew: {failed}");
-        let free = self.free_when_parked(&running, before_wake);
+        let free = self.free_when_parked(&running, before_wake, ordered_at);
         self.kill(running).await;
         self.wait_memory_free(free).await;
         self.gpus = wanted_on;
@@ -266,11 +267,11 @@ impl Supervisor {
 
     // ---- its device memory ------------------------------------------------------------------------------------------
 
-    /// When the memory is free of a worker that was parked; `before`: the use before it was told to wake. What was in use before
-    /// its load says nothing any more, since others have come to its GPUs.
-    fn free_when_parked(&self, running: &Running, before: Option<u64>) -> Option<Free> {
+    /// When the memory is free of a worker that was parked; `before`: the use before it was told to wake, `since` when. What was
+    /// in use before its load says nothing any more, since others have come to its GPUs.
+    fn free_when_parked(&self, running: &Running, before: Option<u64>, since: Instant) -> Option<Free> {
         let (pids, is_shared) = (running.pids.clone(), true);
-        (before.is_some() || !pids.is_empty()).then(|| Free { at_most: before.unwrap_or(0), pids, is_shared })
+        (before.is_some() || !pids.is_empty()).then(|| Free { at_most: before.unwrap_or(0), since, pids, is_shared })
     }
 
     /// The most that a worker may keep on its GPUs when it is parked, in bytes, by what it takes there now; `None`: on the CPU.
@@ -299,9 +300,11 @@ impl Supervisor {
         };
         let until = Instant::now() + self.tempo.park_memory_limit;
         loop {
-            let Some(kept) = self.taken_beyond(free).await else {
+            let Some(taken) = self.taken_beyond(free).await else {
                 return Shown::Nothing("its GPU is gone".to_owned());
             };
+            // Who was on the way there may not have taken all yet: only what can be nobody else's is held against it.
+            let kept = taken.saturating_sub(self.come_since(free, &self.gpus));
             if kept <= at_most {
                 return Shown::Back;
             }
@@ -332,7 +335,7 @@ impl Supervisor {
     /// A process whose memory the driver has taken cannot end in good order, so it is not asked to.
     async fn leave_parked(&mut self, running: Running) -> Phase {
         if !self.is_checkpointed() {
-            let free = self.free_when_parked(&running, None);
+            let free = self.free_when_parked(&running, None, Instant::now());
             return self.leave(running, free, Instant::now()).await;
         }
         let ordered_at = Instant::now();

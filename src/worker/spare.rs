@@ -364,8 +364,12 @@ impl Keeper {
                     }
                     continue;
                 }
+                Health::Importing(Ok(())) => {
+                    (has_answered, misses) = (true, 0);
+                    continue;
+                }
                 Health::Ready { .. } => "it has a model, though it was started as a spare".to_owned(),
-                Health::Failed { why, .. } => format!("it says: {why}"),
+                Health::Importing(Err(why)) | Health::Failed { why, .. } => format!("it says: {why}"),
                 Health::Stranger => "another program answers on its port".to_owned(),
                 Health::Silent(_) | Health::Refused if turn.is_some() => continue,
                 Health::Silent(_) | Health::Refused if misses + 1 < WATCH_MISSES => {

@@ -23,6 +23,8 @@ use crate::worker::ports;
 use crate::worker::process::{self, Start, WorkerProcess};
 use crate::worker::spare::Spares;
 
+#[path = "arrivals.rs"]
+mod arrivals;
 #[path = "device_memory.rs"]
 mod device_memory;
 #[path = "loading.rs"]
@@ -748,6 +750,7 @@ async fn pulse(doctor: &Doctor, limit: Duration) -> Pulse {
         Health::Ready { memory, .. } => Pulse::Alive(memory),
         Health::NotYet { memory, .. } => Pulse::Alive(Memory { device_bytes: None, ..memory }),
         Health::Failed { why, .. } => Pulse::Missed(format!("it says that it failed: {why}")),
+        Health::Importing(_) => Pulse::Missed("it says that it is a spare process".to_owned()),
         Health::Stranger => Pulse::Missed("another program answers on its port".to_owned()),
         Health::Silent(why) => Pulse::Missed(why),
         Health::Refused => Pulse::Refused,

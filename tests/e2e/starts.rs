@@ -196,6 +196,63 @@ async fn imports_that_fail_leave_cold_starts_as_they_are() {
     spare_when(api, "it is tried again", |spare| spare["starts"].as_u64() > Some(1)).await;
 }
 
+/// Appended to a server of ours: its imports wait for the file `go`, and then come to nothing. The file `asked` says that
+/// somebody has had an answer, and asks again.
+const FAILING_IMPORTS: &str = r#"
+def preload(cls):
+    folder = Path(__file__).parent
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+    if os.environ["HOW"] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ImportError("no such wheel")
+
+class Asked(rw.spare.Spare):
+    times = 0
+
+    async def health(self, request):
+        self.times += 1
+        if self.times > 1:
+            Path(__file__).with_name("asked").touch()
+        return await super().health(request)
+
+EchoService.preload, rw.spare.Spare = classmethod(preload), Asked
+"#;
+
+#[tokio::test]
+async fn a_spare_that_fails_in_its_imports_after_a_load_took_it_costs_a_cold_start() {
+    for (how, said) in [("raises", "it says: ImportError: no such wheel"), ("killed", "it was killed by SIGKILL")] {
+        let site = site();
+        let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+        let script = site.path().join("models/mine/server.py");
+        std::fs::create_dir_all(script.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink(models.join("base"), site.path().join("models/base")).unwrap();
+        let main = "\n\nif __name__ == \"__main__\":";
+        let text = std::fs::read_to_string(models.join("echo/server.py")).unwrap();
+        let (text, end) = text.split_once(main).unwrap();
+        std::fs::write(&script, format!("{text}\nimport roundhouse_worker.spare\n{FAILING_IMPORTS}{main}{end}"))
+            .unwrap();
+        let server = site.model("a", scripted(json!({"service_script": script, "env": {"HOW": how}}))).start().await;
+        let api = &server.api;
+        let spare = spare_when(api, "it imports", |spare| {
+            spare["state"] == "importing" && script.with_file_name("asked").exists()
+        })
+        .await;
+        let id = api.submit_echo("a", json!({})).await;
+        eventually(LIMIT, "a load has it", || async { (api.worker("a").await["pid"] == spare["pid"]).then_some(()) })
+            .await;
+        std::fs::write(script.with_file_name("go"), "").unwrap();
+        api.succeeded(&id).await;
+        let worker = api.worker("a").await;
+        assert_eq!((&worker["starts"], &worker["last_failure"]), (&json!(2), &Value::Null));
+        let log = server.log();
+        assert!(!log.contains("does not load"), "that is no failed load: {log}");
+        assert!(log.contains("has failed to import, so it is loaded from nothing") && log.contains(said), "{log}");
+        let failed = spare_when(api, "it is not there", |spare| spare["state"] == "backoff").await;
+        assert!(failed["reason"].as_str().unwrap().contains(said), "{failed}");
+    }
+}
+
 #[tokio::test]
 async fn a_killed_server_leaves_no_spare_process_behind() {
     let site = site().model("a", scripted(json!({})));

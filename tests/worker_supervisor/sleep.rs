@@ -200,6 +200,26 @@ async fn a_driver_that_fails_to_answer_once_does_not_end_a_worker_that_was_parke
     bench.assert_nothing_left();
 }
 
+#[tokio::test]
+async fn a_driver_that_fails_to_answer_once_does_not_cost_a_copy_at_its_wake() {
+    let (_gpus, mut bench, spec) = on_one_gpu();
+    let driver = Arc::new(FailsOnce { probe: bench.around.gpus.clone(), used: Mutex::new(None) });
+    bench.around.gpus = driver.clone();
+    let mut worker = bench.supervise(spec);
+    assert!(matches!(load_on_gpu(&mut worker).await, Report::Ready { .. }));
+    worker.handle.order_on(Order::Park, GpuSet::one(0), None);
+    assert!(matches!(worker.settled().await, Report::Parked { .. }));
+    // Less is in use than before.
+    *driver.used.lock().unwrap() = Some(u64::MAX);
+    worker.handle.order_on(Order::Wake, GpuSet::one(0), None);
+    let report = worker.settled().await;
+    assert!(matches!(report, Report::Ready { .. }), "{report:?}");
+    assert_eq!(worker.handle.view().starts, 1, "the same process");
+    assert_eq!(*driver.used.lock().unwrap(), Some(5_000_000_000), "it failed once");
+    worker.stop().await;
+    bench.assert_nothing_left();
+}
+
 /// A driver that says nothing any more once it is told to.
 struct FallsSilent {
     probe: Arc<dyn GpuProbe>,

@@ -118,6 +118,8 @@ class Spare:
         """`GET /health`: never ready, since there is no model."""
         status, phase = ("spare", "spare") if self._imported and self._taken is None else ("loading", "import")
         body = {"status": status, "phase": phase, "percent": None, "instance": os.environ.get("ROUNDHOUSE_INSTANCE")}
+        if not self._imported:
+            body["importing"] = True  # also once it is taken over: its load has not begun
         if self._failure is not None:
             body |= {"status": "failed", "error": f"{type(self._failure).__name__}: {self._failure}"}
         return JSONResponse(body, 503)

@@ -100,13 +100,27 @@ def test_one_that_imports_still_loads_when_it_has_imported(tmp_path: Path):
         own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         niceness = int(worker.wait_log("importing niceness").rpartition("=")[2])
         assert niceness == min(19, own if own > 10 else 10)
-        assert worker.get("/health").json()["status"] == "loading"
+        importing = {"status": "loading", "phase": "import", "percent": None, "instance": MARK, "importing": True}
+        assert worker.get("/health").json() == importing
         assert take_over(worker).status_code == 200
         assert take_over(worker).status_code == 409, "somebody else has it"
-        assert worker.get("/health").json()["status"] == "loading"
+        assert worker.get("/health").json() == importing
         assert os.getpriority(os.PRIO_PROCESS, worker.process.pid) == own, "only the imports are niced"
         gate.touch()
         worker.ready()
+        assert "importing" not in worker.get("/health").json()
+
+
+def test_imports_that_fail_after_it_was_taken_over_are_told_as_such(tmp_path: Path):
+    gate = tmp_path / "gate"
+    with spare(PROBE_GATE=str(gate), PROBE_IMPORT_ERROR="no such wheel") as worker:
+        worker.wait_log("importing niceness")
+        assert take_over(worker).status_code == 200
+        gate.touch()
+        worker.wait_log("preload failed")
+        told = worker.get("/health").json()
+        assert (told["status"], told["importing"], told["error"]) == ("failed", True, "ImportError: no such wheel")
+        assert worker.wait_exit() == 1
 
 
 def test_imports_that_fail_end_it_with_the_reason():
