@@ -7,6 +7,10 @@
 //! Out of memory is neither, as long as fewer jobs at once may fit: those of a run go back uncharged, and the next runs of their
 //! shape are half as long (`batching`); one that was the only job of its run goes back once more, to run with nothing beside it
 //! at all. Only then it fails.
+//!
+//! A worker that hangs, though its health is well, is like a death to those that shared it: they go back uncharged and run again
+//! in halves; the one that a search leaves alone, and that lets its worker hang again, fails. One that shared it with nobody is
+//! charged a failure, and runs with nothing beside it from then on.
 
 use crate::domain::worker::{Answer, Outcome};
 use crate::domain::{ErrorCode, JobError, Millis};
@@ -24,8 +28,9 @@ pub struct Attempt {
     pub isolated: bool,
     /// Jobs of its run, itself included.
     pub run_jobs: u32,
-    /// It had the worker for itself alone, since it had run out of memory before, though it was the only one of its run.
-    pub after_oom: bool,
+    /// It had the worker for itself alone by a mark of its own: it had run out of memory before though it was the only one of its
+    /// run, or had let a worker hang that it shared with nobody.
+    pub has_own_mark: bool,
     /// Somebody asked to cancel it.
     pub cancelling: bool,
     /// The server is stopping: nothing is charged.
@@ -33,6 +38,8 @@ pub struct Attempt {
     /// Its worker was woken and had answered nobody since when it failed, and is loaded from nothing now. Only for what
     /// [`may_be_the_wakes`].
     pub canary: bool,
+    /// So many jobs, itself included, were on its worker when that was found to hang; 0: it does not.
+    pub hung_with: u32,
     /// Output has been relayed to a caller who cannot be asked to forget it.
     pub relayed: bool,
     /// Its own deadline, not its timeout, ended the attempt.
@@ -62,10 +69,11 @@ pub enum Verdict {
 /// What an attempt says about a job as the killer of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Suspicion {
-    /// The worker died: the job runs next with others of the same death only.
+    /// The worker died, or hung: the job runs next with others of the same death only.
     Raised,
-    /// It ran out of memory as the only job of its run: it runs next with nothing beside it; see [`oom_mark`].
-    OutOfMemory,
+    /// It ran out of memory as the only job of its run, or let a worker hang that it shared with nobody: it runs next with
+    /// nothing beside it; see [`own_mark`].
+    Own,
     /// The attempt proves nothing.
     Kept,
     /// The worker survived it.
@@ -87,13 +95,13 @@ pub struct Requeue {
     pub error: Option<JobError>,
 }
 
-/// What stands in the place of a death for a job that ran out of memory: nobody shares it, so it runs alone.
-pub const fn oom_mark(number: i64) -> i64 {
+/// What stands in the place of a death for a job that is to run alone: nobody shares it.
+pub const fn own_mark(number: i64) -> i64 {
     -number
 }
 
 /// Whether it is such a mark, and not the load that died.
-pub const fn is_oom_mark(crash: i64) -> bool {
+pub const fn is_own_mark(crash: i64) -> bool {
     crash < 0
 }
 
@@ -128,6 +136,7 @@ pub fn judge(outcome: Outcome, attempt: &Attempt, now: Millis) -> Verdict {
         Outcome::WorkerLost { reached: false, .. } => requeue(attempt, None),
         Outcome::WorkerLost { reason, .. } => judge_crash(&reason, attempt),
         Outcome::Failed { error, retriable: true } if error.code == ErrorCode::WorkerOom => judge_oom(error, attempt),
+        Outcome::Failed { error, retriable: true } if attempt.hung_with > 0 => judge_hang(error, attempt, now),
         Outcome::Failed { error, retriable: true } => judge_failure(error, attempt, now),
     }
 }
@@ -153,7 +162,7 @@ fn requeue(attempt: &Attempt, error: Option<JobError>) -> Verdict {
 fn judge_crash(reason: &str, attempt: &Attempt) -> Verdict {
     let error = JobError::new(ErrorCode::WorkerLost, format!("the worker died while it ran this job: {reason}"), true);
     // Alone since it ran out of memory, it has been part of no death yet: this one may be anybody's.
-    if (attempt.isolated && !attempt.after_oom) || attempt.relayed {
+    if (attempt.isolated && !attempt.has_own_mark) || attempt.relayed {
         return Verdict::Fail(error);
     }
     let crashes = attempt.crashes + 1;
@@ -170,9 +179,9 @@ fn judge_oom(error: JobError, attempt: &Attempt) -> Verdict {
     if attempt.relayed {
         return Verdict::Fail(error);
     }
-    let suspicion = match (attempt.run_jobs > 1, attempt.after_oom) {
+    let suspicion = match (attempt.run_jobs > 1, attempt.has_own_mark) {
         (true, _) => Suspicion::Dropped,
-        (false, false) => Suspicion::OutOfMemory,
+        (false, false) => Suspicion::Own,
         (false, true) => {
             let message = format!(
                 "out of memory with nothing beside it on its worker; ask for less (a smaller size, a shorter duration), or \
@@ -189,6 +198,25 @@ fn judge_oom(error: JobError, attempt: &Attempt) -> Verdict {
         suspicion,
         error: Some(error),
     })
+}
+
+fn judge_hang(error: JobError, attempt: &Attempt, now: Millis) -> Verdict {
+    if attempt.run_jobs.max(attempt.hung_with) > 1 && !attempt.relayed {
+        return Verdict::Requeue(Requeue {
+            not_before: None,
+            failures: attempt.failures,
+            crashes: attempt.crashes,
+            suspicion: Suspicion::Raised,
+            error: Some(error),
+        });
+    }
+    if attempt.isolated && !attempt.has_own_mark {
+        return Verdict::Fail(error);
+    }
+    match judge_failure(error, attempt, now) {
+        Verdict::Requeue(requeue) => Verdict::Requeue(Requeue { suspicion: Suspicion::Own, ..requeue }),
+        verdict => verdict,
+    }
 }
 
 fn judge_failure(error: JobError, attempt: &Attempt, now: Millis) -> Verdict {
@@ -222,10 +250,11 @@ mod tests {
             max_attempts: 3,
             isolated: false,
             run_jobs: 1,
-            after_oom: false,
+            has_own_mark: false,
             cancelling: false,
             stopping: false,
             canary: false,
+            hung_with: 0,
             relayed: false,
             deadline_passed: false,
             deadline: None,
@@ -271,16 +300,18 @@ mod tests {
         let last_try = Attempt { max_attempts: 1, crashes: 1, ..attempt() };
         let among_many = Attempt { run_jobs: 2, ..last_try.clone() };
         assert_eq!(back(&among_many), (None, 0, 1, Suspicion::Dropped));
-        assert_eq!(back(&Attempt { after_oom: true, ..among_many }), (None, 0, 1, Suspicion::Dropped));
-        assert_eq!(back(&last_try), (None, 0, 1, Suspicion::OutOfMemory));
+        assert_eq!(back(&Attempt { has_own_mark: true, ..among_many }), (None, 0, 1, Suspicion::Dropped));
+        assert_eq!(back(&last_try), (None, 0, 1, Suspicion::Own));
         let isolated = Attempt { isolated: true, ..last_try };
-        assert_eq!(back(&isolated).3, Suspicion::OutOfMemory, "a crash was why it was alone");
-        let Verdict::Fail(error) = judge(oom(), &Attempt { after_oom: true, ..isolated }, 0) else { panic!("again") };
+        assert_eq!(back(&isolated).3, Suspicion::Own, "a crash was why it was alone");
+        let Verdict::Fail(error) = judge(oom(), &Attempt { has_own_mark: true, ..isolated }, 0) else {
+            panic!("again")
+        };
         assert_eq!(error.code, ErrorCode::WorkerOom);
         for word in ["smaller size", "`memory`", "`max_batch: 1`", "out of memory"] {
             assert!(error.message.contains(word), "{word}: {error:?}");
         }
-        assert!(is_oom_mark(oom_mark(1)) && !is_oom_mark(0));
+        assert!(is_own_mark(own_mark(1)) && !is_own_mark(0));
     }
 
     #[test]
@@ -289,6 +320,36 @@ mod tests {
         assert_eq!((r.failures, r.crashes), (0, 1));
         let alone = Attempt { crashes: 1, isolated: true, ..attempt() };
         assert!(matches!(judge(lost(), &alone, 0), Verdict::Fail(e) if e.code == ErrorCode::WorkerLost));
+    }
+
+    #[test]
+    fn who_shared_a_worker_that_hung_is_charged_nothing_until_it_was_alone() {
+        let hung = || {
+            let error = JobError::new(ErrorCode::ExecutionTimeout, "too long", true);
+            Outcome::Failed { error, retriable: true }
+        };
+        let back = |attempt: &Attempt| match judge(hung(), attempt, 0) {
+            Verdict::Requeue(r) => (r.failures, r.crashes, r.suspicion),
+            other => panic!("{other:?}"),
+        };
+        let last_try = Attempt { max_attempts: 1, ..attempt() };
+        // Of one run, or each in its own.
+        for shared in [
+            Attempt { run_jobs: 8, hung_with: 1, ..last_try.clone() },
+            Attempt { run_jobs: 1, hung_with: 8, ..last_try.clone() },
+        ] {
+            assert_eq!(back(&shared), (0, 0, Suspicion::Raised));
+            assert!(matches!(judge(hung(), &Attempt { relayed: true, ..shared }, 0), Verdict::Fail(_)));
+        }
+        let alone = Attempt { hung_with: 1, ..last_try };
+        let Verdict::Fail(error) = judge(hung(), &alone, 0) else { panic!("its last try") };
+        assert_eq!(error.code, ErrorCode::ExecutionTimeout);
+        let alone = Attempt { max_attempts: 3, ..alone };
+        assert_eq!(back(&alone), (1, 0, Suspicion::Own));
+        let again = Attempt { failures: 1, isolated: true, has_own_mark: true, ..alone.clone() };
+        assert_eq!(back(&again), (2, 0, Suspicion::Own));
+        let found = Attempt { isolated: true, ..alone };
+        assert!(matches!(judge(hung(), &found, 0), Verdict::Fail(_)), "a search has left it alone");
     }
 
     #[test]
@@ -337,8 +398,8 @@ mod tests {
     #[test]
     fn a_death_is_not_held_against_who_was_alone_for_want_of_memory() {
         let lost = || Outcome::WorkerLost { reason: "killed".into(), reached: true };
-        let after_oom = Attempt { isolated: true, after_oom: true, ..attempt() };
-        let verdict = judge(lost(), &after_oom, 0);
+        let has_own_mark = Attempt { isolated: true, has_own_mark: true, ..attempt() };
+        let verdict = judge(lost(), &has_own_mark, 0);
         assert!(
             matches!(&verdict, Verdict::Requeue(Requeue { suspicion: Suspicion::Raised, crashes: 1, .. })),
             "{verdict:?}"
@@ -354,7 +415,7 @@ mod tests {
             let is = |bit: u32| bits >> bit & 1 == 1;
             let attempt = Attempt {
                 isolated: is(0),
-                after_oom: is(1),
+                has_own_mark: is(1),
                 cancelling: is(2),
                 stopping: is(3),
                 canary: is(4),

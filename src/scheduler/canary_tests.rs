@@ -131,7 +131,7 @@ fn a_worker_that_hangs_while_it_drains_is_stopped_and_not_asked_to_park() {
     let mut world = draining(&[3]);
     let since = world.now;
     world.now += 60_000;
-    world.event(Event::Silent { model: Arc::from("a"), number: 3, since });
+    assert_eq!(world.silent(3, since), 1);
     world.event(back(3));
     assert_is_cold_after_b(&mut world);
 }

@@ -136,17 +136,27 @@ async fn send(context: Context, dispatch: Dispatch, body: Bytes) {
     let outcome = of_dead_engine(&context, &dispatch, outcome).await;
     let suspect = matches!(outcome, Outcome::WorkerLost { .. });
     let outcome = blame(&context, &dispatch, outcome, relayed).await;
-    // Half of the limit is long: engines that live give a sign of it many times a minute.
-    let silent_for = relayed.sign_at.unwrap_or(started).elapsed();
-    let silent = is_timeout(&outcome) && silent_for >= started.elapsed() / 2;
     let answered = matches!(outcome, Outcome::Answered(_));
     if let Outcome::WorkerLost { reason, .. } = &outcome {
         tracing::warn!(job.id = %token.id, model = %dispatch.model, "worker lost: {reason}");
     }
-    if silent {
-        context.tell(Message::Event(Event::Silent { model: dispatch.model.clone(), number: token.id.number, since }));
+    let mut hung_with = 0;
+    if is_timeout(&outcome) || (matches!(outcome, Outcome::Stopped) && dispatch.stop.cancelled.is_cancelled()) {
+        // Half of the time is long: engines that live give a sign of it many times a minute.
+        let is_silent = relayed.sign_at.unwrap_or(started).elapsed() >= started.elapsed() / 2;
+        if is_timeout(&outcome) {
+            let after_s = started.elapsed().as_secs();
+            tracing::warn!(job.id = %token.id, model = %dispatch.model, after_s, is_silent, "ran into its time limit");
+        }
+        if is_silent {
+            hung_with = context.blames_silence(&dispatch.model, token.id.number, since).await;
+        }
+        if hung_with > 0 {
+            tracing::warn!(job.id = %token.id, model = %dispatch.model, jobs = hung_with, "its worker hangs, and is ended");
+        }
     }
     let mut judged = judged(&context, &dispatch, relayed, deadline_passed);
+    judged.hung_with = hung_with;
     if retry::may_be_the_wakes(&outcome, &judged) {
         judged.canary = context.blames_wake(&dispatch.model, token.id.number).await;
     }
@@ -233,9 +243,10 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
         max_attempts: job.max_attempts,
         isolated: dispatch.alone,
         run_jobs: dispatch.run_jobs,
-        after_oom: dispatch.alone && job.crash.is_some_and(retry::is_oom_mark),
+        has_own_mark: dispatch.alone && job.crash.is_some_and(retry::is_own_mark),
         // Asked for when it matters.
         canary: false,
+        hung_with: 0,
         cancelling: dispatch.stop.cancelled.is_cancelled(),
         stopping: context.tasks.hard().is_cancelled(),
         // A caller on the line has the output already and cannot be asked to forget it; readers of events can.
@@ -251,7 +262,7 @@ fn judged(context: &Context, dispatch: &Dispatch, relayed: Relayed, deadline_pas
 pub(super) fn given_back(job: &ClaimedJob, load: i64, requeue: &Requeue, gpu_ms: f64) -> GiveBack {
     let crash = match requeue.suspicion {
         Suspicion::Raised => Some(load),
-        Suspicion::OutOfMemory => Some(retry::oom_mark(job.token.id.number)),
+        Suspicion::Own => Some(retry::own_mark(job.token.id.number)),
         Suspicion::Kept => job.crash,
         Suspicion::Dropped => None,
     };
@@ -278,6 +289,13 @@ impl Context {
         let (reply, answer) = oneshot::channel();
         self.tell(Message::BlameWake { model: model.clone(), number, reply });
         answer.await.unwrap_or(false)
+    }
+
+    /// With how many jobs on it the worker of an attempt without a sign of life was found to hang. 0 if the loop has ended.
+    async fn blames_silence(&self, model: &Arc<str>, number: i64, since: Millis) -> u32 {
+        let (reply, answer) = oneshot::channel();
+        self.tell(Message::BlameSilence { model: model.clone(), number, since, reply });
+        answer.await.unwrap_or(0)
     }
 
     /// Tells the loop; after the loop has ended there is nothing left to tell.

@@ -52,16 +52,6 @@ pub enum Event {
         /// See `domain::shape::words`.
         words: String,
     },
-    /// An attempt ran into its time limit and showed no progress for the last half of it: its worker may hang, though its
-    /// health is well.
-    Silent {
-        /// Entry name.
-        model: Arc<str>,
-        /// The job.
-        number: i64,
-        /// When the attempt was sent.
-        since: Millis,
-    },
     /// A waiting job is not to be scheduled any more: it was cancelled; committed.
     Gone {
         /// Entry name.

@@ -119,6 +119,8 @@ pub(super) struct Worker {
     pub(super) has_slept: bool,
     /// The load by which it was woken, or put to sleep and woken, if it has answered nobody since: a failure is not its job's.
     pub(super) canary: Option<i64>,
+    /// How long jobs have waited on it for a sign of life, since it answered somebody last.
+    pub(super) silence: Silence,
     /// Its entry has been edited since it was ordered, so that it would be another one now: it ends, and is never woken.
     pub(super) is_outdated: bool,
     /// It loads, and nobody waits for it.
@@ -129,6 +131,33 @@ pub(super) struct Worker {
     pub(super) keeps: u64,
     /// Most host memory that its copy may take, as it was told when it was loaded, in bytes.
     pub(super) promised: Option<u64>,
+}
+
+/// Attempts that ended, or were given up by their callers, without a sign of their worker.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Silence {
+    /// When the first of them began, and until when they are counted.
+    span: Option<(Millis, Millis)>,
+    /// How long they took, what they had in common once, in ms.
+    total_ms: i64,
+    /// Jobs on it when it was found to hang; 0: it was not.
+    pub(super) hung_with: u32,
+}
+
+impl Silence {
+    /// One more, from `since` until `now`, of a worker that answered last at `answered`. Returns how long they took.
+    pub(super) fn count(&mut self, since: Millis, now: Millis, answered: Option<Millis>) -> i64 {
+        let is_broken = |from: Millis| answered.is_some_and(|at| at >= from);
+        if self.span.is_some_and(|(from, _)| is_broken(from)) {
+            (self.span, self.total_ms) = (None, 0);
+        }
+        if !is_broken(since) {
+            let (from, until) = self.span.unwrap_or((since, since));
+            self.total_ms += (now - since.max(until)).max(0);
+            self.span = Some((from.min(since), until.max(now)));
+        }
+        self.total_ms
+    }
 }
 
 impl Worker {
@@ -145,6 +174,7 @@ impl Worker {
     /// Its process is gone, and another one is started.
     pub(super) fn starts_anew(&mut self) {
         (self.host, self.is_bare, self.has_slept, self.canary) = (HostCopy::default(), false, false, None);
+        self.silence = Silence::default();
     }
 
     /// Whether it is on its devices, or on the way there or away.

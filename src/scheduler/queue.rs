@@ -23,7 +23,7 @@ use crate::domain::shape::ALONE;
 use crate::domain::{Class, Face, Millis};
 use crate::policy::batching::Batching;
 use crate::policy::order::{Served, batch_slots, near_deadline, next_class};
-use crate::policy::retry::{PAUSE_MAX_MS, is_oom_mark};
+use crate::policy::retry::{PAUSE_MAX_MS, is_own_mark};
 use crate::scheduler::line::{Key, Line, Waiting};
 use crate::store::QueuedJob;
 
@@ -227,7 +227,7 @@ impl Queue {
         }
         if let (Some(probed), Some(crash)) = (self.probed, job.crash)
             && probed != crash
-            && !is_oom_mark(crash)
+            && !is_own_mark(crash)
             && let Some(rest) = self.isolated.get_mut(&probed)
         {
             rest.innocent = true;

@@ -144,7 +144,7 @@ fn jobs_isolated_by_a_crash_run_with_nobody_beside() {
 
 #[test]
 fn jobs_that_ran_out_of_memory_alone_run_with_nothing_beside_and_acquit_nobody() {
-    let hungry = |n| QueuedJob { crash: Some(crate::policy::retry::oom_mark(n)), ..job(n, 5) };
+    let hungry = |n| QueuedJob { crash: Some(crate::policy::retry::own_mark(n)), ..job(n, 5) };
     let suspect = |n| QueuedJob { crash: Some(1), ..job(n, 5) };
     let mut q = queue([suspect(1), suspect(2), suspect(3), suspect(4)]);
     assert_eq!(numbers(&q.admit(to(TEXT), &mut nobody(), 0)), [[1, 2]], "the first half");

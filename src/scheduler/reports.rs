@@ -3,20 +3,28 @@
 use super::*;
 
 impl State {
-    /// Restarts a worker that let an attempt run into the model's own time limit without progress, and has answered nobody
-    /// since the attempt began. A limit that the client set shorter proves nothing.
-    pub(super) fn on_silent(&mut self, model: &str, number: i64, since: Millis, now: Millis) -> Vec<Effect> {
+    /// An attempt that began at `since` has ended, by its time limit or by its caller, without a sign of its worker. If jobs have
+    /// waited for one as long as the model's own limit, with no answer to anybody in between, the worker hangs: it is stopped. A
+    /// shorter limit of a client proves nothing by itself. Returns how many jobs were on it when it was found to hang, this one
+    /// included; 0: it was not.
+    pub fn blame_silence(&mut self, model: &str, number: i64, since: Millis, now: Millis) -> (u32, Vec<Effect>) {
         let mut effects = Vec::new();
-        let Some(index) = self.index_of(model) else { return effects };
+        let Some(index) = self.index_of(model) else { return (0, effects) };
         let model = &self.models[index];
-        let Some(replica) = model.queue.running().get(&number).map(|running| running.worker) else { return effects };
-        if now - since >= model.timeout_ms
-            && model.queue.answered_at(replica).is_none_or(|at| at < since)
-            && let Some(worker) = self.find(index, replica)
-        {
-            self.leave(worker, true, now, &mut effects);
+        let Some(replica) = model.queue.running().get(&number).map(|running| running.worker) else {
+            return (0, effects);
+        };
+        let Some(place) = self.find(index, replica) else { return (0, effects) };
+        let (answered, limit, jobs) =
+            (model.queue.answered_at(replica), model.timeout_ms, model.queue.running_on(replica));
+        let silence = &mut self.workers[place].silence;
+        if silence.hung_with == 0 && silence.count(since, now, answered) >= limit {
+            silence.hung_with = u32::try_from(jobs).unwrap_or(u32::MAX);
+            self.account(now);
+            self.plan_now = true;
+            self.leave(place, true, now, &mut effects);
         }
-        effects
+        (self.workers[place].silence.hung_with, effects)
     }
 
     /// A running job has failed in a way that may be its worker's fault. If that was woken and has answered nobody since, the

@@ -87,6 +87,9 @@ pub(super) enum Message {
     Settle { model: Arc<str>, number: i64, reply: oneshot::Sender<f64> },
     /// A job has failed in a way that may be its worker's fault: is it put down to the worker's wake?
     BlameWake { model: Arc<str>, number: i64, reply: oneshot::Sender<bool> },
+    /// An attempt that began at `since` was given up without a sign of its worker: with how many jobs on it was that found to
+    /// hang? 0: it was not.
+    BlameSilence { model: Arc<str>, number: i64, since: Millis, reply: oneshot::Sender<u32> },
     /// Keep where the devices' time went until now.
     KeepSpent { reply: oneshot::Sender<Result<(), StoreError>> },
     /// Where the devices' time went could not be stored.
@@ -465,6 +468,12 @@ impl Scheduler {
                 let _ = reply.send(effects.is_some());
                 self.changed |= effects.is_some();
                 self.carry_out(effects.unwrap_or_default());
+            }
+            Message::BlameSilence { model, number, since, reply } => {
+                let (jobs, effects) = self.state.blame_silence(&model, number, since, self.context.clock.now());
+                let _ = reply.send(jobs);
+                self.changed |= !effects.is_empty();
+                self.carry_out(effects);
             }
             Message::KeepSpent { reply } => self.keep_spent(Some(reply)),
             Message::Decisions { filter, reply } => {

@@ -21,7 +21,7 @@ use crate::policy::order::Served;
 use crate::policy::plan::{Decision, Reservation};
 use crate::policy::{Knobs, admission};
 pub use crate::scheduler::inventory::Inventory;
-use crate::scheduler::inventory::{Phase, Worker, round};
+use crate::scheduler::inventory::{Phase, Silence, Worker, round};
 use crate::scheduler::journal::{DecisionFilter, DecisionPage, Journal};
 use crate::scheduler::ledger::{ArrivalOrder, Ledger};
 use crate::scheduler::model::{Model, Source, Trouble};
@@ -261,7 +261,6 @@ impl State {
                 }
                 Vec::new()
             }
-            Event::Silent { model, number, since } => self.on_silent(&model, number, since, now),
             Event::OutOfMemory { model, number, jobs } => {
                 self.on_shape(&model, number, now, |batching, key| batching.out_of_memory(key, jobs))
             }

@@ -65,6 +65,14 @@ impl World {
         assert!(self.loading_or_serving() <= 1, "two models on the device");
     }
 
+    /// An attempt at a job of `a` is given up without a sign of its worker; with how many jobs that is found to hang.
+    fn silent(&mut self, number: i64, since: Millis) -> u32 {
+        let (jobs, mut effects) = self.state.blame_silence("a", number, since, self.now);
+        effects.extend(self.state.step(self.now));
+        self.note(effects);
+        jobs
+    }
+
     fn loading_or_serving(&self) -> usize {
         self.state.workers.iter().filter(|worker| worker.is_on_device()).count()
     }
@@ -268,14 +276,13 @@ fn a_worker_that_is_silent_for_the_models_own_limit_is_restarted() {
     world.queue(vec![job(1, "a"), job(2, "a")]);
     world.obey();
     let since = world.now;
-    let silent = Event::Silent { model: Arc::from("a"), number: 1, since };
     let timed_out =
         |number| Event::Ended { model: Arc::from("a"), number, answered: false, suspect: false, back: None };
     world.now = since + 1_000;
-    world.event(silent.clone());
-    assert_eq!(world.orders, [], "a limit of the client's proves nothing");
+    assert_eq!(world.silent(1, since), 0, "a limit of the client's proves nothing");
+    assert_eq!(world.orders, []);
     world.now = since + 60_000;
-    world.event(silent);
+    assert_eq!(world.silent(1, since), 1);
     world.event(timed_out(1));
     assert_eq!(world.orders.pop(), Some(("a".to_owned(), Order::Stop)));
     world.running.clear();
@@ -288,8 +295,59 @@ fn a_worker_that_is_silent_for_the_models_own_limit_is_restarted() {
     world.finish_all();
     world.queue(vec![job(3, "a")]);
     world.now += 60_000;
-    world.event(Event::Silent { model: Arc::from("a"), number: 3, since });
+    assert_eq!(world.silent(3, since), 0);
     assert_eq!(world.orders, [], "it has answered others in the meantime");
+}
+
+#[test]
+fn short_limits_and_callers_who_leave_add_up_to_the_models_own_limit() {
+    let mut world = World::new(&[("a", 1)]);
+    let mut number = 0;
+    // A job that is given up after 10 s, a minute after the one before it.
+    let mut given_up = |world: &mut World| {
+        number += 1;
+        world.now += 60_000;
+        world.queue(vec![job(number, "a")]);
+        world.obey();
+        let since = world.now;
+        world.now += 10_000;
+        let jobs = world.silent(number, since);
+        let ended = Event::Ended { model: Arc::from("a"), number, answered: false, suspect: false, back: None };
+        world.event(ended);
+        world.running.clear();
+        jobs
+    };
+    for _ in 0..5 {
+        assert_eq!(given_up(&mut world), 0, "the time in between is nobody's");
+    }
+    assert_eq!(given_up(&mut world), 1);
+    assert_eq!(world.orders.pop(), Some(("a".to_owned(), Order::Stop)));
+    world.report("a", Report::Stopped { stop_ms: 1 });
+
+    for _ in 0..5 {
+        assert_eq!(given_up(&mut world), 0, "it is another one");
+    }
+    world.now += 1;
+    world.queue(vec![job(100, "a")]);
+    world.finish_all();
+    for _ in 0..5 {
+        assert_eq!(given_up(&mut world), 0, "it has answered");
+    }
+    assert_eq!(world.orders, []);
+}
+
+#[test]
+fn a_hang_is_told_to_all_that_shared_the_worker_as_they_are_given_up() {
+    let mut world = World::new(&[("a", 3)]);
+    world.queue(vec![job(1, "a"), job(2, "a"), job(3, "a"), job(4, "a")]);
+    world.obey();
+    let since = world.now;
+    world.now += 60_000;
+    for number in 1..=3 {
+        assert_eq!(world.silent(number, since), 3, "job {number}");
+        world.event(Event::Ended { model: Arc::from("a"), number, answered: false, suspect: false, back: None });
+    }
+    assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
 }
 
 #[test]
@@ -310,7 +368,7 @@ fn a_hung_worker_is_stopped_and_not_parked() {
     world.obey();
     let since = world.now;
     world.now += 60_000;
-    world.event(Event::Silent { model: Arc::from("a"), number: 3, since });
+    assert_eq!(world.silent(3, since), 1);
     world.event(Event::Ended { model: Arc::from("a"), number: 3, answered: false, suspect: false, back: None });
     assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
 }

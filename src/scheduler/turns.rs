@@ -159,6 +159,7 @@ impl State {
             is_bare: false,
             has_slept: false,
             canary: None,
+            silence: Silence::default(),
             is_outdated: false,
             at_leisure: false,
             may_rehearse: false,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::common::{Site, check_history, echo, eventually, with};
+use crate::common::{LIMIT, Site, check_history, echo, eventually, with};
 
 fn kinds(events: &[Value]) -> Vec<&str> {
     events.iter().map(|event| event["type"].as_str().unwrap()).collect()
@@ -150,6 +150,44 @@ async fn a_worker_that_hangs_on_a_job_is_replaced() {
     let job = api.succeeded(&next).await;
     assert_eq!(job["attempt"], 1, "it was not sent to the hanging worker: {job}");
     assert_eq!(api.worker("a").await["starts"], 2);
+}
+
+#[tokio::test]
+async fn who_shares_a_pass_with_a_job_that_hangs_is_charged_nothing() {
+    let entry = json!({"timeout": "2s", "max_batch": 4, "max_attempts": 1});
+    let site = Site::new().model("a", with(echo("custom", &[] as &[&str]), entry));
+    let server = site.start().await;
+    let api = &server.api;
+    api.poke("/v1/queue/pause").await.is(200);
+    let mut others = vec![api.submit_echo("a", json!({})).await];
+    let hanging = api.submit_echo("a", json!({"hang": true})).await;
+    for _ in 0..2 {
+        others.push(api.submit_echo("a", json!({})).await);
+    }
+    api.poke("/v1/queue/resume").await.is(200);
+    let job = api.finished(&hanging).await;
+    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("execution_timeout")), "{job}");
+    for id in &others {
+        let job = api.succeeded(id).await;
+        assert_eq!((&job["failures"], &job["crashes"]), (&json!(0), &json!(0)), "{job}");
+    }
+    assert!(server.log().contains("its worker hangs, and is ended"), "{}", server.log());
+}
+
+#[tokio::test]
+async fn callers_who_leave_before_the_limit_do_not_keep_a_hung_worker() {
+    let site = Site::new().model("a", with(echo("custom", &[] as &[&str]), json!({"timeout": "3s"})));
+    let server = site.start().await;
+    let api = &server.api;
+    let short = |wishes: Value| json!({"endpoint": "/echo", "body": {"model": "a", "echo": wishes}, "timeout_s": 1, "max_attempts": 1});
+    api.submit(&short(json!({"hang": true}))).await;
+    eventually(LIMIT, "the worker is replaced", || async {
+        let next = api.submit(&short(json!({}))).await;
+        api.finished(&next).await;
+        (api.worker("a").await["starts"] == 2).then_some(())
+    })
+    .await;
+    api.succeeded(&api.submit_echo("a", json!({})).await).await;
 }
 
 #[tokio::test]

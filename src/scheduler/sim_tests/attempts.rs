@@ -120,14 +120,15 @@ impl Sim {
         let is_timeout = matches!(&outcome, Outcome::Failed { error, .. } if error.code == ErrorCode::ExecutionTimeout);
         #[expect(clippy::cast_precision_loss, reason = "less than a thousand")]
         let jitter = self.rng.range(0, 999) as f64 / 1_000.0;
-        let attempt = Attempt {
+        let mut attempt = Attempt {
             canary: false,
+            hung_with: 0,
             failures: one.job.failures,
             crashes: one.job.crashes,
             max_attempts: one.job.max_attempts,
             isolated: one.alone,
             run_jobs: u32::try_from(one.run.map_or(1, |(_, count)| count)).unwrap(),
-            after_oom: one.alone && one.job.crash.is_some_and(retry::is_oom_mark),
+            has_own_mark: one.alone && one.job.crash.is_some_and(retry::is_own_mark),
             cancelling: one.cancelled.get(),
             stopping: false,
             relayed: one.relayed,
@@ -142,7 +143,11 @@ impl Sim {
             self.tell(Message::Event(Event::Answered { model: name.clone(), number }));
         }
         if silent && is_timeout {
-            self.tell(Message::Event(Event::Silent { model: name, number, since }));
+            let now = self.clock();
+            let (hung_with, effects) = self.server().state.blame_silence(&name, number, since, now);
+            attempt.hung_with = hung_with;
+            self.carry_out(effects);
+            self.wake();
         }
         if matches!(&outcome, Outcome::Failed { error, .. } if error.code == ErrorCode::WorkerOom) {
             self.seen.ooms += 1;

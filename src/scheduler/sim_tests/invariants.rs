@@ -12,7 +12,7 @@ impl Sim {
             return;
         }
         let crash = run.jobs[0].crash.expect("isolated by a death");
-        if retry::is_oom_mark(crash) {
+        if retry::is_own_mark(crash) {
             assert_eq!(run.jobs.iter().map(|job| -job.number).collect::<Vec<_>>(), [crash], "{run:?}");
             return;
         }

@@ -145,7 +145,7 @@ impl Sim {
                 }
                 self.suspects.entry(number).or_insert((load, 0, false)).1 += 1;
             }
-            Suspicion::Dropped | Suspicion::OutOfMemory => drop(self.suspects.remove(&number)),
+            Suspicion::Dropped | Suspicion::Own => drop(self.suspects.remove(&number)),
             Suspicion::Kept => {
                 if let Some(crash) = crash {
                     *self.kept.entry(crash).or_default() += 1;
