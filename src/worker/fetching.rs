@@ -552,6 +552,7 @@ async fn run_fetcher(
     };
     let mut lines = BufReader::new(stdout).lines();
     let mut heard = Heard::new(fetch, Instant::now());
+    let begun = Instant::now();
     let mut is_over = false;
     loop {
         let line = tokio::select! {
@@ -599,7 +600,11 @@ async fn run_fetcher(
     let Heard { fetch, end, .. } = heard;
     let (how, tail) = fetcher.end(around.grace).await;
     match end {
-        Some(Line::Done) => Outcome::Here,
+        Some(Line::Done) => {
+            let (bytes, seconds) = (fetch.total_bytes, begun.elapsed().as_secs_f64());
+            tracing::info!(model = spec.name, bytes, fetched_bytes = came, seconds, "its weights are fetched");
+            Outcome::Here
+        }
         Some(Line::Error { code, message }) if code == "no_fetcher" => Outcome::NoFetcher(message),
         Some(Line::Error { code, message }) => {
             failed(code != "network", format!("{message} ({code})"), fetch, came > 0)

@@ -214,6 +214,7 @@ async fn a_stopped_fetcher_is_told_until_it_speaks_again() {
     hub.go_on();
     server.api.succeeded(&waiting).await;
     assert_eq!(hub.ranges(), [None], "it was not started again");
+    assert!(server.log().contains("its weights are fetched"), "{}", server.log());
 }
 
 #[tokio::test]
