@@ -117,7 +117,9 @@ fn place(spec: &ModelSpec) -> Result<Place, NotHere> {
         return Err(NotHere::Elsewhere(why));
     }
     if !folder.join("requirements.txt").is_file() {
-        return Err(NotHere::Lacking(format!("there is no {}", folder.join("requirements.txt").display())));
+        let why = format!("there is no {}", folder.join("requirements.txt").display());
+        // Whoever made its environment knows how.
+        return Err(if python.is_file() { NotHere::Elsewhere(why) } else { NotHere::Lacking(why) });
     }
     let name = folder.file_name().and_then(|name| name.to_str());
     let models = folder.parent().filter(|models| models.file_name().is_some_and(|name| name == "models"));
@@ -220,5 +222,9 @@ mod tests {
         let error = run(&dir, &["--all"]).await.0.unwrap_err().to_string();
         assert!(error.contains("models/toy/requirements.txt"), "{error}");
         assert_eq!(asked(&dir), "other\n");
+        let own = dir.path().join("models/toy/.venv/bin");
+        std::fs::create_dir_all(&own).unwrap();
+        std::fs::write(own.join("python"), "").unwrap();
+        run(&dir, &["--all"]).await.0.unwrap();
     }
 }
