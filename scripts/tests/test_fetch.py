@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -124,6 +125,25 @@ def test_a_model_is_fetched_whole_and_found_offline_by_name(hub: Path, tmp_path:
     offline = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
     found = subprocess.run([PYTHON, "-c", code], env=offline, capture_output=True, text=True, timeout=PATIENCE_S)
     assert Path(found.stdout.strip()).resolve() == folder.resolve(), found.stderr
+
+
+def test_a_fetch_that_tells_no_bytes_yet_says_that_it_lives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fetch, "ALIVE_INTERVAL_S", 0.01)
+    reporter = fetch.Reporter(as_json=True, repo="org/tiny")
+    until = time.monotonic() + PATIENCE_S
+    said = ""
+    while said.count("alive") < 3 and time.monotonic() < until:
+        said += capsys.readouterr().out
+    reporter.start(0, 1)
+    reporter.done("/cache", "main")
+    lines = [json.loads(line) for line in (said + capsys.readouterr().out).splitlines()]
+    kinds = [line["type"] for line in lines]
+    first = kinds.index("progress")
+    assert first >= 3
+    assert set(kinds[:first]) == {"alive"}
+    assert "alive" not in kinds[first:]
 
 
 @pytest.fixture

@@ -37,10 +37,12 @@ pub struct InstallArgs {
     pub names: Vec<String>,
 }
 
-/// Installs the models. A model that cannot be installed is an error if it was named, and told if it was not.
+/// Installs the models. A model that is installed in another way is an error if it was named, and told if it was not; one that
+/// should be installed and cannot be is an error, after the others.
 pub(super) async fn install(args: &InstallArgs, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
     let config = config::load(&args.config, &environment)?;
     let mut by_script: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
+    let mut left_out = Vec::new();
     for spec in chosen(&config, args)? {
         match place(spec) {
             Ok(Place { script, folder }) => {
@@ -50,8 +52,9 @@ pub(super) async fn install(args: &InstallArgs, out: &mut dyn Write) -> anyhow::
                     folders.push(folder);
                 }
             }
-            Err(why) if args.all => writeln!(out, "{}: {why}", spec.name)?,
-            Err(why) => bail!("{}: {why}", spec.name),
+            Err(NotHere::Elsewhere(why)) if args.all => writeln!(out, "{}: {why}", spec.name)?,
+            Err(NotHere::Lacking(why)) if args.all => left_out.push(format!("{}: {why}", spec.name)),
+            Err(NotHere::Elsewhere(why) | NotHere::Lacking(why)) => bail!("{}: {why}", spec.name),
         }
     }
     out.flush()?;
@@ -64,6 +67,9 @@ pub(super) async fn install(args: &InstallArgs, out: &mut dyn Write) -> anyhow::
         if !status.success() {
             bail!("not installed: {} ended with {status}; its lines above say why", script.display());
         }
+    }
+    if !left_out.is_empty() {
+        bail!("not installed: {}", left_out.join("\n"));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -91,17 +97,29 @@ struct Place {
     folder: String,
 }
 
-/// Where a model is installed; an error says why that is not for us to do.
-fn place(spec: &ModelSpec) -> Result<Place, String> {
+/// Why a model is not installed by us.
+#[derive(Debug)]
+enum NotHere {
+    /// That is not for us to do.
+    Elsewhere(String),
+    /// Something is missing.
+    Lacking(String),
+}
+
+/// Where a model is installed.
+fn place(spec: &ModelSpec) -> Result<Place, NotHere> {
     let Launch::Script { python, script } = &spec.launch else {
-        return Err("it runs by `command`, so its program is installed in its own way".to_owned());
+        return Err(NotHere::Elsewhere("it runs by `command`, so its program is installed in its own way".to_owned()));
     };
     let folder = script.parent().unwrap_or(Path::new("/"));
     if *python != Launch::own_python(script) {
-        return Err(format!("its `python` is {}, an environment that is not made here", python.display()));
+        let why = format!("its `python` is {}, an environment that is not made here", python.display());
+        return Err(NotHere::Elsewhere(why));
     }
     if !folder.join("requirements.txt").is_file() {
-        return Err(format!("there is no {}", folder.join("requirements.txt").display()));
+        let why = format!("there is no {}", folder.join("requirements.txt").display());
+        // Whoever made its environment knows how.
+        return Err(if python.is_file() { NotHere::Elsewhere(why) } else { NotHere::Lacking(why) });
     }
     let name = folder.file_name().and_then(|name| name.to_str());
     let models = folder.parent().filter(|models| models.file_name().is_some_and(|name| name == "models"));
@@ -110,11 +128,11 @@ fn place(spec: &ModelSpec) -> Result<Place, String> {
         (Some(install), Some(name)) => Ok(Place { script: install, folder: name.to_owned() }),
         _ => {
             let shown = folder.display();
-            Err(format!(
+            Err(NotHere::Lacking(format!(
                 "there is no scripts/install.sh beside its models folder; by hand: `uv venv {shown}/.venv` and `uv pip install \
                  --torch-backend=auto --python {shown}/.venv -r {shown}/requirements.txt`, and the base service, models/base of \
                  Roundhouse's repository; `pip install uv` gets uv"
-            ))
+            )))
         }
     }
 }
@@ -191,5 +209,22 @@ mod tests {
         let dir = repository("");
         let error = run(&dir, &["a"]).await.0.unwrap_err().to_string();
         assert!(error.contains("there is no scripts/install.sh") && error.contains("pip install uv"), "{error}");
+        let (done, said) = run(&dir, &["--all"]).await;
+        let error = done.unwrap_err().to_string();
+        assert!(error.starts_with("not installed: a: there is no scripts/install.sh"), "{error}");
+        assert!(error.contains("\nc: there is no") && said.contains("own: it runs by `command`"), "{error}, {said}");
+    }
+
+    #[tokio::test]
+    async fn of_all_those_that_can_be_installed_are() {
+        let dir = repository(NOTES);
+        std::fs::remove_file(dir.path().join("models/toy/requirements.txt")).unwrap();
+        let error = run(&dir, &["--all"]).await.0.unwrap_err().to_string();
+        assert!(error.contains("models/toy/requirements.txt"), "{error}");
+        assert_eq!(asked(&dir), "other\n");
+        let own = dir.path().join("models/toy/.venv/bin");
+        std::fs::create_dir_all(&own).unwrap();
+        std::fs::write(own.join("python"), "").unwrap();
+        run(&dir, &["--all"]).await.0.unwrap();
     }
 }

@@ -90,7 +90,8 @@ fn row(model: &Value, workers: &BTreeMap<&str, &Value>) -> Row {
         worker.get("port").map(word).unwrap_or_default(),
         endpoints.join(" "),
     ];
-    Row { cells, reason: worker.get("reason").and_then(Value::as_str).map(str::to_owned) }
+    let reason = worker.get("reason").filter(|reason| reason.is_string()).or(ours.pointer("/fetch/reason"));
+    Row { cells, reason: reason.and_then(Value::as_str).map(str::to_owned) }
 }
 
 /// A model without an entry whose jobs are still there.
@@ -153,7 +154,8 @@ mod tests {
             {"id": "qwen", "object": "model", "roundhouse":
                 {"kind": "text", "state": "loading", "queue_depth": 12, "endpoints": ["/v1/chat/completions", "/v1/completions"]}},
             {"id": "new", "object": "model", "roundhouse":
-                {"kind": "text", "state": "fetching", "queue_depth": 1, "endpoints": ["/v1/completions"], "fetch": {"eta_s": 100.0}}},
+                {"kind": "text", "state": "fetching", "queue_depth": 1, "endpoints": ["/v1/completions"],
+                    "fetch": {"eta_s": 100.0, "reason": "no byte has come"}}},
             {"id": "flux", "object": "model", "roundhouse":
                 {"kind": "image", "state": "absent", "queue_depth": 0, "endpoints": ["/v1/images/generations"]}},
         ], "roundhouse": {"removed": [{"id": "old", "queue_depth": 3, "running": 0, "trouble": "add it back"}]}})
@@ -215,6 +217,7 @@ mod tests {
 MODEL  TYPE   STATE                     QUEUED  PORT  ENDPOINTS
 qwen   text   loading weights 40%       12      8001  /v1/chat/completions /v1/completions
 new    text   fetching 33%, 100 s left  1             /v1/completions
+    no byte has come
 flux   image  quarantined               0             /v1/images/generations
     5 loads failed
     no such file

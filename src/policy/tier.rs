@@ -76,9 +76,9 @@ impl Bare {
 }
 
 /// Places of those that go to disk so that the others fit into `budget` bytes: the least worth first, ties to the first of
-/// the list.
+/// the list. One that takes nothing stays: it makes no room.
 pub fn to_drop(parked: &[Parked], budget: u64) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..parked.len()).collect();
+    let mut order: Vec<usize> = (0..parked.len()).filter(|place| parked[*place].bytes > 0).collect();
     order.sort_by(|a, b| parked[*a].worth().total_cmp(&parked[*b].worth()));
     let mut total: u64 = parked.iter().map(|p| p.bytes).sum();
     let mut gone = Vec::new();
@@ -292,6 +292,9 @@ mod tests {
         assert_eq!(to_drop(&all, 80), [1]);
         assert_eq!(to_drop(&all, 49), [1, 0]);
         assert_eq!(to_drop(&all, 0), [1, 0, 2]);
+        // It saves nothing, and its end would free nothing.
+        let all = [parked(0.0, 1_000.0, 0), parked(1.0, 41_000.0, 40), parked(0.1, 91_000.0, 40)];
+        assert_eq!(to_drop(&all, 40), [2]);
     }
 
     #[test]

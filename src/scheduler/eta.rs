@@ -166,6 +166,7 @@ impl State {
         let turn = match (holding, self.due(index)) {
             (Holding::Serving, _) => format!("{model} is loaded"),
             (Holding::Loading, _) => format!("{model} is being loaded"),
+            (Holding::Awaiting, _) => format!("{model} is loaded once others have left its devices"),
             (_, Some(due)) if due > now => format!("{model} is due in {}", decision::seconds((due - now) as f64)),
             _ => format!("{model} is due"),
         };

@@ -10,7 +10,9 @@ const RANK_MAX: usize = 1_000;
 pub(in crate::scheduler) enum Holding {
     /// None holds or awaits a device.
     Nothing,
-    /// One waits for its set or loads.
+    /// One waits for its set, which others are to leave.
+    Awaiting,
+    /// One loads.
     Loading,
     /// One takes jobs.
     Serving,
@@ -26,8 +28,10 @@ impl State {
         let of = |is: fn(&Phase) -> bool| self.workers.iter().any(|w| w.model == index && is(&w.phase));
         if self.serves(index) {
             Holding::Serving
-        } else if of(|phase| matches!(phase, Phase::Waiting { .. } | Phase::Loading { .. })) {
+        } else if of(|phase| matches!(phase, Phase::Loading { .. })) {
             Holding::Loading
+        } else if of(|phase| matches!(phase, Phase::Waiting { .. })) {
+            Holding::Awaiting
         } else if of(|phase| matches!(phase, Phase::Draining { .. })) {
             Holding::Draining
         } else if of(|phase| matches!(phase, Phase::Stopping { .. })) {
@@ -85,7 +89,7 @@ impl State {
             .filter(|i| Some(*i) == first || !holders.clone().any(|holder| holder == *i))
             .filter(|i| Some(*i) == first || (due(*i), *i) < mine)
             .collect();
-        let loading_mine = self.holding(index) == Holding::Loading;
+        let loading_mine = matches!(self.holding(index), Holding::Loading | Holding::Awaiting);
         let before: usize = ahead.iter().map(|i| self.models[*i].queue.len()).sum();
         let swaps = ahead.iter().filter(|i| Some(**i) != first).count() + usize::from(!loading_mine);
         Some((before + rank, rank, swaps))

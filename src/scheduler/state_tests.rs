@@ -154,8 +154,11 @@ fn the_old_model_is_stopped_before_the_new_one_loads_and_only_when_dry() {
     assert!(world.orders.is_empty(), "a still runs job 1");
     world.event(Event::Ended { model: Arc::from("a"), number: 1, answered: true, suspect: false, back: None });
     assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
+    let b = world.state.index_of("b").unwrap();
+    assert_eq!(world.state.holding(b), Holding::Awaiting, "it does not load");
     world.report("a", Report::Stopped { stop_ms: 100 });
     assert_eq!(world.orders.last(), Some(&("b".to_owned(), Order::Load)));
+    assert_eq!(world.state.holding(b), Holding::Loading);
 }
 
 #[test]

@@ -42,7 +42,10 @@ impl Lack {
             None => (StateReason::WaitingForModel, "its weights are being looked for".to_owned()),
             Some(fetch) => (StateReason::ModelFetching, in_words(fetch)),
         };
-        let failure = fetch.as_ref().and_then(|fetch| fetch.reason.as_deref()).map(last_try);
+        let failure = fetch.as_ref().and_then(|fetch| match (fetch.phase, fetch.reason.as_deref()?) {
+            (FetchPhase::Fetching, why) => Some(format!("its weights do not come now: {}", first_line(why))),
+            (_, why) => Some(last_try(why)),
+        });
         Self { stage, fetch, trouble: Trouble { reason, error: None, text, until: None }, failure }
     }
 

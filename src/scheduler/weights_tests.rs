@@ -179,6 +179,8 @@ fn why_a_fetch_failed_is_told_until_bytes_come_or_somebody_asks_for_a_retry() {
     assert_eq!(failure(&desk), because("no way there"));
     desk.fetch(at(FetchPhase::Fetching, None));
     assert_eq!(failure(&desk), None, "bytes come");
+    desk.fetch(at(FetchPhase::Fetching, Some("no byte")));
+    assert_eq!(failure(&desk).as_deref(), Some("its weights do not come now: no byte"), "no try has failed");
     desk.fetch(no_access());
     assert_eq!(failure(&desk), because("403"));
     desk.fetch(FetchReport::Available);

@@ -39,6 +39,12 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// Time over which the speed is smoothed.
 const SMOOTHED_S: f64 = 5.0;
+/// A fetcher of ours speaks every few seconds: one that is silent so long does not come on, and is told to be silent.
+const SILENT_AFTER: Duration = Duration::from_secs(20);
+/// One that is silent so long hangs, or is stopped: it is ended, and another one goes on where it was.
+const HANGS_AFTER: Duration = Duration::from_secs(120);
+/// How long no byte may come until that is told. The fetcher itself asks the hub again after half a minute.
+const STANDS_AFTER: Duration = Duration::from_secs(20);
 /// Readings closer to each other say nothing about the speed.
 const READING_MIN_S: f64 = 0.1;
 
@@ -528,7 +534,7 @@ async fn run_fetcher(
     if blocking(move || is_here(&looked)).await == Some(true) {
         return Outcome::Here;
     }
-    let mut fetch = Fetch { reason: before, ..Fetch::at(FetchPhase::Listing) };
+    let fetch = Fetch { reason: before, ..Fetch::at(FetchPhase::Listing) };
     let tell = |fetch: &Fetch| {
         let report = FetchReport::Progress(fetch.clone());
         drop(reports.send((spec.name.clone(), want.load(Ordering::Relaxed), report)));
@@ -545,8 +551,8 @@ async fn run_fetcher(
         return failed(false, "the fetcher has no stdout".to_owned(), fetch, false);
     };
     let mut lines = BufReader::new(stdout).lines();
-    let mut speed = Speed::default();
-    let (mut first, mut end) = (None, None);
+    let mut heard = Heard::new(fetch, Instant::now());
+    let begun = Instant::now();
     let mut is_over = false;
     loop {
         let line = tokio::select! {
@@ -560,42 +566,171 @@ async fn run_fetcher(
                 is_over = true;
                 continue;
             }
+            () = sleep_until(heard.look_at()) => {
+                match heard.look(Instant::now()) {
+                    Look::Well => {}
+                    Look::Silent => {
+                        let silent_s = SILENT_AFTER.as_secs();
+                        tracing::warn!(model = spec.name, silent_s, "the fetcher of its weights says nothing");
+                        tell(&heard.fetch);
+                    }
+                    Look::Hangs => break,
+                }
+                continue;
+            }
         };
         let Ok(Some(line)) = line else { break };
-        match serde_json::from_str(&line) {
-            Ok(Line::Waiting) => {
-                fetch.phase = FetchPhase::Waiting;
-                tell(&fetch);
-            }
-            Ok(Line::Progress { bytes, total_bytes }) => {
-                first.get_or_insert(bytes);
-                let bytes_per_s = speed.read(bytes, Instant::now());
-                let stood =
-                    (fetch.phase == FetchPhase::Fetching && fetch.bytes == bytes).then_some(fetch.reason).flatten();
-                fetch = Fetch { reason: stood, ..progress(bytes, total_bytes, bytes_per_s) };
-                tell(&fetch);
-            }
-            Ok(Line::Retry { message }) => {
-                fetch.reason = Some(message);
-                tell(&fetch);
-            }
-            Ok(line @ (Line::Done | Line::Error { .. })) => end = Some(line),
-            Ok(Line::Other) | Err(_) => {}
+        let Ok(line) = serde_json::from_str(&line) else { continue };
+        let stood = heard.stands;
+        if heard.hear(line, Instant::now()) {
+            tell(&heard.fetch);
+        }
+        if heard.stands && !stood {
+            let bytes = heard.fetch.bytes;
+            tracing::warn!(
+                model = spec.name,
+                bytes,
+                "its weights do not come: no byte for {} s",
+                STANDS_AFTER.as_secs()
+            );
         }
     }
-    let got_further = first.is_some_and(|first| fetch.bytes > first);
+    let came = heard.came();
+    let hangs = heard.hangs;
+    let Heard { fetch, end, .. } = heard;
     let (how, tail) = fetcher.end(around.grace).await;
     match end {
-        Some(Line::Done) => Outcome::Here,
+        Some(Line::Done) => {
+            let (bytes, seconds) = (fetch.total_bytes, begun.elapsed().as_secs_f64());
+            tracing::info!(model = spec.name, bytes, fetched_bytes = came, seconds, "its weights are fetched");
+            Outcome::Here
+        }
         Some(Line::Error { code, message }) if code == "no_fetcher" => Outcome::NoFetcher(message),
         Some(Line::Error { code, message }) => {
-            failed(code != "network", format!("{message} ({code})"), fetch, got_further)
+            failed(code != "network", format!("{message} ({code})"), fetch, came > 0)
+        }
+        _ if hangs => {
+            let message = format!("the fetcher said nothing for {} s and was ended", HANGS_AFTER.as_secs());
+            failed(false, message, fetch, came > 0)
         }
         _ => match tail.reason() {
             Some(line) if line.contains("No module named") => Outcome::NoFetcher(line),
-            Some(line) => failed(false, format!("the fetcher {how}; its log says: {line}"), fetch, got_further),
-            None => failed(false, format!("the fetcher {how}"), fetch, got_further),
+            Some(line) => failed(false, format!("the fetcher {how}; its log says: {line}"), fetch, came > 0),
+            None => failed(false, format!("the fetcher {how}"), fetch, came > 0),
         },
+    }
+}
+
+/// What a fetcher has said, and when.
+struct Heard {
+    fetch: Fetch,
+    speed: Speed,
+    /// The bytes that it began with.
+    first: Option<u64>,
+    /// Its last trouble that nothing has come since.
+    trouble: Option<String>,
+    /// When it last said anything.
+    heard_at: Instant,
+    /// When its bytes last were others than before.
+    moved_at: Instant,
+    /// No byte comes.
+    stands: bool,
+    /// It has said nothing for [`SILENT_AFTER`].
+    is_silent: bool,
+    /// It has said nothing for [`HANGS_AFTER`].
+    hangs: bool,
+    /// Its last words.
+    end: Option<Line>,
+}
+
+/// What [`Heard::look`] finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// It speaks.
+    Well,
+    /// It has become silent, which is to be told.
+    Silent,
+    /// It has to be ended.
+    Hangs,
+}
+
+impl Heard {
+    fn new(fetch: Fetch, now: Instant) -> Self {
+        Self {
+            trouble: fetch.reason.clone(),
+            fetch,
+            speed: Speed::default(),
+            first: None,
+            heard_at: now,
+            moved_at: now,
+            stands: false,
+            is_silent: false,
+            hangs: false,
+            end: None,
+        }
+    }
+
+    /// Bytes that came.
+    fn came(&self) -> u64 {
+        self.first.map_or(0, |first| self.fetch.bytes.saturating_sub(first))
+    }
+
+    /// Takes a line of it; whether there is something to tell.
+    fn hear(&mut self, line: Line, now: Instant) -> bool {
+        self.heard_at = now;
+        let was_silent = std::mem::take(&mut self.is_silent);
+        match line {
+            Line::Waiting => self.fetch.phase = FetchPhase::Waiting,
+            Line::Progress { bytes, total_bytes } => {
+                self.first.get_or_insert(bytes);
+                if self.fetch.phase != FetchPhase::Fetching || self.fetch.bytes != bytes {
+                    (self.moved_at, self.trouble) = (now, None);
+                }
+                // Of files that are here to the last byte the hashes are checked.
+                self.stands = bytes < total_bytes && now.duration_since(self.moved_at) >= STANDS_AFTER;
+                let mut bytes_per_s = self.speed.read(bytes, now);
+                if self.stands {
+                    bytes_per_s = Some(0.0);
+                    self.speed.bytes_per_s = bytes_per_s;
+                }
+                self.fetch = progress(bytes, total_bytes, bytes_per_s);
+            }
+            Line::Retry { message } => self.trouble = Some(message),
+            line @ (Line::Done | Line::Error { .. }) => {
+                self.end = Some(line);
+                return false;
+            }
+            Line::Other if !was_silent => return false,
+            Line::Other => {}
+        }
+        self.fetch.reason = self.trouble.clone();
+        if self.stands && self.fetch.reason.is_none() {
+            self.fetch.reason = Some(format!("no byte has come for over {} s", STANDS_AFTER.as_secs()));
+        }
+        true
+    }
+
+    /// When to look whether it still speaks.
+    fn look_at(&self) -> Instant {
+        self.heard_at + if self.is_silent { HANGS_AFTER } else { SILENT_AFTER }
+    }
+
+    fn look(&mut self, now: Instant) -> Look {
+        let silence = now.duration_since(self.heard_at);
+        self.hangs = silence >= HANGS_AFTER;
+        if self.hangs {
+            return Look::Hangs;
+        }
+        if self.is_silent || silence < SILENT_AFTER {
+            return Look::Well;
+        }
+        self.is_silent = true;
+        self.fetch.bytes_per_s = self.fetch.bytes_per_s.map(|_| 0.0);
+        self.fetch.eta_s = None;
+        let (silent, hangs) = (SILENT_AFTER.as_secs(), HANGS_AFTER.as_secs());
+        self.fetch.reason =
+            Some(format!("the fetcher has said nothing for over {silent} s; after {hangs} s it is started again"));
+        Look::Silent
     }
 }
 
@@ -750,6 +885,53 @@ mod tests {
         assert_eq!(progress(25, 100, None).eta_s, None);
         assert_eq!(progress(25, 100, Some(0.0)).eta_s, None, "it stands");
         assert_eq!(progress(0, 0, None).percent, Some(100.0));
+    }
+
+    #[test]
+    fn a_fetcher_that_falls_silent_is_told_and_later_ended() {
+        let begun = Instant::now();
+        let at = |seconds| begun + Duration::from_secs(seconds);
+        let mut heard = Heard::new(Fetch::at(FetchPhase::Listing), begun);
+        let line = |bytes| Line::Progress { bytes, total_bytes: 100 };
+        assert!(heard.hear(line(20), at(1)) && heard.hear(line(33), at(2)));
+        assert!(heard.fetch.eta_s.is_some() && heard.fetch.bytes_per_s > Some(1.0));
+        assert_eq!(heard.look_at(), at(22));
+        assert_eq!(heard.look(at(21)), Look::Well);
+        assert_eq!(heard.look(at(22)), Look::Silent);
+        let reason = "the fetcher has said nothing for over 20 s; after 120 s it is started again";
+        assert_eq!(heard.fetch.reason.as_deref(), Some(reason));
+        assert_eq!((heard.fetch.bytes, heard.fetch.bytes_per_s, heard.fetch.eta_s), (33, Some(0.0), None));
+        assert_eq!((heard.look_at(), heard.look(at(100))), (at(122), Look::Well), "it is told once");
+        // It speaks again, and says no more than that.
+        assert!(heard.hear(Line::Other, at(110)));
+        assert_eq!((heard.fetch.reason.as_deref(), heard.look_at()), (None, at(130)));
+        assert!(!heard.hear(Line::Other, at(111)), "there is nothing to tell");
+        assert_eq!(heard.look(at(140)), Look::Silent);
+        assert_eq!(heard.look(at(231)), Look::Hangs);
+        assert_eq!((heard.hangs, heard.came()), (true, 13));
+    }
+
+    #[test]
+    fn bytes_that_do_not_come_are_told_unless_hashes_are_checked() {
+        let begun = Instant::now();
+        let at = |seconds| begun + Duration::from_secs(seconds);
+        let mut heard = Heard::new(Fetch { reason: Some("before".into()), ..Fetch::at(FetchPhase::Listing) }, begun);
+        let line = |bytes| Line::Progress { bytes, total_bytes: 100 };
+        let stands = "no byte has come for over 20 s";
+        for (second, bytes, reason) in
+            [(1, 20, None), (2, 33, None), (21, 33, None), (22, 33, Some(stands)), (23, 33, Some(stands))]
+        {
+            heard.hear(line(bytes), at(second));
+            assert_eq!(heard.fetch.reason.as_deref(), reason, "after {second} s");
+        }
+        assert_eq!((heard.fetch.bytes_per_s, heard.fetch.eta_s, heard.stands), (Some(0.0), None, true));
+        heard.hear(Line::Retry { message: "timed out".into() }, at(32));
+        heard.hear(line(33), at(33));
+        assert_eq!(heard.fetch.reason.as_deref(), Some("timed out"), "which says more");
+        heard.hear(line(100), at(34));
+        assert_eq!((heard.fetch.reason.as_deref(), heard.stands), (None, false));
+        heard.hear(line(100), at(90));
+        assert_eq!((heard.fetch.reason.as_deref(), heard.stands), (None, false), "all of it is here");
     }
 
     #[test]

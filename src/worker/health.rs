@@ -93,13 +93,13 @@ impl Doctor {
     pub(super) async fn put_to_sleep(&self, bare: bool) -> Result<(), String> {
         if bare && !self.is_ours().await? {
             // FastAPI answers 405 to the wrong method, 404 where there is nothing.
-            let (status, _) = self.get(RELOAD).await.map_err(|lost| lost.to_string())?;
+            let (status, _) = self.get(RELOAD).await.map_err(|lost| self.plain(RELOAD, &lost))?;
             if status == 404 {
                 return Err(format!("it has no {RELOAD}, by which vLLM reads its weights again"));
             }
         }
         self.tell(if bare { "/sleep?level=2" } else { "/sleep?level=1" }).await?;
-        let answer = self.get("/is_sleeping").await.map_err(|lost| lost.to_string())?;
+        let answer = self.get("/is_sleeping").await.map_err(|lost| self.plain("/is_sleeping", &lost))?;
         let says: Value = serde_json::from_slice(&answer.1).unwrap_or_default();
         let sleeps = answer.0 == 200 && says.get("is_sleeping") == Some(&Value::Bool(true));
         if sleeps { Ok(()) } else { Err(format!("/is_sleeping answers with status {} that it is awake", answer.0)) }
@@ -123,7 +123,7 @@ impl Doctor {
 
     /// Whether its `/health` is in the shape of our workers' (with `instance`), whatever it says.
     async fn is_ours(&self) -> Result<bool, String> {
-        let (_, body) = self.get("/health").await.map_err(|lost| lost.to_string())?;
+        let (_, body) = self.get("/health").await.map_err(|lost| self.plain("/health", &lost))?;
         let says: Value = serde_json::from_slice(&body).unwrap_or_default();
         Ok(says.get("instance").is_some())
     }
@@ -140,15 +140,21 @@ impl Doctor {
     async fn tell_with(&self, path: &str, body: Option<&Value>) -> Result<(), String> {
         let body = body.map(|body| bytes::Bytes::from(body.to_string())).unwrap_or_default();
         let ask = Ask { method: Method::POST, body, ..Ask::get(path) };
-        let mut reply = self.pool.call(&self.authority, &ask).await.map_err(|lost| lost.to_string())?;
+        let mut reply = self.pool.call(&self.authority, &ask).await.map_err(|lost| self.plain(path, &lost))?;
         let status = reply.status;
-        let body = reply.whole(LIMIT_BYTES).await.map_err(|lost| lost.to_string())?.unwrap_or_default();
+        let body = reply.whole(LIMIT_BYTES).await.map_err(|lost| self.plain(path, &lost))?.unwrap_or_default();
         if (200..300).contains(&status) {
             self.pool.give_back(&self.authority, reply);
             return Ok(());
         }
         let text = cut(String::from_utf8_lossy(&body).into_owned(), 400);
         Err(format!("{path} answers with status {status}: {text}"))
+    }
+
+    /// How it was lost, for callers; what the library and the system say of it is for the log.
+    fn plain(&self, path: &str, lost: &Lost) -> String {
+        tracing::warn!(worker = self.authority, path, "no answer: {lost}");
+        format!("{}, when it was asked for {path}", lost.what)
     }
 
     async fn exchange(&self) -> Health {
@@ -175,7 +181,12 @@ impl Doctor {
 }
 
 fn unheard(lost: &Lost) -> Health {
-    if lost.is_refused { Health::Refused } else { Health::Silent(lost.to_string()) }
+    if lost.is_refused {
+        return Health::Refused;
+    }
+    // It is asked again and again.
+    tracing::debug!("a health probe is not answered: {lost}");
+    Health::Silent(lost.what.to_owned())
 }
 
 /// A body with `status` and `instance` is one of our workers' and decides; of any other server, the HTTP status does.
@@ -249,6 +260,28 @@ mod tests {
         assert_eq!(read(503, oom, "m"), Health::Failed { why: "no room".into(), oom: true });
         assert_eq!(ask(200, "ready", "id:2".into()), Health::Stranger);
         assert_eq!(ask(200, "ready", Value::Null), Health::Stranger, "started by hand");
+    }
+
+    #[tokio::test]
+    async fn a_lost_connection_is_told_in_plain_words() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let doctor = Doctor::new(listener.local_addr().unwrap().port(), "m");
+        let broken = async {
+            let (mut it, _) = listener.accept().await.unwrap();
+            it.read_buf(&mut Vec::with_capacity(4096)).await.unwrap();
+            it.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nab").await.unwrap();
+        };
+        let words = "its connection broke in the middle of the answer";
+        let (said, ()) = tokio::join!(doctor.wake_up(), broken);
+        assert_eq!(said, Err(format!("{words}, when it was asked for /wake_up")));
+        let broken = async {
+            let (mut it, _) = listener.accept().await.unwrap();
+            it.read_buf(&mut Vec::with_capacity(4096)).await.unwrap();
+            it.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nab").await.unwrap();
+        };
+        let (said, ()) = tokio::join!(doctor.ask(Duration::from_secs(60)), broken);
+        assert_eq!(said, Health::Silent(words.to_owned()));
     }
 
     #[test]

@@ -17,6 +17,11 @@ pub(super) const FILE_LIMIT_BYTES: u64 = 10 << 20;
 const LINE_LIMIT_BYTES: usize = 8 << 10;
 /// Lines kept in memory for reasons.
 const TAIL_LINES: usize = 50;
+/// Most lines in a reason, and its length in bytes.
+const REASON_LINES: usize = 3;
+const REASON_LIMIT_BYTES: usize = 400;
+/// Between them.
+const LINES_APART: &str = " / ";
 /// A line names its level within so many words, after the time and who wrote it.
 const LEVEL_WITHIN: usize = 12;
 /// How long a file that could not be written is left alone: a full disk is not asked again for each line.
@@ -72,7 +77,7 @@ impl Tail {
         lines.iter().cloned().collect()
     }
 
-    /// The line that says best why a process ended: the last that names an error, else the last. None that is only
+    /// What says best why a process ended: the last line that names an error, else the last lines, in one. None that is only
     /// information: what it did before it ended is not why.
     pub(super) fn reason(&self) -> Option<String> {
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
@@ -80,15 +85,24 @@ impl Tail {
             let words = line.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
             words.take(LEVEL_WITHIN).any(|word| matches!(word, "INFO" | "DEBUG"))
         };
-        let meaningful = || lines.iter().rev().filter(|l| !l.trim().is_empty() && !is_information(l));
-        let names_error = |line: &&String| {
+        let mut meaningful =
+            lines.iter().rev().map(|line| line.trim()).filter(|line| !line.is_empty() && !is_information(line));
+        let names_error = |line: &&str| {
             let line = line.to_ascii_lowercase();
             ["error", "exception", "cannot ", "failed", "fatal"].iter().any(|word| line.contains(word))
         };
-        meaningful()
-            .find(names_error)
-            .or_else(|| meaningful().next())
-            .map(|line| super::verdict::cut(line.trim().to_owned(), 400))
+        let short = |line: &str| super::verdict::cut(line.to_owned(), REASON_LIMIT_BYTES);
+        if let Some(line) = meaningful.clone().find(names_error) {
+            return Some(short(line));
+        }
+        let mut reason = short(meaningful.next()?);
+        for line in meaningful.take(REASON_LINES - 1) {
+            if line.len() + LINES_APART.len() + reason.len() > REASON_LIMIT_BYTES {
+                break;
+            }
+            reason = [line, &reason].join(LINES_APART);
+        }
+        Some(reason)
     }
 
     /// Whether a line says, in the words of torch or vLLM, that the device has not enough memory.
@@ -323,11 +337,27 @@ mod tests {
         }
         assert_eq!(tail.lines().len(), TAIL_LINES);
         assert_eq!(tail.lines()[0], "line 70");
-        assert_eq!(tail.reason().as_deref(), Some("line 119"));
+        assert_eq!(tail.reason().as_deref(), Some("line 117 / line 118 / line 119"));
         tail.push(b"ValueError: no such folder");
         tail.push(b"bye");
         tail.push(b"  ");
         assert_eq!(tail.reason().as_deref(), Some("ValueError: no such folder"));
+    }
+
+    #[test]
+    fn where_no_line_names_an_error_the_last_lines_are_the_reason() {
+        let reason = |lines: &[&str]| {
+            let tail = Tail::default();
+            lines.iter().for_each(|line| tail.push(line.as_bytes()));
+            tail.reason().unwrap()
+        };
+        let said = ["ls: unrecognized option '--foo'", "  ", "Try 'ls --help' for more information."];
+        assert_eq!(reason(&said), "ls: unrecognized option '--foo' / Try 'ls --help' for more information.");
+        let traceback = ["Traceback (most recent call last):", "  File \"x.py\", line 1", "KeyError: 'x'"];
+        assert_eq!(reason(&traceback), "KeyError: 'x'", "it says it all");
+        let long = "x".repeat(390);
+        assert_eq!(reason(&["first", &long, "last"]), format!("{long} / last"));
+        assert_eq!(reason(&["first", &"x".repeat(399), "last"]), "last", "no line but the last is cut");
     }
 
     #[test]

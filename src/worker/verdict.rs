@@ -1,6 +1,7 @@
 //! Says what an engine's answer or complaint means for a job. Pure: bytes in, a verdict out.
 
 use serde::Deserialize;
+use serde_json::error::Category;
 use serde_json::{Value, json};
 
 use crate::domain::worker::Outcome;
@@ -222,7 +223,7 @@ pub(super) fn check(endpoint: &str, media_type: &str, body: &[u8]) -> Result<Opt
         JobKind::Image => check_image(body),
         _ if body.is_empty() => Err(Failure::invalid_output(format!("the engine's answer to {endpoint} is empty"))),
         _ if is_json => {
-            serde_json::from_slice::<serde::de::IgnoredAny>(body).map_err(|e| not_as_promised("JSON", &e))?;
+            serde_json::from_slice::<serde::de::IgnoredAny>(body).map_err(|e| not_as_promised("JSON", body, &e))?;
             // An array is JSON too, it only has no usage.
             let is_object = body.trim_ascii_start().first() == Some(&b'{');
             let answer = is_object.then(|| serde_json::from_slice::<AnyAnswer>(body).ok());
@@ -233,7 +234,7 @@ pub(super) fn check(endpoint: &str, media_type: &str, body: &[u8]) -> Result<Opt
 }
 
 fn check_text(body: &[u8]) -> Result<Option<Value>, Failure> {
-    let answer: TextAnswer = serde_json::from_slice(body).map_err(|e| not_as_promised("text", &e))?;
+    let answer: TextAnswer = serde_json::from_slice(body).map_err(|e| not_as_promised("text", body, &e))?;
     if answer.choices.is_empty() {
         return Err(Failure::invalid_output("the engine's answer has no `choices`"));
     }
@@ -256,7 +257,7 @@ fn check_text(body: &[u8]) -> Result<Option<Value>, Failure> {
 }
 
 fn check_image(body: &[u8]) -> Result<Option<Value>, Failure> {
-    let answer: ImageAnswer = serde_json::from_slice(body).map_err(|e| not_as_promised("images", &e))?;
+    let answer: ImageAnswer = serde_json::from_slice(body).map_err(|e| not_as_promised("images", body, &e))?;
     let has_content = |image: &Image| {
         let is_there = |text: &Option<std::borrow::Cow<str>>| text.as_ref().is_some_and(|t| !t.is_empty());
         is_there(&image.b64_json) || is_there(&image.url)
@@ -269,14 +270,25 @@ fn check_image(body: &[u8]) -> Result<Option<Value>, Failure> {
     Ok(answer.usage)
 }
 
+/// How much of an answer is shown, in characters.
+const SHOWN: usize = 60;
+
 /// serde's message names the place and the expected type; it does not quote long texts of ours.
-fn not_as_promised(what: &str, error: &serde_json::Error) -> Failure {
-    Failure::invalid_output(format!(
-        "the engine's answer is not as promised ({what}): {:?} at line {} column {}",
-        error.classify(),
-        error.line(),
-        error.column()
-    ))
+fn not_as_promised(what: &str, body: &[u8], error: &serde_json::Error) -> Failure {
+    let place = format!("line {} column {}", error.line(), error.column());
+    Failure::invalid_output(match error.classify() {
+        _ if body.trim_ascii().is_empty() => "the engine's answer is empty".to_owned(),
+        Category::Syntax => format!("the engine's answer is not JSON: {} ({place})", beginning(body)),
+        Category::Eof => format!("the engine's answer ends before its JSON does: {} ({place})", beginning(body)),
+        other => format!("the engine's answer is not as promised ({what}): {other:?} at {place}"),
+    })
+}
+
+/// How an answer begins, for a person: a few characters, none that a terminal would obey.
+fn beginning(body: &[u8]) -> String {
+    let head = String::from_utf8_lossy(&body[..body.len().min(4 * SHOWN)]);
+    let plain: String = head.chars().map(|c| if c.is_control() { ' ' } else { c }).take(SHOWN).collect();
+    format!("it begins with `{}`", plain.trim())
 }
 
 /// Cuts at a character's border.
@@ -292,6 +304,29 @@ pub(super) fn cut(mut text: String, limit_bytes: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_json_is_shown_by_its_first_characters() {
+        let said = |endpoint: &str, body: &[u8]| {
+            let failure = check(endpoint, "application/json", body).unwrap_err();
+            assert_eq!(failure.error.code, ErrorCode::InvalidOutput);
+            failure.error.message
+        };
+        let page = format!("<html>\r\n\u{1b}[2J{}", "x".repeat(1_000));
+        for endpoint in ["/v1/chat/completions", "/v1/images/generations", "/v1/custom"] {
+            let message = said(endpoint, page.as_bytes());
+            assert!(
+                message.starts_with("the engine's answer is not JSON: it begins with `<html>   [2Jxxx"),
+                "{message}"
+            );
+            assert!(message.len() < 150 && message.ends_with("` (line 1 column 1)"), "{message}");
+        }
+        let cut_off = said("/v1/chat/completions", br#"{"choices": ["#);
+        assert!(cut_off.contains("ends before its JSON does: it begins with `{\"choices\": [`"), "{cut_off}");
+        assert!(said("/v1/chat/completions", b"\xff\xfe").contains("is not JSON"));
+        assert_eq!(said("/v1/chat/completions", b" "), "the engine's answer is empty");
+        assert!(said("/v1/chat/completions", b"[1]").contains("is not as promised (text)"));
+    }
 
     fn code_of(failure: &Failure) -> (ErrorCode, bool) {
         assert_eq!(failure.error.retryable, failure.retriable);

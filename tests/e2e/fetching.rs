@@ -193,6 +193,31 @@ async fn a_killed_guard_takes_its_fetcher_along_and_the_fetch_goes_on() {
 }
 
 #[tokio::test]
+async fn a_stopped_fetcher_is_told_until_it_speaks_again() {
+    let site_dir = Site::new();
+    let hub = Hub::start(site_dir.path(), &[]);
+    let site = site(&hub, site_dir);
+    let server = site.start().await;
+    let waiting = server.api.submit_echo("hub", json!({})).await;
+    held(&server.api).await;
+    let process = fetcher(&server).await;
+    process.signal(Signal::SIGSTOP);
+    let is_silent = |fetch: &Value| fetch["reason"].as_str().is_some_and(|reason| reason.contains("has said nothing"));
+    let told = eventually(LIMIT, "it is told", || async {
+        let fetch = model(&server.api, "hub").await["fetch"].clone();
+        is_silent(&fetch).then_some(fetch)
+    })
+    .await;
+    assert_eq!((&told["bytes_per_s"], &told["eta_s"]), (&json!(0.0), &Value::Null), "{told}");
+    assert!(server.log().contains("the fetcher of its weights says nothing"));
+    process.signal(Signal::SIGCONT);
+    hub.go_on();
+    server.api.succeeded(&waiting).await;
+    assert_eq!(hub.ranges(), [None], "it was not started again");
+    assert!(server.log().contains("its weights are fetched"), "{}", server.log());
+}
+
+#[tokio::test]
 async fn a_fetch_goes_on_after_the_server_is_killed_and_is_not_made_again() {
     let site_dir = Site::new();
     let hub = Hub::start(site_dir.path(), &[]);

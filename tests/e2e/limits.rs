@@ -77,6 +77,7 @@ async fn too_many_waiting_callers_are_refused_and_places_come_back() {
     let second_job = api.job_of("second").await;
     let reply = api.post("/v1/chat/completions", &chat("third")).await.refused(429, "queue_full");
     assert!(!reply.header("retry-after").is_empty());
+    assert_eq!(reply.json()["error"]["details"], json!({"limit": 2, "key": "waiting_sync_max"}));
     // The limit is on callers, not on jobs.
     let asynchronous = api.submit(&json!({"endpoint": "/v1/chat/completions", "body": chat("fourth")})).await;
     assert_eq!(api.job(&asynchronous).await["state"], "queued");

@@ -7,7 +7,8 @@ was cut, killed or restarted goes on in the middle of a file: `huggingface_hub` 
 process, so only the list of files comes from it. Every file is checked against its hash.
 
 With `--json-progress` stdout has one JSON object a line: `{"type":"waiting"}` while another fetch of the same
-repository is at work, any number of `{"type":"progress","bytes","total_bytes","file"}`, then one
+repository is at work, any number of `{"type":"progress","bytes","total_bytes","file"}`, `{"type":"alive"}` every few
+seconds before the first of them (a fetcher that says nothing is stopped or hangs), then one
 `{"type":"done","path","revision","bytes"}` or `{"type":"error","code","message"}`. Codes: `gated`, `not_found`,
 `insufficient_space`, `network`, `corrupt`, `misconfigured`, `no_fetcher` (a library is missing). Exit status 0 or 1.
 
@@ -44,6 +45,7 @@ SPARE_FRACTION = 0.05
 PARALLEL_FILES = 4
 CHUNK_BYTES = 1 << 20
 PROGRESS_INTERVAL_S = 0.5
+ALIVE_INTERVAL_S = 5.0
 TRIES_WITHOUT_PROGRESS = 6
 REFUSED_TRIES = 3
 """Nobody listens where the hub should be: it is being started again, or its address is wrong, which no pause mends."""
@@ -125,13 +127,25 @@ class Reporter:
         self._began_at = time.monotonic()
         self._began_with = 0
         self._file = ""
+        self._started = threading.Event()
         self._ended = threading.Event()
+        if as_json:
+            threading.Thread(target=self._live_on, name="alive", daemon=True).start()
+
+    def _live_on(self) -> None:
+        """Until bytes are told: importing, asking the hub and waiting for another fetch may take long."""
+        while not self._started.wait(ALIVE_INTERVAL_S):
+            with self._lock:
+                if not self._started.is_set():
+                    self._line({"type": "alive"})
 
     def start(self, present: int, total: int) -> None:
         """`present` of `total` bytes are here already."""
-        self._bytes = self._began_with = present
-        self._total = total
-        self._tell("", force=True)
+        with self._lock:
+            self._started.set()
+            self._bytes = self._began_with = present
+            self._total = total
+            self._tell("", force=True)
         if self._as_json:
             # A fetch that stands is told, too.
             threading.Thread(target=self._tell_on, name="progress", daemon=True).start()
@@ -152,7 +166,8 @@ class Reporter:
     def waiting(self) -> None:
         """Another fetch of the repository is at work."""
         if self._as_json:
-            self._line({"type": "waiting"})
+            with self._lock:
+                self._line({"type": "waiting"})
         sys.stderr.write(f"{self._repo}: another fetch is at work, waiting for it\n")
 
     def again(self, why: str) -> None:
@@ -178,6 +193,7 @@ class Reporter:
     def fail(self, error: FetchError) -> None:
         """The fetch ended without success."""
         with self._lock:
+            self._started.set()
             self._ended.set()
             if self._as_json:
                 self._line({"type": "error", "code": error.code, "message": str(error)})

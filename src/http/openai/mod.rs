@@ -66,8 +66,11 @@ pub async fn call(
 
 fn too_many(state: &AppState) -> ApiError {
     let limit = state.live().waiting_sync_max;
-    let message = format!("{limit} sync calls wait already; come back later, or submit by POST /v1/jobs");
-    ApiError::new(ErrorCode::QueueFull, message).with_details(json!({"limit": limit}))
+    let key = "waiting_sync_max";
+    let message = format!(
+        "{limit} sync calls wait already, of {limit} allowed by scheduler.{key}; come back later, or submit by POST /v1/jobs"
+    );
+    ApiError::new(ErrorCode::QueueFull, message).with_details(json!({"limit": limit, "key": key}))
 }
 
 /// `Prefer: respond-async`: the job instead of the answer, unless it ends within `wait`.
