@@ -263,9 +263,7 @@ impl State {
             }
             Event::Silent { model, number, since } => self.on_silent(&model, number, since, now),
             Event::CanaryFailed { model, number } => self.on_canary_failed(&model, number, now),
-            Event::OutOfMemory { model, number, jobs } => {
-                self.on_shape(&model, number, now, |batching, key| batching.out_of_memory(key, jobs))
-            }
+            Event::OutOfMemory { model, number, jobs } => self.on_out_of_memory(&model, number, jobs, now),
             Event::Shape { model, number, words } => self.on_shape(&model, number, now, |batching, key| {
                 batching.name(key, words);
                 None
