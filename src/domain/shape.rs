@@ -117,8 +117,24 @@ pub struct KeptShape {
     pub level: Option<u32>,
     /// Most jobs of a pass since one ran out of memory; `None`: none has.
     pub cap: Option<u32>,
-    /// Jobs a second by the size as a power of two, as far as they are known.
+    /// Jobs a second by the size as a power of two, as far as they are known; also of sizes beyond `cap`.
     pub rates: Vec<(u32, f64)>,
+    /// What `cap` comes from, the oldest first; earlier releases did not say.
+    #[serde(default)]
+    pub halvings: Vec<Halving>,
+}
+
+/// A pass that ran out of memory, and the limit that it set on its shape.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Halving {
+    /// Most jobs of a pass since.
+    pub most: u32,
+    /// The size in use before, as a power of two.
+    pub level: Option<u32>,
+    /// Numbers of the jobs in the pass.
+    pub jobs: Vec<i64>,
+    /// One of them has run out of memory alone since: it goes with the next pass that is answered.
+    pub own_fault: bool,
 }
 
 #[cfg(test)]

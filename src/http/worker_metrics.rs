@@ -58,8 +58,11 @@ pub(super) fn render(workers: &[WorkerMetrics]) -> String {
     out
 }
 
-/// Name, labels (their texts escaped as they came), and value with its time if it has one, of a line.
-fn sample(line: &str) -> Option<(&str, Vec<(&str, &str)>, &str)> {
+/// Names and texts, these escaped as they came.
+type Labels<'a> = Vec<(&'a str, &'a str)>;
+
+/// Name, labels, and value with its time if it has one, of a line.
+fn sample(line: &str) -> Option<(&str, Labels<'_>, &str)> {
     let end = line.find(|c: char| !is_of_a_name(c)).filter(|end| *end > 0)?;
     let (name, rest) = line.split_at(end);
     let (labels, rest) = match rest.strip_prefix('{') {
@@ -73,7 +76,7 @@ fn sample(line: &str) -> Option<(&str, Vec<(&str, &str)>, &str)> {
 }
 
 /// The labels up to the brace that closes them, and what follows it.
-fn labels(mut text: &str) -> Option<(Vec<(&str, &str)>, &str)> {
+fn labels(mut text: &str) -> Option<(Labels<'_>, &str)> {
     let mut found = Vec::new();
     loop {
         text = text.trim_start();

@@ -4,14 +4,18 @@
 //! [`GAIN`] times as many jobs a second as the best one below; one that is in use stays in use down to [`KEEP`], so that noise
 //! moves nothing. What was not measured yet is tried: the sizes above, one after the other up to the most, by batch jobs only;
 //! the one below rarely, since it may cost throughput, but at once again as long as it costs none. Neighbours of the size in
-//! use are measured anew after [`STALE_PASSES`]. A pass that ran out of memory halves the most for its shape.
+//! use are measured anew after [`STALE_PASSES`].
+//!
+//! A pass that ran out of memory halves the most for its shape. If a job of it runs out of memory alone, too, that was its own
+//! fault: what passes with it have set is taken back. Not before another pass is answered: of a shape that never fits, each job
+//! would halve the passes again.
 //!
 //! What is known of the shapes used last outlives a restart of the server, and is a start: new passes soon outweigh it.
 
 use std::collections::{HashMap, VecDeque};
 
 use crate::domain::Millis;
-use crate::domain::shape::{ALONE, KeptShape};
+use crate::domain::shape::{ALONE, Halving, KeptShape};
 use crate::policy::decision::{Decision, short};
 
 /// A larger size must do so many times the jobs a second.
@@ -68,8 +72,10 @@ impl Level {
 struct Shape {
     words: String,
     levels: Vec<Level>,
-    /// Most jobs of a pass: less than the model's after one ran out of memory.
+    /// Most jobs of a pass: less than the model's after one ran out of memory. What is known of larger ones is kept.
     most: u32,
+    /// The passes that ran out of memory, the oldest first.
+    halvings: Vec<Halving>,
     /// Tried by itself up to here.
     tried: u32,
     /// The level in use; `None`: that of the model's first size, which is not known yet.
@@ -85,6 +91,11 @@ struct Shape {
 
 impl Shape {
     fn rate(&self, level: u32) -> Option<f64> {
+        self.rate_beyond(level).filter(|_| level <= level_of(self.most))
+    }
+
+    /// The same of a level that may be beyond the most.
+    fn rate_beyond(&self, level: u32) -> Option<f64> {
         self.levels.get(level as usize).filter(|level| level.rates.len() >= SAMPLES_MIN)?.median()
     }
 
@@ -117,6 +128,34 @@ impl Shape {
     /// Jobs a second by the known levels.
     fn known(&self) -> impl Iterator<Item = (u32, f64)> {
         (0..=level_of(self.most)).filter_map(|level| Some((level, self.rate(level)?)))
+    }
+
+    /// The same, also beyond the most.
+    fn known_beyond(&self) -> impl Iterator<Item = (u32, f64)> {
+        (0..).zip(&self.levels).filter_map(|(level, _)| Some((level, self.rate_beyond(level)?)))
+    }
+
+    /// Puts the best level in use, once that of the first size is known.
+    fn choose(&mut self, first: u32) {
+        if self.level.is_some() || self.rate(level_of(first.min(self.most))).is_some() {
+            self.level = self.best(level_of(self.most)).or(self.level);
+        }
+    }
+
+    /// Most jobs of a pass, of at most `all`.
+    fn limit(&mut self, all: u32) {
+        self.most = self.halvings.iter().map(|halving| halving.most).fold(all, u32::min).max(1);
+    }
+
+    /// Goes back to before the halvings that were a job's own fault; false: there are none.
+    fn take_back(&mut self, all: u32) -> bool {
+        let Some(level) = self.halvings.iter().find(|halving| halving.own_fault).map(|halving| halving.level) else {
+            return false;
+        };
+        self.halvings.retain(|halving| !halving.own_fault);
+        self.limit(all);
+        self.level = level.map(|level| level.min(level_of(self.most)));
+        true
     }
 
     /// Jobs of a pass when enough wait.
@@ -182,8 +221,18 @@ pub struct Change {
     to: u32,
     /// Jobs a second of both, as far as they are known.
     rates: [Option<f64>; 2],
+    cause: Cause,
+}
+
+/// Why.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Cause {
+    /// That is what passes took.
+    Measured,
     /// So many at once ran out of memory.
-    out_of_memory: Option<u32>,
+    OutOfMemory(u32),
+    /// One of those that ran out of memory did so alone, too.
+    OwnFault,
 }
 
 impl Change {
@@ -192,13 +241,16 @@ impl Change {
         let shape = if self.words.is_empty() { String::new() } else { format!(" ({})", self.words) };
         let of = |jobs: u32| if jobs == 1 { "1 job".to_owned() } else { format!("{jobs} jobs") };
         let head = format!("{model}{shape}: {} a pass from now on", of(self.to));
-        let (code, reason) = match (self.out_of_memory, self.rates) {
-            (Some(jobs), _) => ("worker_oom", format!("{head}, {jobs} at once ran out of memory")),
-            (None, [Some(from), Some(to)]) => {
+        let (code, reason) = match (self.cause, self.rates) {
+            (Cause::OutOfMemory(jobs), _) => ("worker_oom", format!("{head}, {jobs} at once ran out of memory")),
+            (Cause::OwnFault, _) => {
+                ("worker_oom", format!("{head}, before {}: a job ran out of memory alone", self.from))
+            }
+            (Cause::Measured, [Some(from), Some(to)]) => {
                 let (from, to) = (short_rate(from), short_rate(to));
                 ("batch", format!("{head}, {to} a second; with {} it was {from}", self.from))
             }
-            (None, _) => ("batch", format!("{head}, before {}", self.from)),
+            (Cause::Measured, _) => ("batch", format!("{head}, before {}", self.from)),
         };
         let mut numbers = vec![("jobs", f64::from(self.to)), ("jobs_before", f64::from(self.from))];
         numbers.extend(self.rates[0].map(|rate| ("jobs_per_second_before", rate)));
@@ -283,30 +335,44 @@ impl Batching {
         let (first, most) = (self.first, self.most);
         let shape = self.shape(key);
         shape.passes += 1;
-        if !shape.loads.contains(&pass.load) {
+        let (before, outline) = ((shape.level, shape.size(first)), shape.outline());
+        let cause = if shape.take_back(most) { Cause::OwnFault } else { Cause::Measured };
+        let is_warm = shape.loads.contains(&pass.load);
+        if is_warm {
+            shape.measure(pass);
+        } else {
             shape.loads.push_back(pass.load);
             if shape.loads.len() > LOADS_MAX {
                 shape.loads.pop_front();
             }
-            return None;
         }
-        let (before, outline) = ((shape.level, shape.size(first)), shape.outline());
-        shape.measure(pass);
-        shape.go_on();
-        if shape.level.is_some() || shape.rate(level_of(first.min(shape.most))).is_some() {
-            shape.level = shape.best(level_of(most)).or(shape.level);
+        if is_warm || cause == Cause::OwnFault {
+            shape.go_on();
+            shape.choose(first);
         }
-        let is_news = shape.outline() != outline;
-        shape.forget_stale();
+        let is_news = cause == Cause::OwnFault || shape.outline() != outline;
+        if is_warm {
+            shape.forget_stale();
+        }
         let (from, to) = (before.1, shape.size(first));
         let rates = [before.0.unwrap_or(level_of(from)), shape.level.unwrap_or(0)].map(|level| shape.rate(level));
         let words = shape.words.clone();
         self.has_news |= is_news;
-        (from != to).then_some(Change { words, from, to, rates, out_of_memory: None })
+        (from != to).then_some(Change { words, from, to, rates, cause })
     }
 
-    /// A pass of so many jobs ran out of memory: from now on it is at most half as many.
-    pub fn out_of_memory(&mut self, key: i64, jobs: u32) -> Option<Change> {
+    /// A job ran out of memory alone: what passes with it have set is taken back by the next one that is answered.
+    pub fn own_fault(&mut self, key: i64, number: i64) {
+        let Some(shape) = self.shapes.get_mut(&key) else { return };
+        for halving in shape.halvings.iter_mut().filter(|halving| !halving.own_fault && halving.jobs.contains(&number))
+        {
+            halving.own_fault = true;
+            self.has_news = true;
+        }
+    }
+
+    /// A pass of so many jobs ran out of memory, with these `numbers`: from now on it is at most half as many.
+    pub fn out_of_memory(&mut self, key: i64, jobs: u32, numbers: Vec<i64>) -> Option<Change> {
         if !self.is_on() || key == ALONE || jobs < 2 {
             return None;
         }
@@ -317,12 +383,11 @@ impl Batching {
         }
         let from = shape.size(first);
         shape.most = jobs / 2;
-        shape.tried = shape.tried.min(shape.most);
-        shape.levels.truncate(level_of(shape.most) as usize + 1);
+        shape.halvings.push(Halving { most: jobs / 2, level: shape.level, jobs: numbers, own_fault: false });
         shape.level = shape.level.map(|level| level.min(level_of(shape.most)));
         let (to, words) = (shape.size(first), shape.words.clone());
         self.has_news = true;
-        Some(Change { words, from, to, rates: [None; 2], out_of_memory: Some(jobs) })
+        Some(Change { words, from, to, rates: [None; 2], cause: Cause::OutOfMemory(jobs) })
     }
 
     /// What a shape is, in words.
@@ -349,7 +414,8 @@ impl Batching {
             words: shape.words.clone(),
             level: shape.level,
             cap: Some(shape.most).filter(|most| *most < self.most),
-            rates: shape.known().collect(),
+            rates: shape.known_beyond().collect(),
+            halvings: shape.halvings.clone(),
         };
         self.latest().take(SHOWN_MAX).map(keep).collect()
     }
@@ -363,15 +429,19 @@ impl Batching {
             let (first, all) = (self.first, self.most);
             let shape = self.shape(known.key);
             shape.words.clone_from(&known.words);
-            shape.most = known.cap.unwrap_or(all).clamp(1, all);
-            let top = level_of(shape.most);
+            shape.halvings.clone_from(&known.halvings);
+            // As an earlier release kept it.
+            let cap = known.cap.filter(|_| known.halvings.is_empty());
+            shape.halvings.extend(cap.map(|most| Halving { most, level: None, jobs: Vec::new(), own_fault: false }));
+            shape.limit(all);
+            let top = level_of(all);
             shape.levels = vec![Level::default(); top as usize + 1];
             for (level, rate) in known.rates.iter().filter(|(level, rate)| *level <= top && *rate > 0.0) {
                 shape.levels[*level as usize].rates = VecDeque::from([*rate; SAMPLES_MIN]);
             }
-            shape.level = known.level.map(|level| level.min(top)).filter(|level| shape.rate(*level).is_some());
-            let tried = shape.known().last().map_or(first, |(level, _)| first.max(1 << level));
-            shape.tried = tried.min(shape.most);
+            let level = known.level.map(|level| level.min(level_of(shape.most)));
+            shape.level = level.filter(|level| shape.rate(*level).is_some());
+            shape.tried = shape.known_beyond().last().map_or(first, |(level, _)| first.max(1 << level));
             shape.go_on();
         }
     }
@@ -406,6 +476,7 @@ impl Batching {
             words: String::new(),
             levels: Vec::new(),
             most: self.most,
+            halvings: Vec::new(),
             tried: self.first,
             level: None,
             passes: 0,

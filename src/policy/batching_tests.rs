@@ -115,7 +115,7 @@ fn a_change_is_told_once_and_in_words() {
     let decision = change.decision("flux", 5);
     assert_eq!(decision.reason, "flux (size 64x64): 2 jobs a pass from now on, 2 a second; with 1 it was 1.3");
     assert_eq!((decision.action, decision.code, decision.numbers["jobs"]), ("batch", "batch", 2.0));
-    let change = batching.out_of_memory(KEY, 2).expect("halved");
+    let change = batching.out_of_memory(KEY, 2, vec![1]).expect("halved");
     let reason = change.decision("flux", 5).reason;
     assert_eq!(reason, "flux (size 64x64): 1 job a pass from now on, 2 at once ran out of memory");
 }
@@ -201,7 +201,7 @@ proptest! {
             let fit = *fits.entry(key).or_insert(most);
             prop_assert!((1..=waiting.min(fit)).contains(&jobs), "{} of {}, {} fit", jobs, waiting, fit);
             if kind == 0 {
-                batching.out_of_memory(key, jobs);
+                batching.out_of_memory(key, jobs, Vec::new());
                 if jobs > 1 {
                     fits.insert(key, fit.min(jobs / 2));
                 }
@@ -241,13 +241,13 @@ fn only_what_is_new_is_news() {
         news += usize::from(batching.take_news());
     }
     assert!((4..=40).contains(&news), "{news} in a thousand passes");
-    assert!(batching.out_of_memory(KEY, 2).is_some() && batching.take_news() && !batching.take_news());
+    assert!(batching.out_of_memory(KEY, 2, vec![1]).is_some() && batching.take_news() && !batching.take_news());
 }
 
 #[test]
 fn what_ran_out_of_memory_before_a_restart_is_not_tried_after_it() {
     let mut before = Batching::new(8, 8);
-    before.out_of_memory(KEY, 8);
+    before.out_of_memory(KEY, 8, vec![1]);
     let mut after = Batching::new(8, 8);
     after.restore(&before.kept());
     let sizes = run(&mut after, 500, false, |_| 500.0);
@@ -260,4 +260,131 @@ fn what_ran_out_of_memory_before_a_restart_is_not_tried_after_it() {
     run(&mut larger, 10, false, |_| 500.0);
     assert_eq!((larger.usual(), smaller.usual(), smaller.next(KEY, 9, true)), (8, 2, 2));
     assert_eq!(off.shapes(), []);
+}
+
+/// Most jobs of a pass of the only shape, and how many it has when enough wait.
+fn in_force(batching: &Batching) -> (u32, u32) {
+    let shapes = batching.shapes();
+    let [shape] = &shapes[..] else { panic!("{shapes:?}") };
+    (shape.max_batch, shape.batch_size)
+}
+
+/// A job that runs out of memory alone, after each pass that it is in. Returns how many those were.
+fn culprit(batching: &mut Batching, number: i64) -> usize {
+    let mut failed = 0;
+    loop {
+        let jobs = batching.next(KEY, 1_000, false);
+        if jobs == 1 {
+            break;
+        }
+        batching.out_of_memory(KEY, jobs, (number..number + i64::from(jobs)).collect());
+        failed += 1;
+    }
+    batching.own_fault(KEY, number);
+    batching.own_fault(KEY, number);
+    failed
+}
+
+fn pays(jobs: u32) -> f64 {
+    1_000.0 + f64::from(jobs)
+}
+
+#[test]
+fn what_a_job_alone_is_to_blame_for_is_taken_back_with_the_next_pass() {
+    for known in [0, 40] {
+        let mut batching = Batching::new(8, 8);
+        run(&mut batching, known, false, pays);
+        let before = batching.clone();
+        assert_eq!(culprit(&mut batching, 10), 3, "8, 4 and 2 at once");
+        assert_eq!(in_force(&batching), (1, 1));
+        batching.take_news();
+        let change = batching.passed(KEY, Pass { jobs: 1, ms: 1_000, load: 1 }).expect("a change");
+        let reason = change.decision("flux", 5).reason;
+        assert_eq!(reason, "flux: 8 jobs a pass from now on, before 1: a job ran out of memory alone");
+        assert_eq!((in_force(&batching), batching.take_news()), ((8, 8), true));
+        assert_eq!(batching.usual(), before.usual());
+        let speeds = |batching: &Batching| batching.shapes().first().map_or_else(Vec::new, |shape| shape.per_s.clone());
+        assert_eq!(speeds(&batching), speeds(&before), "what was known is known");
+        assert_eq!(run(&mut batching, 8, true, pays), [8; 8], "for callers, too");
+    }
+}
+
+#[test]
+fn what_passes_of_others_have_set_stays() {
+    let mut batching = Batching::new(16, 16);
+    batching.out_of_memory(KEY, 16, (1..17).collect());
+    assert_eq!(culprit(&mut batching, 100), 3, "8, 4 and 2 at once");
+    run(&mut batching, 1, false, pays);
+    assert_eq!(in_force(&batching), (8, 8), "16 did not fit without it");
+    // What it had nothing to do with is no matter of its.
+    batching.own_fault(KEY, 1_000);
+    batching.own_fault(KEY + 1, 1);
+    run(&mut batching, 1, false, pays);
+    assert_eq!(in_force(&batching), (8, 8));
+    // What does not fit without it either is found anew.
+    let mut batching = Batching::new(8, 8);
+    culprit(&mut batching, 10);
+    run(&mut batching, 1, false, pays);
+    let fits = 2;
+    let mut failed = 0;
+    for number in 0..20 {
+        let jobs = batching.next(KEY, 1_000, false);
+        if jobs > fits {
+            batching.out_of_memory(KEY, jobs, (100 * number..).take(jobs as usize).collect());
+            failed += 1;
+        } else {
+            batching.passed(KEY, Pass { jobs, ms: 1_000, load: 1 });
+        }
+    }
+    assert_eq!((failed, in_force(&batching)), (2, (2, 2)));
+}
+
+#[test]
+fn each_job_that_never_fits_costs_its_own_halvings_at_most() {
+    let mut batching = Batching::new(8, 8);
+    for number in 0..50 {
+        // One less where the next smaller size is tried.
+        assert!((2..=3).contains(&culprit(&mut batching, 100 * number)));
+        assert_eq!(run(&mut batching, 3, false, pays)[0], 1);
+        assert_eq!(in_force(&batching), (8, 8));
+    }
+    // Of a shape of which none fits, the first one has found out.
+    let mut batching = Batching::new(8, 8);
+    let failed: Vec<usize> = (0..50).map(|number| culprit(&mut batching, 100 * number)).collect();
+    assert_eq!((failed[0], failed[1..].iter().sum::<usize>()), (3, 0));
+    assert_eq!(batching.shapes.values().map(|shape| shape.halvings.len()).sum::<usize>(), 3, "and no more is kept");
+}
+
+#[test]
+fn who_is_to_blame_is_known_over_a_restart() {
+    // What was learned goes on from there: before the job is alone, and after it.
+    for restart_at in [2, 1] {
+        let mut before = Batching::new(8, 8);
+        run(&mut before, 40, false, pays);
+        let mut jobs = 8;
+        while jobs > restart_at {
+            before.out_of_memory(KEY, jobs, (1..=i64::from(jobs)).collect());
+            jobs /= 2;
+        }
+        if jobs == 1 {
+            before.own_fault(KEY, 1);
+        }
+        let mut after = Batching::new(8, 8);
+        after.restore(&before.kept());
+        assert_eq!(in_force(&after).0, restart_at);
+        after.own_fault(KEY, 1);
+        run(&mut after, 1, false, pays);
+        assert_eq!(in_force(&after), (8, 8));
+        assert_eq!(after.shapes()[0].per_s.last().map(|(jobs, _)| *jobs), Some(8), "as fast as it was");
+    }
+    // An earlier release kept the limit only.
+    let mut kept = Batching::new(8, 8);
+    kept.out_of_memory(KEY, 8, vec![1]);
+    let mut kept = kept.kept();
+    kept[0].halvings.clear();
+    let mut after = Batching::new(8, 8);
+    after.restore(&kept);
+    after.own_fault(KEY, 1);
+    run(&mut after, 2, false, pays);
+    assert_eq!((in_force(&after).0, after.kept()[0].cap), (4, Some(4)));
 }

@@ -77,6 +77,26 @@ impl State {
         effects
     }
 
+    /// A running job ran out of memory, in a run of so many. The first of a run says so for all of it, which is still there.
+    pub(super) fn on_out_of_memory(&mut self, model: &str, number: i64, jobs: u32, now: Millis) -> Vec<Effect> {
+        let Some(index) = self.index_of(model) else { return Vec::new() };
+        let Model { queue, batching, .. } = &mut self.models[index];
+        let Some(running) = queue.running().get(&number) else { return Vec::new() };
+        let change = match (jobs, running.alone) {
+            (..=1, _) => {
+                batching.own_fault(running.job.batch_key, number);
+                None
+            }
+            // Those that ran when a worker died say nothing about a shape, whatever they have in common.
+            (_, true) => None,
+            (_, false) => {
+                let all = queue.running().iter().filter(|(_, other)| other.worker == running.worker);
+                batching.out_of_memory(running.job.batch_key, jobs, all.map(|(number, _)| *number).collect())
+            }
+        };
+        self.tell_change(index, change, now)
+    }
+
     /// The end of an attempt is committed.
     pub(super) fn on_ended(
         &mut self,

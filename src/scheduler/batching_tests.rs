@@ -181,3 +181,48 @@ fn what_ran_out_of_memory_is_kept_at_once() {
     let mut world = World::on_gpu(80, world.kept, |spec| spec.first_batch = 8);
     assert_eq!(world.pass(|_| 500), 4);
 }
+
+#[test]
+fn a_job_that_runs_out_of_memory_alone_leaves_its_shape_as_it_was() {
+    let mut world = World::new(8, 8);
+    let hungry = world.runs[0].1.jobs[0].number;
+    // It comes back as the first in the order.
+    assert_eq!((0..3).map(|_| world.runs_out_of_memory()).collect::<Vec<_>>(), [8, 4, 2]);
+    let (_, run) = world.runs.pop_front().expect("a run");
+    assert_eq!(run.jobs.iter().map(|job| job.number).collect::<Vec<_>>(), [hungry]);
+    world.event(Event::OutOfMemory { model: Arc::from("a"), number: hungry, jobs: 1 });
+    world.end(hungry, false, None);
+    assert_eq!(world.pass(|_| 10), 1, "no other pass has shown that the shape fits at all");
+    assert_eq!(world.pass(|_| 10), 8);
+    assert_eq!(world.told.len(), 4, "{:?}", world.told);
+    assert_eq!(world.told[3], "a: 8 jobs a pass from now on, before 1: a job ran out of memory alone");
+}
+
+#[test]
+fn who_ran_out_of_memory_in_a_pass_is_kept_at_once() {
+    let mut world = World::on_gpu(80, None, |spec| spec.first_batch = 8);
+    let numbers: Vec<i64> = world.runs[0].1.jobs.iter().map(|job| job.number).collect();
+    assert_eq!(world.runs_out_of_memory(), 8);
+    let kept = |world: &World| world.kept.clone().expect("kept").batches.shapes[0].halvings.clone();
+    assert_eq!(kept(&world).iter().map(|halving| halving.jobs.clone()).collect::<Vec<_>>(), [numbers]);
+    assert!(!kept(&world)[0].own_fault);
+    let number = world.runs[0].1.jobs[0].number;
+    world.event(Event::OutOfMemory { model: Arc::from("a"), number, jobs: 1 });
+    assert!(kept(&world)[0].own_fault);
+}
+
+#[test]
+fn those_that_ran_when_a_worker_died_say_nothing_about_a_shape() {
+    let mut world = World::new(8, 8);
+    let (_, run) = world.runs.pop_front().expect("a run");
+    for job in &run.jobs {
+        world.end(job.number, false, Some(Back { not_before: None, crash: Some(1) }));
+    }
+    // The first half of them, with nothing beside it.
+    while !world.runs.front().expect("a run").1.alone {
+        world.pass(|_| 10);
+    }
+    assert!(world.runs_out_of_memory() > 1);
+    assert_eq!(world.state.models[0].batching.usual(), 8);
+    assert_eq!(world.told, Vec::<String>::new());
+}

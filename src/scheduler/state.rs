@@ -261,9 +261,7 @@ impl State {
                 }
                 Vec::new()
             }
-            Event::OutOfMemory { model, number, jobs } => {
-                self.on_shape(&model, number, now, |batching, key| batching.out_of_memory(key, jobs))
-            }
+            Event::OutOfMemory { model, number, jobs } => self.on_out_of_memory(&model, number, jobs, now),
             Event::Shape { model, number, words } => self.on_shape(&model, number, now, |batching, key| {
                 batching.name(key, words);
                 None

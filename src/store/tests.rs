@@ -10,7 +10,7 @@ use super::read::JobFilter;
 use super::*;
 use crate::clock::ManualClock;
 use crate::domain::job::Present;
-use crate::domain::shape::{KeptBatches, KeptShape};
+use crate::domain::shape::{Halving, KeptBatches, KeptShape};
 use crate::domain::worker::{Answer, HostCopy};
 use crate::domain::{BatchId, ErrorCode, Face, JobError, JobId, JobKind, JobState, NewJob, StorageSettings, Token};
 
@@ -298,6 +298,7 @@ async fn learned_costs_outlive_a_restart() {
                 level: Some(2),
                 cap: Some(7),
                 rates: vec![(0, 1.5), (2, 1.1 / 3.0)],
+                halvings: vec![Halving { most: 7, level: None, jobs: vec![3, 4], own_fault: true }],
             }],
         },
     };

@@ -9,6 +9,7 @@ mod api;
 mod auth;
 mod backups;
 mod batching;
+mod batching_limits;
 mod broken_models;
 mod checkpoint;
 mod controls;
