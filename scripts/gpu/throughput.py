@@ -7,6 +7,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 from gpu.common import Failed, Json, Records, epoch, until
@@ -16,8 +17,9 @@ from gpu.server import COLD_LIMIT_S, Server
 BULK = 1000
 LIVE = ("queued", "running")
 REQUEST_LIMIT_S = 300
-ROUNDS = 12
-"""How often direct passes and jobs through the server take turns."""
+ROUNDS = {"text": 4, "music": 12}
+"""How often direct requests and jobs through the server take turns. A pass of MusicGen is as fast as one core of the
+host, whose speed changes from second to second on a shared machine: that takes many."""
 
 
 class Line:
@@ -116,6 +118,39 @@ def through(server: Server, requests: list[Json], limit_s: float) -> list[float]
     return sorted(ends)
 
 
+def by_turns(
+    rounds: int, direct: Callable[[], float], jobs: Callable[[], float]
+) -> tuple[list[float], list[float], list[float]]:
+    """The same work sent directly and through the server, by turns: direct, jobs, direct, jobs, ..., direct.
+
+    Args:
+        direct, jobs: do it once; how long it took, in seconds.
+
+    Returns:
+        What each direct turn took; what each turn of jobs took; and for each of these the mean of its two neighbours
+        divided by it: more than 1 if the server was faster.
+    """
+    straight, served = [direct()], []
+    for _ in range(rounds):
+        served.append(jobs())
+        straight.append(direct())
+    pairs = zip(straight, straight[1:], served, strict=False)
+    return straight, served, [(before + after) / 2 / between for before, after, between in pairs]
+
+
+def compared(count: int, straight: list[float], served: list[float], ratios: list[float]) -> Json:
+    """Fields of a record: `count` jobs took so long each turn."""
+    return {
+        "rounds": len(served),
+        "direct_per_s": round(count / statistics.median(straight), 3),
+        "through_per_s": round(count / statistics.median(served), 3),
+        "direct_s": [round(value, 2) for value in straight],
+        "through_s": [round(value, 2) for value in served],
+        "ratios": [round(value, 3) for value in ratios],
+        "ratio": round(statistics.median(ratios), 3),
+    }
+
+
 def warm(server: Server, model: Model) -> int:
     """Its worker's port, once it is loaded."""
     server.finished(server.submit(model.request()), COLD_LIMIT_S)
@@ -123,25 +158,19 @@ def warm(server: Server, model: Model) -> int:
 
 
 def text(server: Server, model: Model, count: int, at_once: int, records: Records) -> None:
-    """Short prompts: straight to the worker, through the server, straight again."""
+    """Short prompts, straight to the worker and through the server by turns."""
     port = warm(server, model)
     bodies = [prompt(model, f"Say the number {number}.") for number in range(count)]
     raw = [json.dumps(body).encode() for body in bodies]
     asyncio.run(drive(port, model.endpoint, raw[: at_once * 2], at_once))  # all batch sizes have been seen once
     requests = [{"endpoint": model.endpoint, "body": body} for body in bodies]
-    first = asyncio.run(drive(port, model.endpoint, raw, at_once))
-    ends = through(server, requests, 600)
-    second = asyncio.run(drive(port, model.endpoint, raw, at_once))
-    records.add(
-        "text",
-        model=model.name,
-        worker=model.server,
-        jobs=count,
-        at_once=at_once,
-        direct_per_s=[round(count / first, 1), round(count / second, 1)],
-        through_per_s=round(count / ends[-1], 1),
-        ratio=round((first + second) / 2 / ends[-1], 3),
+    turns = by_turns(
+        ROUNDS["text"],
+        lambda: asyncio.run(drive(port, model.endpoint, raw, at_once)),
+        lambda: through(server, requests, 600)[-1],
     )
+    facts = {"model": model.name, "worker": model.server, "jobs": count, "at_once": at_once}
+    records.add("text", **facts, **compared(count, *turns))
 
 
 def prompt(model: Model, words: str) -> Json:
@@ -150,7 +179,7 @@ def prompt(model: Model, words: str) -> Json:
 
 
 def music(server: Server, model: Model, count: int, seconds: int, records: Records) -> None:
-    """Clips: the best batch straight to the worker, and through the server."""
+    """Clips, in passes of the best size straight to the worker and through the server by turns."""
     port = warm(server, model)
     body = {name: value for name, value in model.body.items() if name != "seed"}
     body |= {"model": model.name, "duration": seconds}
@@ -158,40 +187,29 @@ def music(server: Server, model: Model, count: int, seconds: int, records: Recor
     sizes = [size for size in (1, 4, 16) if size <= (model.max_batch or 16)]
     turns = itertools.count()
 
-    def direct(size: int) -> float:
-        """How long a pass takes, in seconds."""
-        run = f"x-roundhouse-run: direct-{next(turns)};n={size}\r\n"
-        return asyncio.run(drive(port, model.endpoint, [raw] * size, size, run))
+    def direct(size: int, clips: int) -> float:
+        """How long so many clips take in passes of this size, in seconds."""
+        took = 0.0
+        for at in range(0, clips, size):
+            n = min(size, clips - at)
+            run = f"x-roundhouse-run: direct-{next(turns)};n={n}\r\n"
+            took += asyncio.run(drive(port, model.endpoint, [raw] * n, n, run))
+        return took
 
     requests = [{"endpoint": model.endpoint, "body": body}] * count
-    direct(sizes[-1])  # the first one is slower
-    took = {size: [direct(size)] for size in sizes}
-    best = max(sizes, key=lambda size: size / took[size][0])
+    direct(sizes[-1], sizes[-1])  # the first one is slower
+    took = {size: direct(size, size) for size in sizes}
+    best = max(sizes, key=lambda size: size / took[size])
     through(server, requests[: sizes[-1]], 900)  # by which the server has learned how large a pass pays
-    # Passes are as fast as one core of the host, whose speed changes from second to second on a shared machine. So each
-    # round compares the jobs with as many direct passes, half of them just before and half just after.
-    full = -(-count // best)
-    took[best], ends, ratios = [], [], []
     seen = len(server.passes(model.name))
-    for _ in range(ROUNDS):
-        around = [direct(best) for _ in range(full // 2)]
-        ends.append(through(server, requests, 900)[-1])
-        around += [direct(best) for _ in range(full - full // 2)]
-        took[best] += around
-        ratios.append(sum(around) / (full * best) * count / ends[-1])
-    passes = server.passes(model.name)[seen:]
-    per_s = {size: size / statistics.median(times) for size, times in took.items()}
+    compare = by_turns(ROUNDS["music"], lambda: direct(best, count), lambda: through(server, requests, 900)[-1])
     records.add(
         "music",
         model=model.name,
-        jobs=count * ROUNDS,
+        jobs=count,
         clip_s=seconds,
-        direct_per_s={str(size): round(value, 3) for size, value in per_s.items()},
-        direct_s=[round(value, 2) for value in took[best]],
         best_batch=best,
-        passes=passes,
-        through_per_s=round(count / statistics.median(ends), 3),
-        through_s=[round(value, 2) for value in ends],
-        ratios=[round(value, 3) for value in ratios],
-        ratio=round(statistics.median(ratios), 3),
+        direct_by_batch={str(size): round(size / value, 3) for size, value in took.items()},
+        passes=server.passes(model.name)[seen:],
+        **compared(count, *compare),
     )

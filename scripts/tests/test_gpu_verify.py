@@ -86,9 +86,23 @@ def test_what_failed_and_what_was_left_is_missed_until_it_went_well() -> None:
     assert found["left behind after kill -9"] is True
 
 
+def test_jobs_are_compared_with_the_direct_turns_on_both_sides() -> None:
+    straight, served = [1.0, 3.0, 2.0], [4.0, 2.0]
+    turns: list[str] = []
+
+    def turn(what: str, left: list[float]) -> float:
+        turns.append(what)
+        return left[turns.count(what) - 1]
+
+    found = throughput.by_turns(2, lambda: turn("direct", straight), lambda: turn("jobs", served))
+    assert turns == ["direct", "jobs", "direct", "jobs", "direct"]
+    assert found == (straight, served, [0.5, 1.25])
+    assert throughput.compared(6, *found)["ratio"] == 0.875  # the median
+
+
 def test_throughput_is_judged_by_its_ratio() -> None:
-    text = {"part": "text", "jobs": 5000, "direct_per_s": [500, 500], "through_per_s": 470, "ratio": 0.94}
-    music = {"part": "music", "jobs": 64, "direct_per_s": {"16": 0.9}, "through_per_s": 0.86, "ratio": 0.96}
+    text = {"part": "text", "jobs": 5000} | throughput.compared(5000, [10, 10, 10], [10, 11], [1.0, 0.88])
+    music = {"part": "music", "jobs": 64} | throughput.compared(64, [10, 9, 8, 30], [10, 10, 9], [0.95, 0.85, 2.1])
     found = verdicts([text, music])
     assert found["5 000 short prompts through the server / direct"] is False
     assert found["music / best batch"] is True
