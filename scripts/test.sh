@@ -36,7 +36,8 @@ run_shell() {
     for file in "${files[@]}"; do bash -n "$file"; done
     .venv-dev/bin/shellcheck --external-sources --source-path=SCRIPTDIR --severity=warning "${files[@]}"
 }
-run_rust() { cargo test --locked --no-fail-fast; }
+# Tests with real processes mostly wait for them: twice as many at once as there are cores.
+run_rust() { RUST_TEST_THREADS=$((2 * $(nproc))) cargo test --locked --no-fail-fast; }
 run_python() { scripts/test-python.sh; }
 run_engines() {
     scripts/install.sh --cpu
