@@ -29,6 +29,7 @@ CPU_MAX_MODEL_LEN = 2048
 CPU_KV_CACHE_GIB = "1"
 PINNED_FAST = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 UTILIZATION_LIMITS = (0.05, 0.97)
+"""Shares of a GPU: the least that is worth a start if none is declared, and the most in any case."""
 GIB = 1024**3
 MARGIN_BYTES = GIB
 """vLLM refuses a share that is more than what is free once its own CUDA context is there."""
@@ -136,20 +137,22 @@ def share_of(memory: DeviceMemory, declared: int | None, *, margin: int, weights
     Rounded down to whole percents, so that it never takes more than it was given.
 
     Raises:
-        ValueError: the weights do not fit what it may take.
+        ValueError: the weights do not fit what it takes then.
     """
     low, high = UTILIZATION_LIMITS
     free = memory.free - margin
     if declared is None and free >= high * memory.total:
         return None
-    take = free if declared is None else min(declared, free)
-    if take < max(weights_each, low * memory.total if declared is None else 0):
+    take = max(0, free if declared is None else min(declared, free))
+    share = min(high, math.floor(100 * take / memory.total) / 100)
+    if share < (low if declared is None else 0.01) or share * memory.total < weights_each:
         raise ValueError(
             f"out of memory on the GPU: {memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB are free, "
             + ("" if declared is None else f"{declared / GIB:.1f} GiB are declared (`memory`), ")
-            + f"{margin / GIB:.0f} GiB have to stay free, and the weights alone take {weights_each / GIB:.1f} GiB"
+            + f"{margin / GIB:.0f} GiB have to stay free, so vLLM may take {100 * share:.0f} % of the GPU, "
+            + f"{share * memory.total / GIB:.1f} GiB, and the weights alone take {weights_each / GIB:.1f} GiB"
         )
-    return min(high, max(low, math.floor(100 * take / memory.total) / 100))
+    return share
 
 
 def each(folder: pathlib.Path, environment: Mapping[str, str]) -> int:

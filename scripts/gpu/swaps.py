@@ -156,7 +156,8 @@ def cold_starts(server: Server, model: Model, records: Records, spare: bool, lab
             until("spare processes", SPARE_LIMIT_S, 0.2, lambda: spares_are_ready(server))
         server.events()
         job = server.finished(server.submit(model.request()), COLD_LIMIT_S)
-        loads = [e for e in server.events() if e.get("model") == model.name and e.get("message") == "ready"]
+        events = [event for event in server.events() if event.get("model") == model.name]
+        loads = [event for event in events if event.get("message") == "ready"]
         if not loads:
             raise Failed(f"{model.name} was not loaded anew after an unload")
         phases = server.worker(model.name).get("phases") or server.health(model.name).get("phases")
@@ -165,6 +166,7 @@ def cold_starts(server: Server, model: Model, records: Records, spare: bool, lab
             model=model.name,
             load_ms=loads[-1]["load_ms"],
             spare=spare,
+            was_spare=any(event.get("was_spare") for event in events if event.get("message") == "loading"),
             **labels,
             phases=phases,
             answer=digest(server, model, job),

@@ -50,6 +50,20 @@ def park_wake(swaps: list[Json], model: str) -> tuple[list[float], list[float]]:
     return parks, wakes
 
 
+def took_turns(records: list[Json]) -> list[str]:
+    """The models of the last call of `swaps`, if that came to its end: a goal of theirs without a figure is missed."""
+    ends = [at for at, r in enumerate(records) if r["part"] in ("done", "failed") and r["what"] == "swaps"]
+    if not ends or records[ends[-1]]["part"] == "failed":
+        return []
+    turns = [r for r in records[: ends[-1]] if r["part"] == "swap" and r["came_from"]]
+    return list(dict.fromkeys(r["model"] for r in turns if r.get("run") == turns[-1].get("run")))
+
+
+def not_measured(figure: str, goal: str, why: str = "not measured") -> Row:
+    """A goal whose part came to its end without the figure."""
+    return Row(figure, why, goal, False)
+
+
 def rows(records: list[Json]) -> list[Row]:
     """All figures that the records give."""
     out: list[Row] = []
@@ -65,9 +79,10 @@ def rows(records: list[Json]) -> list[Row]:
     swaps = [r for r in records if r["part"] == "swap"]
     late = settled(swaps)
     sizes = {r["model"]: r["bytes"] for r in records if r["part"] == "weights"}
-    for model in sizes:
-        out += of_model(model, late, sizes[model], link.get("to_gpu_pinned"))
-    out += overhead(late)
+    turns = took_turns(records)
+    for model in dict.fromkeys([*sizes, *turns]):
+        out += of_model(model, late, sizes.get(model, 0), link.get("to_gpu_pinned"), model in turns)
+    out += overhead(late, bool(turns))
     out += cold(swaps, records)
     out += answers(swaps)
     for part, name in (("text", "5 000 short prompts through the server / direct"), ("music", "music / best batch")):
@@ -106,45 +121,52 @@ def brief(why: str) -> str:
     return line if len(line) <= WHY_MAX_CHARS else f"{line[:half]} ... {line[-half:]}"
 
 
-def of_model(model: str, late: list[Json], size: int, link: float | None) -> list[Row]:
-    """One model's parks and wakes from the second cycle on."""
+def of_model(model: str, late: list[Json], size: int, link: float | None, is_due: bool) -> list[Row]:
+    """One model's parks and wakes from the second cycle on. `is_due`: a goal without a figure is missed."""
     parks, wakes = park_wake(late, model)
+    goal = PARK_WAKE_GOALS_S.get(model)
+    limit = f"<= {goal} s" if goal else ""
     if not parks or not wakes:
-        return []
+        why = f"never {'woken' if parks else 'parked'} from the second cycle on"
+        return [not_measured(f"{model}: park + wake", limit, why)] if goal and is_due else []
     out = []
     total = statistics.median(parks) + statistics.median(wakes)
-    goal = PARK_WAKE_GOALS_S.get(model)
     out.append(Row(f"{model}: park", spread(parks), "", None))
     out.append(Row(f"{model}: wake", spread(wakes), "", None))
-    limit = f"<= {goal} s" if goal else ""
     out.append(Row(f"{model}: park + wake", f"{total:.2f} s", limit, None if goal is None else total <= goal))
     own = [s["worker_wake_s"] for s in late if s["model"] == model and s.get("worker_wake_s")]
+    judged = link is not None and model in ("flux", "flux-transformer")
+    share_goal = f">= {LINK_SHARE:.0%} of the link" if judged else ""
     if size and own:
         rate = size / 1e9 / statistics.median(own)
-        judged = link is not None and model in ("flux", "flux-transformer")
         share = f", {100 * rate / link:.0f} % of the link" if link else ""
         met = rate >= LINK_SHARE * link if judged and link else None
         value = f"{rate:.1f} GB/s{share} ({size / 1e9:.1f} GB)"
-        out.append(Row(f"{model}: speed of its wake", value, f">= {LINK_SHARE:.0%} of the link" if judged else "", met))
+        out.append(Row(f"{model}: speed of its wake", value, share_goal, met))
+    elif size and judged and is_due:
+        out.append(not_measured(f"{model}: speed of its wake", share_goal))
     kept = [s["left_mib"] for s in late if s["came_from"] == model and s.get("left_mib") is not None]
     if kept:
         out.append(Row(f"{model}: GPU memory while parked", f"{max(kept)} MiB", "", None))
     gaps = [s["gap_ms"] / 1e3 for s in late if s["model"] == model and s.get("gap_ms") is not None]
+    text = f"<= {goal + GAP_EXTRA_S:.2f} s" if goal else ""
     if gaps:
-        text = f"<= {goal + GAP_EXTRA_S:.2f} s" if goal else ""
         met = statistics.median(gaps) <= goal + GAP_EXTRA_S if goal else None
         out.append(Row(f"to {model}: decision to its job running", spread(gaps), text, met))
+    elif goal and is_due:
+        out.append(not_measured(f"to {model}: decision to its job running", text))
     return out
 
 
-def overhead(late: list[Json]) -> list[Row]:
-    """What lies between decision and job beyond the park and the wake of the pair; and each pair."""
+def overhead(late: list[Json], is_due: bool) -> list[Row]:
+    """What lies between decision and job beyond the park and the wake of the pair."""
+    figure, goal = "decision to job running, beyond park + wake", f"<= {GAP_EXTRA_S} s"
     whole = [s for s in late if s.get("gap_ms") is not None and s.get("parked_ms") is not None and s.get("load_ms")]
     if not whole:
-        return []
+        return [not_measured(figure, goal)] if is_due else []
     extra = [(s["gap_ms"] - s["parked_ms"] - s["load_ms"]) / 1e3 for s in whole]
     met = statistics.median(extra) <= GAP_EXTRA_S
-    return [Row("decision to job running, beyond park + wake", spread(extra), f"<= {GAP_EXTRA_S} s", met)]
+    return [Row(figure, spread(extra), goal, met)]
 
 
 def cold(swaps: list[Json], records: list[Json]) -> list[Row]:
@@ -155,11 +177,13 @@ def cold(swaps: list[Json], records: list[Json]) -> list[Row]:
     again = [r for r in records if r["part"] == "cold"]
     again = [r for r in again if r.get("run") == again[-1].get("run")]
     for model in dict.fromkeys(r["model"] for r in again):
-        loads = [r["load_ms"] / 1e3 for r in again if r["model"] == model]
+        mine = [r for r in again if r["model"] == model]
+        loads = [r["load_ms"] / 1e3 for r in mine]
+        without = sum(not r.get("was_spare", True) for r in mine)
         judged = model == "flux-transformer" and any(r.get("spare") for r in again)
         goal = f"< {COLD_GOAL_S:g} s" if judged else ""
-        value = spread(loads) + ("" if judged else ", no spare")
-        met = statistics.median(loads) < COLD_GOAL_S if judged else None
+        value = spread(loads) + (", no spare" if not judged else f", {without} without the spare" if without else "")
+        met = statistics.median(loads) < COLD_GOAL_S and not without if judged else None
         out.append(Row(f"{model}: cold load from page cache", value, goal, met))
     return out
 

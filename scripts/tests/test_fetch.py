@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,17 @@ def command(cache: Path, *flags: str, repo: str = "org/tiny") -> list[str]:
     return [*base, "--retry-delay", "0.01", *flags]
 
 
+def told(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """What a fetch says but that it lives: that comes when it is slow, and only until it has told bytes."""
+    has_begun = False
+    for line in map(json.loads, lines):
+        has_begun = has_begun or line["type"] == "progress"
+        if line["type"] == "alive":
+            assert not has_begun
+        else:
+            yield line
+
+
 def run(site: Site, cache: Path, *flags: str, repo: str = "org/tiny", **environment: str) -> list[dict[str, Any]]:
     """Fetch; the lines it printed."""
     done = subprocess.run(
@@ -87,7 +98,7 @@ def run(site: Site, cache: Path, *flags: str, repo: str = "org/tiny", **environm
         text=True,
         timeout=PATIENCE_S,
     )
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = list(told(done.stdout.splitlines()))
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == (0 if lines[-1]["type"] == "done" else 1)
     return lines
@@ -184,7 +195,7 @@ def test_our_own_lookup_finds_it_too(
             timeout=PATIENCE_S,
         )
     assert done.returncode == 0, done.stderr
-    folder = snapshot([json.loads(line) for line in done.stdout.splitlines()])
+    folder = snapshot(list(told(done.stdout.splitlines())))
     cache = nowhere / ".cache/huggingface/hub" if on_a_pod else tmp_path / "cache"
     assert folder.is_relative_to(cache)
     assert weights.local_folder("org/tiny") == folder
@@ -251,10 +262,9 @@ def test_a_killed_fetch_goes_on_in_the_middle_of_the_file(hub: Path, tmp_path: P
     ):
         assert process.stdout is not None
         partials = cache / "models--org--tiny/blobs"
-        for _ in process.stdout:  # the first line comes before the first byte
-            while not any(size_now(path) >= 2_000_000 for path in partials.glob("*.roundhouse-partial")):
-                assert process.poll() is None
-            break
+        assert next(told(process.stdout))["type"] == "progress"  # it comes before the first byte
+        while not any(size_now(path) >= 2_000_000 for path in partials.glob("*.roundhouse-partial")):
+            assert process.poll() is None
         process.kill()
     with standin(hub) as site:
         lines = run(site, cache)
@@ -277,7 +287,7 @@ def test_a_fetch_that_stands_is_told_too(hub: Path, tmp_path: Path) -> None:
         ) as process,
     ):
         assert process.stdout is not None
-        lines = (json.loads(line) for line in process.stdout)
+        lines = told(process.stdout)
         standing = next(line["bytes"] for line in lines if line["bytes"] >= 2_000_000)
         assert next(lines)["bytes"] == standing
         process.kill()
@@ -291,12 +301,12 @@ def test_a_second_process_says_that_it_waits_for_the_first(hub: Path, tmp_path: 
             command(cache), env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as first:
             assert first.stdout is not None
-            first.stdout.readline()  # it has the lock
+            assert next(told(first.stdout))["type"] == "progress"  # it has the lock
             with subprocess.Popen(
                 command(cache), env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             ) as second:
                 assert second.stdout is not None
-                assert json.loads(second.stdout.readline()) == {"type": "waiting"}
+                assert next(told(second.stdout)) == {"type": "waiting"}
                 go_on.touch()
                 first.communicate(timeout=PATIENCE_S)
                 last = second.communicate(timeout=PATIENCE_S)[0].splitlines()[-1]

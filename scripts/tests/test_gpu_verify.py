@@ -58,6 +58,46 @@ def test_goals_are_met_or_missed_by_the_median_from_the_second_cycle_on() -> Non
     assert slow["decision to job running, beyond park + wake"] is False
 
 
+DONE = {"part": "done", "what": "swaps"}
+
+
+def test_a_goal_without_a_figure_is_missed_once_all_has_been_swapped() -> None:
+    cold = [swap(*pair, how="cold", load_ms=20_000, parked_ms=None) for pair in (("text", "flux"), ("flux", "text"))]
+    cold[0] |= {"gap_ms": None}
+    figures = ["flux: park + wake", "text: park + wake", "decision to job running, beyond park + wake"]
+    found = verdicts([*cold, *cold])
+    assert not found.keys() & set(figures), "it may go on"
+    found = verdicts([*cold, *cold, DONE])
+    assert [found[figure] for figure in figures] == [False] * 3
+    assert not any(row.met for row in table.rows([*cold, DONE])), "nor if nobody said how large the weights are"
+    rows = {row.figure: row.value for row in table.rows([*cold, DONE])}
+    assert rows["flux: park + wake"] == "never parked from the second cycle on"
+
+    silent = [swap("text", "flux", gap_ms=None, worker_wake_s=None), swap("flux", "text", gap_ms=None)]
+    found = verdicts([*silent, DONE])
+    assert found["flux: park + wake"] is True
+    assert found["flux: speed of its wake"] is False
+    assert found["to flux: decision to its job running"] is False
+    assert found["decision to job running, beyond park + wake"] is False
+
+
+def test_only_models_of_the_last_call_that_swapped_have_to_be_measured() -> None:
+    good = [swap("text", "musicgen", run="b"), swap("musicgen", "text", run="b"), DONE]
+    assert "flux: park + wake" not in verdicts([swap("text", "flux", cycle=1, how="cold"), *good])
+    failed = {"part": "failed", "what": "swaps", "why": "it died"}
+    assert "flux: park + wake" not in verdicts([DONE, swap("text", "flux", cycle=1, how="cold"), failed])
+    assert "flux: park + wake" not in verdicts([swap("", "flux", cycle=1, how="cold"), DONE]), "alone"
+
+
+def test_a_cold_load_is_judged_if_a_spare_was_to_be_there() -> None:
+    load = {"part": "cold", "model": "flux-transformer", "run": "a", "load_ms": 2800, "spare": True, "was_spare": True}
+    figure = "flux-transformer: cold load from page cache"
+    assert verdicts([load, load])[figure] is True
+    assert verdicts([load, load | {"load_ms": 8000}, load | {"load_ms": 8000}])[figure] is False
+    assert verdicts([load, load | {"was_spare": False}])[figure] is False
+    assert verdicts([load | {"spare": False, "was_spare": False}])[figure] is None
+
+
 def test_a_later_call_replaces_what_an_earlier_one_measured() -> None:
     earlier = [swap("text", "flux", load_ms=5000, answer="other"), swap("flux", "text")]
     later = [swap("text", "flux", run="b"), swap("flux", "text", run="b"), swap("text", "flux", run="b")]

@@ -53,7 +53,8 @@ class Worker:
         self._closed = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.client = httpx.Client(timeout=PATIENCE_S, limits=httpx.Limits(max_connections=None))
+        self._clients: list[httpx.Client] = []
+        self._of_thread = threading.local()
 
     def __enter__(self) -> Self:
         port = self.wait_log("listening").rpartition("http.port=")[2]
@@ -61,7 +62,8 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.client.close()
+        for client in self._clients:
+            client.close()
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(PATIENCE_S)
@@ -75,6 +77,19 @@ class Worker:
         return self
 
     # ---- HTTP ----------------------------------------------------------------
+
+    @property
+    def client(self) -> httpx.Client:
+        """This thread's own.
+
+        Threads that share one break each other's calls now and then: its pool closes a connection that has been idle
+        for 5 s also if another thread has just been given it, whose call then ends with "Bad file descriptor".
+        """
+        if not hasattr(self._of_thread, "client"):
+            # Nothing here is TLS; reading the certificates takes longer than a call.
+            self._of_thread.client = httpx.Client(timeout=PATIENCE_S, verify=False)
+            self._clients.append(self._of_thread.client)
+        return self._of_thread.client
 
     def get(self, path: str) -> httpx.Response:
         return self.client.get(self.url + path)

@@ -183,6 +183,14 @@ def test_requests_without_a_run_are_passes_of_one(shared: Worker):
     assert sorted(passes(shared, "alone")) == [["alone-0"], ["alone-1"], ["alone-2"]]
 
 
+def test_threads_share_no_connection(shared: Worker):
+    """One whose pool two threads use may be closed by the one while the other waits for an answer on it."""
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: shared.client).result()
+        assert pool.submit(lambda: shared.client).result() is other
+    assert shared.client is not other
+
+
 def test_health_answers_while_the_model_works(shared: Worker):
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(shared.post, "/run", {"gated": True}, x_request_id="busy-0")

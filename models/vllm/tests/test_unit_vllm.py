@@ -84,11 +84,18 @@ def test_a_cpu_gets_small_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "total", "wanted"), [(18 * GIB, 80 * GIB, "0.22"), (89 * GIB, 80 * GIB, "0.97"), (1, 80 * GIB, "0.05")]
+    ("memory", "total", "wanted"),
+    [(18 * GIB, 80 * GIB, "0.22"), (89 * GIB, 80 * GIB, "0.97"), (6 * GIB, 140 * GIB, "0.04"), (GIB, 80 * GIB, "0.01")],
 )
 def test_the_memory_it_may_take_becomes_a_share(memory: int, total: int, wanted: str) -> None:
     launch = plan(total=total, free=total + GIB, environment={"ROUNDHOUSE_MEMORY_BYTES": str(memory)})
     assert share(launch) == wanted
+
+
+@pytest.mark.parametrize("memory", [1, GIB // 2])
+def test_less_than_a_percent_is_refused_with_the_numbers(memory: int) -> None:
+    with pytest.raises(ValueError, match=r"GiB are declared \(`memory`\), .*may take 0 % of the GPU, 0\.0 GiB"):
+        plan(environment={"ROUNDHOUSE_MEMORY_BYTES": str(memory)})
 
 
 def test_it_takes_no_more_than_is_free() -> None:
@@ -109,6 +116,8 @@ def test_what_cannot_fit_is_refused_with_the_numbers(tmp_path: Path) -> None:
         plan(free=16 * GIB + GIB // 2, folder=tmp_path)
     with pytest.raises(ValueError, match=r"10\.0 GiB are declared"):
         plan(folder=tmp_path, environment={"ROUNDHOUSE_MEMORY_BYTES": str(10 * GIB)})
+    with pytest.raises(ValueError, match=r"may take 11 % of the GPU, 15\.4 GiB, and the weights alone take 16\.0 GiB"):
+        plan(total=140 * GIB, folder=tmp_path, environment={"ROUNDHOUSE_MEMORY_BYTES": str(16 * GIB + GIB // 2)})
     pair = {"ROUNDHOUSE_MEMORY_BYTES": str(10 * GIB), "CUDA_VISIBLE_DEVICES": "0,1"}
     assert share(plan(folder=tmp_path, environment=pair)) == "0.12", "each holds a half"
     small = plan("--quantization", "fp8", folder=tmp_path, environment={"ROUNDHOUSE_MEMORY_BYTES": str(10 * GIB)})
