@@ -122,7 +122,7 @@ impl State {
                 _ => Vec::new(),
             },
             Report::Died { .. } => worker.map_or(Vec::new(), |worker| self.on_died(worker, now)),
-            Report::LoadFailed { error, retry_at, quarantined } => {
+            Report::LoadFailed { error, retry_at, quarantined } | Report::BacksOff { error, retry_at, quarantined } => {
                 let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
                 let text = format!("{word}: {}", why(&error, &self.models[index].name));
                 self.on_load_failed(index, worker, error, Some(retry_at), text)

@@ -600,9 +600,10 @@ impl Supervisor {
         );
         // The back-off is told first: a load ordered between the two reports would be answered by the second one, and the
         // order be followed when the back-off is over, whoever holds the device then.
-        let phase = self.enter_backoff(what, &tail, times - FREE_EARLY_DEATHS, false);
+        let (error, until) = self.enter_backoff(what, &tail, times - FREE_EARLY_DEATHS, false);
+        self.report(Report::BacksOff { error: error.clone(), retry_at: until, quarantined: false });
         self.report(Report::Died { reason });
-        phase
+        Phase::BackingOff { error, until }
     }
 
     fn note_life(&mut self, since: Instant) {
