@@ -689,7 +689,7 @@ impl Supervisor {
         if matches!(asked.order, Order::Load | Order::Wake) {
             let set = asked.set.filter(|_| self.spec.gpus > 0);
             self.gpus = set.map_or_else(Vec::new, |set| set.gpus().collect());
-            self.park_bytes = asked.park_bytes.filter(|_| self.spec.park == Park::Ram);
+            self.park_bytes = asked.park_bytes;
             self.at_leisure = asked.at_leisure;
         }
     }
