@@ -274,6 +274,12 @@ impl ModelSpec {
         super::shape::hash(&format!("{seen:?} {placed:?}"))
     }
 
+    /// A hash of what decides which weights are fetched for it, and how; `None`: none are.
+    pub fn fetch_fingerprint(&self) -> Option<i64> {
+        let fetched = (self.repository()?, &self.revision, &self.launch, &self.env, &self.dir);
+        Some(super::shape::hash(&format!("{fetched:?}")))
+    }
+
     /// The Hugging Face repository whose files have to be here before its worker is started. `None`: its weights are a
     /// folder, or its own program gets them.
     pub fn repository(&self) -> Option<&str> {

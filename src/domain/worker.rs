@@ -55,6 +55,16 @@ pub enum Report {
         /// For a person.
         reason: String,
     },
+    /// It is not to be loaded before `retry_at`, without a load that has just failed: its worker has died again and again soon
+    /// after it was ready, or it was ordered to load too early.
+    BacksOff {
+        /// For a person, with the last log lines.
+        error: JobError,
+        /// When the next load may be ordered, ms since the epoch.
+        retry_at: Millis,
+        /// After five failed loads in a row.
+        quarantined: bool,
+    },
     /// It did not get ready; nothing of it runs. Tried again not before `retry_at`.
     LoadFailed {
         /// For a person, with the last log lines.

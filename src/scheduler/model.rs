@@ -98,8 +98,8 @@ pub(super) struct Model {
     pub(super) lack: Option<Lack>,
     /// The number of the last want of them, or of the end of one by hand.
     pub(super) want: u64,
-    /// They come from a hub.
-    pub(super) fetches: bool,
+    /// Of the weights that come from a hub ([`ModelSpec::fetch_fingerprint`]); `None`: none do.
+    pub(super) fetches: Option<i64>,
     /// Why no device of this box could ever hold it.
     pub(super) too_big: Option<Decision>,
     pub(super) slots: Slots,
@@ -158,7 +158,7 @@ impl Model {
             timeout_ms: i64::try_from(spec.timeout.as_millis()).unwrap_or(i64::MAX),
             preload: spec.preload,
             park: spec.park.is_on(),
-            fetches: spec.repository().is_some(),
+            fetches: spec.fetch_fingerprint(),
             gpus: spec.gpus,
             declared_bytes: spec.memory.filter(|_| !spec.exclusive),
             memory_bytes: spec.memory,
@@ -239,6 +239,10 @@ impl Model {
             self.learned.forget_memory();
             self.host = Host::default();
         }
+        // A fetch of the same weights goes on, and so does its pause.
+        if !self.is_listed || self.fetches != new.fetches {
+            (self.fetches, self.lack) = (new.fetches, None);
+        }
         self.learned.entry = new.learned.entry;
         self.memory_bytes = new.memory_bytes;
         self.is_checkpointed = new.is_checkpointed;
@@ -246,9 +250,6 @@ impl Model {
             self.preload = new.preload;
         }
         (self.is_listed, self.aliases) = (true, new.aliases);
-        if restart {
-            (self.fetches, self.lack) = (new.fetches, None);
-        }
         if restart || self.slots != new.slots {
             (self.batching, self.kept_batches) = (new.batching, None);
         }
@@ -276,7 +277,7 @@ impl Model {
             trouble: None,
             lack: None,
             want: 0,
-            fetches: false,
+            fetches: None,
             too_big: None,
             slots: Slots { limit: 1, max_batch: 1 },
             batching: Batching::new(1, 1),

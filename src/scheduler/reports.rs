@@ -14,7 +14,10 @@ impl State {
         let Some(replica) = model.queue.running().get(&number).map(|running| running.worker) else {
             return (0, effects);
         };
-        let Some(place) = self.find(index, replica) else { return (0, effects) };
+        // The next one of its number, which loads, has nothing to do with it.
+        let serves =
+            |place: &usize| matches!(self.workers[*place].phase, Phase::Serving { .. } | Phase::Draining { .. });
+        let Some(place) = self.find(index, replica).filter(serves) else { return (0, effects) };
         let (answered, limit, jobs) =
             (model.queue.answered_at(replica), model.timeout_ms, model.queue.running_on(replica));
         let silence = &mut self.workers[place].silence;
@@ -119,7 +122,7 @@ impl State {
                 _ => Vec::new(),
             },
             Report::Died { .. } => worker.map_or(Vec::new(), |worker| self.on_died(worker, now)),
-            Report::LoadFailed { error, retry_at, quarantined } => {
+            Report::LoadFailed { error, retry_at, quarantined } | Report::BacksOff { error, retry_at, quarantined } => {
                 let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
                 let text = format!("{word}: {}", why(&error, &self.models[index].name));
                 self.on_load_failed(index, worker, error, Some(retry_at), text)

@@ -376,6 +376,20 @@ fn a_hung_worker_is_stopped_and_not_parked() {
     assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
 }
 
+#[test]
+fn a_worker_that_loads_is_not_blamed_for_the_silence_of_the_one_before_it() {
+    let mut world = World::new(&[("a", 1)]);
+    world.queue(vec![job(1, "a"), job(2, "a")]);
+    world.obey();
+    let since = world.now;
+    world.now += 60_000;
+    world.report("a", Report::Died { reason: "killed".into() });
+    assert_eq!(world.orders, [("a".to_owned(), Order::Load)]);
+    assert_eq!(world.silent(1, since), 0);
+    world.obey();
+    assert_eq!(world.silent(1, world.now), 0, "nor has it been marked");
+}
+
 /// `a` was ordered to come back from host memory for job 3, and `b` is parked in its stead.
 fn waking() -> World {
     waking_with(1)

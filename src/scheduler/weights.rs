@@ -133,7 +133,7 @@ impl State {
     /// A load has failed, which may be since files of it have been deleted, or its entry is another one now.
     pub(super) fn look_for_weights_again(&mut self, index: usize) {
         let model = &mut self.models[index];
-        if model.fetches && model.lack.is_none() {
+        if model.fetches.is_some() && model.lack.is_none() {
             model.lack = Some(Lack::unasked());
         }
     }
@@ -172,7 +172,7 @@ impl State {
         let serves = self.serves(index);
         let model = &mut self.models[index];
         let is_late = want != model.want && report != FetchReport::Forgiven;
-        if !model.fetches || is_late {
+        if model.fetches.is_none() || is_late {
             // Of an entry or a want that is no more.
             return Vec::new();
         }

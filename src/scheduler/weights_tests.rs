@@ -12,17 +12,20 @@ struct Desk {
     want: u64,
 }
 
+fn from_hub() -> ModelSpec {
+    ModelSpec {
+        launch: Launch::Script { python: "python3".into(), script: "/server.py".into() },
+        model: Some("org/big".to_owned()),
+        gpus: 1,
+        ..spec("hub", 4)
+    }
+}
+
 impl Desk {
     fn new() -> Self {
-        let from_hub = ModelSpec {
-            launch: Launch::Script { python: "python3".into(), script: "/server.py".into() },
-            model: Some("org/big".to_owned()),
-            gpus: 1,
-            ..spec("hub", 4)
-        };
         let here = ModelSpec { gpus: 1, ..spec("here", 4) };
         let gpus = [(0, 80 << 30)].into();
-        let state = State::new(&[from_hub, here], Knobs::default(), &BTreeMap::new(), 1)
+        let state = State::new(&[from_hub(), here], Knobs::default(), &BTreeMap::new(), 1)
             .on(Inventory::of(&gpus, 64 << 30))
             .without_weights(&["hub".to_owned()].into());
         let mut desk = Self { state, now: 1_000, effects: Vec::new(), want: 0 };
@@ -218,6 +221,27 @@ fn after_a_failed_load_the_weights_are_looked_for_again() {
     assert!(desk.asked().is_empty(), "the pause after the failed load goes on");
     desk.report("hub", Report::Available);
     assert_eq!(desk.asked(), ["load hub"]);
+}
+
+#[test]
+fn an_edit_of_other_keys_leaves_a_fetch_and_its_pause_as_they_are() {
+    let mut desk = Desk::new();
+    let edit = |desk: &mut Desk, before: &ModelSpec, after: &ModelSpec| {
+        desk.event(Event::Edited(edits(std::slice::from_ref(before), std::slice::from_ref(after))));
+    };
+    let before = from_hub();
+    desk.event(Event::Queued(vec![job(1, "hub")]));
+    desk.fetch(FetchReport::Progress(half_way()));
+    let smaller = ModelSpec { memory: Some(8 << 30), args: vec!["--less".into()], ..before.clone() };
+    edit(&mut desk, &before, &smaller);
+    assert_eq!(desk.asked(), ["fetch hub"], "once");
+    assert!(desk.why().contains("8.00 of 16.00 GB"), "{}", desk.why());
+    desk.fetch(no_access());
+    edit(&mut desk, &smaller, &before);
+    assert!(desk.asked().is_empty() && desk.why().ends_with("cannot be fetched: 403"), "{}", desk.why());
+    let another = ModelSpec { revision: Some("v2".into()), ..before.clone() };
+    edit(&mut desk, &before, &another);
+    assert_eq!(desk.asked(), ["fetch hub"], "these are others");
 }
 
 #[test]

@@ -77,11 +77,6 @@ impl FileSystem {
         }
     }
 
-    /// Whether it is a network file system.
-    pub fn is_network(&self) -> bool {
-        self.class == Class::Network
-    }
-
     /// Whether what lies on it outlives the pod, the container or a restart of the machine, as far as can be told.
     pub fn is_persistent(&self) -> bool {
         self.class != Class::Volatile

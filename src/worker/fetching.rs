@@ -290,9 +290,10 @@ impl Fetching {
         }
     }
 
-    /// Whether the entry of a model still asks for what `spec` did: its limits or aliases are no concern of its weights.
+    /// Whether the entry of a model still asks for the weights that `spec` did: its arguments or its memory are no concern of
+    /// theirs.
     fn is_same(&self, model: &str, spec: &ModelSpec) -> bool {
-        self.specs.get(model).is_some_and(|now| now.starts_as(spec))
+        self.specs.get(model).is_some_and(|now| now.fetch_fingerprint() == spec.fetch_fingerprint())
     }
 
     fn end_pause(&mut self, model: &str) {

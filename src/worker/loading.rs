@@ -381,10 +381,19 @@ impl Supervisor {
         self.failed_loads += 1;
         let quarantined = self.failed_loads >= QUARANTINE_AFTER;
         let reason = tail.explain(reason);
-        self.enter_backoff(reason, tail, self.failed_loads, quarantined)
+        let (error, until) = self.enter_backoff(reason, tail, self.failed_loads, quarantined);
+        self.report(Report::LoadFailed { error: error.clone(), retry_at: until, quarantined });
+        Phase::BackingOff { error, until }
     }
 
-    pub(super) fn enter_backoff(&mut self, reason: String, tail: &Tail, failures: u32, quarantined: bool) -> Phase {
+    /// What its jobs are told, and until when; both are to be reported.
+    pub(super) fn enter_backoff(
+        &mut self,
+        reason: String,
+        tail: &Tail,
+        failures: u32,
+        quarantined: bool,
+    ) -> (JobError, Millis) {
         let wait = if quarantined {
             self.around.backoff_max
         } else {
@@ -405,8 +414,7 @@ impl Supervisor {
             v.retry_at = Some(until);
             v.reason = Some(message);
         });
-        self.report(Report::LoadFailed { error: error.clone(), retry_at: until, quarantined });
-        Phase::BackingOff { error, until }
+        (error, until)
     }
 
     pub(super) async fn back_off(&mut self, error: JobError, until: Millis) -> Phase {
@@ -421,7 +429,7 @@ impl Supervisor {
             let Some(order) = self.next_order_within(nap).await else { continue };
             match order {
                 // Not yet: the same answer again, so that nobody waits for one.
-                Some(Order::Load | Order::Wake) => self.report(Report::LoadFailed {
+                Some(Order::Load | Order::Wake) => self.report(Report::BacksOff {
                     error: error.clone(),
                     retry_at: until,
                     quarantined: self.failed_loads >= QUARANTINE_AFTER,

@@ -346,12 +346,14 @@ impl Supervisor {
         Phase::Absent
     }
 
-    /// Nothing ran on it, so nobody is to blame, and its next load is not kept waiting.
+    /// Nothing ran on it, so nobody is to blame, and there is no back-off.
     async fn lost(&mut self, running: Running, reason: &str) -> Phase {
+        let free = self.free_when_parked(&running, None, Instant::now());
         self.release(&running);
         let tail = running.process.clear_away().await;
         let reason = tail.explain(format!("{reason} while it was parked"));
         tracing::error!(model = self.spec.name, "the worker died: {reason}");
+        self.wait_memory_free(free).await;
         self.enter(ModelState::Absent);
         self.view.send_modify(|v| v.lost_copy = Some(format!("lost its copy in host memory: {reason}")));
         self.report(Report::Died { reason });

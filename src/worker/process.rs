@@ -35,6 +35,8 @@ const GUARDS_END_WITHIN: Duration = Duration::from_secs(1);
 const UMASK: &str = "077";
 /// Of what it would take by itself, the share that a worker is to make do with after it ran out of memory.
 const SMALL_SCALE: &str = "0.85";
+/// Of the grace period, what a worker needs at most to cancel what still runs and to free its device.
+const LAST_STEPS: Duration = Duration::from_secs(2);
 
 /// What a start needs besides the model.
 pub(super) struct Start<'a> {
@@ -76,6 +78,8 @@ impl Start<'_> {
         if self.is_small {
             vars.insert("ROUNDHOUSE_MEMORY_SCALE".into(), SMALL_SCALE.into());
         }
+        let running_s = (self.grace - LAST_STEPS.min(self.grace / 2)).as_secs_f64();
+        vars.entry("ROUNDHOUSE_GRACE_S".into()).or_insert_with(|| running_s.to_string().into());
         vars
     }
 
@@ -498,16 +502,13 @@ pub(super) mod tests {
         assert_eq!(told, json!({"arguments": ["--name", "toy"], "environment": environment, "instance": "id:1"}));
     }
 
-    #[test]
-    fn only_a_second_try_is_told_to_take_less() {
-        let spec = spec(&["x"]);
-        let tasks = Tasks::new();
-        let path = Path::new("/");
-        let grace = Duration::ZERO;
-        let start = |is_small| Start {
+    /// What a worker of `spec` is told by a variable.
+    fn told(name: &str, spec: &ModelSpec, is_small: bool, grace: Duration) -> Option<OsString> {
+        let (tasks, path) = (Tasks::new(), Path::new("/"));
+        let start = Start {
             park_bytes: None,
             free_bytes: None,
-            spec: &spec,
+            spec,
             replica: 0,
             gpus: &[],
             is_small,
@@ -517,8 +518,25 @@ pub(super) mod tests {
             grace,
             tasks: &tasks,
         };
-        let scale = |is_small| start(is_small).environment("id:1").remove(&OsString::from("ROUNDHOUSE_MEMORY_SCALE"));
+        start.environment("id:1").remove(OsStr::new(name))
+    }
+
+    #[test]
+    fn only_a_second_try_is_told_to_take_less() {
+        let scale = |is_small| told("ROUNDHOUSE_MEMORY_SCALE", &spec(&["x"]), is_small, Duration::ZERO);
         assert_eq!((scale(false), scale(true)), (None, Some("0.85".into())));
+    }
+
+    #[test]
+    fn a_worker_is_told_how_long_what_runs_may_take_after_sigterm() {
+        let mut spec = spec(&["x"]);
+        let running = |spec: &ModelSpec, grace_ms| {
+            told("ROUNDHOUSE_GRACE_S", spec, false, Duration::from_millis(grace_ms)).unwrap()
+        };
+        let all = [10_000, 60_000, 3_000, 0].map(|grace_ms| running(&spec, grace_ms));
+        assert_eq!(all, ["8", "58", "1.5", "0"]);
+        spec.env.insert("ROUNDHOUSE_GRACE_S".into(), "3".into());
+        assert_eq!(running(&spec, 10_000), "3", "the entry wins");
     }
 
     #[test]

@@ -3,10 +3,13 @@
 
 /// Beginnings of names: our own settings, API keys of our clients among them, and a cloud's.
 const BEGINNINGS: [&str; 2] = ["ROUNDHOUSE_", "AWS_"];
-/// Ends of names, or whole names without the underscore: `HF_TOKEN`, `TOKEN`, `RUNPOD_API_KEY`, `OPENAI_KEY`, `GITHUB_PAT`.
-const ENDS: [&str; 7] = ["_TOKEN", "_KEY", "_APIKEY", "_PASS", "_PWD", "_PAT", "_DSN"];
-/// Parts of names, wherever they stand.
-const PARTS: [&str; 5] = ["SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL"];
+/// Ends of names, or whole names without the underscore: `HF_TOKEN`, `TOKEN`, `RUNPOD_API_KEY`, `OPENAI_KEY`, `GITHUB_PAT`,
+/// `REDISCLI_AUTH`.
+const ENDS: [&str; 12] =
+    ["_TOKEN", "_TOKENS", "_KEY", "_KEYS", "_APIKEY", "_APIKEYS", "_PASS", "_PWD", "_PAT", "_DSN", "_AUTH", "_CREDS"];
+/// Parts of names, wherever they stand: `DOCKER_AUTH_CONFIG`, and `SSH_AUTH_SOCK`, by which one signs with the keys of whoever
+/// started the server.
+const PARTS: [&str; 6] = ["SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "_AUTH_"];
 /// Words of a name that ends in `_URL` or `_URI`: a password is in it. `REDIS_URL`, `MY_DATABASE_URL`, `MONGO_URI`.
 const STORES: [&str; 12] = [
     "DATABASE",
@@ -22,8 +25,6 @@ const STORES: [&str; 12] = [
     "RABBITMQ",
     "BROKER",
 ];
-/// By this one signs with the keys of whoever started the server.
-const AGENT: &str = "SSH_AUTH_SOCK";
 /// The folder that a shell is in.
 const FOLDER: &str = "PWD";
 
@@ -35,7 +36,6 @@ pub(super) fn is_secret(name: &str) -> bool {
         || (name != FOLDER && ENDS.iter().any(|end| name.ends_with(end) || name == end[1..]))
         || PARTS.iter().any(|part| name.contains(part))
         || address.is_some_and(|rest| rest.split('_').any(|word| STORES.contains(&word)))
-        || name == AGENT
 }
 
 #[cfg(test)]
@@ -49,13 +49,15 @@ mod tests {
                        AWS_SESSION_TOKEN AZURE_STORAGE_ACCOUNT_KEY GOOGLE_APPLICATION_CREDENTIALS GITHUB_TOKEN TOKEN API_KEY \
                        PGPASSWORD DB_PASSWORD MY_SECRET_THING CLIENT_SECRET SSH_AUTH_SOCK DATABASE_URL SENTRY_DSN github_token \
                        OPENAI_KEY ENCRYPTION_KEY SIGNING_KEY GITHUB_PAT MYSQL_PWD DB_PASS MY_DATABASE_URL REDIS_URL MONGO_URI \
-                       CELERY_BROKER_URL";
+                       CELERY_BROKER_URL OPENAI_API_KEYS API_KEYS HF_TOKENS TOKENS VENDOR_APIKEYS REDISCLI_AUTH \
+                       DOCKER_AUTH_CONFIG NPM_CREDS auth";
         for name in secrets.split_whitespace() {
             assert!(is_secret(name), "{name}");
         }
         let plain = "PATH HOME PWD OLDPWD LANG HF_HOME HF_HUB_CACHE HF_ENDPOINT TOKENIZERS_PARALLELISM CUDA_VISIBLE_DEVICES \
                      LD_LIBRARY_PATH PYTORCH_CUDA_ALLOC_CONF VLLM_CACHE_ROOT KEYBOARD RUNPOD_POD_ID HTTPS_PROXY \
-                     XKB_KEYMAP COMPAT BASE_URL HF_HUB_URL DBUS_SESSION_BUS_ADDRESS PATH_PATTERN";
+                     XKB_KEYMAP COMPAT BASE_URL HF_HUB_URL DBUS_SESSION_BUS_ADDRESS PATH_PATTERN XAUTHORITY \
+                     AUTHOR_NAME KEYSTONE MAX_TOKENS_PER_STEP";
         for name in plain.split_whitespace() {
             assert!(!is_secret(name), "{name}");
         }

@@ -24,6 +24,8 @@ const QUIET: Duration = Duration::from_millis(500);
 const IMPORT_PROBE_EVERY: Duration = Duration::from_millis(100);
 /// Longest time of the imports.
 const IMPORT_LIMIT: Duration = Duration::from_secs(600);
+/// How long a load waits for a spare, since it takes no orders meanwhile; then it starts from nothing.
+const TAKE_LIMIT: Duration = Duration::from_secs(2);
 /// Between two probes of a spare that waits.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
 /// Longest answer to a probe.
@@ -157,12 +159,16 @@ impl Spares {
         Loading(self.loads.clone())
     }
 
-    /// The spare of a model's environment, if one is there and answers. What comes of it is to be told by [`Self::came`].
+    /// The spare of a model's environment, if one is there and answers in time. What comes of it is to be told by
+    /// [`Self::came`].
     pub(super) async fn take(&self, spec: &ModelSpec) -> Option<WorkerProcess> {
         let messages = self.messages(spec)?;
         let (reply, answer) = oneshot::channel();
-        messages.send(Message::Take(reply)).await.ok()?;
-        answer.await.ok().flatten()
+        let asked = async {
+            messages.send(Message::Take(reply)).await.ok()?;
+            answer.await.ok().flatten()
+        };
+        timeout(TAKE_LIMIT, asked).await.ok().flatten()
     }
 
     /// Whether the one that was taken last has become a worker.
@@ -345,7 +351,7 @@ impl Keeper {
                     return End::Failed(tail.explain(format!("it {how}")));
                 }
                 () = sleep_until(deadline), if turn.is_some() => {
-                    let tail = process.stop(grace).await;
+                    let tail = process.clear_away().await; // As above.
                     return End::Failed(tail.explain(format!("its imports took over {} s", IMPORT_LIMIT.as_secs())));
                 }
                 health = probe => health,
@@ -480,6 +486,8 @@ async fn host_bytes(process: &WorkerProcess) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::worker::process::tests::spec;
 
@@ -514,23 +522,62 @@ mod tests {
         assert!(!is_one_environment(&flux, &with_env));
         assert!(!is_one_environment(&spec(&["serve"]), &spec(&["serve"])), "a command knows no --spare");
     }
-    #[tokio::test(start_paused = true)]
-    async fn a_spare_whose_pause_is_over_is_shown_as_one_that_waits_for_loads() {
-        let dir = tempfile::tempdir().unwrap();
-        let tasks = crate::lifecycle::Tasks::new();
-        let around = Surroundings {
+
+    /// With a guard that is not there, and backs off for a minute.
+    fn around(dir: &Path) -> Surroundings {
+        Surroundings {
             clock: Arc::new(crate::clock::SystemClock::default()),
             gpus: crate::worker::gpu::from_setting(Some("none")).unwrap(),
-            tasks: tasks.clone(),
-            data_dir_id: "spare".to_owned(),
-            log_dir: dir.path().join("logs"),
-            program: dir.path().join("no-such-program"),
+            tasks: crate::lifecycle::Tasks::new(),
+            data_dir_id: format!("spare{}", dir.file_name().unwrap().to_string_lossy()),
+            log_dir: dir.join("logs"),
+            program: dir.join("no-such-program"),
             grace: Duration::from_secs(1),
             stuck: crate::worker::supervisor::StuckMemory::default(),
             backoff_first: Duration::from_secs(60),
             backoff_max: Duration::from_secs(60),
             spares: Spares::default(),
-        };
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_load_waits_for_no_spare_whose_task_does_not_answer() {
+        let launch = Launch::Script { python: "/venv/python".into(), script: "flux/server.py".into() };
+        let spec = ModelSpec { launch, spare: true, ..spec(&[]) };
+        let dir = tempfile::tempdir().unwrap();
+        let spares = Spares::start(std::slice::from_ref(&spec), &around(dir.path()));
+        let (messages, inbox) = mpsc::channel(MESSAGES_LIMIT);
+        spares.keepers()[0].messages = messages;
+        assert!(timeout(Duration::from_secs(60), spares.take(&spec)).await.unwrap().is_none());
+        drop(inbox);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_spare_whose_imports_take_too_long_keeps_no_load_waiting_while_it_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let (script, guard) = (dir.path().join("server.py"), dir.path().join("guard"));
+        std::fs::write(&script, "").unwrap();
+        // It never answers, and does not end when it is told to.
+        std::fs::write(&guard, "#!/bin/sh\nexec sleep 600\n").unwrap();
+        std::fs::set_permissions(&guard, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+        let grace = Duration::from_secs(3_600);
+        let around = Surroundings { program: guard, grace, ..around(dir.path()) };
+        let launch = Launch::Script { python: "/bin/sh".into(), script };
+        let spec = ModelSpec { launch, spare: true, ..spec(&[]) };
+        let spares = Spares::start(std::slice::from_ref(&spec), &around);
+        let mut view = spares.keepers()[0].view.subscribe();
+        let begun = view.wait_for(|view| view.state == SpareState::Importing).await.map(|_| Instant::now()).unwrap();
+        view.wait_for(|view| view.state == SpareState::Backoff).await.unwrap();
+        let took = begun.elapsed();
+        assert!(took < IMPORT_LIMIT + grace / 2, "{took:?}");
+        let reason = spares.views()[0].reason.clone().unwrap();
+        assert!(reason.contains("its imports took over 600 s"), "{reason}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_spare_whose_pause_is_over_is_shown_as_one_that_waits_for_loads() {
+        let dir = tempfile::tempdir().unwrap();
+        let around = around(dir.path());
         let launch = Launch::Script { python: "/venv/python".into(), script: "flux/server.py".into() };
         let spares = Spares::start(&[ModelSpec { launch, spare: true, ..spec(&[]) }], &around);
         let mut view = spares.keepers()[0].view.subscribe();

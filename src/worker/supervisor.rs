@@ -600,9 +600,10 @@ impl Supervisor {
         );
         // The back-off is told first: a load ordered between the two reports would be answered by the second one, and the
         // order be followed when the back-off is over, whoever holds the device then.
-        let phase = self.enter_backoff(what, &tail, times - FREE_EARLY_DEATHS, false);
+        let (error, until) = self.enter_backoff(what, &tail, times - FREE_EARLY_DEATHS, false);
+        self.report(Report::BacksOff { error: error.clone(), retry_at: until, quarantined: false });
         self.report(Report::Died { reason });
-        phase
+        Phase::BackingOff { error, until }
     }
 
     fn note_life(&mut self, since: Instant) {
@@ -688,7 +689,7 @@ impl Supervisor {
         if matches!(asked.order, Order::Load | Order::Wake) {
             let set = asked.set.filter(|_| self.spec.gpus > 0);
             self.gpus = set.map_or_else(Vec::new, |set| set.gpus().collect());
-            self.park_bytes = asked.park_bytes.filter(|_| self.spec.park == Park::Ram);
+            self.park_bytes = asked.park_bytes;
             self.at_leisure = asked.at_leisure;
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::common::{LIMIT, Site, check_history, echo, eventually, with};
+use crate::common::{Api, LIMIT, Site, check_history, echo, eventually, with};
 
 fn kinds(events: &[Value]) -> Vec<&str> {
     events.iter().map(|event| event["type"].as_str().unwrap()).collect()
@@ -188,6 +188,31 @@ async fn callers_who_leave_before_the_limit_do_not_keep_a_hung_worker() {
     })
     .await;
     api.succeeded(&api.submit_echo("a", json!({})).await).await;
+}
+
+#[tokio::test]
+async fn deaths_soon_after_readiness_are_counted_as_deaths_and_not_as_failed_loads() {
+    let site = Site::new().server("backoff_first", "10min").server("backoff_max", "10min");
+    let server = site.model("a", echo::<&str>("custom", &[])).start().await;
+    let api = &server.api;
+    for state in ["absent", "absent", "backoff"] {
+        api.poke("/v1/models/a/load").await.is(200);
+        worker_is(api, "resident").await;
+        server.worker("a").await.signal(Signal::SIGKILL);
+        worker_is(api, state).await;
+    }
+    let deaths = "roundhouse_worker_deaths_total{model=\"a\"} 3\n";
+    let metrics = eventually(LIMIT, "they are counted", || async {
+        let metrics = api.get("/metrics").await.is(200).text();
+        metrics.contains(deaths).then_some(metrics)
+    })
+    .await;
+    assert!(!metrics.contains("roundhouse_failed_loads_total{"), "{metrics}");
+    assert_eq!(api.worker("a").await["failed_loads"], 0);
+}
+
+async fn worker_is(api: &Api, state: &str) {
+    eventually(LIMIT, state, || async { (api.worker("a").await["state"] == state).then_some(()) }).await;
 }
 
 #[tokio::test]

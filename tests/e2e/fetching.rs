@@ -287,6 +287,29 @@ async fn a_fetch_is_ended_by_hand_and_goes_on_where_it_was_when_the_model_is_wan
 }
 
 #[tokio::test]
+async fn an_edit_that_is_no_concern_of_the_weights_leaves_their_fetch_alone() {
+    let site_dir = Site::new();
+    let hub = Hub::start(site_dir.path(), &[]);
+    let site = site(&hub, site_dir);
+    let server = site.start().await;
+    let waiting = server.api.submit_echo("hub", json!({})).await;
+    held(&server.api).await;
+    let before = fetcher(&server).await;
+    let requests = hub.requests().len();
+    site.model("hub", with(from_hub(), json!({"memory": "8GiB", "args": ["--delay-ms", "1"]}))).write();
+    eventually(LIMIT, "the edit is in force", || async {
+        server.log().contains("models.yaml was edited: it is in force").then_some(())
+    })
+    .await;
+    // Of a fetch that was begun anew the hub is asked at once.
+    held(&server.api).await;
+    assert_eq!(fetcher(&server).await.pid, before.pid);
+    hub.go_on();
+    server.api.succeeded(&waiting).await;
+    assert_eq!((hub.ranges(), hub.requests().len()), (vec![None], requests), "no byte comes twice");
+}
+
+#[tokio::test]
 async fn a_fetch_outlives_its_hub() {
     let port = free_port().to_string();
     let site_dir = Site::new();

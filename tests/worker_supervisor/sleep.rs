@@ -161,6 +161,24 @@ async fn an_order_to_stop_ends_a_rehearsal_at_once() {
     bench.assert_nothing_left();
 }
 
+#[tokio::test]
+async fn the_death_of_a_parked_worker_is_told_when_the_driver_shows_what_it_kept_free() {
+    let (gpus, mut bench, spec) = on_one_gpu();
+    bench.tempo.memory_limit = Duration::from_secs(20);
+    let mut worker = bench.supervise(spec);
+    assert!(matches!(load_on_gpu(&mut worker).await, Report::Ready { .. }));
+    worker.park().await;
+    let toy = bench.toys()[0];
+    kill(Pid::from_raw(toy), Signal::SIGKILL).unwrap();
+    until("the toy is gone", || bench.marked().is_empty()).await;
+    // As with a real driver, the memory is freed some time later.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(worker.reports.try_recv().is_err(), "its context is still in use");
+    std::fs::remove_file(gpus.path().join(toy.to_string())).unwrap();
+    worker.death().await;
+    bench.assert_nothing_left();
+}
+
 /// A driver that does not answer once: when it is first asked after memory has become free.
 struct FailsOnce {
     probe: Arc<dyn GpuProbe>,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -50,7 +51,10 @@ def parser(description: str, *, name: str, model: str) -> argparse.ArgumentParse
         "--batch-wait-ms", type=at_least(0), default=50, help="how long a run waits for its missing requests"
     )
     flags.add_argument(
-        "--grace", type=at_least(0), default=8, help="seconds that running passes may take to finish after SIGTERM"
+        "--grace",
+        type=at_least(0),
+        default=os.environ.get("ROUNDHOUSE_GRACE_S", "8"),  # a text is checked like the flag
+        help="seconds that running passes may take to finish after SIGTERM",
     )
     flags.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return flags

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from harness import NDJSON, Worker, until
 
+from roundhouse_worker import flags
+
 PROBE = Path(__file__).with_name("probe.py")
 
 
@@ -479,6 +481,22 @@ def test_after_the_grace_the_pass_is_cancelled():
         assert running.result()[-1]["code"] == "cancelled"
         assert worker.wait_exit() == 0
         assert "released" in worker.log()
+
+
+@pytest.mark.parametrize(("told", "grace"), [(None, 8), ("0.1", 0.1), ("58", 58)])
+def test_the_grace_is_what_the_scheduler_tells(told, grace, monkeypatch):
+    monkeypatch.delenv("ROUNDHOUSE_GRACE_S", raising=False)
+    if told:
+        monkeypatch.setenv("ROUNDHOUSE_GRACE_S", told)
+    parse = flags.parser("a worker", name="n", model="m").parse_args
+    assert parse([]).grace == grace
+    assert parse(["--grace", "3"]).grace == 3
+
+
+def test_a_scheduler_that_tells_nonsense_is_refused(monkeypatch):
+    monkeypatch.setenv("ROUNDHOUSE_GRACE_S", "-1")
+    with pytest.raises(flags.FlagError, match="--grace: must be at least 0, not -1"):
+        flags.parser("a worker", name="n", model="m").parse_args([])
 
 
 def test_a_second_signal_skips_the_grace():
