@@ -453,6 +453,10 @@ mod device_tests;
 mod keeping_tests;
 
 #[cfg(test)]
+#[path = "preload_tests.rs"]
+mod preload_tests;
+
+#[cfg(test)]
 #[path = "weights_tests.rs"]
 mod weights_tests;
 
