@@ -23,6 +23,11 @@ pub fn has_place(view: &View, model: usize) -> bool {
         .any(|set| set.gpus().all(|device| need(view.models[model].bytes, size(view, device)) <= size(view, device)))
 }
 
+/// Whether a model fits somewhere beside all workers that keep their devices.
+pub fn has_room(view: &View, model: usize) -> bool {
+    aligned(view, model).any(|set| fits(view, model, set, &[]))
+}
+
 /// Memory that a model takes on a device of this size.
 fn need(bytes: Option<u64>, device: u64) -> u64 {
     bytes.unwrap_or(device).max(1)

@@ -135,7 +135,7 @@ pub struct ModelView {
     pub trouble: Option<String>,
     /// When the trouble may be over by itself.
     pub trouble_until: Option<Millis>,
-    /// To be loaded without a job, since `preload` says so and nothing has been loaded yet.
+    /// To be loaded without a job: `preload` says so, and its start is not over.
     pub preload: bool,
     /// Unload after this long without work.
     pub idle_ttl_ms: Option<i64>,

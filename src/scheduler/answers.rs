@@ -97,6 +97,25 @@ impl State {
         self.tell_change(index, change, now)
     }
 
+    /// Jobs that were about to run wait again.
+    pub(super) fn on_unclaimed(&mut self, model: &str, numbers: Vec<i64>, now: Millis) {
+        for number in numbers {
+            if let Some(running) = self.end_running(model, number, now).filter(|running| !running.is_gone) {
+                self.enqueue(&running.job, now);
+            }
+        }
+    }
+
+    /// A job was cancelled as one that waits. Here it may still run: what it was cancelled after is on its way to us.
+    pub(super) fn on_gone(&mut self, model: &str, priority: u8, number: i64) {
+        let Some(index) = self.index_of(model) else { return };
+        let queue = &mut self.models[index].queue;
+        match queue.remove(priority, number) {
+            Some(job) => self.forget_tenant(&job.tenant),
+            None => queue.note_gone(number),
+        }
+    }
+
     /// The end of an attempt is committed.
     pub(super) fn on_ended(
         &mut self,
@@ -121,7 +140,7 @@ impl State {
         model.count_end(None, now);
         let change = model.end_of_run(running.worker, false, now);
         effects.extend(self.tell_change(index, change, now));
-        if let Some(Back { not_before, crash }) = back {
+        if let Some(Back { not_before, crash }) = back.filter(|_| !running.is_gone) {
             self.enqueue(&QueuedJob { was_started: true, not_before, crash, ..running.job }, now);
         }
         // Once: a worker that dies takes up to `limit` jobs along, and each of them says so.

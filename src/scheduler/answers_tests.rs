@@ -208,3 +208,25 @@ fn a_cancel_or_a_purge_does_not_touch_an_answer_that_is_being_stored() {
     world.store(1);
     assert_eq!((world.a().under_way(), world.runs.len()), (1, 2));
 }
+
+#[test]
+fn a_job_that_is_cancelled_on_its_way_back_to_the_queue_does_not_wait() {
+    let mut world = World::new(1, 1);
+    world.wait("a", 1..=2);
+    // The store has it as waiting already, and it is cancelled there before the loop hears that its attempt is over.
+    world.event(Event::Gone { model: "a".to_owned(), priority: 5, number: 1 });
+    assert_eq!(world.a().under_way(), 1, "its attempt is told to be over by its task");
+    world.lose(1);
+    assert_eq!((world.state.queued(), world.state.by_tenant.values().sum::<usize>()), (1, 1), "the second job");
+}
+
+#[test]
+fn a_job_that_is_cancelled_after_the_store_refused_its_claim_does_not_wait() {
+    let mut world = World::new(2, 1);
+    world.wait("a", 1..=2);
+    assert_eq!(world.runs, [[1], [2]]);
+    world.event(Event::Control(Control::Pause(Some("a".to_owned()))));
+    world.event(Event::Gone { model: "a".to_owned(), priority: 5, number: 1 });
+    world.event(Event::Unclaimed { model: Arc::from("a"), numbers: vec![1, 2] });
+    assert_eq!((world.state.queued(), world.a().under_way()), (1, 0), "the other one does");
+}

@@ -104,7 +104,10 @@ impl Scheduler {
                         context.tell(Message::Event(Event::Claimed { model, lost }));
                     }
                 }
-                Err(error) => give_back(&context, model, run.jobs, &error).await,
+                Err(error) => {
+                    let numbers = run.jobs.iter().map(|job| job.number).collect();
+                    give_back(&context, model, numbers, &error).await;
+                }
             }
         });
     }
@@ -190,9 +193,8 @@ async fn end_one_queued(context: &Context, number: i64, ending: &Ending) -> bool
 }
 
 /// The store refused a claim: the jobs are still queued, and are tried again a little later.
-async fn give_back(context: &Context, model: Arc<str>, jobs: Vec<QueuedJob>, error: &StoreError) {
-    tracing::error!(model.name = %model, jobs = jobs.len(), "jobs could not be claimed, trying again: {error}");
+async fn give_back(context: &Context, model: Arc<str>, numbers: Vec<i64>, error: &StoreError) {
+    tracing::error!(model.name = %model, jobs = numbers.len(), "jobs could not be claimed, trying again: {error}");
     tokio::time::sleep(CLAIM_RETRY).await;
-    context.tell(Message::Event(Event::Claimed { model, lost: jobs.iter().map(|job| job.number).collect() }));
-    context.tell(Message::Event(Event::Queued(jobs)));
+    context.tell(Message::Event(Event::Unclaimed { model, numbers }));
 }

@@ -5,7 +5,7 @@ use super::*;
 /// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// Committed jobs that wait now: new ones, or given back after an attempt.
+    /// Committed jobs that wait now.
     Queued(Vec<QueuedJob>),
     /// A claim was committed; `lost` were not queued any more.
     Claimed {
@@ -13,6 +13,13 @@ pub enum Event {
         model: Arc<str>,
         /// Numbers that are not this run's after all.
         lost: Vec<i64>,
+    },
+    /// The store refused a claim: the jobs are queued as before.
+    Unclaimed {
+        /// Entry name.
+        model: Arc<str>,
+        /// Their numbers.
+        numbers: Vec<i64>,
     },
     /// A worker has answered a job whole and is done with it: its slot is free. The answer is on its way to the store.
     Answered {

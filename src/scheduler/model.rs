@@ -111,6 +111,8 @@ pub(super) struct Model {
     runs: BTreeMap<u32, Running>,
     pub(super) timeout_ms: i64,
     pub(super) learned: Learned,
+    /// It is to be loaded without a job, and the start is not over for it: it was not ready yet, there may be room, and its loads
+    /// have not failed for good.
     pub(super) preload: bool,
     /// What was said by hand.
     pub(super) held: Held,
@@ -246,9 +248,7 @@ impl Model {
         self.learned.entry = new.learned.entry;
         self.memory_bytes = new.memory_bytes;
         self.is_checkpointed = new.is_checkpointed;
-        if !self.is_listed {
-            self.preload = new.preload;
-        }
+        self.preload = new.preload && (self.preload || !self.is_listed);
         (self.is_listed, self.aliases) = (true, new.aliases);
         if restart || self.slots != new.slots {
             (self.batching, self.kept_batches) = (new.batching, None);

@@ -80,6 +80,8 @@ pub(super) struct Running {
     pub(super) worker: u32,
     /// See [`To::canary`]; `None` once the worker has answered somebody.
     pub(super) canary: Option<i64>,
+    /// It was cancelled when the store had it back as waiting already: it does not wait again.
+    pub(super) is_gone: bool,
     /// GPU time that its tenant was charged in advance, ms.
     charged_ms: f64,
     /// The worker's shares so far when it began, ms.
@@ -513,6 +515,7 @@ impl Queue {
             claimed_at: now,
             worker: to.worker,
             canary: to.canary,
+            is_gone: false,
             charged_ms: to.charge_ms,
             share_from,
             device_from,
@@ -549,6 +552,13 @@ impl Queue {
     /// Whether jobs share this worker's time.
     pub(super) fn works(&self, worker: u32) -> bool {
         self.load(worker).sharing > 0
+    }
+
+    /// A job was cancelled as one that waits, while it counts as running here.
+    pub(super) fn note_gone(&mut self, number: i64) {
+        if let Some(running) = self.running.get_mut(&number) {
+            running.is_gone = true;
+        }
     }
 
     /// Counts it no longer, and charges its tenant for what it had of the worker: `gpus` times its share of the time.

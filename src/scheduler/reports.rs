@@ -123,6 +123,7 @@ impl State {
             },
             Report::Died { .. } => worker.map_or(Vec::new(), |worker| self.on_died(worker, now)),
             Report::LoadFailed { error, retry_at, quarantined } | Report::BacksOff { error, retry_at, quarantined } => {
+                self.models[index].preload &= !quarantined;
                 let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
                 let text = format!("{word}: {}", why(&error, &self.models[index].name));
                 self.on_load_failed(index, worker, error, Some(retry_at), text)
@@ -169,7 +170,7 @@ impl State {
         self.look_for_weights_again(index);
         let serves = self.serves(index);
         let model = &mut self.models[index];
-        (model.preload, model.wanted_at) = (false, None);
+        model.wanted_at = None;
         let told = (!serves).then(|| error.clone());
         model.trouble = Some(Trouble { reason: StateReason::ModelBlocked, error: told, text, until: retry_at });
         if serves {

@@ -421,7 +421,9 @@ impl Scheduler {
         match message {
             Message::Event(event) => {
                 match &event {
-                    Event::Claimed { lost, .. } => lost.iter().for_each(|number| drop(self.stops.remove(number))),
+                    Event::Claimed { lost: numbers, .. } | Event::Unclaimed { numbers, .. } => {
+                        numbers.iter().for_each(|number| drop(self.stops.remove(number)))
+                    }
                     Event::Ended { number, .. } => drop(self.stops.remove(number)),
                     _ => {}
                 }

@@ -345,6 +345,8 @@ struct Server {
     next_run: i64,
     /// The loop's `stops`.
     stops: HashMap<i64, Rc<Cell<bool>>>,
+    /// Jobs that were cancelled before the loop had heard of them.
+    early: BTreeSet<i64>,
     tasks: BTreeMap<u64, Dispatch>,
     /// Run of each job that the state machine counts as running.
     run_of: BTreeMap<i64, i64>,

@@ -261,6 +261,10 @@ impl State {
                 }
                 Vec::new()
             }
+            Event::Unclaimed { model, numbers } => {
+                self.on_unclaimed(&model, numbers, now);
+                Vec::new()
+            }
             Event::OutOfMemory { model, number, jobs } => self.on_out_of_memory(&model, number, jobs, now),
             Event::Shape { model, number, words } => self.on_shape(&model, number, now, |batching, key| {
                 batching.name(key, words);
@@ -271,11 +275,7 @@ impl State {
                 self.on_ended(&model, number, answered, suspect, back, now)
             }
             Event::Gone { model, priority, number } => {
-                if let Some(index) = self.index_of(&model)
-                    && let Some(job) = self.models[index].queue.remove(priority, number)
-                {
-                    self.forget_tenant(&job.tenant);
-                }
+                self.on_gone(&model, priority, number);
                 Vec::new()
             }
             Event::Report { model, replica, report } => match self.index_of(&model) {
@@ -451,6 +451,10 @@ mod device_tests;
 #[cfg(test)]
 #[path = "keeping_tests.rs"]
 mod keeping_tests;
+
+#[cfg(test)]
+#[path = "preload_tests.rs"]
+mod preload_tests;
 
 #[cfg(test)]
 #[path = "weights_tests.rs"]

@@ -334,9 +334,7 @@ impl State {
             self.ledger.count_swap(index);
         }
         self.last_on[set.first as usize..(set.first + set.count) as usize].fill(Some(index));
-        for model in &mut self.models {
-            model.preload = false;
-        }
+        self.forget_preloads(index, now);
         let model = &mut self.models[index];
         (model.trouble, model.wanted_at) = (None, None);
         model.count_load(load_ms as f64, source, now);
@@ -349,6 +347,21 @@ impl State {
             self.leave(place, false, now, &mut effects);
         }
         effects
+    }
+
+    /// A model is ready: the start is over for it, and for those that do not fit beside all that are ready. Nobody leaves for them,
+    /// and later they would come as a surprise.
+    fn forget_preloads(&mut self, ready: usize, now: Millis) {
+        self.models[ready].preload = false;
+        if !self.models.iter().any(|model| model.preload) {
+            return;
+        }
+        let (mut view, _) = self.view_with_places(now);
+        view.workers.retain(|worker| worker.phase == plan::Phase::Serving);
+        for (index, model) in self.models.iter_mut().enumerate() {
+            // Where even an empty box has no place for it, it waits for a GPU to come.
+            model.preload &= sets::has_room(&view, index) || !sets::has_place(&view, index);
+        }
     }
 
     /// Whether a model that is loaded on a device has another one's place there, and does not stand beside it.

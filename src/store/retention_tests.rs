@@ -74,7 +74,12 @@ impl House {
     }
 
     async fn has_answer(&self, id: JobId) -> bool {
-        self.store.reader().answer(id).await.unwrap().is_some()
+        match self.store.reader().answer(id).await {
+            Ok(answer) => answer.is_some(),
+            // It was emptied between the look at its row and the one at its file.
+            Err(StoreError::Expired) => false,
+            Err(error) => panic!("{error}"),
+        }
     }
 
     async fn purge_all(&self) -> (u64, u64) {

@@ -42,7 +42,7 @@ async fn an_unload_by_hand_ends_a_load_that_hangs() {
 
 #[tokio::test]
 async fn a_failed_load_is_remembered_until_one_works() {
-    let site = Site::new().server("load_limit", "1s").server("backoff_first", "1s");
+    let site = Site::new().server("load_limit", "2s").server("backoff_first", "1s");
     let site = site.model("a", with(no_server(), json!({"startup_time": "10ms"})));
     let server = site.start().await;
     let api = &server.api;
@@ -57,7 +57,7 @@ async fn a_failed_load_is_remembered_until_one_works() {
     .await;
     let reason = worker["reason"].as_str().unwrap_or_default();
     assert!(
-        reason.starts_with("its last load failed: its worker was not ready within 1 s: nothing listens"),
+        reason.starts_with("its last load failed: its worker was not ready within 2 s: nothing listens"),
         "{worker}"
     );
     eventually(LIMIT, "the model says the same", || async {
@@ -65,14 +65,19 @@ async fn a_failed_load_is_remembered_until_one_works() {
     })
     .await;
     assert_eq!(degraded(api, "a").await.expect("listed")["reason"], worker["reason"]);
-    // It can be loaded all the same, and may be asked to.
+    // It can be loaded all the same, and may be asked to. Its supervisor knows a moment before the scheduler does.
+    eventually(LIMIT, "nothing keeps it from being loaded", || async {
+        (model(api, "a").await["trouble"] == Value::Null).then_some(())
+    })
+    .await;
     api.poke("/v1/models/a/load").await.is(200);
     eventually(LIMIT, "it is tried again", || async {
         (api.worker("a").await["starts"] != worker["starts"]).then_some(())
     })
     .await;
 
-    site.model("a", echo("custom", &[""; 0])).write();
+    // Its load may take ten times as long as usual.
+    site.model("a", with(echo("custom", &[""; 0]), json!({"startup_time": "60s"}))).write();
     eventually(LIMIT, "mended", || async { (model(api, "a").await["last_failure"] == Value::Null).then_some(()) })
         .await;
     let id = api.submit_echo("a", json!({})).await;

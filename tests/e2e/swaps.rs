@@ -188,6 +188,26 @@ async fn preloaded_models_are_there_without_a_job() {
 }
 
 #[tokio::test]
+async fn a_preloaded_model_whose_first_start_fails_is_loaded_all_the_same() {
+    let preload = || with(echo("custom", &[""; 0]), json!({"preload": true, "memory": "1MiB"}));
+    let site = Site::new();
+    let mut once = preload();
+    let script =
+        format!(r#"if [ -e '{0}' ]; then exec "$@"; fi; : > '{0}'; exit 1"#, site.path().join("tried").display());
+    let mut command = vec![json!("sh"), json!("-c"), json!(script), json!("sh")];
+    command.extend(once["command"].as_array().unwrap().iter().cloned());
+    once["command"] = json!(command);
+    let server = site.model("a", preload()).model("b", once).start().await;
+    for model in ["a", "b"] {
+        eventually(LIMIT, &format!("{model} is resident"), || async {
+            (server.api.worker(model).await["state"] == "resident").then_some(())
+        })
+        .await;
+    }
+    assert_eq!(server.api.worker("b").await["starts"], 2);
+}
+
+#[tokio::test]
 async fn jobs_of_one_shape_share_a_run() {
     let args = ["--load-s", "1", "--delay-ms", "100", "--batch-wait-ms", "10000"];
     let site = Site::new().model("a", with(echo("custom", &args), json!({"max_batch": 8, "limit": 8})));

@@ -146,9 +146,8 @@ impl Sim {
             Ev::Over(task, outcome, silent) => self.over(task, outcome, silent),
             Ev::AskAgain(op) => self.ask(op),
             Ev::GiveBack(model, jobs) => {
-                let lost = jobs.iter().map(|job| job.number).collect();
-                self.tell(Message::Event(Event::Claimed { model, lost }));
-                self.tell(Message::Event(Event::Queued(jobs)));
+                let numbers = jobs.iter().map(|job| job.number).collect();
+                self.tell(Message::Event(Event::Unclaimed { model, numbers }));
             }
             Ev::Loaded(index, ok) => self.loaded(index, ok),
             Ev::Gone(index, lived) => self.gone(index, lived),

@@ -95,7 +95,9 @@ impl Sim {
         for message in &server.inbox {
             match message {
                 Message::Event(Event::Queued(jobs)) => found.extend(jobs.iter().map(|job| job.number)),
-                Message::Event(Event::Claimed { lost, .. }) => found.extend(lost),
+                Message::Event(Event::Claimed { lost: numbers, .. } | Event::Unclaimed { numbers, .. }) => {
+                    found.extend(numbers);
+                }
                 Message::Event(Event::Ended { number, .. } | Event::Gone { number, .. }) => {
                     found.insert(*number);
                 }
@@ -232,7 +234,10 @@ impl Sim {
                     assert!(live || flying.contains(&number), "{number} is lost: {row:?}");
                     assert!(!waiting.contains_key(&number), "{number} runs and waits");
                 }
-                _ => {}
+                _ => {
+                    let is_told = !flying.contains(&number) && !server.early.contains(&number);
+                    assert!(!is_told || !waiting.contains_key(&number), "{number} has ended and waits");
+                }
             }
         }
         self.seen.held += held;

@@ -25,6 +25,7 @@ impl Sim {
             next_number: self.disk.next_number(),
             next_run: 1,
             stops: HashMap::new(),
+            early: BTreeSet::new(),
             tasks: BTreeMap::new(),
             run_of: BTreeMap::new(),
             stopping: None,
@@ -130,8 +131,8 @@ impl Sim {
         if let Event::Ended { number, .. } = &event {
             self.server().run_of.remove(number);
         }
-        if let Event::Claimed { lost, .. } = &event {
-            for number in lost {
+        if let Event::Claimed { lost: numbers, .. } | Event::Unclaimed { numbers, .. } = &event {
+            for number in numbers {
                 self.server().run_of.remove(number);
             }
         }
@@ -163,6 +164,19 @@ impl Sim {
         }
     }
 
+    /// Somebody who found a job in a list has cancelled it before the loop has heard of it at all: it waits until its claim
+    /// is refused.
+    fn note_early(&mut self, model: &str, number: i64) {
+        let server = self.server();
+        let is_known = server.state.index_of(model).is_some_and(|index| {
+            let queue = &server.state.models[index].queue;
+            queue.running().contains_key(&number) || queue.recount().iter().any(|job| job.number == number)
+        });
+        if !is_known {
+            server.early.insert(number);
+        }
+    }
+
     /// Waiting jobs that a purge is to end.
     fn purgeable(&self, model: Option<&str>, before: i64) -> BTreeSet<i64> {
         let models = self.server.iter().flat_map(|server| &server.state.models);
@@ -181,9 +195,10 @@ impl Sim {
         match message {
             Message::Event(event) => {
                 match &event {
-                    Event::Claimed { lost, .. } => {
-                        lost.iter().for_each(|number| drop(self.server().stops.remove(number)))
+                    Event::Claimed { lost: numbers, .. } | Event::Unclaimed { numbers, .. } => {
+                        numbers.iter().for_each(|number| drop(self.server().stops.remove(number)))
                     }
+                    Event::Gone { model, number, .. } => self.note_early(model, *number),
                     Event::Ended { number, .. } => drop(self.server().stops.remove(number)),
                     _ => {}
                 }
