@@ -6,6 +6,9 @@ use super::job::text_enum;
 use super::{JobError, Millis, ModelState};
 use std::fmt;
 
+/// A load that ran out of memory is tried again where so much more is free than was then, in bytes: other programs come and go.
+pub const MORE_BYTES: u64 = 1 << 30;
+
 /// A worker's report, sent by its supervisor to the scheduler. Each changes what the scheduler may do next.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Report {
@@ -74,11 +77,13 @@ pub enum Report {
         /// Five in a row.
         quarantined: bool,
     },
-    /// Its GPU has not enough memory for it, also when it is told to take less. Nothing of it runs; tried again when there is
-    /// more room, which `Available` tells.
+    /// Its GPU has not enough memory for it, also when it is told to take less. Nothing of it runs; tried again when more is
+    /// free there, which `Available` tells, or when it is ordered to load all the same.
     DoesNotFit {
         /// For a person, with numbers and advice.
         error: JobError,
+        /// What was free on the fullest of its GPUs before, in bytes.
+        free: u64,
     },
     /// Needs GPUs that the box does not see.
     NoGpu,

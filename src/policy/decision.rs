@@ -21,7 +21,7 @@ pub struct Decision {
     /// `resume`, `drain`, `purge`, `pin` and `unpin`.
     pub action: &'static str,
     /// `dry`, `hold`, `finish_first`, `linger`, `not_due`, `due`, `due_interactive`, `deadline`, `guest`, `reserved`,
-    /// `replica`, `fits`, `park`, `drop`, `blocked`, `too_big`, `paused`, `overloaded`, `batch`, `worker_oom`
+    /// `replica`, `fits`, `park`, `drop`, `blocked`, `too_big`, `paused`, `overloaded`, `batch`, `worker_oom`, `no_room`
     /// or `manual`.
     pub code: &'static str,
     /// The model it is about: the one that stays or is loaded.

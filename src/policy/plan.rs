@@ -183,7 +183,7 @@ impl Round<'_> {
         } else {
             let m = &self.view.models[model];
             let kept =
-                self.plan.reservations.iter().find(|r| sets::aligned(&self.view, model).any(|s| s.overlaps(r.set)));
+                self.plan.reservations.iter().find(|r| sets::open(&self.view, model).iter().any(|s| s.overlaps(r.set)));
             let decision = match kept {
                 Some(reservation) => self.words().kept(m, due, reservation),
                 None => self.words().blocked(m),
@@ -243,7 +243,7 @@ impl Round<'_> {
                 *kept = Some((rank, found));
             }
         };
-        for set in sets::aligned(&self.view, model) {
+        for set in sets::open(&self.view, model) {
             let guest = self.reserved(set);
             let too_long = |r: Reservation| self.now + round_up(GUEST_LOADS * m.load_ms) > r.at;
             if guest.is_some_and(too_long) {
@@ -326,7 +326,7 @@ impl Round<'_> {
             let at = out.iter().filter_map(|worker| self.yields_at(*worker, &out, times)).max()?;
             Some((Reservation { model, set, at }, out))
         };
-        let free = sets::aligned(&self.view, model).filter(|set| self.reserved(*set).is_none());
+        let free = sets::open(&self.view, model).into_iter().filter(|set| self.reserved(*set).is_none());
         let ready = |set: GpuSet, at: Millis| at + round_up(self.view.models[model].lost_ms(set));
         let best = free.filter_map(when).min_by_key(|(reservation, _)| ready(reservation.set, reservation.at))?;
         // What was reserved stays so, unless another set is free much sooner.

@@ -18,6 +18,8 @@ pub(crate) fn model(name: &str) -> ModelView {
         left_at: None,
         gpus: 1,
         bytes: None,
+        apart: false,
+        lacked: Vec::new(),
         load_ms: 28_000.0,
         cold_ms: 28_000.0,
         parked: Vec::new(),

@@ -1,7 +1,8 @@
 //! Which sets of devices can hold a model, and who would have to leave.
 
 use crate::domain::GpuSet;
-use crate::policy::view::{View, WorkerView};
+use crate::domain::worker::MORE_BYTES;
+use crate::policy::view::{Phase, View, WorkerView};
 
 /// Aligned sets that can hold a worker of a model: GPUs 0-1, 2-3 for one of two, 0-3, 4-7 for one of four. None with a device
 /// that is gone.
@@ -15,6 +16,15 @@ pub fn aligned(view: &View, model: usize) -> impl Iterator<Item = GpuSet> + use<
         .step_by(step)
         .map(move |first| GpuSet { first, count })
         .filter(move |set| set.first + set.count <= end && set.gpus().all(|device| there[device as usize]))
+}
+
+/// Those on which it may be loaded: where it has not run out of memory, and which may have more than was free there.
+pub fn open(view: &View, model: usize) -> Vec<GpuSet> {
+    let lacked = &view.models[model].lacked;
+    let may_do = |set: GpuSet, (there, free): (GpuSet, u64)| {
+        set != there && set.gpus().all(|device| size(view, device) >= free.saturating_add(MORE_BYTES))
+    };
+    aligned(view, model).filter(|set| lacked.iter().all(|it| may_do(*set, *it))).collect()
 }
 
 /// Whether a model fits somewhere on what is there now, if that is empty.
@@ -37,9 +47,11 @@ fn size(view: &View, device: u32) -> u64 {
     view.devices[device as usize].max(1)
 }
 
-/// Memory that a worker takes on one of its devices.
+/// Memory that a worker takes on one of its devices; all of it on its way there, if nobody is to be beside it.
 pub fn taken(view: &View, worker: &WorkerView, device: u32) -> u64 {
-    need(view.model_of(worker).bytes, size(view, device))
+    let (model, size) = (view.model_of(worker), size(view, device));
+    let is_on_its_way = matches!(worker.phase, Phase::Waiting | Phase::Loading { .. });
+    if model.apart && is_on_its_way { size } else { need(model.bytes, size) }
 }
 
 /// Whether a model fits somewhere on this box when it is empty. A box without devices of its kind says nothing.
@@ -60,14 +72,22 @@ pub fn used(view: &View, set: GpuSet, leaving: bool) -> u64 {
 
 /// Bytes that are missing on a device for one more worker of `model`, besides the workers in `out`.
 fn missing(view: &View, model: usize, device: u32, out: &[usize]) -> u64 {
-    let size = size(view, device);
-    (used_beside(view, device, out) + need(view.models[model].bytes, size)).saturating_sub(size)
+    let (size, m) = (size(view, device), &view.models[model]);
+    let must_leave = |worker: &WorkerView| m.apart && !view.model_of(worker).pin;
+    let has_to = staying(view, device, out).any(must_leave);
+    let used = if has_to { size } else { used_beside(view, device, out) };
+    (used + need(m.bytes, size)).saturating_sub(size)
+}
+
+/// Workers that keep a device, but those in `out`.
+fn staying<'a>(view: &'a View, device: u32, out: &'a [usize]) -> impl Iterator<Item = &'a WorkerView> {
+    let all = view.workers.iter().enumerate();
+    all.filter(move |(i, w)| w.set.has(device) && w.stays() && !out.contains(i)).map(|(_, worker)| worker)
 }
 
 /// Memory in use on a device by workers that keep it, but those in `out`; bytes.
 fn used_beside(view: &View, device: u32, out: &[usize]) -> u64 {
-    let stay = view.workers.iter().enumerate().filter(|(i, w)| w.set.has(device) && w.stays() && !out.contains(i));
-    stay.map(|(_, worker)| taken(view, worker, device)).sum()
+    staying(view, device, out).map(|worker| taken(view, worker, device)).sum()
 }
 
 /// Whether a worker of `model` fits on a set only if parked ones of other models are dropped there, when those in `out` have

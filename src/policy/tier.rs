@@ -146,6 +146,16 @@ impl Tier {
         self.decide("drop", name, &Parked { bytes: 0, ..*it }, reason)
     }
 
+    /// A parked worker ends, since another one ran out of memory on a set where its process keeps some.
+    pub fn beside_oom(&self, name: &str, bare: bool, it: &Parked, (other, set): (&str, GpuSet)) -> Decision {
+        let why = format!("{other} ran out of memory on {set}, of which its process keeps some");
+        let decision = match bare {
+            true => self.end_bare(name, it, &why),
+            false => self.decide("drop", name, it, format!("drop {name} from host memory: {why}")),
+        };
+        decision.against(other)
+    }
+
     /// A parked worker leaves host memory, since another comes.
     pub fn drop(&self, name: &str, it: &Parked, other: &str) -> Decision {
         let reason = format!("drop {name} from host memory: {}", self.worth(it));

@@ -109,6 +109,10 @@ pub struct ModelView {
     pub gpus: u32,
     /// Memory that it takes on each device; `None`: the whole device.
     pub bytes: Option<u64>,
+    /// Its next load has its devices to itself, but for pinned workers.
+    pub apart: bool,
+    /// Where it ran out of memory, and what was free there before, in bytes.
+    pub lacked: Vec<(GpuSet, u64)>,
     /// Expected load: from host memory if it is parked there, else from disk.
     pub load_ms: f64,
     /// Expected load from disk: on any other set than those where it is parked.

@@ -117,11 +117,14 @@ fn what_lies_without_a_copy_takes_no_host_memory_and_goes_when_its_gpu_is_too_sm
     case.report("b", Report::Parked { park_ms: 1 });
     assert_eq!(case.orders, [order("c", Order::Load, Some(12))]);
     let error = JobError::new(ErrorCode::ModelLoadFailed, "too little memory", true);
-    case.report("c", Report::DoesNotFit { error });
+    case.report("c", Report::DoesNotFit { error, free: 0 });
     let mut dropped: Vec<_> = case.orders.iter().map(|(name, order, _)| (name.as_str(), *order)).collect();
     dropped.sort_by_key(|(name, _)| *name);
     assert_eq!(dropped, [("a", Order::Stop), ("b", Order::Stop)]);
-    assert_eq!(case.said("a"), "drop a, which is parked without a copy: c needs what it keeps of the memory of gpu0");
+    assert_eq!(
+        case.said("a"),
+        "drop a, which is parked without a copy: c ran out of memory on gpu0, of which its process keeps some"
+    );
 }
 
 #[test]

@@ -29,7 +29,7 @@ impl State {
     }
 
     pub(super) fn on_control(&mut self, control: &Control, now: Millis) -> Vec<Effect> {
-        let before = self.controls.clone();
+        let (before, pins) = (self.controls.clone(), self.pins());
         self.controls.take(control);
         for model in &mut self.models {
             let was_paused = model.held.paused;
@@ -38,6 +38,7 @@ impl State {
                 model.resume(now);
             }
         }
+        self.note_pins(&pins);
         let mut effects = Vec::new();
         let acts = match control {
             Control::Load(model) => self.load_by_hand(model, now),

@@ -12,6 +12,7 @@ impl State {
         }
         let before = self.inventory.gpu_count();
         self.inventory.see(there);
+        self.forget_lack_of_room();
         self.make_room_for(self.inventory.gpu_count() - before, before);
         let mut effects = Vec::new();
         let mut place = 0;

@@ -38,7 +38,7 @@ impl State {
     /// Takes the edits in. Workers that would be others now finish what they run and are stopped; the next load is of the
     /// new entry. Jobs of a model that is gone wait until it is back, or until their deadline.
     pub(super) fn on_edits(&mut self, edits: &[Edit], now: Millis) -> Vec<Effect> {
-        let mut effects = Vec::new();
+        let (mut effects, pins) = (Vec::new(), self.pins());
         for Edit { name, spec, keys, restart } in edits {
             let index = self.index_of(name).unwrap_or_else(|| self.add_model(name));
             let model = &mut self.models[index];
@@ -73,6 +73,7 @@ impl State {
             self.announce(Decision { model: Some(name.clone()), ..decision }, &mut effects);
         }
         (0..self.models.len()).for_each(|index| self.note_heir(index));
+        self.note_pins(&pins);
         self.note_all_devices();
         self.drop_beyond_host(now, &mut effects);
         self.plan_now = true;

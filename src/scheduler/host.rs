@@ -117,16 +117,6 @@ impl State {
         }
     }
 
-    /// A worker has not enough memory on its GPUs: what keeps some of it there without having a copy goes. Its supervisor sees
-    /// when there is more.
-    pub(super) fn drop_bare_beside(&mut self, place: usize, now: Millis) -> Vec<Effect> {
-        let (set, name) = (self.workers[place].set, self.models[self.workers[place].model].name.clone());
-        let mut effects = Vec::new();
-        let why = format!("{name} needs what it keeps of the memory of {set}");
-        self.end_bare(|worker| worker.set.gpus().any(|gpu| set.has(gpu)), &why, now, &mut effects);
-        effects
-    }
-
     /// Whether a worker that is about to load, and makes its copy when it is parked, may make it at once.
     pub(super) fn has_room_to_rehearse(&self, place: usize, promised: Option<u64>) -> bool {
         let worker = &self.workers[place];

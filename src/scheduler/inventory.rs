@@ -6,7 +6,7 @@ use crate::domain::worker::HostCopy;
 use crate::domain::{GpuSet, Millis};
 use crate::policy::view::{self, WorkerView};
 use crate::scheduler::model::Source;
-use crate::scheduler::state::Place;
+use crate::scheduler::state::{Company, Place};
 
 /// The devices of a box.
 #[derive(Clone, Debug, PartialEq)]
@@ -127,6 +127,8 @@ pub(super) struct Worker {
     pub(super) at_leisure: bool,
     /// It began to load so: it may make its copy before it is ready, even if somebody has come since.
     pub(super) may_rehearse: bool,
+    /// Who was on its devices while it loaded.
+    pub(super) company: Company,
     /// What its process keeps on each of its GPUs while it is parked, in bytes.
     pub(super) keeps: u64,
     /// Most host memory that its copy may take, as it was told when it was loaded, in bytes.
@@ -203,6 +205,12 @@ impl Worker {
     pub(super) fn keeps_of(&self, device: u32) -> u64 {
         let lies = matches!(self.phase, Phase::Parked | Phase::Dropping | Phase::Waiting { was_parked: true });
         self.lies_on.filter(|_| lies).filter(|there| there.has(device)).map_or(0, |_| self.keeps)
+    }
+
+    /// Whether a process of it that is parked, or was and is being ended, is on one of these devices.
+    pub(super) fn lies_on_one_of(&self, set: GpuSet) -> bool {
+        let lies = matches!(self.phase, Phase::Parked | Phase::Dropping | Phase::Waiting { was_parked: true });
+        lies && self.lies_on.is_some_and(|there| there.overlaps(set))
     }
 
     /// Back in host memory, since it is not wanted any more.

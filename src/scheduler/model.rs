@@ -13,7 +13,7 @@ use crate::policy::tier::{Bare, Parked};
 use crate::policy::view::ModelView;
 use crate::scheduler::inventory::Inventory;
 use crate::scheduler::queue::{Queue, Run, Slots};
-use crate::scheduler::state::{Lack, Place, Storing};
+use crate::scheduler::state::{Lack, Place, Room, Storing};
 use crate::store::Learned;
 
 /// Jobs of a run end about together: completions within this time count as one sample of the time for each.
@@ -94,6 +94,11 @@ pub(super) struct Model {
     /// Other names that clients may use for it.
     pub(super) aliases: Vec<String>,
     pub(super) trouble: Option<Trouble>,
+    /// Whom its next load has beside it.
+    pub(super) room: Room,
+    /// Where it ran out of memory though nobody could go any more, and what was free there before, in bytes; until it is
+    /// ready, or may be tried anew.
+    pub(super) lacked: Vec<(GpuSet, u64)>,
     /// Its weights are not known to be here.
     pub(super) lack: Option<Lack>,
     /// The number of the last want of them, or of the end of one by hand.
@@ -254,6 +259,7 @@ impl Model {
             (self.batching, self.kept_batches) = (new.batching, None);
         }
         (self.trouble, self.too_big) = (None, None);
+        (self.room, self.lacked) = (Room::Shared, Vec::new());
         (self.slots, self.timeout_ms, self.park) = (new.slots, new.timeout_ms, new.park);
         (self.gpus, self.declared_bytes, self.tells_bytes) = (new.gpus, new.declared_bytes, new.tells_bytes);
         (self.pin, self.max_replicas, self.idle_ttl_ms) = (new.pin, new.max_replicas, new.idle_ttl_ms);
@@ -275,6 +281,8 @@ impl Model {
             is_listed: false,
             aliases: Vec::new(),
             trouble: None,
+            room: Room::Shared,
+            lacked: Vec::new(),
             lack: None,
             want: 0,
             fetches: None,
@@ -627,6 +635,8 @@ impl Model {
             left_at: self.learned.left_at,
             gpus,
             bytes: self.bytes_on(inventory),
+            apart: self.room != Room::Shared,
+            lacked: self.lacked.clone(),
             load_ms: self.load_ms(if parked.is_empty() { Source::Disk } else { Source::Copy }),
             cold_ms: self.cold_ms(),
             parked,

@@ -128,14 +128,7 @@ impl State {
                 let text = format!("{word}: {}", why(&error, &self.models[index].name));
                 self.on_load_failed(index, worker, error, Some(retry_at), text)
             }
-            Report::DoesNotFit { error } => {
-                let line = first_line(&error.message);
-                let rest = line.strip_prefix(&format!("model `{}` ", self.models[index].name));
-                let text = rest.map_or_else(|| format!("blocked: {line}"), |rest| format!("it {rest}"));
-                let mut effects = worker.map_or(Vec::new(), |worker| self.drop_bare_beside(worker, now));
-                effects.extend(self.on_load_failed(index, worker, error, None, text));
-                effects
-            }
+            Report::DoesNotFit { error, free } => self.on_does_not_fit(index, worker, (error, free), now),
             // Its entry is gone, and that is what its jobs wait for.
             Report::Available if !self.models[index].is_listed => Vec::new(),
             Report::NoGpu => {
@@ -147,6 +140,7 @@ impl State {
             }
             Report::Available => {
                 self.models[index].forget_never_bare();
+                self.models[index].lacked.clear();
                 self.models[index].trouble = None;
                 self.models[index].block_too_big();
                 self.note_devices(index);
@@ -155,7 +149,7 @@ impl State {
         }
     }
 
-    fn on_load_failed(
+    pub(super) fn on_load_failed(
         &mut self,
         index: usize,
         worker: Option<usize>,

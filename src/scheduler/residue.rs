@@ -31,6 +31,9 @@ impl State {
     /// leaving, and parked ones go for which there is no room then either, the least worth first.
     pub(super) fn is_clear(&mut self, place: usize, now: Millis, effects: &mut Vec<Effect>) -> bool {
         let worker = &self.workers[place];
+        if self.models[worker.model].room == Room::Alone {
+            return self.is_clear_of_parked(place, now, effects);
+        }
         let (set, name) = (worker.set, self.models[worker.model].name.clone());
         let Some(needs) = self.models[worker.model].bytes_on(&self.inventory) else { return true };
         for gpu in set.gpus() {
@@ -88,7 +91,10 @@ impl State {
         let kept = self.models[worker.model].learned.keeps_bytes.unwrap_or(0);
         let waiting = self.workers.iter().filter(|w| matches!(w.phase, Phase::Waiting { .. }));
         waiting.filter(|_| kept > 0).find_map(|waits| {
-            let needs = self.models[waits.model].bytes_on(&self.inventory)?;
+            let model = &self.models[waits.model];
+            // Beside one that loads alone nothing stays.
+            let all = (model.room == Room::Alone).then(|| self.size(waits.set.first));
+            let needs = all.or_else(|| model.bytes_on(&self.inventory))?;
             let obstruction = |gpu: u32| Obstruction { gpu, kept, needs, there: self.left_by_those_who_stay(gpu) };
             let both = worker.set.gpus().filter(|gpu| waits.set.has(*gpu)).map(obstruction);
             let tight = both.into_iter().find(|it| it.kept.saturating_add(needs) > it.there)?;

@@ -51,6 +51,8 @@ mod host;
 mod reports;
 #[path = "residue.rs"]
 mod residue;
+#[path = "room.rs"]
+mod room;
 #[path = "slots.rs"]
 mod slots;
 #[path = "standing.rs"]
@@ -63,6 +65,7 @@ pub(super) use answers::Storing;
 pub use edits::{Edit, edits};
 pub use eta::Expected;
 pub use events::{Back, Effect, Event, Place};
+pub(super) use room::{Company, Room};
 pub(super) use standing::Holding;
 pub(super) use turns::TOLD_MAX;
 pub(super) use weights::Lack;

@@ -163,6 +163,7 @@ impl State {
             is_outdated: false,
             at_leisure: false,
             may_rehearse: false,
+            company: Company::default(),
             keeps: 0,
             promised: None,
         });
@@ -203,12 +204,17 @@ impl State {
         model.park && model.copies_at_load() && self.workers.iter().any(|w| w.phase == Phase::Dropping)
     }
 
-    /// Whether a waiting worker fits beside all who are still there.
+    /// Whether a waiting worker fits beside all who are still there, or has the place to itself, if it is to.
     fn is_free(&self, place: usize) -> bool {
         let worker = &self.workers[place];
+        let is_in_the_way =
+            |other: usize| self.workers[other].set.overlaps(worker.set) && self.has_to_leave_for_apart(other);
+        if self.is_apart(worker) && (0..self.workers.len()).any(is_in_the_way) {
+            return false;
+        }
         worker.set.gpus().all(|device| {
             let size = self.size(device);
-            self.used(device) + self.bytes(worker, size) <= size
+            self.used(device) + self.needs(worker, size) <= size
         })
     }
 
@@ -216,9 +222,14 @@ impl State {
         self.inventory.devices()[device as usize].max(1)
     }
 
-    /// What a worker takes of a device of this size, in bytes.
-    pub(super) fn bytes(&self, worker: &Worker, size: u64) -> u64 {
+    /// What a worker needs of a device of this size, in bytes.
+    fn needs(&self, worker: &Worker, size: u64) -> u64 {
         self.models[worker.model].bytes_on(&self.inventory).unwrap_or(size).max(1)
+    }
+
+    /// What a worker takes of it: all of it, as long as nobody is to be beside it.
+    pub(super) fn bytes(&self, worker: &Worker, size: u64) -> u64 {
+        if self.is_apart(worker) { size } else { self.needs(worker, size) }
     }
 
     /// Memory of a device that is in use by workers on it, in bytes.
@@ -239,6 +250,7 @@ impl State {
         if was_parked && !wakes {
             self.lose_copy(place, now, effects);
         }
+        self.note_company(place);
         let at_leisure = !was_parked && self.has_room_to_rehearse(place, promised) && self.nobody_waits(place);
         let worker = &mut self.workers[place];
         (worker.phase, worker.promised, worker.at_leisure) =
@@ -337,6 +349,7 @@ impl State {
         self.forget_preloads(index, now);
         let model = &mut self.models[index];
         (model.trouble, model.wanted_at) = (None, None);
+        (model.room, model.lacked) = (Room::Shared, Vec::new());
         model.count_load(load_ms as f64, source, now);
         let numbers = model.queue.heads(TOLD_MAX);
         let mut effects = vec![self.learn(index), self.keep_served(now)];

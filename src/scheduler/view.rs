@@ -38,7 +38,11 @@ impl Scheduler {
             (Holding::Nothing, _) if lacks_gpus => ModelState::Blocked,
             (_, Some(fetch)) if fetch.phase == FetchPhase::Failed => ModelState::Backoff,
             (_, Some(_)) => ModelState::Fetching,
-            _ => state_of(handles(&self.workers, &model.name).map(|worker| worker.view().state)),
+            _ => match state_of(handles(&self.workers, &model.name).map(|worker| worker.view().state)) {
+                // It did not fit, and is tried once more when others have made room.
+                ModelState::Blocked if model.blocked().is_none() => ModelState::Absent,
+                state => state,
+            },
         };
         let has_begun = |lack: &&Lack| lack.fetch.is_some();
         let lack = model.lack.as_ref().filter(has_begun).map(|lack| &lack.trouble);

@@ -103,16 +103,12 @@ impl Supervisor {
                     self.wait_memory_free(free).await;
                 }
                 Try::PortTaken(_, reason, tail) => return self.failed_load(reason, &tail, free).await,
-                Try::OutOfMemory(reason, _) if !self.is_small => {
-                    let model = &self.spec.name;
-                    tracing::warn!(
-                        model,
-                        "out of memory while loading, tried once more and told to make do with less: {reason}"
-                    );
-                    self.is_small = true;
+                Try::OutOfMemory(reason, tail) => {
                     self.wait_memory_free(free).await;
+                    if !self.is_tried_again(&reason).await {
+                        return self.does_not_fit(reason, &tail).await;
+                    }
                 }
-                Try::OutOfMemory(reason, tail) => return self.does_not_fit(reason, &tail, free).await,
                 Try::Failed(reason, tail) => return self.failed_load(reason, &tail, free).await,
                 Try::ImportsFailed(why) => {
                     let model = &self.spec.name;

@@ -3,6 +3,7 @@
 use super::loading::Try;
 use super::*;
 use crate::domain::storage::shown_bytes;
+use crate::domain::worker::MORE_BYTES;
 
 /// A load that ran out of memory and worked with less: the next ones begin with less, as long as nothing has changed.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,13 +17,22 @@ pub(super) struct Small {
 impl Small {
     /// Whether it says anything about a load of this entry with so much free.
     fn holds(&self, spec: &ModelSpec, free: Option<u64>) -> bool {
-        let has_more = |(now, then): (u64, u64)| now >= then.saturating_add(MORE_BYTES);
-        self.spec.starts_as(spec) && !free.zip(self.free).is_some_and(has_more)
+        self.spec.starts_as(spec) && !has_more(free, self.free)
     }
 }
 
-/// How much more has to be free than when it failed, in bytes: other programs come and go.
-const MORE_BYTES: u64 = 1 << 30;
+/// Where a load ran out of memory though it was told to make do with less.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Lacked {
+    gpus: Vec<u32>,
+    /// What was free on the fullest of them before that, in bytes.
+    free: u64,
+}
+
+/// Whether so much more is free than before a try that failed that another one is worth it.
+fn has_more(now: Option<u64>, before: Option<u64>) -> bool {
+    now.zip(before).is_some_and(|(now, before)| now >= before.saturating_add(MORE_BYTES))
+}
 
 impl Supervisor {
     /// A load has failed; if the worker (`oom`) or its log says so, since the device has not enough memory.
@@ -45,14 +55,32 @@ impl Supervisor {
         let before = self.small.take().filter(|small| small.holds(&self.spec, self.free_bytes));
         let now = || Small { spec: self.spec.clone(), free: self.free_bytes };
         self.small = self.is_small.then(|| before.unwrap_or_else(now));
+        self.lacked.clear();
     }
 
-    /// It ran out of memory twice, the second time when it was told to make do with less.
-    pub(super) async fn does_not_fit(&mut self, reason: String, tail: &Tail, free: Option<Free>) -> Phase {
-        self.wait_memory_free(free).await;
+    /// Its load has run out of memory, and its processes are gone. Whether it is tried once more: with all of it if more is free
+    /// now than before, since others have left meanwhile; else with less, if it was not already.
+    pub(super) async fn is_tried_again(&mut self, reason: &str) -> bool {
+        let now = self.least_free().await;
+        let is_more = has_more(now, self.free_bytes);
+        if !is_more && self.is_small {
+            return false;
+        }
+        let how = if is_more { "since more is free now" } else { "and told to make do with less" };
+        tracing::warn!(model = self.spec.name, "out of memory while loading, tried once more {how}: {reason}");
+        (self.is_small, self.free_bytes) = (!is_more, now.or(self.free_bytes));
+        true
+    }
+
+    /// It ran out of memory, the last time when it was told to make do with less.
+    pub(super) async fn does_not_fit(&mut self, reason: String, tail: &Tail) -> Phase {
         self.failed_loads += 1;
         self.small = None;
         let gpus = self.look().await;
+        // What was free before: by now those may have left beside whom it did not fit.
+        let free = self.free_bytes.or_else(|| free_on(&gpus, &self.gpus, self.spec.gpus)).unwrap_or(0);
+        self.lacked.retain(|lacked| lacked.gpus != self.gpus);
+        self.lacked.push(Lacked { gpus: self.gpus.clone(), free });
         let reason = tail.explain(reason);
         self.last_failure = Some(reason.clone());
         let message = format!(
@@ -63,30 +91,34 @@ impl Supervisor {
         tracing::error!(model = self.spec.name, failures = self.failed_loads, "{message}");
         let mut error = JobError::new(ErrorCode::ModelLoadFailed, message, true);
         error.details = Some(json!({"failed_loads": self.failed_loads, "log_tail": tail.lines()}));
-        Phase::DoesNotFit { error, free: most_free(&gpus, self.spec.gpus) }
+        Phase::DoesNotFit { error, free }
     }
 
-    /// Until somebody asks for a retry, or as many GPUs as it needs have more free than they had.
+    /// Until somebody asks for a retry, or more is free where it failed than was before, or it is to be loaded all the same:
+    /// elsewhere, or without those who were beside it.
     pub(super) async fn wait_for_room(&mut self, error: JobError, free: u64) -> Phase {
         self.enter(ModelState::Blocked);
         self.view.send_modify(|v| v.reason = Some(error.message.clone()));
-        self.report(Report::DoesNotFit { error: error.clone() });
+        self.report(Report::DoesNotFit { error, free });
         let look_every = self.tempo.gpu_every;
         loop {
             match self.next_order_within(look_every).await {
                 Some(None) => return Phase::Ended,
                 Some(Some(Order::Stop | Order::Park | Order::ParkBare)) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Some(Order::Suspect | Order::Expedite | Order::Proven)) => {}
-                Some(Some(Order::Load | Order::Wake)) => self.report(Report::DoesNotFit { error: error.clone() }),
+                Some(Some(Order::Load | Order::Wake)) => return Phase::Loading,
                 Some(Some(Order::Retry)) => {
                     self.enter(ModelState::Absent);
                     self.forget_failures();
                     return Phase::Absent;
                 }
                 None => {
-                    let now = most_free(&self.look().await, self.spec.gpus);
-                    if now >= free.saturating_add(MORE_BYTES) {
+                    let gpus = self.look().await;
+                    let count = self.spec.gpus;
+                    let has_room = |it: &Lacked| has_more(free_on(&gpus, &it.gpus, count), Some(it.free));
+                    if self.lacked.iter().any(has_room) {
                         tracing::info!(model = self.spec.name, "there is more room than when it did not fit");
+                        self.lacked.clear();
                         self.enter(ModelState::Absent);
                         self.report(Report::Available);
                         return Phase::Absent;
@@ -95,6 +127,15 @@ impl Supervisor {
             }
         }
     }
+}
+
+/// What is free on the fullest of these GPUs, in bytes; if nobody said which, of the `count` that have most.
+fn free_on(gpus: &[Gpu], own: &[u32], count: u32) -> Option<u64> {
+    if own.is_empty() {
+        return Some(most_free(gpus, count));
+    }
+    let free = gpus.iter().filter(|gpu| own.contains(&gpu.index));
+    free.map(|gpu| gpu.total_bytes.saturating_sub(gpu.used_bytes)).min()
 }
 
 /// What each of the `count` GPUs with most room has free at least, in bytes.
@@ -124,8 +165,8 @@ fn advice(spec: &ModelSpec, gpus: &[Gpu], own: &[u32]) -> String {
     };
     format!(
         "{rooms}; {declared}. Give it less to do in `args` (text: a smaller --max-model-len), raise `memory` if it was given too \
-         little, take a smaller model, or free the GPU. It is tried again when a GPU has {} more free, after an edit of its entry, \
-         or by `roundhouse models retry {}`",
+         little, take a smaller model, or free the GPU. It is tried again when {} more are free there, after an edit of its \
+         entry, or by `roundhouse models retry {}`",
         shown_bytes(MORE_BYTES),
         spec.name
     )
@@ -145,6 +186,15 @@ mod tests {
         let gpus = [gpu(0, 70), gpu(1, 20), gpu(2, 40)];
         let free = |count| most_free(&gpus, count) >> 30;
         assert_eq!([free(1), free(2), free(3), free(4)], [60, 40, 10, 0]);
+    }
+
+    #[test]
+    fn what_is_free_where_it_failed_is_not_what_is_free_elsewhere() {
+        let gpus = [gpu(0, 70), gpu(1, 0), gpu(2, 40)];
+        let free = |own: &[u32]| free_on(&gpus, own, 1).map(|bytes| bytes >> 30);
+        assert_eq!([free(&[0]), free(&[2, 1]), free(&[3]), free(&[])], [Some(10), Some(40), None, Some(80)]);
+        let more = |now: u64, before: u64| has_more(Some(now << 30), Some(before << 30));
+        assert_eq!([more(10, 10), more(11, 10), more(80, 10), more(10, 80)], [false, true, true, false]);
     }
 
     #[test]

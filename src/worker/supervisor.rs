@@ -132,7 +132,7 @@ impl Inbox {
 /// What a supervisor can be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// Get it ready: `Loading`, then `Ready`, `LoadFailed` or `NoGpu`. While it is ready or loading: nothing.
+    /// Get it ready: `Loading`, then `Ready`, `LoadFailed`, `DoesNotFit` or `NoGpu`. While it is ready or loading: nothing.
     Load,
     /// Bring it back from host memory to where it was: `Ready`. If it does not come back, or is to be elsewhere: as `Load`.
     Wake,
@@ -271,6 +271,7 @@ impl WorkerHandle {
             early_deaths: 0,
             is_small: false,
             small: None,
+            lacked: Vec::new(),
             last_failure: None,
         };
         tasks.spawn("supervisor", supervisor.run());
@@ -340,7 +341,7 @@ enum Phase {
         until: Millis,
     },
     Blocked,
-    /// Its GPU has not enough memory for it: waits until one has more free than this, in bytes.
+    /// Its GPU has not enough memory for it; so much was free there, in bytes.
     DoesNotFit {
         error: JobError,
         free: u64,
@@ -418,6 +419,8 @@ struct Supervisor {
     is_small: bool,
     /// What was found out when a load ran out of memory and worked with less.
     small: Option<out_of_memory::Small>,
+    /// Where it ran out of memory, until it is ready somewhere, or more is free there.
+    lacked: Vec<out_of_memory::Lacked>,
     /// Why its last load failed, until one works or somebody says that it is another matter now.
     last_failure: Option<String>,
 }
@@ -616,6 +619,7 @@ impl Supervisor {
         self.failed_loads = 0;
         self.early_deaths = 0;
         self.small = None;
+        self.lacked.clear();
         self.last_failure = None;
         self.forget_failed_parks();
         self.view.send_modify(|v| (v.failed_loads, v.last_failure, v.reason) = (0, None, None));
