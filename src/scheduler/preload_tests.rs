@@ -85,7 +85,7 @@ fn what_does_not_fit_the_memory_that_others_left_is_tried_when_there_is_more() {
     let mut start = Start::new(&[takes("a", 30)]);
     start.orders.clear();
     let error = JobError::new(ErrorCode::ModelLoadFailed, "20 GiB are free", true);
-    start.report("a", Report::DoesNotFit { error });
+    start.report("a", Report::DoesNotFit { error, free: 20 * GIB });
     assert!(start.ordered().is_empty());
     start.report("a", Report::Available);
     assert_eq!(start.ordered(), ["load a"]);
