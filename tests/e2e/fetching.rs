@@ -402,8 +402,12 @@ async fn a_model_without_access_fails_alone_and_is_tried_again_when_asked() {
     // The next caller does not wait for another try; a job does.
     let waiting = api.submit(&echo_job("hub", json!({}))).await;
     api.post(CHAT, &call()).await.refused(503, "model_load_failed");
-    let job = api.job(&waiting).await;
-    assert_eq!((&job["state"], &job["state_reason"]), (&json!("queued"), &json!("model_blocked")), "{job}");
+    // A caller is refused a moment before the same is shown.
+    let job = eventually(LIMIT, "it is shown", || async {
+        Some(api.job(&waiting).await).filter(|job| job["state_reason"] == "model_blocked")
+    })
+    .await;
+    assert_eq!(job["state"], "queued", "{job}");
     assert!(job["queue"]["reason"].as_str().unwrap().contains("HTTP 403"), "{job}");
     let seen = model(api, "hub").await;
     assert_eq!((&seen["state"], &seen["fetch"]["phase"]), (&json!("backoff"), &json!("failed")), "{seen}");
