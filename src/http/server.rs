@@ -15,6 +15,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tower::ServiceExt as _;
 
+use crate::http::openai::LAST_WORD;
 use crate::lifecycle::Tasks;
 
 /// Longest time for a request's head, and of an idle connection. Longer than clients and proxies keep theirs, so that it
@@ -24,6 +25,8 @@ const HEAD_WITHIN: Duration = Duration::from_secs(90);
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 /// When the server begins to stop, a connection that looks idle may have a request on its way: so long it is waited for.
 const LINGER: Duration = Duration::from_millis(200);
+/// Beyond [`LAST_WORD`]: time for the last words of the hard stage to be written.
+const WRITTEN_WITHIN: Duration = Duration::from_millis(200);
 
 /// Serves until the hard stage. Connections are tasks of `tasks`.
 pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
@@ -79,8 +82,9 @@ async fn exchange(stream: TcpStream, router: Router, tasks: Tasks) {
     tokio::select! {
         ended = connection.as_mut() => ignore(ended),
         () = tasks.hard().cancelled() => {
-            // Streams see the hard stage, too, and end with a last word.
-            let _ = tokio::time::timeout(Duration::from_millis(200), connection).await;
+            // Streams see the hard stage, too, and end with a last word. Who has not asked for anything yet is not waited for.
+            connection.as_mut().graceful_shutdown();
+            let _ = tokio::time::timeout(LAST_WORD + WRITTEN_WITHIN, connection).await;
         }
     }
 }
