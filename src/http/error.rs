@@ -110,6 +110,8 @@ pub struct Fault {
     retry_after_s: Option<u64>,
     status: Option<StatusCode>,
     content_range: Option<String>,
+    /// Its job is accepted and runs later, so the request is not to be sent again.
+    goes_on: bool,
 }
 
 impl Deref for ApiError {
@@ -139,6 +141,7 @@ impl ApiError {
             retry_after_s: None,
             status: None,
             content_range: None,
+            goes_on: false,
         }))
     }
 
@@ -155,6 +158,19 @@ impl ApiError {
     /// No such thing, or another tenant's.
     pub fn not_found(what: &str) -> Self {
         Self::new(ErrorCode::NotFound, format!("{what} does not exist"))
+    }
+
+    /// The server stops before an accepted job has its answer.
+    pub fn goes_on(id: JobId) -> Self {
+        let message = format!(
+            "the server stops before this answer is there; the job was accepted and goes on when the server is up again: do not \
+             send the request again, but fetch the answer from /v1/jobs/{id}/response, and soon (the job of a call that nobody \
+             comes back for is cancelled)"
+        );
+        let mut error = Self::new(ErrorCode::Draining, message).about(id);
+        error.goes_on = true;
+        error.retryable = Some(false);
+        error
     }
 
     /// A `Range` outside the file: 416.
@@ -217,6 +233,14 @@ impl ApiError {
         self.status.unwrap_or_else(table)
     }
 
+    fn title(&self) -> &'static str {
+        if self.goes_on { "The server stops; the job was accepted and goes on" } else { meaning(self.code).title }
+    }
+
+    fn retry(&self) -> Retry {
+        if self.goes_on { Retry::Never } else { meaning(self.code).retry }
+    }
+
     fn is_retryable(&self) -> bool {
         self.retryable.unwrap_or(matches!(
             self.code,
@@ -249,7 +273,7 @@ impl ApiError {
     pub fn body(&self, instance: &str) -> Value {
         json!({
             "type": format!("urn:roundhouse:error:{}", self.code),
-            "title": meaning(self.code).title,
+            "title": self.title(),
             "status": self.status().as_u16(),
             "detail": self.message,
             "instance": instance,
@@ -273,7 +297,7 @@ impl ApiError {
         if let Some(range) = self.content_range.as_deref().and_then(|range| HeaderValue::from_str(range).ok()) {
             headers.insert(header::CONTENT_RANGE, range);
         }
-        match meaning(self.code).retry {
+        match self.retry() {
             Retry::Unsaid => {}
             Retry::Never => {
                 headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
@@ -490,6 +514,23 @@ client_disconnected 409 invalid_request_error never
         let response = shown.render("/v1/chat/completions");
         assert_eq!(response.headers()["x-should-retry"], "false");
         assert_eq!(response.headers()["x-roundhouse-job-id"], id.to_string().as_str());
+    }
+
+    #[test]
+    fn who_waits_for_an_accepted_job_at_a_stop_is_not_told_to_send_it_again() {
+        let id = JobId::new(1, 2, 3);
+        let error = ApiError::goes_on(id);
+        let response = error.render("/v1/chat/completions");
+        assert_eq!(response.status(), 503);
+        assert_eq!(response.headers()["x-should-retry"], "false");
+        assert!(!response.headers().contains_key(header::RETRY_AFTER));
+        let body = error.body("/v1/chat/completions");
+        assert_eq!(body["title"], "The server stops; the job was accepted and goes on");
+        assert_eq!(body["error"]["code"], "draining");
+        assert_eq!((&body["error"]["retryable"], &body["error"]["job_id"]), (&json!(false), &json!(id.to_string())));
+        for words in ["accepted", &format!("/v1/jobs/{id}/response"), "do not send"] {
+            assert!(body["detail"].as_str().is_some_and(|detail| detail.contains(words)), "{words}: {body}");
+        }
     }
 
     #[test]

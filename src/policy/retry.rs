@@ -11,6 +11,9 @@
 //! A worker that hangs, though its health is well, is like a death to those that shared it: they go back uncharged and run again
 //! in halves; the one that a search leaves alone, and that lets its worker hang again, fails. One that shared it with nobody is
 //! charged a failure, and runs with nothing beside it from then on.
+//!
+//! A stop of the server charges nothing, and what it cuts runs again; but not for a caller who has been sent a part of the answer
+//! already: that job fails.
 
 use crate::domain::worker::{Answer, Outcome};
 use crate::domain::{ErrorCode, JobError, Millis};
@@ -131,6 +134,9 @@ pub fn judge(outcome: Outcome, attempt: &Attempt, now: Millis) -> Verdict {
         Outcome::Stopped if attempt.cancelling => Verdict::Cancel,
         Outcome::Failed { error, retriable: false } => Verdict::Fail(error),
         _ if attempt.cancelling => Verdict::Cancel,
+        Outcome::Stopped | Outcome::WorkerLost { .. } if attempt.stopping && attempt.relayed => {
+            Verdict::Fail(cut_by_stop())
+        }
         Outcome::Stopped => requeue(attempt, None),
         Outcome::WorkerLost { .. } if attempt.stopping => requeue(attempt, None),
         Outcome::WorkerLost { reached: false, .. } => requeue(attempt, None),
@@ -157,6 +163,11 @@ fn requeue(attempt: &Attempt, error: Option<JobError>) -> Verdict {
         suspicion: Suspicion::Kept,
         error,
     })
+}
+
+fn cut_by_stop() -> JobError {
+    let message = "the server was stopped while this answer was being streamed; send the request again for a whole one";
+    JobError::new(ErrorCode::WorkerLost, message, true)
 }
 
 fn judge_crash(reason: &str, attempt: &Attempt) -> Verdict {
@@ -362,7 +373,23 @@ mod tests {
     #[test]
     fn a_server_stop_charges_nothing() {
         let stopping = Attempt { stopping: true, isolated: true, ..attempt() };
-        assert!(matches!(judge(lost(), &stopping, 0), Verdict::Requeue(r) if r.failures == 0 && r.crashes == 0));
+        for outcome in [lost(), Outcome::Stopped] {
+            assert!(matches!(judge(outcome, &stopping, 0), Verdict::Requeue(r) if r.failures == 0 && r.crashes == 0));
+        }
+    }
+
+    #[test]
+    fn what_a_stop_cuts_is_not_repeated_to_who_has_a_part_of_it() {
+        let cut = Attempt { stopping: true, relayed: true, ..attempt() };
+        // Whether the server lets go of the worker first, or the worker ends first.
+        for outcome in [lost(), Outcome::Stopped] {
+            let Verdict::Fail(error) = judge(outcome, &cut, 0) else { panic!("it would run again for nobody") };
+            assert_eq!((error.code, error.retryable), (ErrorCode::WorkerLost, true));
+            assert!(error.message.contains("the server was stopped"), "{error:?}");
+        }
+        assert_eq!(judge(Outcome::Stopped, &Attempt { cancelling: true, ..cut }, 0), Verdict::Cancel);
+        let evicted = Attempt { relayed: true, ..attempt() };
+        assert!(matches!(judge(Outcome::Stopped, &evicted, 0), Verdict::Requeue(_)), "`dispatch` says who is to blame");
     }
 
     #[test]

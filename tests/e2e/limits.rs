@@ -1,5 +1,7 @@
 //! What happens when too much waits. A refusal harms nothing that is already there.
 
+use std::time::Duration;
+
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -94,4 +96,26 @@ async fn too_many_waiting_callers_are_refused_and_places_come_back() {
         (api.queue().await["queued"] == 1).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_want_of_file_descriptors_is_said_once_and_not_at_each_try() {
+    let server = Site::new().model("a", echo("custom", &[] as &[&str])).start().await;
+    let (pid, address) = (server.pid(), server.api.base.trim_start_matches("http://").to_owned());
+    let may_open = |files: usize| {
+        let args = ["--pid".to_owned(), pid.to_string(), format!("--nofile={files}:")];
+        assert!(std::process::Command::new("prlimit").args(args).status().unwrap().success());
+    };
+    may_open(std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count());
+    // Some take numbers that are free below the limit.
+    let callers: Vec<_> = (0..30).map(|_| std::net::TcpStream::connect(&address).unwrap()).collect();
+    let said =
+        || server.log().lines().filter(|line| line.contains("accepted") && line.contains("(os error 24)")).count();
+    eventually(LIMIT, "it is said", || async { (said() > 0).then_some(()) }).await;
+    // Time for ten tries.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(said(), 1, "{}", server.log());
+    may_open(1_000);
+    drop(callers);
+    server.api.get("/health").await.is(200);
 }

@@ -279,6 +279,51 @@ async fn callers_on_the_line_are_told_when_the_server_stops() {
 }
 
 #[tokio::test]
+async fn callers_of_jobs_that_a_stop_cuts_are_told_to_fetch_and_not_to_send_again() {
+    let text = echo("text", &["--delay-ms", "3000"]);
+    let site = Site::new().server("shutdown_grace", "1s").model("t", text);
+    let mut server = site.start().await;
+    let api = server.api.clone();
+    let chat = json!({"model": "t", "messages": [{"role": "user", "content": "hi"}], "metadata": {"who": "async"}});
+    let submitted = api.submit(&json!({"endpoint": "/v1/chat/completions", "body": chat.clone()})).await;
+    let called = beside({
+        let (api, mut chat) = (api.clone(), chat.clone());
+        chat["metadata"]["who"] = json!("sync");
+        async move { api.post("/v1/chat/completions", &chat).await }
+    });
+    let called_id = api.job_of("sync").await;
+    let fetched = beside({
+        let (api, submitted) = (api.clone(), submitted.clone());
+        async move { api.get(&format!("/v1/jobs/{submitted}/response")).await }
+    });
+    for id in [&submitted, &called_id] {
+        api.happened(id, "job.started").await;
+    }
+    // Nothing shows when the request for the answer has come; it is a matter of a few ms.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    server.signal(Signal::SIGTERM);
+    for (waiting, id) in [(called, &called_id), (fetched, &submitted)] {
+        let told = waiting.await.unwrap().refused(503, "draining");
+        let body = told.json();
+        assert_eq!((&body["error"]["job_id"], &body["error"]["retryable"]), (&json!(id), &json!(false)), "{body}");
+        assert_eq!((told.header("x-should-retry"), told.header("retry-after")), ("false", ""), "{:?}", told.headers);
+        assert_ne!(body["title"], "No new jobs are accepted now", "{body}");
+        for words in ["accepted", &format!("/v1/jobs/{id}/response"), "do not send"] {
+            assert!(body["detail"].as_str().unwrap().contains(words), "{words}: {body}");
+        }
+    }
+    assert_eq!(server.ended().await.code(), Some(0));
+    drop(server);
+
+    let server = site.start().await;
+    for id in [&called_id, &submitted] {
+        let answer = server.api.following().get(&format!("/v1/jobs/{id}/response")).await.is(200).json();
+        assert_eq!(answer["choices"][0]["message"]["content"], "echo: hi", "{answer}");
+        assert_eq!(server.api.job(id).await["attempt"], 2);
+    }
+}
+
+#[tokio::test]
 async fn jobs_of_a_model_that_left_the_file_wait_until_it_is_back() {
     let entry = || echo("custom", &[] as &[&str]);
     let site = Site::new().model("gone", echo("custom", &["--load-s", "60"])).model("b", entry());

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -181,4 +182,43 @@ async fn a_waiting_stream_is_kept_alive_by_comments() {
     assert!(before >= 1, "{frames:?}");
     let chunks = check_framing(&stream, &frames);
     assert_eq!(content(&chunks), "echo: one two three");
+}
+
+#[tokio::test]
+async fn a_stop_whose_grace_is_over_ends_streams_and_repeats_none_that_was_seen() {
+    let site = Site::new().server("shutdown_grace", "1s").model("t", text_model(&[]));
+    let mut server = site.start().await;
+    let api = server.api.clone();
+    let seen = chat(json!({"tokens": 5000, "tokens_per_s": 20}));
+    let (mut seen, seen_id) = open(&api, "/v1/chat/completions", &seen).await;
+    let first = seen.next_data().await.unwrap();
+    let (mut unseen, unseen_id) = open(&api, "/v1/chat/completions", &chat(json!({"delay_ms": 4000}))).await;
+    api.happened(&unseen_id, "job.started").await;
+    server.signal(Signal::SIGTERM);
+
+    let mut frames = vec![first];
+    frames.extend(seen.rest().await);
+    let chunks = check_framing(&seen, &frames);
+    assert!(!content(&chunks).is_empty(), "{chunks:?}");
+    let error = &chunks.last().unwrap()["error"];
+    assert_eq!((&error["code"], &error["job_id"]), (&json!("worker_lost"), &json!(seen_id)), "{error}");
+    assert!(error["message"].as_str().unwrap().contains("the server was stopped"), "{error}");
+
+    let frames = unseen.rest().await;
+    let chunks = check_framing(&unseen, &frames);
+    let error = &chunks.last().unwrap()["error"];
+    assert_eq!((&error["code"], &error["job_id"]), (&json!("draining"), &json!(unseen_id)), "{error}");
+    assert_eq!(error["retryable"], false, "its job goes on: {error}");
+    assert_eq!(server.ended().await.code(), Some(0));
+    drop(server);
+
+    let server = site.start().await;
+    let job = server.api.job(&seen_id).await;
+    assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("worker_lost")), "{job}");
+    assert_eq!((&job["attempt"], &job["crashes"]), (&json!(1), &json!(0)), "{job}");
+    assert_eq!(check_history(&server.api.events(&seen_id).await), "job.failed");
+    let answer = server.api.following().get(&format!("/v1/jobs/{unseen_id}/response")).await.is(200).json();
+    assert_eq!(answer["choices"][0]["message"]["content"], "echo: one two three", "{answer}");
+    let job = server.api.job(&unseen_id).await;
+    assert_eq!((&job["attempt"], &job["failures"]), (&json!(2), &json!(0)), "{job}");
 }

@@ -29,6 +29,8 @@ pub mod stream;
 
 /// How long a stream's status waits for the first chunk, so that a call that fails at once fails with a real status.
 const EARLY: Duration = Duration::from_millis(300);
+/// When the server stops at once, how long a caller waits for the end of a stream that it cuts.
+pub const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// Any of the shim's POST endpoints; the path is the endpoint.
 pub async fn call(
@@ -98,7 +100,7 @@ pub enum Waited {
     Ended(std::sync::Arc<Ended>),
     /// The time is up.
     TimeUp,
-    /// The server stops, and the job has not started.
+    /// The server stops, and the job goes on at its next start.
     Draining,
 }
 
@@ -109,6 +111,10 @@ pub async fn wait_for_end(state: &AppState, job: &Job, watch: &mut JobWatch, tim
         let is_queued = state.reader.job(job.id).await.is_ok_and(|job| job.state == JobState::Queued);
         if !is_queued {
             state.tasks.hard().cancelled().await;
+            // Of others no end comes any more.
+            if job.stream {
+                tokio::time::sleep(LAST_WORD).await;
+            }
         }
     };
     tokio::select! {
@@ -143,9 +149,7 @@ pub async fn hold(
             let message = format!("no answer within {} hops; the job goes on at /v1/jobs/{}", hop, job.id);
             ApiError::new(ErrorCode::SyncWaitExceeded, message).about(job.id).into_response()
         }
-        Waited::Draining => {
-            ApiError::new(ErrorCode::Draining, "the server is shutting down").about(job.id).into_response()
-        }
+        Waited::Draining => ApiError::goes_on(job.id).into_response(),
     }
 }
 

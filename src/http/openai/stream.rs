@@ -13,6 +13,7 @@ use crate::domain::job::Present;
 use crate::domain::worker::Answer;
 use crate::domain::{ErrorCode, JobId, JobKind, JobState};
 use crate::http::error::ApiError;
+use crate::http::openai::LAST_WORD;
 use crate::http::openai::rewrite::TopLevel;
 use crate::http::waiters::{Guard, SyncCall};
 use crate::scheduler::hub::{Ended, JobWatch};
@@ -156,6 +157,8 @@ pub struct ChunkStream {
     quiet_until: Instant,
     /// The soft stage has been seen, and the job was running.
     is_stopping: bool,
+    /// The hard stage has been seen: when the end of a job that it cuts is no longer waited for.
+    over_at: Option<Instant>,
     /// The answer was streamed to its end.
     is_answer: bool,
 }
@@ -165,6 +168,7 @@ enum Step {
     Quiet,
     Soft,
     Hard,
+    Over,
 }
 
 impl ChunkStream {
@@ -191,6 +195,7 @@ impl ChunkStream {
             hard,
             quiet_until: Instant::now() + KEEP_ALIVE,
             is_stopping: false,
+            over_at: None,
             is_answer: false,
         }
     }
@@ -247,6 +252,7 @@ impl ChunkStream {
                 Err(lagged) => return Some(self.cut(&lagged.to_string())),
             }
             match self.step().await {
+                Step::Changed if self.over_at.is_some() && self.waits_again().await => return Some(self.stop()),
                 Step::Changed => {}
                 Step::Quiet => {
                     let comment = self.comment().await;
@@ -254,27 +260,37 @@ impl ChunkStream {
                 }
                 Step::Soft => {
                     self.is_stopping = true;
-                    if (self.look)().await.is_some() {
-                        return Some(self.stop(ApiError::new(ErrorCode::Draining, "the server is shutting down")));
+                    if self.waits_again().await {
+                        return Some(self.stop());
                     }
                 }
                 Step::Hard => {
-                    self.guard = None;
-                    return Some(Bytes::from_static(b": the server stops\n\n"));
+                    self.over_at = Some(Instant::now() + LAST_WORD);
+                    if self.waits_again().await {
+                        return Some(self.stop());
+                    }
                 }
+                // Its end was not stored, so it runs again.
+                Step::Over => return Some(self.stop()),
             }
         }
     }
 
     async fn step(&mut self) -> Step {
-        let is_stopping = self.is_stopping;
+        let (is_stopping, over_at) = (self.is_stopping, self.over_at);
         tokio::select! {
             biased;
             _ = self.watch.changed() => Step::Changed,
-            () = self.hard.cancelled() => Step::Hard,
+            () = tokio::time::sleep_until(over_at.unwrap_or_else(Instant::now)), if over_at.is_some() => Step::Over,
+            () = self.hard.cancelled(), if over_at.is_none() => Step::Hard,
             () = self.soft.cancelled(), if !is_stopping => Step::Soft,
             () = tokio::time::sleep_until(self.quiet_until) => Step::Quiet,
         }
+    }
+
+    /// Whether the job is queued, be it still or once more.
+    async fn waits_again(&self) -> bool {
+        (self.look)().await.is_some()
     }
 
     /// What a stream says that has nothing to say.
@@ -328,10 +344,11 @@ impl ChunkStream {
         Bytes::from(out)
     }
 
-    fn stop(&mut self, error: ApiError) -> Bytes {
+    /// The server stops, and the job goes on at its next start.
+    fn stop(&mut self) -> Bytes {
         self.guard = None;
         let mut out = Vec::new();
-        error_frame(&error.about(self.id), &mut out);
+        error_frame(&ApiError::goes_on(self.id), &mut out);
         out.extend_from_slice(DONE);
         Bytes::from(out)
     }
@@ -568,14 +585,44 @@ mod tests {
         let world = World::new();
         let queued = world.stream(JobKind::Chat, false, Some(Queued { position: None, eta_s: None }));
         let running = world.stream(JobKind::Chat, false, None);
-        let cut = world.stream(JobKind::Chat, false, None);
         world.tasks.soft().cancel();
         assert!(all(queued).await.contains("\"code\":\"draining\""));
         world.chunk(HELLO);
-        world.tasks.hard().cancel();
-        let text = all(cut).await;
-        assert!(text.ends_with(": the server stops\n\n") && !text.contains("[DONE]"), "no end is claimed: {text}");
         world.succeed(json!({}));
-        assert!(all(running).await.ends_with("data: [DONE]\n\n"));
+        let text = all(running).await;
+        assert!(text.contains("Hi") && text.ends_with("data: [DONE]\n\n") && !text.contains("error"), "{text}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_a_stop_cuts_is_given_its_end() {
+        let world = World::new();
+        let stream = world.stream(JobKind::Chat, false, None);
+        world.chunk(HELLO);
+        world.tasks.soft().cancel();
+        world.tasks.hard().cancel();
+        let ending = async {
+            tokio::time::sleep(LAST_WORD / 2).await;
+            world.chunk(HELLO);
+            world.fail(ErrorCode::WorkerLost);
+        };
+        let (text, ()) = tokio::join!(all(stream), ending);
+        assert_eq!(text.matches("Hi").count(), 2, "{text}");
+        assert!(text.contains("\"code\":\"worker_lost\"") && text.ends_with("data: [DONE]\n\n"), "{text}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_whose_job_goes_on_after_the_stop_is_told_so() {
+        // Back in the queue, or not stored as anything else in time.
+        for (queued, within) in [(Some(Queued { position: None, eta_s: None }), Duration::ZERO), (None, LAST_WORD)] {
+            let world = World::new();
+            let stream = world.stream(JobKind::Chat, false, queued);
+            world.tasks.soft().cancel();
+            world.tasks.hard().cancel();
+            let began = Instant::now();
+            let text = all(stream).await;
+            assert_eq!(began.elapsed(), within);
+            assert!(text.contains("\"code\":\"draining\"") && text.contains("\"retryable\":false"), "{text}");
+            assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
+        }
     }
 }
