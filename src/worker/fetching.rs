@@ -29,6 +29,7 @@ use crate::worker::logs::{self, Tail};
 use crate::worker::process::{self, blocking};
 use crate::worker::procfs::Family;
 use crate::worker::supervisor::Surroundings;
+use crate::worker::verdict::{MESSAGE_LIMIT_BYTES, cut};
 
 /// Interruptions in a row, without a byte in between, after which callers on the line are told.
 const INTERRUPTIONS_MAX: u32 = 3;
@@ -696,8 +697,12 @@ impl Heard {
                 }
                 self.fetch = progress(bytes, total_bytes, bytes_per_s);
             }
-            Line::Retry { message } => self.trouble = Some(message),
-            line @ (Line::Done | Line::Error { .. }) => {
+            Line::Retry { message } => self.trouble = Some(cut(message, MESSAGE_LIMIT_BYTES)),
+            Line::Error { code, message } => {
+                self.end = Some(Line::Error { code, message: cut(message, MESSAGE_LIMIT_BYTES) });
+                return false;
+            }
+            line @ Line::Done => {
                 self.end = Some(line);
                 return false;
             }
