@@ -941,6 +941,17 @@ mod tests {
     }
 
     #[test]
+    fn the_fetchers_words_have_nothing_that_a_terminal_obeys() {
+        let now = Instant::now();
+        let mut heard = Heard::new(Fetch::at(FetchPhase::Listing), now);
+        let message = || "\u{1b}[31mHTTP 502\u{1b}[0m".to_owned();
+        heard.hear(Line::Retry { message: message() }, now);
+        assert_eq!(heard.fetch.reason.as_deref(), Some("HTTP 502"));
+        heard.hear(Line::Error { code: "network".into(), message: message() }, now);
+        assert!(matches!(heard.end, Some(Line::Error { message, .. }) if message == "HTTP 502"));
+    }
+
+    #[test]
     fn pauses_double_up_to_their_maximum() {
         let (first, max) = (Duration::from_secs(10), Duration::from_secs(600));
         let waits: Vec<u64> = (1..=8).map(|n| pause(first, max, n).as_secs()).collect();
