@@ -127,6 +127,9 @@ install_one() {
         say "$name: up to date"
         return
     fi
+    # Another checkout's, most likely: it would be emptied.
+    [ ! -L "$venv" ] ||
+        die "$name: models/$name/.venv is a link to $(readlink "$venv"), and what is there was not made for this checkout as it is: it is left alone. Remove the link (rm $venv) to have an environment of its own made, or keep it and install nothing"
     find_uv
     requirements=$(requirements_of "$name")
     step "$name: installing ($mode, $(basename "$requirements"))"

@@ -16,6 +16,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     free_at_once();
     let Cli { log, command } = Cli::parse();
+    let install = |usual: &str| telemetry::init(log.filter.as_deref(), usual, log.format == LogFormat::Json);
     let outcome = match command {
         // The guard stays a small process: no runtime, no telemetry.
         Command::Guard { grace_ms, umask, command } => {
@@ -23,11 +24,15 @@ fn main() -> ExitCode {
         }
         Command::Checkpoint { way, pids } => return checkpoint(way, &pids),
         Command::Serve(args) => {
-            telemetry::init(log.filter.as_deref(), log.format == LogFormat::Json);
+            if let Err(refused) = install(telemetry::OF_A_SERVER) {
+                return refuse_filter(&refused);
+            }
             serve(&args)
         }
         Command::Client(command) => {
-            telemetry::init(log.filter.as_deref().or(Some("warn")), log.format == LogFormat::Json);
+            if let Err(refused) = install(telemetry::OF_A_COMMAND) {
+                return refuse_filter(&refused);
+            }
             block_on(cli::run(command)).or_else(cli::unless_unread)
         }
     };
@@ -35,6 +40,12 @@ fn main() -> ExitCode {
         eprint_line(&format!("roundhouse: {}", cli::in_words(&error)));
         ExitCode::FAILURE
     })
+}
+
+/// As the parser of the flags does. It cannot do this itself: a worker's guard reads the same variable, and logs nothing.
+fn refuse_filter(error: &telemetry::FilterError) -> ExitCode {
+    eprint_line(&format!("error: --log (ROUNDHOUSE_LOG): {error}"));
+    ExitCode::from(2)
 }
 
 /// Its server reads the error.

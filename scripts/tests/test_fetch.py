@@ -177,6 +177,13 @@ sys.exit(fetch.main())
 """
 
 
+def test_an_environment_that_cannot_fetch_is_told_so(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="No module named 'httpx'; run scripts/install.sh") as told:
+        weights.local_folder("org/tiny")
+    assert "roundhouse_worker.fetch" not in str(told.value), "which needs it"
+
+
 @pytest.mark.parametrize("told_by", ["HF_HUB_CACHE", "RUNPOD_POD_ID"])
 def test_our_own_lookup_finds_it_too(
     hub: Path, tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch, told_by: str

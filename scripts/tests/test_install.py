@@ -106,6 +106,21 @@ def test_a_wrong_name_is_told_the_right_ones(small: Copy) -> None:
     assert "no model maxi; there are: mini" in done.stderr
 
 
+def test_what_a_link_leads_to_is_left_alone(small: Copy, tmp_path: Path) -> None:
+    of_another = tmp_path / "elsewhere/.venv"
+    of_another.mkdir(parents=True)
+    (of_another / "kept").touch()
+    link = small.root / "models/mini/.venv"
+    link.symlink_to(of_another)
+    for flags in (["--cpu"], ["--cpu", "--force"]):
+        done = small.install(*flags)
+        assert done.returncode != 0
+        assert f"mini: models/mini/.venv is a link to {of_another}" in done.stderr
+        assert f"Remove the link (rm {link})" in done.stderr
+        assert not small.uv_calls()
+        assert [file.name for file in of_another.iterdir()] == ["kept"]
+
+
 def test_a_gpu_that_does_not_answer_is_not_assumed(small: Copy) -> None:
     small.command("nvidia-smi", "#!/bin/sh\nexit 9\n")
     done = small.install("--gpu")

@@ -29,6 +29,7 @@ use crate::worker::logs::{self, Tail};
 use crate::worker::process::{self, blocking};
 use crate::worker::procfs::Family;
 use crate::worker::supervisor::Surroundings;
+use crate::worker::verdict::{MESSAGE_LIMIT_BYTES, cut};
 
 /// Interruptions in a row, without a byte in between, after which callers on the line are told.
 const INTERRUPTIONS_MAX: u32 = 3;
@@ -696,8 +697,12 @@ impl Heard {
                 }
                 self.fetch = progress(bytes, total_bytes, bytes_per_s);
             }
-            Line::Retry { message } => self.trouble = Some(message),
-            line @ (Line::Done | Line::Error { .. }) => {
+            Line::Retry { message } => self.trouble = Some(cut(message, MESSAGE_LIMIT_BYTES)),
+            Line::Error { code, message } => {
+                self.end = Some(Line::Error { code, message: cut(message, MESSAGE_LIMIT_BYTES) });
+                return false;
+            }
+            line @ Line::Done => {
                 self.end = Some(line);
                 return false;
             }
@@ -933,6 +938,17 @@ mod tests {
         assert_eq!((heard.fetch.reason.as_deref(), heard.stands), (None, false));
         heard.hear(line(100), at(90));
         assert_eq!((heard.fetch.reason.as_deref(), heard.stands), (None, false), "all of it is here");
+    }
+
+    #[test]
+    fn the_fetchers_words_have_nothing_that_a_terminal_obeys() {
+        let now = Instant::now();
+        let mut heard = Heard::new(Fetch::at(FetchPhase::Listing), now);
+        let message = || "\u{1b}[31mHTTP 502\u{1b}[0m".to_owned();
+        heard.hear(Line::Retry { message: message() }, now);
+        assert_eq!(heard.fetch.reason.as_deref(), Some("HTTP 502"));
+        heard.hear(Line::Error { code: "network".into(), message: message() }, now);
+        assert!(matches!(heard.end, Some(Line::Error { message, .. }) if message == "HTTP 502"));
     }
 
     #[test]

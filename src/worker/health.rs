@@ -16,6 +16,9 @@ const LIMIT_BYTES: usize = 256 << 10;
 /// Where vLLM is told to do something in all its processes (`VLLM_SERVER_DEV_MODE=1`).
 const RELOAD: &str = "/collective_rpc";
 
+/// Longest name of a phase, in bytes.
+const PHASE_LIMIT: usize = 80;
+
 /// Longest note about parking, in bytes.
 const NOTE_LIMIT: usize = 400;
 
@@ -197,18 +200,20 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
         if body.instance.as_deref() != Some(mark) {
             return Health::Stranger;
         }
+        let phase = body.phase.map(|phase| cut(phase, PHASE_LIMIT));
+        let named = |told: PhaseTime| PhaseTime { phase: cut(told.phase, PHASE_LIMIT), ms: told.ms };
         let note = body.park_note.map(|note| cut(note, NOTE_LIMIT));
         let host = HostCopy { bytes: body.host_bytes, can_park: body.can_park, note, can_reread: body.can_reread };
         let memory = Memory { device_bytes: body.device_bytes, host };
         return match body.status.as_str() {
-            "ready" if status == 200 => Health::Ready { memory, phases: body.phases },
+            "ready" if status == 200 => Health::Ready { memory, phases: body.phases.into_iter().map(named).collect() },
             "failed" => {
-                let why = cut(body.error.or(body.phase).unwrap_or_else(|| "no reason given".into()), 400);
+                let why = cut(body.error.or(phase).unwrap_or_else(|| "no reason given".into()), 400);
                 let oom = body.code.as_deref() == Some("worker_oom");
                 if body.importing { Health::Importing(Err(why)) } else { Health::Failed { why, oom } }
             }
             _ if body.importing => Health::Importing(Ok(())),
-            _ => Health::NotYet { phase: body.phase, percent: body.percent, memory },
+            _ => Health::NotYet { phase, percent: body.percent, memory },
         };
     }
     match status {
@@ -259,6 +264,9 @@ mod tests {
         let oom = br#"{"status": "failed", "instance": "m", "error": "no room", "code": "worker_oom"}"#;
         assert_eq!(read(503, oom, "m"), Health::Failed { why: "no room".into(), oom: true });
         assert_eq!(ask(200, "ready", "id:2".into()), Health::Stranger);
+        let coloured = br#"{"status": "loading", "instance": "m", "phase": "\u001b[31mread\u0007"}"#;
+        let not_yet = Health::NotYet { phase: Some("read ".into()), percent: None, memory: Memory::default() };
+        assert_eq!(read(503, coloured, "m"), not_yet, "a terminal obeys nothing of it");
         assert_eq!(ask(200, "ready", Value::Null), Health::Stranger, "started by hand");
     }
 

@@ -11,10 +11,14 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::worker::plain::{plain, without_middle};
+
 /// A log file is moved to `.1` when it reaches this; so one model's logs take twice as much at most.
 pub(super) const FILE_LIMIT_BYTES: u64 = 10 << 20;
-/// Longer lines are cut.
+/// The middle of longer lines is left out.
 const LINE_LIMIT_BYTES: usize = 8 << 10;
+/// Kept of the end of a line that is cut: it says most.
+const END_LIMIT_BYTES: usize = 512;
 /// Lines kept in memory for reasons.
 const TAIL_LINES: usize = 50;
 /// Most lines in a reason, and its length in bytes.
@@ -42,7 +46,7 @@ const PORT_TAKEN: [&str; 2] = ["address already in use", "eaddrinuse"];
 
 /// Where the log of a model's worker is. No name has a `+` in it, so no other model's log is there.
 pub(super) fn path(dir: &Path, model: &str, replica: u32) -> PathBuf {
-    let name = plain(model);
+    let name = file_name(model);
     match replica {
         0 => dir.join(format!("{name}.log")),
         _ => dir.join(format!("{name}+{replica}.log")),
@@ -51,20 +55,20 @@ pub(super) fn path(dir: &Path, model: &str, replica: u32) -> PathBuf {
 
 /// Where the log of a model's fetcher is.
 pub(super) fn fetch_path(dir: &Path, model: &str) -> PathBuf {
-    dir.join(format!("{}+fetch.log", plain(model)))
+    dir.join(format!("{}+fetch.log", file_name(model)))
 }
 
 /// Where the log of a spare process is until it is a model's worker: no model's name starts with a `+`.
 pub(super) fn spare_path(dir: &Path, folder: &str, index: usize) -> PathBuf {
-    dir.join(format!("+spare-{}-{index}.log", plain(folder)))
+    dir.join(format!("+spare-{}-{index}.log", file_name(folder)))
 }
 
-fn plain(name: &str) -> String {
+fn file_name(name: &str) -> String {
     let keep = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     name.chars().map(|c| if keep(c) { c } else { '_' }).collect()
 }
 
-/// The latest lines of one process. Cheap to clone.
+/// The latest lines of one process, without what a terminal would obey: they become reasons. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Tail {
     lines: Arc<Mutex<VecDeque<String>>>,
@@ -91,7 +95,7 @@ impl Tail {
             let line = line.to_ascii_lowercase();
             ["error", "exception", "cannot ", "failed", "fatal"].iter().any(|word| line.contains(word))
         };
-        let short = |line: &str| super::verdict::cut(line.to_owned(), REASON_LIMIT_BYTES);
+        let short = |line: &str| without_middle(line, REASON_LIMIT_BYTES).into_owned();
         if let Some(line) = meaningful.clone().find(names_error) {
             return Some(short(line));
         }
@@ -140,11 +144,12 @@ impl Tail {
     }
 
     fn push(&self, line: &[u8]) {
+        let line = plain(&String::from_utf8_lossy(line)).into_owned();
         let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         if lines.len() == TAIL_LINES {
             lines.pop_front();
         }
-        lines.push_back(String::from_utf8_lossy(line).into_owned());
+        lines.push_back(line);
     }
 }
 
@@ -195,6 +200,8 @@ pub(super) async fn capture(pipe: PipeReader, mut path: watch::Receiver<PathBuf>
 struct Lines {
     /// The start of a line whose end has not come.
     line: Vec<u8>,
+    /// The end of what came of it beyond the limit.
+    end: Vec<u8>,
     is_cut: bool,
 }
 
@@ -213,8 +220,12 @@ impl Lines {
 
     fn extend(&mut self, bytes: &[u8]) {
         let room = LINE_LIMIT_BYTES - self.line.len();
-        self.line.extend_from_slice(&bytes[..bytes.len().min(room)]);
-        self.is_cut |= bytes.len() > room;
+        let (head, beyond) = bytes.split_at(bytes.len().min(room));
+        self.line.extend_from_slice(head);
+        self.end.extend_from_slice(beyond);
+        let too_many = self.end.len().saturating_sub(END_LIMIT_BYTES);
+        self.is_cut |= too_many > 0;
+        self.end.drain(..too_many);
     }
 
     fn end(&mut self, tail: &Tail) -> Vec<u8> {
@@ -222,6 +233,7 @@ impl Lines {
         if std::mem::take(&mut self.is_cut) {
             line.extend_from_slice("…".as_bytes());
         }
+        line.append(&mut self.end);
         if line.last() == Some(&b'\r') {
             line.pop();
         }
@@ -322,8 +334,9 @@ mod tests {
         assert_eq!(lines.take(b"o\n", &tail), b"two\n");
         let long = vec![b'x'; 3 * LINE_LIMIT_BYTES];
         assert!(lines.take(&long, &tail).is_empty());
-        let cut = lines.take(b"\nafter", &tail);
-        assert_eq!(cut.len(), LINE_LIMIT_BYTES + "…\n".len());
+        let cut = lines.take(b"the end\nafter", &tail);
+        assert_eq!(cut.len(), LINE_LIMIT_BYTES + END_LIMIT_BYTES + "…\n".len());
+        assert!(cut.ends_with(b"xthe end\n"));
         assert_eq!(lines.end(&tail), b"after\n");
         assert_eq!(tail.lines().len(), 4);
     }
@@ -358,6 +371,26 @@ mod tests {
         let long = "x".repeat(390);
         assert_eq!(reason(&["first", &long, "last"]), format!("{long} / last"));
         assert_eq!(reason(&["first", &"x".repeat(399), "last"]), "last", "no line but the last is cut");
+    }
+
+    #[test]
+    fn a_reason_has_nothing_that_a_terminal_obeys_and_the_end_of_the_line() {
+        for zeros in [3_000, 30_000] {
+            let tail = Tail::default();
+            let mut lines = Lines::default();
+            lines.take(&vec![0; zeros], &tail);
+            lines.take(b"\x1b[31mbad \x07model: it is gone\x1b[0m", &tail);
+            lines.end(&tail);
+            assert_eq!(
+                tail.reason().as_deref().map(|line| line.trim_start_matches([' ', '…'])),
+                Some("bad  model: it is gone")
+            );
+        }
+        let tail = Tail::default();
+        tail.push(format!("RuntimeError: {} no kernel for this device", "x".repeat(1_000)).as_bytes());
+        let reason = tail.reason().unwrap();
+        assert!(reason.starts_with("RuntimeError: x") && reason.ends_with("x no kernel for this device"), "{reason}");
+        assert!(reason.len() <= REASON_LIMIT_BYTES + "…".len());
     }
 
     #[test]

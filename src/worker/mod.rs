@@ -14,6 +14,7 @@ mod held;
 pub mod host;
 mod leftovers;
 mod logs;
+mod plain;
 mod ports;
 pub mod process;
 mod procfs;

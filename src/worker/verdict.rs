@@ -1,5 +1,7 @@
 //! Says what an engine's answer or complaint means for a job. Pure: bytes in, a verdict out.
 
+use std::borrow::Cow;
+
 use serde::Deserialize;
 use serde_json::error::Category;
 use serde_json::{Value, json};
@@ -7,9 +9,10 @@ use serde_json::{Value, json};
 use crate::domain::worker::Outcome;
 use crate::domain::{ErrorCode, JobError, JobKind};
 use crate::worker::assemble::is_finished;
+use crate::worker::plain::plain;
 
 /// Longest message of an engine that is kept, in bytes.
-const MESSAGE_LIMIT_BYTES: usize = 2048;
+pub(super) const MESSAGE_LIMIT_BYTES: usize = 2048;
 /// Longest body of an engine's refusal that is kept with the job, in bytes.
 const BODY_LIMIT_BYTES: usize = 16 << 10;
 
@@ -291,8 +294,12 @@ fn beginning(body: &[u8]) -> String {
     format!("it begins with `{}`", plain.trim())
 }
 
-/// Cuts at a character's border.
-pub(super) fn cut(mut text: String, limit_bytes: usize) -> String {
+/// Cuts at a character's border; what a terminal would obey is left out.
+pub(super) fn cut(text: String, limit_bytes: usize) -> String {
+    let mut text = match plain(&text) {
+        Cow::Owned(text) => text,
+        Cow::Borrowed(_) => text,
+    };
     if text.len() > limit_bytes {
         let at = (0..=limit_bytes).rev().find(|i| text.is_char_boundary(*i));
         text.truncate(at.unwrap_or(0));
@@ -454,5 +461,6 @@ mod tests {
     fn cuts_between_characters() {
         assert_eq!(cut("aé".into(), 2), "a…");
         assert_eq!(cut("aé".into(), 3), "aé");
+        assert_eq!(cut("\u{1b}[31mred\u{1b}[0m\n\0\0x".into(), 5), "red\n …", "a terminal obeys nothing of it");
     }
 }

@@ -50,6 +50,24 @@ fn paths_that_cannot_be_used_are_named_with_their_flag_and_the_reason_once() {
 }
 
 #[test]
+fn a_log_filter_that_logs_something_else_than_was_meant_is_refused_with_status_2() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("models.yaml"), MODELS).unwrap();
+    let cases: &[(&[&str], &str)] = &[
+        (&["serve", "--data-dir", "/dev/null/x", "--log", "inof"], "`inof` is no level (error, warn, info"),
+        (&["serve", "--data-dir", "/dev/null/x", "--log", "foo=bar=baz"], "`foo=bar=baz` cannot be read"),
+        (&["models", "list", "--server", "http://127.0.0.1:1", "--log", "wran"], "`wran` is no level"),
+    ];
+    for (words, expected) in cases {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_roundhouse")).args(*words).current_dir(dir.path()).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{words:?}: {text}");
+        assert!(text.contains("--log (ROUNDHOUSE_LOG)") && text.contains(expected), "{words:?}: {text}");
+    }
+}
+
+#[test]
 fn an_address_that_is_taken_is_said_with_its_flag_and_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("models.yaml"), MODELS).unwrap();

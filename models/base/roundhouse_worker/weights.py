@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pathlib
 
@@ -43,11 +44,17 @@ def local_folder(model: str, revision: str = "main") -> pathlib.Path:
     commit = ref.read_text().strip() if ref.is_file() else revision
     snapshot = cached / "snapshots" / commit
     if not snapshot.is_dir():
-        raise ValueError(
-            f"--model: {model} (revision {revision}) is not in {default_cache()}; "
-            f"fetch it: python -m roundhouse_worker.fetch --repo {model} --revision {revision}"
-        )
+        raise ValueError(f"--model: {model} (revision {revision}) is not in {default_cache()}; {_how(model, revision)}")
     return snapshot
+
+
+def _how(model: str, revision: str) -> str:
+    """How to get it; without its libraries the fetcher would be no help."""
+    for library in ("httpx", "huggingface_hub"):
+        if importlib.util.find_spec(library) is None:
+            why = f"No module named '{library}'; run scripts/install.sh for this model"
+            return f"this environment cannot fetch it ({why})"
+    return f"fetch it: python -m roundhouse_worker.fetch --repo {model} --revision {revision}"
 
 
 def is_random(folder: pathlib.Path) -> bool:
