@@ -111,13 +111,13 @@ class Server:
                 raise Failed(f"job {job} of {shown['model']} has not ended within {limit_s:.0f} s: {why}")
 
     def can_load(self, model: str) -> None:
-        """That its loads did not fail twice in a row: the server goes on trying, and nobody here mends it meanwhile.
+        """That its loads did not fail twice in a row, and it fits: the server goes on trying, and nobody here mends it.
 
         Raises:
             Failed: they did; the text has the reason.
         """
         worker = self.worker(model)
-        if (worker.get("failed_loads") or 0) >= FAILED_LOADS_MAX:
+        if (worker.get("failed_loads") or 0) >= FAILED_LOADS_MAX or worker.get("state") == "blocked":
             raise Failed(f"{model} cannot be loaded: {worker.get('reason')}")
 
     def worker(self, model: str) -> Json:

@@ -96,9 +96,13 @@ pub(super) struct Model {
     pub(super) trouble: Option<Trouble>,
     /// Whom its next load has beside it.
     pub(super) room: Room,
+    /// Since when it has been so.
+    pub(super) room_at: Millis,
     /// Where it ran out of memory though nobody could go any more, and what was free there before, in bytes; until it is
     /// ready, or may be tried anew.
     pub(super) lacked: Vec<(GpuSet, u64)>,
+    /// Why it failed there, while it may be tried elsewhere.
+    pub(super) lack_error: Option<JobError>,
     /// Its weights are not known to be here.
     pub(super) lack: Option<Lack>,
     /// The number of the last want of them, or of the end of one by hand.
@@ -259,7 +263,7 @@ impl Model {
             (self.batching, self.kept_batches) = (new.batching, None);
         }
         (self.trouble, self.too_big) = (None, None);
-        (self.room, self.lacked) = (Room::Shared, Vec::new());
+        (self.room, self.lacked, self.lack_error) = (Room::Shared, Vec::new(), None);
         (self.slots, self.timeout_ms, self.park) = (new.slots, new.timeout_ms, new.park);
         (self.gpus, self.declared_bytes, self.tells_bytes) = (new.gpus, new.declared_bytes, new.tells_bytes);
         (self.pin, self.max_replicas, self.idle_ttl_ms) = (new.pin, new.max_replicas, new.idle_ttl_ms);
@@ -282,7 +286,9 @@ impl Model {
             aliases: Vec::new(),
             trouble: None,
             room: Room::Shared,
+            room_at: 0,
             lacked: Vec::new(),
+            lack_error: None,
             lack: None,
             want: 0,
             fetches: None,

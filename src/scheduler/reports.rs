@@ -140,7 +140,7 @@ impl State {
             }
             Report::Available => {
                 self.models[index].forget_never_bare();
-                self.models[index].lacked.clear();
+                (self.models[index].lacked, self.models[index].lack_error) = (Vec::new(), None);
                 self.models[index].trouble = None;
                 self.models[index].block_too_big();
                 self.note_devices(index);

@@ -15,6 +15,9 @@ use super::*;
 use crate::policy::sets;
 use crate::policy::view::WorkerView;
 
+/// So long a model is loaded as it had to be when it last ran out of memory; then it is tried beside others again.
+const KEPT_MS: i64 = 3_600_000;
+
 /// Whom the next load of a model has beside it on its devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::scheduler) enum Room {
@@ -55,12 +58,17 @@ impl State {
         let name = self.models[index].name.clone();
         let reason = match (then, tried.map(|place| self.workers[place].set)) {
             (Some((room, set, others)), _) => {
-                self.models[index].room = room;
+                let model = &mut self.models[index];
+                (model.room, model.room_at) = (room, now);
+                // Nobody leaves for a model that nobody wants yet.
+                model.preload &= model.pending() != (0, 0) || model.wanted_at.is_some();
                 let when = if room == Room::Alone { "their parked processes have ended" } else { "they have left" };
                 format!("{name} ran out of memory on {set} beside {others}: it is loaded once more when {when}")
             }
             (None, Some(set)) => {
-                self.models[index].lacked.push((set, free));
+                let model = &mut self.models[index];
+                (model.room, model.lack_error) = (Room::Shared, Some(error.clone()));
+                model.lacked.push((set, free));
                 if !self.has_another_set(index, now) {
                     return self.on_blocked(index, worker, error);
                 }
@@ -83,8 +91,32 @@ impl State {
         waiting.for_each(Worker::lie_down);
     }
 
+    /// It is ready.
+    pub(super) fn note_that_it_fits(&mut self, index: usize, now: Millis) {
+        let model = &mut self.models[index];
+        (model.lacked, model.lack_error) = (Vec::new(), None);
+        if now - model.room_at >= KEPT_MS {
+            model.room = Room::Shared;
+        }
+    }
+
+    /// Models that were to be tried on another set, and for which there is none any more: somebody was pinned there.
+    pub(super) fn block_without_set(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        for index in 0..self.models.len() {
+            let model = &self.models[index];
+            let waits = model.is_listed && model.trouble.is_none();
+            let Some(error) = model.lack_error.clone().filter(|_| waits) else { continue };
+            let is_on_its_way =
+                |w: &Worker| w.model == index && matches!(w.phase, Phase::Waiting { .. } | Phase::Loading { .. });
+            if !self.workers.iter().any(is_on_its_way) && !self.has_another_set(index, now) {
+                effects.extend(self.on_blocked(index, None, error));
+            }
+        }
+    }
+
     fn on_blocked(&mut self, index: usize, worker: Option<usize>, error: JobError) -> Vec<Effect> {
-        self.models[index].room = Room::Shared;
+        let model = &mut self.models[index];
+        (model.room, model.lack_error) = (Room::Shared, None);
         let line = first_line(&error.message);
         let rest = line.strip_prefix(&format!("model `{}` ", self.models[index].name));
         let text = rest.map_or_else(|| format!("blocked: {line}"), |rest| format!("it {rest}"));
@@ -103,13 +135,15 @@ impl State {
         let (set, model) = (self.workers[place].set, self.workers[place].model);
         let models = |is_there: &dyn Fn(usize) -> bool| -> Vec<usize> {
             let there = (0..self.workers.len()).filter(|other| *other != place && is_there(*other));
-            there.map(|other| self.workers[other].model).collect()
+            // Its own workers elsewhere serve, and do not leave for another one.
+            there.map(|other| self.workers[other].model).filter(|other| *other != model).collect()
         };
         let residents = models(&|other| self.has_to_leave_for_apart(other) && self.workers[other].set.overlaps(set));
         let parked = models(&|other| self.workers[other].lies_on_one_of(set));
         self.workers[place].company = Company { residents, parked };
         if !self.models[model].is_pinned() {
-            let loads = |w: &&mut Worker| matches!(w.phase, Phase::Loading { .. }) && w.set.overlaps(set);
+            let loads =
+                |w: &&mut Worker| w.model != model && matches!(w.phase, Phase::Loading { .. }) && w.set.overlaps(set);
             let others = self.workers.iter_mut().enumerate().filter(|(other, _)| *other != place).map(|(_, w)| w);
             others.filter(loads).for_each(|worker| worker.company.residents.push(model));
         }
@@ -137,7 +171,7 @@ impl State {
     /// Whether there is a set on which it has not failed and which may have more, if all leave who may.
     fn has_another_set(&self, index: usize, now: Millis) -> bool {
         let view = self.view_with_places(now).0;
-        let may_leave = |worker: &WorkerView| (!view.model_of(worker).pin).then_some(0.0);
+        let may_leave = |w: &WorkerView| (w.model != index && !view.model_of(w).pin).then_some(0.0);
         let costs: Vec<Option<f64>> = view.workers.iter().map(may_leave).collect();
         sets::open(&view, index).into_iter().any(|set| sets::victims(&view, index, set, &costs).is_some())
     }
@@ -181,7 +215,7 @@ impl State {
     /// Models that failed are tried once more: the devices are others, or whom they have to be beside.
     pub(super) fn forget_lack_of_room(&mut self) {
         for model in self.models.iter_mut().filter(|model| model.is_listed && !model.lacked.is_empty()) {
-            model.lacked.clear();
+            (model.lacked, model.lack_error) = (Vec::new(), None);
             model.trouble.take_if(|trouble| trouble.reason == StateReason::ModelBlocked && trouble.until.is_none());
         }
     }

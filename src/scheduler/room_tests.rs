@@ -292,3 +292,83 @@ fn a_model_with_an_edited_entry_shares_again() {
     case.lacks("a", 20);
     assert_eq!(case.state.models[index].room, Room::Shared, "that was the old one");
 }
+
+#[test]
+fn two_that_do_not_fit_together_do_not_fail_at_each_turn() {
+    let mut case = Case::new(&[needs("b", 40), needs("a", 30)], 1, 0);
+    case.visit("b");
+    let mut failed = Vec::new();
+    for turn in 0..8 {
+        let (comes, leaves) = if turn % 2 == 0 { ("a", "b") } else { ("b", "a") };
+        case.wants(comes);
+        if case.orders == [order(comes, Order::Load, "gpu0")] {
+            failed.push(turn);
+            case.lacks(comes, 20);
+        }
+        assert_eq!(case.orders, [order(leaves, Order::Stop, "gpu0")]);
+        case.stopped(leaves);
+        assert_eq!(case.orders, [order(comes, Order::Load, "gpu0")]);
+        case.served(comes);
+    }
+    assert_eq!(failed, [0, 1, 4, 5], "once each, and an hour later whether they fit now");
+}
+
+#[test]
+fn on_another_gpu_it_is_beside_others_again() {
+    let mut case = Case::new(&[needs("b", 40), needs("c", 50), needs("a", 30)], 2, 0);
+    case.visit("b");
+    case.visit("c");
+    case.wants("a");
+    assert_eq!(case.orders, [order("a", Order::Load, "gpu0")]);
+    case.lacks("a", 20);
+    case.stopped("b");
+    case.lacks("a", 20);
+    assert_eq!(case.orders, [order("a", Order::Load, "gpu1")], "c stays");
+}
+
+#[test]
+fn a_replica_asks_nothing_of_the_workers_of_its_own_model() {
+    let mut case = Case::new(&[ModelSpec { max_replicas: 2, ..needs("a", 30) }], 1, 0);
+    case.wants("a");
+    case.report("a", Report::Ready { base_url: "http://a".into(), load_ms: 20_000 });
+    case.tell(Event::Queued((1000..1600).map(|number| job(number, "a")).collect()));
+    assert_eq!(case.orders, [order("a", Order::Load, "gpu0")], "beside the first one");
+    let error = JobError::new(ErrorCode::ModelLoadFailed, "model `a` does not fit: numbers", true);
+    let report = Report::DoesNotFit { error, free: 10 * GIB };
+    case.tell(Event::Report { model: "a".into(), replica: 1, report });
+    assert_eq!((case.said("no_room"), case.state.models[0].room), ("", Room::Shared));
+    assert!(case.orders.is_empty(), "{:?}", case.orders);
+}
+
+#[test]
+fn nobody_leaves_for_a_model_that_is_only_preloaded_nor_is_it_loaded_much_later() {
+    let models = [needs("b", 40), ModelSpec { preload: true, ..needs("a", 30) }];
+    let mut case = Case::new(&models, 1, 0);
+    case.wants("b");
+    case.served("b");
+    case.lacks("a", 20);
+    assert!(case.orders.is_empty(), "{:?}", case.orders);
+    case.tell(Event::Control(crate::domain::Control::Unload("b".into())));
+    case.stopped("b");
+    assert!(!case.orders.contains(&order("a", Order::Load, "gpu0")), "{:?}", case.orders);
+    case.wants("a");
+    assert_eq!(case.orders, [order("a", Order::Load, "gpu0")]);
+}
+
+#[test]
+fn who_has_no_other_gpu_left_is_blocked() {
+    let mut case = Case::new(&[needs("q", 70), needs("a", 30)], 2, 0);
+    case.wants("q");
+    let q = case.number;
+    case.report("q", Report::Ready { base_url: "http://q".into(), load_ms: 20_000 });
+    case.tell(Event::Queued(vec![QueuedJob { face: crate::domain::Face::Sync, ..job(900, "a") }]));
+    assert_eq!(case.orders, [order("a", Order::Load, "gpu1")]);
+    case.lacks("a", 10);
+    assert_eq!((case.trouble("a"), case.ended), (None, 0), "the other GPU may have more when q is done");
+    case.tell(Event::Control(crate::domain::Control::Pin("q".into())));
+    assert!(case.trouble("a").is_some_and(|text| text.contains("does not fit")), "{:?}", case.trouble("a"));
+    assert_eq!(case.ended, 1, "the caller is told");
+    case.answered("q", q);
+    case.tell(Event::Control(crate::domain::Control::Unpin("q".into())));
+    assert_eq!(case.trouble("a"), None, "and may go there now");
+}

@@ -363,6 +363,7 @@ impl State {
         self.note_idle(now);
         self.finish_draining(now, &mut effects);
         self.load_where_free(now, &mut effects);
+        self.block_without_set(now, &mut effects);
         let planned = if self.stopping { None } else { self.plan_in_time(now, &mut effects) };
         self.expedite(&mut effects);
         let own = self.models.iter().filter_map(|m| m.queue.next_wake()).min();

@@ -347,9 +347,9 @@ impl State {
         }
         self.last_on[set.first as usize..(set.first + set.count) as usize].fill(Some(index));
         self.forget_preloads(index, now);
+        self.note_that_it_fits(index, now);
         let model = &mut self.models[index];
         (model.trouble, model.wanted_at) = (None, None);
-        (model.room, model.lacked) = (Room::Shared, Vec::new());
         model.count_load(load_ms as f64, source, now);
         let numbers = model.queue.heads(TOLD_MAX);
         let mut effects = vec![self.learn(index), self.keep_served(now)];

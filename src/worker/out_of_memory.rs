@@ -74,13 +74,15 @@ impl Supervisor {
 
     /// It ran out of memory, the last time when it was told to make do with less.
     pub(super) async fn does_not_fit(&mut self, reason: String, tail: &Tail) -> Phase {
-        self.failed_loads += 1;
         self.small = None;
         let gpus = self.look().await;
         // What was free before: by now those may have left beside whom it did not fit.
         let free = self.free_bytes.or_else(|| free_on(&gpus, &self.gpus, self.spec.gpus)).unwrap_or(0);
-        self.lacked.retain(|lacked| lacked.gpus != self.gpus);
-        self.lacked.push(Lacked { gpus: self.gpus.clone(), free });
+        // The most with which it failed: who comes and goes by turns does not have it tried each time.
+        match self.lacked.iter_mut().find(|lacked| lacked.gpus == self.gpus) {
+            Some(lacked) => lacked.free = lacked.free.max(free),
+            None => self.lacked.push(Lacked { gpus: self.gpus.clone(), free }),
+        }
         let reason = tail.explain(reason);
         self.last_failure = Some(reason.clone());
         let message = format!(
@@ -88,9 +90,9 @@ impl Supervisor {
             self.spec.name,
             advice(&self.spec, &gpus, &self.gpus)
         );
-        tracing::error!(model = self.spec.name, failures = self.failed_loads, "{message}");
+        tracing::error!(model = self.spec.name, "{message}");
         let mut error = JobError::new(ErrorCode::ModelLoadFailed, message, true);
-        error.details = Some(json!({"failed_loads": self.failed_loads, "log_tail": tail.lines()}));
+        error.details = Some(json!({"log_tail": tail.lines()}));
         Phase::DoesNotFit { error, free }
     }
 
@@ -118,7 +120,6 @@ impl Supervisor {
                     let has_room = |it: &Lacked| has_more(free_on(&gpus, &it.gpus, count), Some(it.free));
                     if self.lacked.iter().any(has_room) {
                         tracing::info!(model = self.spec.name, "there is more room than when it did not fit");
-                        self.lacked.clear();
                         self.enter(ModelState::Absent);
                         self.report(Report::Available);
                         return Phase::Absent;
