@@ -9,7 +9,7 @@
 //!    pin is taken away, its entry is edited, or somebody asks for a retry.
 //!
 //! What counts is who was there while it loaded, not what was tried before: so each step is taken only if there is something to
-//! gain. They may be gone by now, those too that ran out of memory beside it.
+//! gain. They may be gone by now, those too that ran out of memory beside it. What helped is kept for a while.
 
 use super::*;
 use crate::policy::sets;
