@@ -73,7 +73,7 @@ codes! {
     ExecutionTimeout => "execution_timeout",
     /// The model does not load.
     ModelLoadFailed => "model_load_failed",
-    /// The worker died while it ran this job.
+    /// The worker died, or broke the connection, while it ran this job.
     WorkerLost => "worker_lost",
     /// The device ran out of memory on this job.
     WorkerOom => "worker_oom",

@@ -249,7 +249,7 @@ pub struct Job {
     pub attempt: i64,
     /// The job's own retriable errors so far.
     pub failures: u32,
-    /// Workers that died while they ran it.
+    /// Workers that died, or broke the connection, while they ran it.
     pub crashes: u32,
     /// Budget of `failures`.
     pub max_attempts: u32,

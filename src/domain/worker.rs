@@ -9,6 +9,9 @@ use std::fmt;
 /// A load that ran out of memory is tried again where so much more is free than was then, in bytes: other programs come and go.
 pub const MORE_BYTES: u64 = 1 << 30;
 
+/// Shortest time, in ms, for which a pass that nobody waits for may go on: it notices at the end of a step, which takes seconds.
+pub const LETS_GO_MS: i64 = 10_000;
+
 /// A worker's report, sent by its supervisor to the scheduler. Each changes what the scheduler may do next.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Report {
@@ -42,6 +45,11 @@ pub enum Report {
     Keeps {
         /// Device memory, in bytes.
         device_bytes: u64,
+    },
+    /// Nobody waits any more for the pass that it runs, and it goes on; again and again from [`LETS_GO_MS`] on.
+    GivenUp {
+        /// For how long, in ms.
+        ms: i64,
     },
     /// Stopped as ordered; its device memory is free.
     Stopped {

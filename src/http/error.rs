@@ -66,7 +66,7 @@ fn meaning(code: ErrorCode) -> Meaning {
         C::DeadlineExceeded => (504, "The job did not end before its deadline", Retry::Never),
         C::ExecutionTimeout => (504, "The job ran longer than it may", Retry::Never),
         C::ModelLoadFailed => (503, "The model does not load", Retry::Never),
-        C::WorkerLost => (502, "The worker died while it ran the job", Retry::Never),
+        C::WorkerLost => (502, "The worker died, or broke the connection, while it ran the job", Retry::Never),
         C::WorkerOom => (500, "The device ran out of memory", Retry::Never),
         C::WorkerError => (500, "The worker failed on the job", Retry::Never),
         C::InvalidOutput => (502, "The worker's answer cannot be used", Retry::Never),

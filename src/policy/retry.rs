@@ -171,7 +171,8 @@ fn cut_by_stop() -> JobError {
 }
 
 fn judge_crash(reason: &str, attempt: &Attempt) -> Verdict {
-    let error = JobError::new(ErrorCode::WorkerLost, format!("the worker died while it ran this job: {reason}"), true);
+    let error =
+        JobError::new(ErrorCode::WorkerLost, format!("no answer from the worker that ran this job: {reason}"), true);
     // Alone since it ran out of memory, it has been part of no death yet: this one may be anybody's.
     if (attempt.isolated && !attempt.has_own_mark) || attempt.relayed {
         return Verdict::Fail(error);

@@ -48,18 +48,23 @@ impl State {
             }
             // It is stopped when the last of its jobs is back; nothing of it can be parked, as if it had hung.
             Phase::Serving { .. } | Phase::Draining { .. } => {
-                let queue = &self.models[worker.model].queue;
-                let on_it = queue.running().iter().filter(|(_, running)| running.worker == worker.replica);
-                let mut numbers: Vec<i64> = on_it.map(|(number, _)| *number).collect();
-                numbers.sort_unstable();
-                if !numbers.is_empty() {
-                    effects.push(Effect::Evict { numbers });
-                }
+                self.evict(place, effects);
                 self.workers[place].phase = Phase::Draining { hung: true };
             }
             Phase::Stopping { .. } | Phase::Parked | Phase::Dropping => {}
         }
         false
+    }
+
+    /// The jobs on a worker wait again.
+    pub(super) fn evict(&self, place: usize, effects: &mut Vec<Effect>) {
+        let worker = &self.workers[place];
+        let queue = &self.models[worker.model].queue;
+        let on_it = queue.running().iter().filter(|(_, running)| running.worker == worker.replica);
+        let numbers: Vec<i64> = on_it.map(|(number, _)| *number).collect();
+        if !numbers.is_empty() {
+            effects.push(Effect::Evict { numbers });
+        }
     }
 
     /// The CPU comes after the GPUs: with more of these it has another number.

@@ -63,7 +63,7 @@ pub(super) struct Context {
 pub(super) struct Stop {
     /// Somebody asked to cancel the job.
     pub(super) cancelled: CancellationToken,
-    /// A GPU of its worker has vanished.
+    /// A GPU of its worker has vanished, or a job that was cancelled before does not let go of it.
     pub(super) evicted: CancellationToken,
 }
 
@@ -194,13 +194,14 @@ async fn of_dead_engine(context: &Context, dispatch: &Dispatch, outcome: Outcome
     }
 }
 
-/// A job is not to blame for a worker that has lost its GPU: it was stopped, unless its caller has had a part of the answer.
+/// A job is not to blame for a worker that has lost its GPU, or that another one hangs: it was stopped, unless its caller has had a part of the answer.
 async fn blame(context: &Context, dispatch: &Dispatch, outcome: Outcome, relayed: Relayed) -> Outcome {
     let has_part = relayed.chunks && dispatch.job.face == Face::Sync;
     let vanished = "a GPU of its worker has vanished";
+    let evicted = "its worker hangs, or a GPU of it has vanished";
     match outcome {
         Outcome::Stopped if has_part && dispatch.stop.evicted.is_cancelled() => {
-            Outcome::WorkerLost { reason: vanished.to_owned(), reached: true }
+            Outcome::WorkerLost { reason: evicted.to_owned(), reached: true }
         }
         Outcome::WorkerLost { reason, reached } => {
             let gone = match dispatch.place.gpus {

@@ -173,7 +173,8 @@ pub enum Effect {
         /// Entry name.
         model: String,
     },
-    /// End the attempts of running jobs whose GPU has vanished: they wait again, uncharged.
+    /// End the attempts of running jobs whose GPU has vanished, or whose worker hangs for another's sake: they wait again,
+    /// uncharged.
     Evict {
         /// The jobs.
         numbers: Vec<i64>,

@@ -142,18 +142,23 @@ pub(super) struct Silence {
     span: Option<(Millis, Millis)>,
     /// How long they took, what they had in common once, in ms.
     total_ms: i64,
+    /// The job of the first of them.
+    first: Option<i64>,
+    /// They are attempts at more than one job, so that the last need not be the one that hangs.
+    pub(super) is_shared: bool,
     /// Jobs on it when it was found to hang; 0: it was not.
     pub(super) hung_with: u32,
 }
 
 impl Silence {
-    /// One more, from `since` until `now`, of a worker that answered last at `answered`. Returns how long they took.
-    pub(super) fn count(&mut self, since: Millis, now: Millis, answered: Option<Millis>) -> i64 {
+    /// One more, at this job from `since` until `now`, of a worker that answered last at `answered`. Returns how long they took.
+    pub(super) fn count(&mut self, number: i64, since: Millis, now: Millis, answered: Option<Millis>) -> i64 {
         let is_broken = |from: Millis| answered.is_some_and(|at| at >= from);
         if self.span.is_some_and(|(from, _)| is_broken(from)) {
-            (self.span, self.total_ms) = (None, 0);
+            *self = Self { hung_with: self.hung_with, ..Self::default() };
         }
         if !is_broken(since) {
+            self.is_shared |= *self.first.get_or_insert(number) != number;
             let (from, until) = self.span.unwrap_or((since, since));
             self.total_ms += (now - since.max(until)).max(0);
             self.span = Some((from.min(since), until.max(now)));

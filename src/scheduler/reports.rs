@@ -6,7 +6,7 @@ impl State {
     /// An attempt that began at `since` has ended, by its time limit or by its caller, without a sign of its worker. If jobs have
     /// waited for one as long as the model's own limit, with no answer to anybody in between, the worker hangs: it is stopped. A
     /// shorter limit of a client proves nothing by itself. Returns how many jobs were on it when it was found to hang, this one
-    /// included; 0: it was not.
+    /// included; more than one, too, if others were given up before, since one of them may hang it still; 0: it was not.
     pub fn blame_silence(&mut self, model: &str, number: i64, since: Millis, now: Millis) -> (u32, Vec<Effect>) {
         let mut effects = Vec::new();
         let Some(index) = self.index_of(model) else { return (0, effects) };
@@ -21,13 +21,28 @@ impl State {
         let (answered, limit, jobs) =
             (model.queue.answered_at(replica), model.timeout_ms, model.queue.running_on(replica));
         let silence = &mut self.workers[place].silence;
-        if silence.hung_with == 0 && silence.count(since, now, answered) >= limit {
-            silence.hung_with = u32::try_from(jobs).unwrap_or(u32::MAX);
+        if silence.hung_with == 0 && silence.count(number, since, now, answered) >= limit {
+            let least = if silence.is_shared { 2 } else { 1 };
+            silence.hung_with = u32::try_from(jobs).unwrap_or(u32::MAX).max(least);
             self.account(now);
             self.plan_now = true;
             self.leave(place, true, now, &mut effects);
         }
         (self.workers[place].silence.hung_with, effects)
+    }
+
+    /// For so long nobody has waited for the pass that a worker runs. One that notices ends with its step, others at the latest as
+    /// such passes usually end; after twice that time it hangs. The jobs behind it go back, uncharged, and its worker is stopped.
+    pub(super) fn on_given_up(&mut self, place: usize, ms: i64, now: Millis) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let worker = &self.workers[place];
+        let model = &self.models[worker.model];
+        let limit = round(2.0 * model.service_ms()).min(model.timeout_ms).max(LETS_GO_MS);
+        if ms >= limit && matches!(worker.phase, Phase::Serving { .. } | Phase::Draining { hung: false }) {
+            self.evict(place, &mut effects);
+            self.leave(place, true, now, &mut effects);
+        }
+        effects
     }
 
     /// A running job has failed in a way that may be its worker's fault. If that was woken and has answered nobody since, the
@@ -90,6 +105,7 @@ impl State {
                 self.on_keeps(index, worker, device_bytes);
                 Vec::new()
             }
+            Report::GivenUp { ms } => worker.map_or(Vec::new(), |worker| self.on_given_up(worker, ms, now)),
             Report::Loaded { phases } => {
                 self.models[index].count_phases(&phases);
                 if let Some(place) = worker {

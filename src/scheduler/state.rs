@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
-use crate::domain::worker::{FetchReport, HostCopy, PhaseTime, Report};
+use crate::domain::worker::{FetchReport, HostCopy, LETS_GO_MS, PhaseTime, Report};
 use crate::domain::{Class, Control, Controls, ErrorCode, GpuSet, JobError, Millis, ModelSpec, StateReason};
 use crate::policy::batching::{Batching, Change};
 use crate::policy::learn::{LOAD_WEIGHT, blend};

@@ -323,7 +323,7 @@ fn short_limits_and_callers_who_leave_add_up_to_the_models_own_limit() {
     for _ in 0..5 {
         assert_eq!(given_up(&mut world), 0, "the time in between is nobody's");
     }
-    assert_eq!(given_up(&mut world), 1);
+    assert_eq!(given_up(&mut world), 2, "it is not the last one's alone");
     assert_eq!(world.orders.pop(), Some(("a".to_owned(), Order::Stop)));
     world.report("a", Report::Stopped { stop_ms: 1 });
 
@@ -337,6 +337,62 @@ fn short_limits_and_callers_who_leave_add_up_to_the_models_own_limit() {
         assert_eq!(given_up(&mut world), 0, "it has answered");
     }
     assert_eq!(world.orders, []);
+}
+
+#[test]
+fn who_runs_behind_a_cancelled_job_does_not_answer_for_its_hang_and_who_is_tried_again_does() {
+    for (first, hung_with) in [(1, 2), (2, 1)] {
+        let mut world = World::new(&[("a", 1)]);
+        world.queue(vec![job(first, "a")]);
+        world.obey();
+        let since = world.now;
+        world.now += 1_000;
+        assert_eq!(world.silent(first, since), 0);
+        world.event(Event::Ended { model: Arc::from("a"), number: first, answered: false, suspect: false, back: None });
+        world.queue(vec![job(2, "a")]);
+        let since = world.now;
+        world.now += 60_000;
+        assert_eq!(world.silent(2, since), hung_with);
+    }
+}
+
+#[test]
+fn a_worker_that_does_not_let_go_of_a_pass_is_stopped_and_who_is_behind_goes_back() {
+    let evicted = |world: &mut World, ms| {
+        let event = Event::Report { model: "a".into(), replica: 0, report: Report::GivenUp { ms } };
+        let effects = world.state.on_event(event, world.now);
+        let numbers = effects.iter().find_map(|effect| match effect {
+            Effect::Evict { numbers } => Some(numbers.clone()),
+            _ => None,
+        });
+        world.note(effects);
+        numbers
+    };
+    let mut world = World::new(&[("a", 2)]);
+    world.queue(vec![job(1, "a"), job(2, "a"), job(3, "a")]);
+    world.obey();
+    // Passes of this model are known to take long: twice that is waited, but no longer than a job may take.
+    for (service_ms, limit) in [(1_000.0, 10_000), (8_000.0, 16_000), (50_000.0, 60_000)] {
+        world.state.models[0].learned.service_ms = Some(service_ms);
+        assert_eq!(evicted(&mut world, limit - 1), None, "{service_ms}");
+    }
+    assert_eq!(evicted(&mut world, 60_000), Some(vec![1, 2]));
+    assert_eq!(evicted(&mut world, 62_000), None, "once");
+    assert_eq!(world.orders, [], "its jobs end first");
+    for number in [1, 2] {
+        let back = Some(Back::default());
+        world.event(Event::Ended { model: Arc::from("a"), number, answered: false, suspect: false, back });
+    }
+    assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
+    world.running.clear();
+    world.report("a", Report::Stopped { stop_ms: 1 });
+    world.obey();
+    assert_eq!(world.running, [(Arc::from("a"), 1), (Arc::from("a"), 2)]);
+    // Nothing is behind it.
+    world.finish_all();
+    world.state.models[0].learned.service_ms = None;
+    assert_eq!(evicted(&mut world, 10_000), None);
+    assert_eq!(world.orders, [("a".to_owned(), Order::Stop)]);
 }
 
 #[test]

@@ -25,8 +25,8 @@ const NOTE_LIMIT: usize = 400;
 /// How a worker says it is.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Health {
-    /// Takes jobs; where the time of its load went, if it says so.
-    Ready { memory: Memory, phases: Vec<PhaseTime> },
+    /// Takes jobs; where the time of its load went, if it says so, and for how long nobody has waited for the pass that it runs.
+    Ready { memory: Memory, phases: Vec<PhaseTime>, given_up_ms: Option<i64> },
     /// Lives and takes no jobs now: loading or asleep.
     NotYet { phase: Option<String>, percent: Option<f64>, memory: Memory },
     /// A spare process, one that was taken over among them, that still imports; an error: it says why that failed.
@@ -71,6 +71,7 @@ struct Body {
     can_park: Option<bool>,
     park_note: Option<String>,
     can_reread: Option<bool>,
+    given_up_ms: Option<i64>,
     #[serde(default)]
     importing: bool,
     #[serde(default)]
@@ -163,7 +164,7 @@ impl Doctor {
     async fn exchange(&self) -> Health {
         match self.get("/health").await {
             Ok((404, _)) => match self.get("/v1/models").await {
-                Ok((200, _)) => Health::Ready { memory: Memory::default(), phases: Vec::new() },
+                Ok((200, _)) => well(),
                 Ok((status, _)) => {
                     Health::Silent(format!("/health answers with status 404 and /v1/models with status {status}"))
                 }
@@ -181,6 +182,11 @@ impl Doctor {
         self.pool.give_back(&self.authority, reply);
         Ok((status, body.unwrap_or_default()))
     }
+}
+
+/// A server that says no more than that it takes jobs.
+fn well() -> Health {
+    Health::Ready { memory: Memory::default(), phases: Vec::new(), given_up_ms: None }
 }
 
 fn unheard(lost: &Lost) -> Health {
@@ -206,7 +212,10 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
         let host = HostCopy { bytes: body.host_bytes, can_park: body.can_park, note, can_reread: body.can_reread };
         let memory = Memory { device_bytes: body.device_bytes, host };
         return match body.status.as_str() {
-            "ready" if status == 200 => Health::Ready { memory, phases: body.phases.into_iter().map(named).collect() },
+            "ready" if status == 200 => {
+                let phases = body.phases.into_iter().map(named).collect();
+                Health::Ready { memory, phases, given_up_ms: body.given_up_ms }
+            }
             "failed" => {
                 let why = cut(body.error.or(phase).unwrap_or_else(|| "no reason given".into()), 400);
                 let oom = body.code.as_deref() == Some("worker_oom");
@@ -217,7 +226,7 @@ fn read(status: u16, body: &[u8], mark: &str) -> Health {
         };
     }
     match status {
-        200..=299 => Health::Ready { memory: Memory::default(), phases: Vec::new() },
+        200..=299 => well(),
         _ => Health::Silent(format!("/health answers with status {status}")),
     }
 }
@@ -227,7 +236,7 @@ mod tests {
     use super::*;
 
     fn ready(memory: Memory) -> Health {
-        Health::Ready { memory, phases: Vec::new() }
+        Health::Ready { memory, phases: Vec::new(), given_up_ms: None }
     }
 
     #[test]
@@ -239,10 +248,10 @@ mod tests {
         };
         assert_eq!(ask(200, "ready", "id:1".into()), ready(Memory::default()));
         let tells =
-            br#"{"status": "ready", "instance": "m", "device_bytes": 7, "phases": [{"phase": "read", "ms": 9}]}"#;
+            br#"{"status": "ready", "instance": "m", "device_bytes": 7, "given_up_ms": 3, "phases": [{"phase": "read", "ms": 9}]}"#;
         let phases = vec![PhaseTime { phase: "read".into(), ms: 9 }];
         let memory = Memory { device_bytes: Some(7), ..Memory::default() };
-        assert_eq!(read(200, tells, "m"), Health::Ready { memory, phases });
+        assert_eq!(read(200, tells, "m"), Health::Ready { memory, phases, given_up_ms: Some(3) });
         let tells =
             br#"{"status": "ready", "instance": "m", "host_bytes": 5, "can_park": false, "park_note": "no room", "can_reread": true}"#;
         let note = Some("no room".into());

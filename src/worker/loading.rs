@@ -261,7 +261,7 @@ impl Supervisor {
                 heard = Some(health.clone());
             }
             match health {
-                Health::Ready { memory, phases } => {
+                Health::Ready { memory, phases, .. } => {
                     let since = Instant::now();
                     let phases = whole(spawned.unwrap_or_default(), started.elapsed(), phases);
                     let host = HostCopy::default();

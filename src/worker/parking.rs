@@ -90,7 +90,7 @@ impl Supervisor {
                 pulse = &mut probe => pulse,
             };
             match pulse {
-                Pulse::Alive(memory) => {
+                Pulse::Alive(memory, _) => {
                     misses = 0;
                     self.note_host(&mut running, memory.host);
                 }

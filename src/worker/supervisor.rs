@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
-use crate::domain::worker::{HostCopy, PhaseTime, Report, WorkerView};
+use crate::domain::worker::{HostCopy, LETS_GO_MS, PhaseTime, Report, WorkerView};
 use crate::domain::{ErrorCode, GpuSet, JobError, Millis, ModelSpec, ModelState, Park};
 use crate::lifecycle::Tasks;
 use crate::worker::gpu::{Gpu, GpuProbe};
@@ -370,7 +370,8 @@ struct Running {
 
 /// What a ready worker's watch found.
 enum Pulse {
-    Alive(Memory),
+    /// For how long nobody has waited for the pass that it runs, in ms, if it says so.
+    Alive(Memory, Option<i64>),
     Missed(String),
     /// Nobody listens: it is gone or about to be, and its guard will say how.
     Refused,
@@ -466,6 +467,7 @@ impl Supervisor {
         let mut misses = 0;
         let mut probe = self.watch_probe(&running.doctor);
         let mut suspected = false;
+        let mut clings = false;
         loop {
             let event = tokio::select! {
                 biased;
@@ -492,9 +494,17 @@ impl Supervisor {
                 Event::Order(Some(Order::Proven)) => self.early_deaths = 0,
                 Event::Order(Some(Order::Load | Order::Wake | Order::Suspect | Order::Expedite)) => {}
                 Event::Exited(how) => return self.died(running, format!("it {how}")).await,
-                Event::Pulse(Pulse::Alive(memory)) => {
+                Event::Pulse(Pulse::Alive(memory, given_up_ms)) => {
                     misses = 0;
                     self.note_memory(&mut running, memory);
+                    let given_up_ms = given_up_ms.filter(|ms| *ms >= LETS_GO_MS);
+                    if let Some(ms) = given_up_ms {
+                        self.report(Report::GivenUp { ms });
+                        if !clings {
+                            tracing::warn!(model = self.spec.name, ms, "a pass that was cancelled does not end");
+                        }
+                    }
+                    clings = given_up_ms.is_some();
                     if std::mem::take(&mut suspected) {
                         let base_url = format!("http://127.0.0.1:{}", running.process.port());
                         self.report(Report::Ready { base_url, load_ms: 0 });
@@ -642,7 +652,7 @@ impl Supervisor {
         Box::pin(async move {
             let mut last = pulse(&doctor, limit).await;
             for _ in 0..2 {
-                if matches!(last, Pulse::Alive(_)) {
+                if matches!(last, Pulse::Alive(..)) {
                     break;
                 }
                 sleep(limit / 5).await;
@@ -752,8 +762,8 @@ impl Supervisor {
 async fn pulse(doctor: &Doctor, limit: Duration) -> Pulse {
     match doctor.ask(limit).await {
         // Asleep is alive; what it keeps on its devices then is not what it takes.
-        Health::Ready { memory, .. } => Pulse::Alive(memory),
-        Health::NotYet { memory, .. } => Pulse::Alive(Memory { device_bytes: None, ..memory }),
+        Health::Ready { memory, given_up_ms, .. } => Pulse::Alive(memory, given_up_ms),
+        Health::NotYet { memory, .. } => Pulse::Alive(Memory { device_bytes: None, ..memory }, None),
         Health::Failed { why, .. } => Pulse::Missed(format!("it says that it failed: {why}")),
         Health::Importing(_) => Pulse::Missed("it says that it is a spare process".to_owned()),
         Health::Stranger => Pulse::Missed("another program answers on its port".to_owned()),

@@ -175,6 +175,53 @@ async fn who_shares_a_pass_with_a_job_that_hangs_is_charged_nothing() {
 }
 
 #[tokio::test]
+async fn who_runs_behind_a_cancelled_job_that_hangs_is_charged_nothing() {
+    let entry = json!({"timeout": "2s", "max_attempts": 1});
+    let server = Site::new().model("a", with(echo("custom", &[] as &[&str]), entry)).start().await;
+    let api = &server.api;
+    // Before its first sign.
+    let hanging = api.submit_echo("a", json!({"hang": true, "steps": 1})).await;
+    api.happened(&hanging, "job.started").await;
+    let metrics = format!("http://127.0.0.1:{}/metrics", api.worker("a").await["port"]);
+    eventually(LIMIT, "it is on the worker", || async {
+        let text = reqwest::get(&metrics).await.ok()?.text().await.ok()?;
+        text.contains("roundhouse_worker_in_flight 1\n").then_some(())
+    })
+    .await;
+    api.poke(&format!("/v1/jobs/{hanging}/cancel")).await.is(200);
+    let behind = api.submit_echo("a", json!({})).await;
+    let job = api.succeeded(&behind).await;
+    assert_eq!((&job["failures"], &job["crashes"]), (&json!(0), &json!(0)), "{job}");
+    assert_eq!(api.finished(&hanging).await["state"], "cancelled");
+    assert_eq!(api.worker("a").await["starts"], 2);
+}
+
+#[tokio::test]
+async fn a_worker_that_does_not_let_go_of_a_cancelled_job_is_ended_long_before_the_limit() {
+    // Nothing is behind the first, one job behind the second: it goes back.
+    let entry = json!({"timeout": "10min", "max_attempts": 1});
+    let server = Site::new().model("a", with(echo("custom", &[] as &[&str]), entry)).start().await;
+    let api = &server.api;
+    let cancelled = async || {
+        let hanging = api.submit_echo("a", json!({"hang": true})).await;
+        api.happened(&hanging, "job.started").await;
+        // It is not only on its way to the worker.
+        api.happened(&hanging, "job.progress").await;
+        api.poke(&format!("/v1/jobs/{hanging}/cancel")).await.is(200);
+        assert_eq!(api.finished(&hanging).await["state"], "cancelled");
+    };
+    cancelled().await;
+    worker_is(api, "absent").await;
+    cancelled().await;
+    let behind = api.submit_echo("a", json!({})).await;
+    let job = api.succeeded(&behind).await;
+    let charged = (&job["attempt"], &job["failures"], &job["crashes"]);
+    assert_eq!(charged, (&json!(2), &json!(0), &json!(0)), "{job}");
+    let worker = api.worker("a").await;
+    assert_eq!((&worker["starts"], &worker["failed_loads"]), (&json!(3), &json!(0)), "{worker}");
+}
+
+#[tokio::test]
 async fn callers_who_leave_before_the_limit_do_not_keep_a_hung_worker() {
     let site = Site::new().model("a", with(echo("custom", &[] as &[&str]), json!({"timeout": "3s"})));
     let server = site.start().await;

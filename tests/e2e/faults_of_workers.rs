@@ -267,6 +267,21 @@ async fn it_hangs_in_the_middle_of_a_stream() {
 }
 
 #[tokio::test]
+async fn it_breaks_the_connection_and_lives() {
+    let server = Site::new().model("t", stock(&none())).start().await;
+    let api = &server.api;
+    let broken = api.submit(&chat_job(json!({"break": true}))).await;
+    let job = failed(api, &broken, "worker_lost").await;
+    is_in_plain_words(&job["error"]);
+    let answer = api.get(&format!("/v1/jobs/{broken}/response")).await;
+    for said in [job["error"]["message"].to_string(), answer.text()] {
+        assert!(said.contains("its connection broke") && !said.contains("died while"), "{said}");
+    }
+    api.post("/v1/chat/completions", &chat(json!({}), false)).await.is(200);
+    assert_eq!(api.worker("t").await["starts"], 1);
+}
+
+#[tokio::test]
 async fn another_worker_answers_on_its_port() {
     let mut entry = stock(&none());
     let port = entry["port"].clone();

@@ -108,6 +108,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if body.get("fault", {}).get("break"):
+            self.wfile.write(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"id"')
+            self.close_connection = True
+            return
         if self.server.options.chatter:
             print("a request", flush=True)
         stream = body.get("stream") is True

@@ -55,6 +55,7 @@ class Item:
         run_id: the run the scheduler put the request in, or None.
         run_size: how many requests that run has.
         batch_key: what `BaseService.batch_key` said.
+        cancelled_at: `time.monotonic()` of its `cancel`.
     """
 
     request_id: str
@@ -65,6 +66,7 @@ class Item:
     run_id: str | None = None
     run_size: int = 1
     batch_key: Hashable = ()
+    cancelled_at: float = 0.0
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _on_cancel: Callable[[], object] | None = None
     _started: bool = False
@@ -80,6 +82,7 @@ class Item:
     def cancel(self) -> None:
         """Say that nobody waits for this item any more. Event loop only."""
         if not self.cancelled:
+            self.cancelled_at = time.monotonic()
             self._cancelled.set()
             if self._on_cancel is not None:
                 self._on_cancel()

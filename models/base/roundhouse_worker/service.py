@@ -238,6 +238,7 @@ class BaseService:
         self.loading = Loading()
         self.model_facts: dict[str, Any] = {}  # what `/v1/models` says besides; `initialize` may fill it
         self._loaded = False  # the model thread's
+        self._in_pass: list[Item] = []  # the model thread's; `/health` looks at it
         self._failure: WorkerError | None = None
         self._active: set[Item] = set()
         self._idle = asyncio.Event()
@@ -365,6 +366,7 @@ class BaseService:
         wanted = [item for item in items if item.start()]
         if not wanted:
             return
+        self._in_pass = wanted
         started = time.monotonic()
         outcomes: list[Output | Exception]
         try:
@@ -379,6 +381,7 @@ class BaseService:
             outcomes = [failure] * len(wanted)
         if any(isinstance(outcome, OutOfMemory) for outcome in outcomes):
             self._reclaim()
+        self._in_pass = []
         seconds = time.monotonic() - started
         log.event(
             logging.INFO,
@@ -389,6 +392,13 @@ class BaseService:
             request_ids=[item.request_id for item in wanted[:LOGGED_IDS_LIMIT]],
         )
         self._loop.call_soon_threadsafe(self._finish_pass, wanted, outcomes, seconds)
+
+    def _given_up_s(self) -> float | None:
+        """For how long nobody has waited for the pass that runs, in seconds; None: somebody does, or there is none."""
+        items = self._in_pass
+        if not items or not all(item.cancelled for item in items):
+            return None
+        return time.monotonic() - max(item.cancelled_at for item in items)
 
     def _reclaim(self) -> None:
         try:
@@ -433,6 +443,8 @@ class BaseService:
             body["device_bytes"] = size
         if phases := self.loading.phases():
             body["phases"] = phases
+        if (given_up_s := self._given_up_s()) is not None:
+            body["given_up_ms"] = round(given_up_s * 1000)
         body |= self.parking_facts()
         if self._failure is not None:
             body |= {"error": self._failure.message, "code": self._failure.code}

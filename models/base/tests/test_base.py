@@ -204,6 +204,16 @@ def test_health_answers_while_the_model_works(shared: Worker):
         assert answer.result().status_code == 200
 
 
+def test_health_tells_how_long_a_pass_has_been_given_up_until_it_notices(shared: Worker):
+    with shared.stream("/run", {"gated": True}, **NDJSON, x_request_id="left-0"):
+        until(lambda: passes(shared, "left"))
+        assert "given_up_ms" not in shared.get("/health").json()
+    until(lambda: "given_up_ms" in shared.get("/health").json())
+    until(lambda: shared.get("/health").json()["given_up_ms"] >= 50)
+    shared.post("/permit")
+    until(lambda: "given_up_ms" not in shared.get("/health").json())
+
+
 # ---- answers -----------------------------------------------------------------
 
 
