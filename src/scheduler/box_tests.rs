@@ -652,6 +652,12 @@ fn nobody_is_loaded_beside_what_a_waiting_worker_keeps_before_all_have_left() {
     Boxed::new(seed, true).with_vanishing_gpus(&mut Rng(seed ^ 1)).run();
 }
 
+/// A job comes for a model whose last worker is just leaving host memory.
+#[test]
+fn who_waits_for_the_last_worker_to_leave_host_memory_is_told_so() {
+    Boxed::new(5_699_835_690_025_950_881, false).run();
+}
+
 /// A box after `requests` of each of two callers, who use a model each and send one request after the other.
 fn closed_loops(requests: usize, think: Millis, work: Millis, load: Millis) -> Boxed {
     closed_loops_of(ModelSpec { gpus: 1, ..spec("m", 8) }, Inventory::one_device(), (requests, think, work, load))
