@@ -41,6 +41,21 @@ async fn a_restart(and_guards: bool, fails_at_first: bool) {
     drop(next);
 }
 
+/// Nothing has run, so nothing broke off.
+#[tokio::test]
+async fn a_start_that_is_refused_is_no_run_that_did_not_end_in_order() {
+    let site = Site::new().model("t", stock::<&str>(&[]));
+    site.write();
+    // The store may have been closed in order by luck, as the process ended.
+    (0..20).for_each(|_| a_failing_start(&site));
+    let mut server = site.start().await;
+    assert!(!server.log().contains("did not end in order"), "{}", server.log());
+    server.kill();
+    a_failing_start(&site);
+    let server = site.start().await;
+    assert!(server.log().contains("did not end in order"), "the one that was killed: {}", server.log());
+}
+
 #[tokio::test]
 async fn a_restart_at_once_leaves_no_files_of_the_killed_run() {
     a_restart(false, false).await;
