@@ -71,10 +71,20 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
     let opened = store::open(&data_dir, clock.clone(), config.storage.clone(), on_fatal)
         .await
         .with_context(|| no_data_dir(&data_dir))?;
-    let snapshots = open_snapshots(&data_dir, &config.storage, held, &clock)?;
-    let (fake, probe) = (std::env::var("ROUNDHOUSE_FAKE_GPUS").ok(), std::env::var("ROUNDHOUSE_GPU_PROBE").ok());
-    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
-    let gpus = gpu::from_environment(fake.as_deref(), probe.as_deref(), visible).map_err(anyhow::Error::msg)?;
+    let settings = || {
+        let snapshots = open_snapshots(&data_dir, &config.storage, held, &clock)?;
+        Ok((snapshots, gpus()?, given_keys()?))
+    };
+    let (snapshots, gpus, given_keys) = match settings() {
+        Ok(settings) => settings,
+        Err(error) => {
+            // A start that is refused is no run that broke off. One that did before it is the next start's matter.
+            if let Err(error) = opened.store.close().await {
+                tracing::warn!("the database was not closed in order: {error}");
+            }
+            return Err(error);
+        }
+    };
     let broke_off = (!opened.was_clean).then_some(opened.last_start).flatten();
     let orphans = supervisor::end_orphans(&opened.data_dir_id, config.server.worker_grace, broke_off).await;
     opened.store.note_start().await?;
@@ -101,7 +111,7 @@ pub async fn serve(serve: Serve) -> anyhow::Result<bool> {
             if opened.is_restored { "the backup was taken" } else { "the last run ended" }
         );
     }
-    let keys = api_keys(&data_dir, address.ip().is_loopback())?;
+    let keys = api_keys(given_keys, &data_dir, address.ip().is_loopback())?;
     let around = surroundings(&config, &data_dir, &opened.data_dir_id, &clock, gpus.clone(), &tasks)?;
     let (workers, start_worker, reports) = start_workers(&config, &around);
     let spares = around.spares.clone();
@@ -311,10 +321,22 @@ fn no_data_dir(data_dir: &Path) -> String {
     format!("{} cannot be the data dir (--data-dir)", data_dir.display())
 }
 
-fn api_keys(data_dir: &Path, loopback: bool) -> anyhow::Result<ApiKeys> {
-    let from_env = std::env::var("ROUNDHOUSE_API_KEYS").ok().filter(|text| !text.trim().is_empty());
-    match from_env {
-        Some(text) => ApiKeys::parse(&text).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_API_KEYS: {error}")),
+fn gpus() -> anyhow::Result<Arc<dyn GpuProbe>> {
+    let (fake, probe) = (std::env::var("ROUNDHOUSE_FAKE_GPUS").ok(), std::env::var("ROUNDHOUSE_GPU_PROBE").ok());
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    gpu::from_environment(fake.as_deref(), probe.as_deref(), visible).map_err(anyhow::Error::msg)
+}
+
+/// Those of the environment; `None`: it has none.
+fn given_keys() -> anyhow::Result<Option<ApiKeys>> {
+    let text = std::env::var("ROUNDHOUSE_API_KEYS").ok().filter(|text| !text.trim().is_empty());
+    let parse = |text: String| ApiKeys::parse(&text).map_err(|error| anyhow::anyhow!("ROUNDHOUSE_API_KEYS: {error}"));
+    text.map(parse).transpose()
+}
+
+fn api_keys(given: Option<ApiKeys>, data_dir: &Path, loopback: bool) -> anyhow::Result<ApiKeys> {
+    match given {
+        Some(keys) => Ok(keys),
         None if loopback => Ok(ApiKeys::none()),
         None => {
             let path = data_dir.join("api_key");

@@ -6,7 +6,7 @@ use axum::{Json, body::Body};
 use serde_json::{Map, Value, json};
 
 use crate::clock::rfc3339;
-use crate::domain::{Job, JobId, JobKind, JobState, Millis, StateReason};
+use crate::domain::{Job, JobId, JobKind, JobState, Millis, ModelSpec, StateReason};
 use crate::http::{AppState, JOB_ID};
 use crate::scheduler::handle::{Expected, ModelQueueView, Position};
 use crate::store::read::Artifact;
@@ -58,7 +58,20 @@ pub async fn full(state: &AppState, job: &Job, position: Option<Position>) -> Jo
 pub fn listed(state: &AppState, job: &Job) -> Map<String, Value> {
     let queue = state.handle.queue();
     let model = queue.models.iter().find(|view| view.model == job.model);
-    row(job, model, state.clock.now())
+    let mut row = row(job, model, state.clock.now());
+    let models = state.models();
+    let spec = models.specs.iter().find(|spec| spec.name == job.model);
+    if waits_unserved(job, spec.map(|spec| &**spec)) {
+        row.insert("state_reason".into(), StateReason::ModelBlocked.as_str().into());
+    }
+    row
+}
+
+/// Whether a job waits for a model whose entry does not list its endpoint any more.
+fn waits_unserved(job: &Job, spec: Option<&ModelSpec>) -> bool {
+    job.state == JobState::Queued
+        && job.state_reason == Some(StateReason::WaitingForModel)
+        && spec.is_some_and(|spec| !spec.serves(&job.endpoint))
 }
 
 fn row(job: &Job, model: Option<&ModelQueueView>, now: Millis) -> Map<String, Value> {

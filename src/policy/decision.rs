@@ -125,6 +125,13 @@ pub fn too_big(view: &View, model: usize, now: Millis) -> Decision {
     ])
 }
 
+/// A model whose own workers, or the last of them, have to leave before one is loaded.
+pub fn own_leave_first(m: &ModelView, now: Millis) -> Decision {
+    let why = m.trouble.as_deref().unwrap_or_default();
+    let reason = format!("{} waits ({} pending): {why}", m.name, m.pending());
+    Decision::new(now, "wait", "blocked", reason).of(&m.name).with(&[("pending", m.pending() as f64)])
+}
+
 /// What decisions are made of.
 pub(super) struct Words<'a> {
     pub(super) view: &'a View,

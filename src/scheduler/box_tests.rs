@@ -19,7 +19,7 @@ const GPU: u64 = 80 * GB;
 /// Events of one box; more: it never ends.
 const EVENTS_MAX: usize = 60_000;
 const IDLE_WAKES_MAX: usize = 300;
-const CODES: [&str; 17] = [
+const CODES: [&str; 18] = [
     "bare",
     "overloaded",
     "dry",
@@ -37,6 +37,7 @@ const CODES: [&str; 17] = [
     "park",
     "drop",
     "blocked",
+    "batch",
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -650,6 +651,19 @@ proptest! {
 fn nobody_is_loaded_beside_what_a_waiting_worker_keeps_before_all_have_left() {
     let seed = 12_138_113_557_233_180_957;
     Boxed::new(seed, true).with_vanishing_gpus(&mut Rng(seed ^ 1)).run();
+}
+
+/// Passes of eight turn out to be about as fast as those of sixteen, and that is said.
+#[test]
+fn passes_that_change_their_size_are_explained() {
+    let seed = 4_700_940_324_764_355_423;
+    Boxed::new(seed, true).with_vanishing_gpus(&mut Rng(seed ^ 1)).run();
+}
+
+/// A job comes for a model whose last worker is just leaving host memory.
+#[test]
+fn who_waits_for_the_last_worker_to_leave_host_memory_is_told_so() {
+    Boxed::new(5_699_835_690_025_950_881, false).run();
 }
 
 /// A box after `requests` of each of two callers, who use a model each and send one request after the other.

@@ -46,6 +46,7 @@ impl State {
                 Some(spec) => {
                     let was_listed = model.is_listed;
                     model.take_entry(spec, *restart);
+                    model.queue.readmit(now);
                     if was_listed { "changed" } else { "added" }
                 }
                 None => {
@@ -78,6 +79,17 @@ impl State {
         self.drop_beyond_host(now, &mut effects);
         self.plan_now = true;
         effects
+    }
+
+    /// Jobs of an endpoint that their model does not serve wait until another edit.
+    pub(super) fn on_unserved(&mut self, model: &str, jobs: Vec<(u8, i64)>, claimed: bool, now: Millis) {
+        if claimed {
+            self.on_unclaimed(model, jobs.iter().map(|(_, number)| *number).collect(), now);
+        }
+        let Some(index) = self.index_of(model) else { return };
+        for (priority, number) in jobs {
+            self.models[index].queue.set_aside(priority, number);
+        }
     }
 
     /// What the jobs of a model without an entry wait for, which depends on whose alias its name is.

@@ -76,12 +76,15 @@ impl Scheduler {
                 self.handle.observe_wait((now - job.created_at) as f64 / 1e3);
             }
         }
-        let claimed = self.context.store.claim(numbers, number);
+        let spec = self.models.iter().find(|spec| spec.name == **model);
+        let endpoints = spec.map(|spec| spec.endpoints.clone());
+        let claimed = self.context.store.claim_served(numbers, number, endpoints.clone());
         let (context, model) = (self.context.clone(), model.clone());
         self.context.tasks.spawn("claim", async move {
             match claimed.await {
-                Ok(claims) => {
-                    let lost = lost(&run, &claims);
+                Ok((claims, unserved)) => {
+                    let mut lost = lost(&run, &claims);
+                    lost.retain(|number| !unserved.contains(number));
                     let count = claims.len();
                     let tag = (count > 1 && place.max_batch > 1).then(|| RunTag { id: format!("run_{number}"), count });
                     let names_shape = place.max_batch > 1;
@@ -99,6 +102,12 @@ impl Scheduler {
                             stop,
                         };
                         context.tasks.spawn("dispatch", dispatch::run(context.clone(), dispatch));
+                    }
+                    if !unserved.is_empty() {
+                        let aside = run.jobs.iter().filter(|job| unserved.contains(&job.number));
+                        let jobs = aside.map(|job| (job.priority, job.number)).collect();
+                        let (model, endpoints) = (model.to_string(), endpoints.unwrap_or_default());
+                        context.tell(Message::Unserved { model, endpoints, jobs, claimed: true });
                     }
                     if !lost.is_empty() {
                         context.tell(Message::Event(Event::Claimed { model, lost }));

@@ -140,6 +140,19 @@ impl State {
         self.index_of(model).is_some_and(|index| self.models[index].queue.waits(priority, number))
     }
 
+    /// Why a waiting job stands aside, if it does.
+    pub fn why_aside(&self, model: &str, number: i64) -> Option<String> {
+        let model = &self.models[self.index_of(model)?];
+        let name = &model.name;
+        let is_aside = model.queue.is_unserved(number);
+        (is_aside && model.is_listed).then(|| {
+            format!(
+                "`{name}` does not serve the endpoint of this job any more: its entry in models.yaml was changed; the job waits \
+                 until it is changed back, or cancel it and send it to another model"
+            )
+        })
+    }
+
     /// When a job should end that should start then.
     pub fn finish_of(&self, model: &str, start: Expected) -> Expected {
         let service = self.index_of(model).map_or(0, |index| round(self.models[index].service_ms()));

@@ -106,6 +106,16 @@ pub enum Event {
     },
     /// Entries of models.yaml were edited.
     Edited(Vec<Edit>),
+    /// Waiting jobs ask for an endpoint that their model's entry does not list now; see [`Event::Edited`], which lets them in
+    /// again.
+    Unserved {
+        /// Entry name.
+        model: String,
+        /// Their priority and number.
+        jobs: Vec<(u8, i64)>,
+        /// It was seen when they were to be claimed: they are on their way to a worker here.
+        claimed: bool,
+    },
     /// The server is stopping: nothing new starts.
     Stop,
 }

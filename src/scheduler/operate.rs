@@ -49,8 +49,40 @@ impl Scheduler {
         });
     }
 
+    /// Looks for waiting jobs of endpoints that an edited models.yaml does not list, before it is taken in.
+    pub(super) fn prepare_reload(&self, reload: Box<Reload>, reply: oneshot::Sender<()>) {
+        let edits = edits(&self.models, &reload.models);
+        let edited: Vec<ModelSpec> = edits.into_iter().filter_map(|edit| edit.spec).collect();
+        let (context, served) = (self.context.clone(), self.served_by(&edited));
+        self.context.tasks.spawn("reload", async move {
+            let unserved = unserved(&context, served).await;
+            context.tell(Message::Reloaded { reload, unserved, reply });
+        });
+    }
+
+    /// Waiting jobs ask for what their model did not serve. If its entry has been edited since, that says nothing.
+    pub(super) fn on_unserved(&mut self, model: String, endpoints: &[String], jobs: Vec<(u8, i64)>, claimed: bool) {
+        if claimed {
+            jobs.iter().for_each(|(_, number)| drop(self.stops.remove(number)));
+        }
+        if self.models.iter().any(|spec| spec.name == model && spec.endpoints == endpoints) {
+            self.apply(Event::Unserved { model, jobs, claimed });
+        } else if claimed {
+            let numbers = jobs.into_iter().map(|(_, number)| number).collect();
+            self.apply(Event::Unclaimed { model: model.into(), numbers });
+        }
+    }
+
+    /// What these models serve, as far as jobs of them wait.
+    pub(super) fn served_by(&self, specs: &[ModelSpec]) -> Vec<(String, Vec<String>)> {
+        let has_jobs = |spec: &&ModelSpec| {
+            self.state.index_of(&spec.name).is_some_and(|index| self.state.models[index].queue.len() > 0)
+        };
+        specs.iter().filter(has_jobs).map(|spec| (spec.name.clone(), spec.endpoints.clone())).collect()
+    }
+
     /// Takes an edited models.yaml in: supervisors know their new entry before anything is ordered because of it.
-    pub(super) fn reload(&mut self, reload: Reload) {
+    pub(super) fn reload(&mut self, reload: Reload, unserved: Vec<(String, Vec<(u8, i64)>)>) {
         let Reload { models, knobs, park_bytes } = reload;
         let edits = edits(&self.models, &models);
         self.handle.edit(&models);
@@ -69,6 +101,9 @@ impl Scheduler {
         let kept = edits.iter().filter(|edit| edit.spec.is_some());
         let names: Vec<String> = kept.map(|edit| edit.name.clone()).collect();
         self.apply(Event::Edited(edits));
+        for (model, jobs) in unserved {
+            self.apply(Event::Unserved { model, jobs, claimed: false });
+        }
         self.state.tell_parking(&before);
         // What was wrong with the old entry says nothing about the new one.
         let all = names.iter().flat_map(|name| handles(&self.workers, name));

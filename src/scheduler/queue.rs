@@ -14,7 +14,8 @@
 //!
 //! A job that ran out of memory alone stands among these, too, for itself: it runs with nothing beside it.
 //!
-//! What few jobs have (deadlines, delays) stands in maps of its own.
+//! What few jobs have (deadlines, delays) stands in maps of its own. Those whose endpoint the model does not serve any more
+//! stand aside, for nobody's turn.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -171,6 +172,8 @@ pub(super) struct Queue {
     probed: Option<i64>,
     /// Jobs whose time has not come.
     delayed: BTreeMap<(Millis, i64), (Key, Waiting)>,
+    /// Jobs whose endpoint the model's entry does not list now.
+    unserved: BTreeMap<i64, (Key, Waiting)>,
     rare: HashMap<i64, Rare>,
     deadlines: BTreeMap<(Millis, i64), Key>,
     /// The same by tenant.
@@ -198,6 +201,7 @@ impl Queue {
             isolated: BTreeMap::new(),
             probed: None,
             delayed: BTreeMap::new(),
+            unserved: BTreeMap::new(),
             rare: HashMap::new(),
             deadlines: BTreeMap::new(),
             deadlines_of: BTreeMap::new(),
@@ -262,6 +266,33 @@ impl Queue {
         }
     }
 
+    /// A waiting job asks for an endpoint that the model does not serve: it stands aside until [`Queue::readmit`].
+    pub(super) fn set_aside(&mut self, priority: u8, number: i64) {
+        let key = Key::new(priority, number);
+        let rare = self.rare.get(&number).copied().unwrap_or_default();
+        if let Some(waiting) = self.take_waiting(key, rare) {
+            self.unserved.insert(number, (key, waiting));
+        }
+    }
+
+    /// Lets those in again that stand aside: the model may serve their endpoint now.
+    pub(super) fn readmit(&mut self, now: Millis) {
+        for (number, (key, waiting)) in std::mem::take(&mut self.unserved) {
+            let rare = self.rare.get(&number).copied().unwrap_or_default();
+            match rare.aside_until.filter(|at| *at > now) {
+                Some(at) => {
+                    self.delayed.insert((at, number), (key, waiting));
+                }
+                None => self.make_ready(key, waiting, rare.crash),
+            }
+        }
+    }
+
+    /// Whether a waiting job stands aside.
+    pub(super) fn is_unserved(&self, number: i64) -> bool {
+        self.unserved.contains_key(&number)
+    }
+
     /// Takes a waiting job out, whatever it waits for.
     pub(super) fn remove(&mut self, priority: u8, number: i64) -> Option<QueuedJob> {
         let key = Key::new(priority, number);
@@ -284,6 +315,9 @@ impl Queue {
     }
 
     fn take_waiting(&mut self, key: Key, rare: Rare) -> Option<Waiting> {
+        if let Some((_, waiting)) = self.unserved.remove(&key.number()) {
+            return Some(waiting);
+        }
         if let Some(at) = rare.aside_until
             && let Some((_, waiting)) = self.delayed.remove(&(at, key.number()))
         {
@@ -307,7 +341,8 @@ impl Queue {
     #[cfg(test)]
     pub(super) fn recount(&self) -> Vec<QueuedJob> {
         let ready = self.interactive.iter().chain(self.batch.iter()).chain(self.isolated_keys());
-        let all = ready.map(|(key, waiting)| (*key, *waiting)).chain(self.delayed.values().copied());
+        let aside = self.delayed.values().chain(self.unserved.values());
+        let all = ready.map(|(key, waiting)| (*key, *waiting)).chain(aside.copied());
         let jobs: Vec<QueuedJob> = all
             .map(|(key, waiting)| self.job(key, waiting, self.rare.get(&key.number()).copied().unwrap_or_default()))
             .collect();
@@ -382,7 +417,7 @@ impl Queue {
     /// Takes out waiting jobs, whatever they wait for, with numbers below `before`: at most so many.
     pub(super) fn take_before(&mut self, before: i64, most: usize) -> Vec<QueuedJob> {
         let ready = self.interactive.iter().chain(self.batch.iter()).chain(self.isolated_keys()).map(|(key, _)| *key);
-        let all = ready.chain(self.delayed.values().map(|(key, _)| *key));
+        let all = ready.chain(self.delayed.values().chain(self.unserved.values()).map(|(key, _)| *key));
         let keys: Vec<Key> = all.filter(|key| key.number() < before).take(most).collect();
         keys.into_iter().filter_map(|key| self.remove(key.priority(), key.number())).collect()
     }

@@ -173,6 +173,21 @@ fn delayed_jobs_wait_aside() {
 }
 
 #[test]
+fn jobs_of_an_endpoint_that_is_not_served_stand_aside_until_they_are_let_in_again() {
+    let crashed = QueuedJob { crash: Some(1), ..job(2, 5) };
+    let delayed = QueuedJob { not_before: Some(50), ..job(3, 5) };
+    let mut q = queue([job(1, 7), crashed.clone(), delayed.clone(), job(4, 5)]);
+    [(7, 1), (5, 2), (5, 3)].into_iter().for_each(|(priority, number)| q.set_aside(priority, number));
+    q.wake(60);
+    assert_eq!((q.pending(), q.len(), q.recount().len()), ((0, 1), 4, 4));
+    assert_eq!(numbers(&q.admit(to(TEXT), &mut nobody(), 60)), [[4]]);
+    assert_eq!(q.remove(5, 2), Some(crashed), "as it was");
+    q.readmit(40);
+    assert!(!q.is_unserved(1) && q.is_delayed(&delayed));
+    assert_eq!((q.pending(), q.recount().len()), ((1, 0), 2));
+}
+
+#[test]
 fn removing_leaves_no_trace() {
     let mut q = queue([
         QueuedJob { deadline: Some(9), ..job(1, 5) },

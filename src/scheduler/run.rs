@@ -96,8 +96,12 @@ pub(super) enum Message {
     PutBackSpent { spent: Vec<Spent> },
     /// What was decided, and why?
     Decisions { filter: DecisionFilter, reply: oneshot::Sender<DecisionPage> },
+    /// Waiting jobs have none of the endpoints that their model served when that was looked for; see [`Event::Unserved`].
+    Unserved { model: String, endpoints: Vec<String>, jobs: Vec<(u8, i64)>, claimed: bool },
     /// models.yaml was edited.
     Reload { reload: Box<Reload>, reply: oneshot::Sender<()> },
+    /// The same, with what was found of the queue: by model, jobs of endpoints that it does not serve by then.
+    Reloaded { reload: Box<Reload>, unserved: Vec<(String, Vec<(u8, i64)>)>, reply: oneshot::Sender<()> },
     /// Are you there?
     Ping { reply: oneshot::Sender<()> },
 }
@@ -237,6 +241,15 @@ pub async fn start(parts: Parts) -> Result<Handle, StoreError> {
         stops: HashMap::new(),
     };
     scheduler.publish();
+    // Beside the start: it has to read each waiting job, and claims look, too.
+    let (context, served) = (scheduler.context.clone(), scheduler.served_by(&scheduler.models));
+    tasks.spawn("unserved", async move {
+        for (model, jobs) in unserved(&context, served.clone()).await {
+            let endpoints = served.iter().find(|(name, _)| *name == model).map(|(_, endpoints)| endpoints.clone());
+            let endpoints = endpoints.unwrap_or_default();
+            context.tell(Message::Unserved { model, endpoints, jobs, claimed: false });
+        }
+    });
     tasks.spawn("scheduler", scheduler.run());
     Ok(handle)
 }
@@ -481,8 +494,12 @@ impl Scheduler {
             Message::Decisions { filter, reply } => {
                 let _ = reply.send(self.state.decision_page(&filter));
             }
+            Message::Unserved { model, endpoints, jobs, claimed } => self.on_unserved(model, &endpoints, jobs, claimed),
             Message::Reload { reload, reply } => {
-                self.reload(*reload);
+                self.prepare_reload(reload, reply);
+            }
+            Message::Reloaded { reload, unserved, reply } => {
+                self.reload(*reload, unserved);
                 let _ = reply.send(());
             }
             Message::Ping { reply } => {
@@ -501,6 +518,9 @@ impl Scheduler {
 
     fn position(&mut self, model: &str, priority: u8, number: i64) -> Option<Position> {
         let now = self.context.clock.now();
+        if let Some(why) = self.state.why_aside(model, number) {
+            return Some(Position { reason: Some(why), ..Position::default() });
+        }
         if !self.state.waits(model, priority, number) {
             return None;
         }
@@ -525,6 +545,14 @@ impl Scheduler {
             reason: self.state.why(model, ahead, expected, now),
         })
     }
+}
+
+/// Waiting jobs whose endpoint their model does not serve, by model. If the store cannot say, their claims do.
+async fn unserved(context: &Context, served: Vec<(String, Vec<String>)>) -> Vec<(String, Vec<(u8, i64)>)> {
+    context.store.reader().unserved(served).await.unwrap_or_else(|error| {
+        tracing::warn!("it is not known which waiting jobs their models serve no more: {error}");
+        Vec::new()
+    })
 }
 
 async fn until(at: Option<Instant>) {

@@ -291,6 +291,10 @@ impl State {
             Event::Purge { model, before } => self.on_purge(model.as_deref(), before),
             Event::Purged { model, removed } => self.on_purged(model.as_deref(), removed, now),
             Event::Edited(edits) => self.on_edits(&edits, now),
+            Event::Unserved { model, jobs, claimed } => {
+                self.on_unserved(&model, jobs, claimed, now);
+                Vec::new()
+            }
             Event::Stop => {
                 self.stopping = true;
                 Vec::new()

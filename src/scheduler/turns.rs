@@ -33,7 +33,7 @@ impl State {
             self.leave(worker, false, now, effects);
         }
         self.load_where_free(now, effects);
-        for decision in plan.stays {
+        for decision in self.own_leave_first(&view, now).into_iter().chain(plan.stays) {
             effects.extend(self.journal.keep(decision).map(Effect::Announce));
         }
         plan.wake_at
@@ -85,6 +85,13 @@ impl State {
         let residues = self.residues();
         let all_paused = self.controls.all.paused;
         (View { devices: self.inventory.devices(), gpus, models, workers, reservations, residues, all_paused }, places)
+    }
+
+    /// Why models wait that are in no trouble but that workers of their own have to leave before one is loaded.
+    fn own_leave_first(&self, view: &View, now: Millis) -> Vec<Decision> {
+        let all = view.models.iter().zip(&self.models);
+        let wait = all.filter(|(seen, model)| seen.pending() > 0 && !seen.can_load() && model.blocked().is_none());
+        wait.map(|(seen, _)| decision::own_leave_first(seen, now)).collect()
     }
 
     /// Whether all the numbers that workers of a model may have are taken, one of them by a worker that leaves host memory. It

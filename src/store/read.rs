@@ -479,6 +479,21 @@ impl Reader {
         Ok(stream::iter(pages).map(read).buffered(READERS))
     }
 
+    /// Of the queued jobs of these models, those whose endpoint is none of what their model serves: priority and number, by
+    /// model.
+    pub async fn unserved(
+        &self,
+        served: Vec<(String, Vec<String>)>,
+    ) -> Result<Vec<(String, Vec<(u8, i64)>)>, StoreError> {
+        let mut found = Vec::new();
+        for (model, endpoints) in served {
+            let name = model.clone();
+            let jobs = self.read(move |c| recovery::load_unserved(c, &name, &endpoints)).await?;
+            found.extend((!jobs.is_empty()).then_some((model, jobs)));
+        }
+        Ok(found)
+    }
+
     /// Sizes of the database.
     pub async fn sizes(&self, now: Millis) -> Result<Sizes, StoreError> {
         let mut wal = self.database.as_os_str().to_owned();

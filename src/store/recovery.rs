@@ -202,6 +202,18 @@ pub(super) fn load_queued(c: &Connection, numbers: &RangeInclusive<i64>) -> Resu
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
+/// Of the queued jobs of a model, those whose endpoint is none of these: priority and number.
+pub(super) fn load_unserved(c: &Connection, model: &str, endpoints: &[String]) -> Result<Vec<(u8, i64)>, StoreError> {
+    let mut statement = c.prepare_cached(
+        "SELECT job.priority, job.number FROM job INDEXED BY job_live JOIN request ON request.number = job.number
+         WHERE job.finished_at IS NULL AND job.state = 'queued' AND job.model = (SELECT id FROM model WHERE name = ?1)
+               AND request.endpoint NOT IN (SELECT value FROM json_each(?2))",
+    )?;
+    let endpoints = serde_json::json!(endpoints).to_string();
+    let rows = statement.query_map([model, &endpoints], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
 fn names(c: &Connection, sql: &str) -> Result<BTreeMap<i64, Arc<str>>, StoreError> {
     let mut statement = c.prepare(sql)?;
     let rows = statement.query_map([], |row| Ok((row.get(0)?, Arc::from(row.get::<_, String>(1)?))))?;

@@ -17,12 +17,14 @@ pub(super) const RESERVE: &str = "reserve";
 struct Lack {
     free: u64,
     needed: u64,
+    /// Keys of models.yaml that say so.
+    keys: &'static str,
 }
 
 impl Lack {
     fn words(&self, whose: &str) -> String {
         let (free, needed) = (shown_bytes(self.free), shown_bytes(self.needed));
-        format!("the disk of {whose} is nearly full: {free} free, new jobs need {needed} (storage.free_min)")
+        format!("the disk of {whose} is nearly full: {free} free, new jobs need {needed} ({})", self.keys)
     }
 }
 
@@ -133,7 +135,7 @@ impl Space {
 
     fn lack(&self) -> Option<Lack> {
         let inner = &self.inner;
-        if inner.free_min == 0 {
+        if inner.free_min == 0 && inner.reserve_bytes == 0 {
             return None;
         }
         let free = self.refill();
@@ -142,7 +144,12 @@ impl Space {
             return None;
         }
         let needed = inner.free_min + if has_reserve { 0 } else { inner.reserve_bytes };
-        Some(Lack { free, needed })
+        let keys = match (inner.free_min, has_reserve) {
+            (0, _) => "storage.reserve",
+            (_, true) => "storage.free_min",
+            (_, false) => "storage.free_min and storage.reserve",
+        };
+        Some(Lack { free, needed, keys })
     }
 
     /// Makes the reserve again if there is room for it beyond the watermark. Returns what is free.
@@ -245,6 +252,22 @@ mod tests {
         assert!(!data.join(RESERVE).exists());
         space.look();
         assert!(space.trouble().is_none() && data.join(RESERVE).exists());
+    }
+
+    #[test]
+    fn without_a_watermark_too_new_jobs_wait_until_the_reserve_is_back() {
+        let dir = tempfile::tempdir().unwrap();
+        // As on a disk that has no room for it any more.
+        let space = Space::new(dir.path(), 0, u64::MAX / 2);
+        let reason = space.check().expect("a refusal");
+        assert!(reason.contains("nearly full") && reason.contains("(storage.reserve)"), "{reason}");
+        assert!(space.trouble().is_some(), "its keeper hears of it");
+        let space = Space::new(dir.path(), 0, 100_000);
+        assert_eq!(space.check(), None);
+        assert!(space.give_up_reserve());
+        assert_eq!(space.check(), None, "there is room");
+        assert!(dir.path().join(RESERVE).exists(), "and it is made again");
+        assert!(Space::new(dir.path(), 0, 0).check().is_none(), "no limit at all");
     }
 
     #[test]

@@ -186,6 +186,25 @@ async fn only_queued_jobs_are_claimed() {
 }
 
 #[tokio::test]
+async fn jobs_of_an_endpoint_that_is_not_served_are_found_and_not_claimed() {
+    let bench = Bench::new().await;
+    let (a, b) = (bench.add(1).await, bench.add(2).await);
+    let (model, endpoint) = (new_job().model, new_job().endpoint);
+    let unserved = async |endpoints: Vec<String>| {
+        bench.store().reader().unserved(vec![(model.clone(), endpoints), ("another".into(), vec![])]).await.unwrap()
+    };
+    let priority = new_job().priority;
+    assert_eq!(unserved(vec!["/other".into()]).await, [(model.clone(), vec![(priority, 1), (priority, 2)])]);
+    assert_eq!(unserved(vec!["/other".into(), endpoint.clone()]).await, []);
+    let claim = |endpoints: Vec<String>| bench.store().claim_served(vec![1, 2], 1, Some(endpoints));
+    assert_eq!(claim(vec!["/other".into()]).await.unwrap(), (vec![], vec![1, 2]));
+    assert_eq!(bench.kinds(a).await, ["job.queued"], "nothing has happened to it");
+    let (claimed, unserved) = claim(vec![endpoint]).await.unwrap();
+    assert_eq!((claimed.len(), unserved.len()), (2, 0));
+    assert_eq!(bench.kinds(b).await, ["job.queued", "job.started"]);
+}
+
+#[tokio::test]
 async fn cancelling_keeps_a_real_answer_and_never_goes_back_to_the_queue() {
     let bench = Bench::new().await;
     let (a, b) = (bench.add(1).await, bench.add(2).await);

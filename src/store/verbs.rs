@@ -196,22 +196,36 @@ impl Store {
         submit::insert(&self.writer, &self.files, &self.reader, submission)
     }
 
-    /// Claims queued jobs for a run; answers with those that were still queued, in the given order.
+    /// Claims queued jobs for a run; answers with those that were still queued, in the given order, and the numbers of those
+    /// that stay so, since their endpoint is none of `endpoints`; `None`: any will do.
+    pub fn claim_served(
+        &self,
+        numbers: Vec<i64>,
+        run: i64,
+        endpoints: Option<Vec<String>>,
+    ) -> impl Future<Output = Result<(Vec<ClaimedJob>, Vec<i64>), StoreError>> + Send + use<> {
+        let now = self.clock.now();
+        answer(self.writer.apply(Kind::Change, 0, move |session| {
+            let (mut claimed, mut unserved) = (Vec::with_capacity(numbers.len()), Vec::new());
+            for number in &numbers {
+                match claim_one(session, *number, (run, endpoints.as_deref()), now)? {
+                    Some(Ok(claim)) => claimed.push(claim),
+                    Some(Err(Unserved)) => unserved.push(*number),
+                    None => {}
+                }
+            }
+            Ok((claimed, unserved))
+        }))
+    }
+
+    /// The same, whatever their endpoint.
     pub fn claim(
         &self,
         numbers: Vec<i64>,
         run: i64,
     ) -> impl Future<Output = Result<Vec<ClaimedJob>, StoreError>> + Send + use<> {
-        let now = self.clock.now();
-        answer(self.writer.apply(Kind::Change, 0, move |session| {
-            let mut claimed = Vec::with_capacity(numbers.len());
-            for number in &numbers {
-                if let Some(claim) = claim_one(session, *number, run, now)? {
-                    claimed.push(claim);
-                }
-            }
-            Ok(claimed)
-        }))
+        let claimed = self.claim_served(numbers, run, None);
+        async { Ok(claimed.await?.0) }
     }
 
     /// Appends an event to a running job. `None`: the attempt is no longer the job's.
@@ -641,7 +655,16 @@ fn cancelled_by(code: Option<ErrorCode>) -> JobError {
     }
 }
 
-fn claim_one(session: &mut Session, number: i64, run: i64, now: Millis) -> Result<Option<ClaimedJob>, StoreError> {
+/// A job's endpoint is none of those that its model serves.
+struct Unserved;
+
+/// `None`: it is not queued any more.
+fn claim_one(
+    session: &mut Session,
+    number: i64,
+    (run, endpoints): (i64, Option<&[String]>),
+    now: Millis,
+) -> Result<Option<Result<ClaimedJob, Unserved>>, StoreError> {
     let c = &session.c;
     let found = c
         .prepare_cached(
@@ -675,6 +698,9 @@ fn claim_one(session: &mut Session, number: i64, run: i64, now: Millis) -> Resul
     let Some((JobState::Queued, is_file, mut claim)) = found else {
         return Ok(None);
     };
+    if endpoints.is_some_and(|served| !served.contains(&claim.endpoint)) {
+        return Ok(Some(Err(Unserved)));
+    }
     if is_file {
         claim.body = Body::File(request_file(c, number)?);
     }
@@ -689,7 +715,7 @@ fn claim_one(session: &mut Session, number: i64, run: i64, now: Millis) -> Resul
         return Err(StoreError::Database(format!("job {number} changed within a transaction")));
     }
     session.touched.push(number);
-    Ok(Some(claim))
+    Ok(Some(Ok(claim)))
 }
 
 fn request_file(c: &Connection, number: i64) -> Result<StoredFile, StoreError> {

@@ -1,6 +1,6 @@
 //! What killed workers leave in shared folders, when the server was killed as well and is started again at once.
 
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -9,10 +9,15 @@ use crate::common::{Site, free_port};
 use crate::faults_of_workers::{chat_job, is_guard, shared_memory, stock};
 
 /// A start that opens the data dir and then fails.
-fn a_failing_start(site: &Site) {
+fn failing_start(site: &Site) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_roundhouse"));
     command.args(["serve", "--listen", "127.0.0.1:0"]).arg("--config").arg(site.config());
-    let output = command.arg("--data-dir").arg(site.data()).env("ROUNDHOUSE_FAKE_GPUS", "none such").output().unwrap();
+    command.arg("--data-dir").arg(site.data()).env("ROUNDHOUSE_FAKE_GPUS", "none such");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn has_failed(start: Child) {
+    let output = start.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("ROUNDHOUSE_FAKE_GPUS"), "{said}");
 }
@@ -32,13 +37,42 @@ async fn a_restart(and_guards: bool, fails_at_first: bool) {
         of_first.iter().filter(|found| is_guard(found)).for_each(|guard| guard.signal(Signal::SIGKILL));
     }
     if fails_at_first {
-        a_failing_start(&site);
+        has_failed(failing_start(&site));
     }
     let next = site.start().await;
     assert_eq!(shared_memory(&token), Vec::<String>::new());
     let alive: Vec<_> = of_first.iter().filter(|found| found.is_alive()).collect();
     assert!(alive.is_empty(), "left of the first run: {alive:?}");
     drop(next);
+}
+
+/// Without the wait for the store one of ten or so ended before it had noted that.
+#[test]
+fn a_start_that_is_refused_ends_in_order_each_time() {
+    let sites: Vec<Site> = (0..24).map(|_| Site::new().model("t", stock::<&str>(&[]))).collect();
+    sites.iter().for_each(Site::write);
+    let starts: Vec<Child> = sites.iter().map(failing_start).collect();
+    starts.into_iter().for_each(has_failed);
+    let is_clean = |site: &Site| {
+        let database = rusqlite::Connection::open(site.data().join("roundhouse.db")).unwrap();
+        let count = "SELECT count(*) FROM meta WHERE key = 'clean'";
+        database.query_row(count, [], |row| row.get::<_, i64>(0)).unwrap() == 1
+    };
+    assert_eq!(sites.iter().filter(|site| is_clean(site)).count(), sites.len());
+}
+
+/// Nothing has run, so nothing broke off.
+#[tokio::test]
+async fn a_start_that_is_refused_is_no_run_that_did_not_end_in_order() {
+    let site = Site::new().model("t", stock::<&str>(&[]));
+    site.write();
+    has_failed(failing_start(&site));
+    let mut server = site.start().await;
+    assert!(!server.log().contains("did not end in order"), "{}", server.log());
+    server.kill();
+    has_failed(failing_start(&site));
+    let server = site.start().await;
+    assert!(server.log().contains("did not end in order"), "the one that was killed: {}", server.log());
 }
 
 #[tokio::test]

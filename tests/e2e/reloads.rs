@@ -126,6 +126,49 @@ async fn jobs_of_a_model_that_is_taken_out_wait_until_it_is_back() {
     assert_eq!((&job["attempt"], &job["failures"]), (&json!(1), &json!(0)), "{job}");
 }
 
+/// As after a removed entry: nothing is sent to a worker that does not know what to do with it, and nothing is lost.
+#[tokio::test]
+async fn jobs_of_an_endpoint_that_is_taken_out_wait_until_it_is_back() {
+    let of = |endpoint: &str| with(echo("custom", &none()), json!({"endpoint": endpoint, "limit": 1, "max_batch": 1}));
+    let site = Site::new().model("a", of("/echo"));
+    let mut server = site.start().await;
+    let api = &server.api;
+    let running = api.submit_echo("a", json!({"delay_ms": 2000})).await;
+    api.happened(&running, "job.started").await;
+    let waiting = api.submit_echo("a", json!({})).await;
+    let cancelled = api.submit_echo("a", json!({})).await;
+    let site = site.model("a", of("/v1/chat/completions"));
+    site.write();
+    heard(&server, IN_FORCE, 1).await;
+    let job = api.succeeded(&running).await;
+    assert_eq!(job["attempt"], 1, "it finished where it was: {job}");
+    let waits = async |api: &Api| {
+        let job = api.job(&waiting).await;
+        assert_eq!((&job["state"], &job["state_reason"]), (&json!("queued"), &json!("model_blocked")), "{job}");
+        let why = job["queue"]["reason"].as_str().unwrap();
+        assert!(why.contains("does not serve the endpoint of this job any more"), "{why}");
+    };
+    waits(api).await;
+    // What the entry lists now is done meanwhile, and the worker takes no harm.
+    let body = json!({"model": "a", "messages": [{"role": "user", "content": "hi"}]});
+    let id = api.submit(&json!({"endpoint": "/v1/chat/completions", "body": body})).await;
+    api.succeeded(&id).await;
+    waits(api).await;
+    api.post(&format!("/v1/jobs/{cancelled}/cancel"), &json!({})).await.is(200);
+    assert_eq!(api.job(&cancelled).await["state"], "cancelled");
+    // Another start finds it so, too.
+    server.kill();
+    let server = site.start().await;
+    let api = &server.api;
+    let id = api.submit(&json!({"endpoint": "/v1/chat/completions", "body": body})).await;
+    api.succeeded(&id).await;
+    waits(api).await;
+    site.model("a", of("/echo")).write();
+    heard(&server, IN_FORCE, 1).await;
+    let job = api.succeeded(&waiting).await;
+    assert_eq!((&job["attempt"], &job["failures"]), (&json!(1), &json!(0)), "{job}");
+}
+
 #[tokio::test]
 async fn a_wrong_file_is_refused_and_what_was_read_before_stays() {
     let site = Site::new().model("a", echo("custom", &none()));
