@@ -87,11 +87,13 @@ def rows(records: list[Json]) -> list[Row]:
     out += answers(swaps)
     for part, name in (("text", "5 000 short prompts through the server / direct"), ("music", "music / best batch")):
         if record := latest(records, part):
-            ratio, rounds = record["ratio"], record["rounds"]
+            ratio = record["ratio"]
             through, direct = record["through_per_s"], record["direct_per_s"]
             name = name.replace("5 000", f"{record['jobs']:,}".replace(",", " "))
-            spread = f"{min(record['ratios'])} to {max(record['ratios'])}"
-            value = f"{ratio:.3f} (median of {rounds} rounds, {spread}; {through}/s, direct {direct}/s)"
+            of = ""
+            if ratios := record.get("ratios"):  # else of an earlier version
+                of = f"median of {len(ratios)} rounds, {min(ratios)} to {max(ratios)}; "
+            value = f"{ratio:.3f} ({of}{through}/s, direct {direct}/s)"
             out.append(Row(name, value, f">= {RATIO}x", ratio >= RATIO))
     for after, record in {r["after"]: r for r in records if r["part"] == "left"}.items():
         what = "; ".join(record["left"][:3]) or f"nothing, {record['s']} s later"

@@ -148,6 +148,12 @@ def test_throughput_is_judged_by_its_ratio() -> None:
     assert found["music / best batch"] is True
 
 
+def test_throughput_of_an_earlier_version_has_no_spread() -> None:
+    record = {"part": "text", "jobs": 5000, "ratio": 0.97, "through_per_s": 97.0, "direct_per_s": [99.0, 101.0]}
+    [row] = [row for row in table.rows([record]) if "short prompts" in row.figure]
+    assert (row.value, row.met) == ("0.970 (97.0/s, direct [99.0, 101.0]/s)", True)
+
+
 def test_a_way_of_parking_is_met_if_it_came_back_as_it_was() -> None:
     way = {"part": "way", "model": "musicgen", "way": "the driver's checkpoint", "parks": [2.7], "wakes": [1.3]}
     figure = "musicgen parked by way of the driver's checkpoint"
