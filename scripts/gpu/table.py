@@ -51,12 +51,18 @@ def park_wake(swaps: list[Json], model: str) -> tuple[list[float], list[float]]:
 
 
 def took_turns(records: list[Json]) -> list[str]:
-    """The models of the last call of `swaps`, if that came to its end: a goal of theirs without a figure is missed."""
+    """The models of the last call of `swaps`, if that came to its end: a goal of theirs without a figure is missed.
+
+    Of none if it had one cycle: figures are of those from the second on.
+    """
     ends = [at for at, r in enumerate(records) if r["part"] in ("done", "failed") and r["what"] == "swaps"]
     if not ends or records[ends[-1]]["part"] == "failed":
         return []
     turns = [r for r in records[: ends[-1]] if r["part"] == "swap" and r["came_from"]]
-    return list(dict.fromkeys(r["model"] for r in turns if r.get("run") == turns[-1].get("run")))
+    turns = [r for r in turns if r.get("run") == turns[-1].get("run")]
+    if all(r.get("cycle", 0) < 2 for r in turns):
+        return []
+    return list(dict.fromkeys(r["model"] for r in turns))
 
 
 def not_measured(figure: str, goal: str, why: str = "not measured") -> Row:

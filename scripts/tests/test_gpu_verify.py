@@ -81,6 +81,13 @@ def test_a_goal_without_a_figure_is_missed_once_all_has_been_swapped() -> None:
     assert found["decision to job running, beyond park + wake"] is False
 
 
+def test_a_call_of_one_cycle_owes_no_figures_of_a_second_one() -> None:
+    once = [swap("text", "flux", cycle=1, how="cold"), swap("flux", "text", cycle=1)]
+    figures = {"flux: park + wake", "decision to job running, beyond park + wake"}
+    assert not verdicts([*once, DONE]).keys() & figures
+    assert verdicts([*once, swap("flux", "text"), DONE])["flux: park + wake"] is False, "it came to a second one"
+
+
 def test_only_models_of_the_last_call_that_swapped_have_to_be_measured() -> None:
     good = [swap("text", "musicgen", run="b"), swap("musicgen", "text", run="b"), DONE]
     assert "flux: park + wake" not in verdicts([swap("text", "flux", cycle=1, how="cold"), *good])
