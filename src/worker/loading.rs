@@ -387,7 +387,8 @@ impl Supervisor {
         Phase::BackingOff { error, until, after }
     }
 
-    /// `what`: what the model does, for a person. What its jobs are told, and until when; both are to be reported.
+    /// `what`: what is to be said of the model after its name. Returns what its jobs are told, and until when; both are to be
+    /// reported.
     pub(super) fn enter_backoff(&mut self, what: &str, tail: &Tail, after: Setback) -> (JobError, Millis) {
         let (failures, quarantined) = (after.failures(), after.brings_quarantine());
         let wait = if quarantined {
@@ -444,7 +445,7 @@ impl Supervisor {
     }
 }
 
-/// What a model is not loaded after, for a while; how often in a row.
+/// After what a model is not loaded for a while, and how often in a row that has happened.
 #[derive(Clone, Copy)]
 pub(super) enum Setback {
     FailedLoads(u32),
