@@ -431,7 +431,7 @@ async fn a_retry_forgets_the_back_off() {
     let first = worker.settled().await;
     let Report::LoadFailed { error, retry_at, quarantined } = first else { panic!("loaded: {first:?}") };
     worker.handle.order(Order::Load); // Too early: the same answer.
-    assert_eq!(worker.settled().await, Report::BacksOff { error, retry_at, quarantined });
+    assert_eq!(worker.settled().await, Report::BacksOff { error, retry_at, quarantined, deaths: 0 });
     worker.handle.order(Order::Retry);
     assert_eq!(worker.settled().await, Report::Available);
     assert_eq!(worker.handle.view().failed_loads, 0);
@@ -595,11 +595,19 @@ async fn deaths_soon_after_readiness_back_off_in_the_end() {
         }
         if at == 3 {
             // Before the death, so that nobody orders a load in between.
-            let Report::BacksOff { error, quarantined, .. } = worker.settled().await else {
+            let Report::BacksOff { error, quarantined, deaths, .. } = worker.settled().await else {
                 panic!("no back-off");
             };
-            assert!(error.message.contains("3 times in a row"), "{}", error.message);
-            assert!(!quarantined);
+            assert!(
+                error.message.starts_with("model `toy` is not loaded for now: its worker died 3 times in a row"),
+                "{}",
+                error.message
+            );
+            let details = error.details.unwrap();
+            assert_eq!((&details["deaths"], details.get("failed_loads")), (&serde_json::json!(3), None));
+            assert_eq!((quarantined, deaths), (false, 3));
+            let told = worker.handle.view().last_failure.unwrap();
+            assert!(told.starts_with("its worker died 3 times"), "no load has failed: {told}");
         }
         worker.death().await;
         if at == 3 {

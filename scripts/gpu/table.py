@@ -51,12 +51,18 @@ def park_wake(swaps: list[Json], model: str) -> tuple[list[float], list[float]]:
 
 
 def took_turns(records: list[Json]) -> list[str]:
-    """The models of the last call of `swaps`, if that came to its end: a goal of theirs without a figure is missed."""
+    """The models of the last call of `swaps`, if that came to its end: a goal of theirs without a figure is missed.
+
+    Of none if it had one cycle: figures are of those from the second on.
+    """
     ends = [at for at, r in enumerate(records) if r["part"] in ("done", "failed") and r["what"] == "swaps"]
     if not ends or records[ends[-1]]["part"] == "failed":
         return []
     turns = [r for r in records[: ends[-1]] if r["part"] == "swap" and r["came_from"]]
-    return list(dict.fromkeys(r["model"] for r in turns if r.get("run") == turns[-1].get("run")))
+    turns = [r for r in turns if r.get("run") == turns[-1].get("run")]
+    if all(r.get("cycle", 0) < 2 for r in turns):
+        return []
+    return list(dict.fromkeys(r["model"] for r in turns))
 
 
 def not_measured(figure: str, goal: str, why: str = "not measured") -> Row:
@@ -87,11 +93,13 @@ def rows(records: list[Json]) -> list[Row]:
     out += answers(swaps)
     for part, name in (("text", "5 000 short prompts through the server / direct"), ("music", "music / best batch")):
         if record := latest(records, part):
-            ratio, rounds = record["ratio"], record["rounds"]
+            ratio = record["ratio"]
             through, direct = record["through_per_s"], record["direct_per_s"]
             name = name.replace("5 000", f"{record['jobs']:,}".replace(",", " "))
-            spread = f"{min(record['ratios'])} to {max(record['ratios'])}"
-            value = f"{ratio:.3f} (median of {rounds} rounds, {spread}; {through}/s, direct {direct}/s)"
+            of = ""
+            if ratios := record.get("ratios"):  # else of an earlier version
+                of = f"median of {len(ratios)} rounds, {min(ratios)} to {max(ratios)}; "
+            value = f"{ratio:.3f} ({of}{through}/s, direct {direct}/s)"
             out.append(Row(name, value, f">= {RATIO}x", ratio >= RATIO))
     for after, record in {r["after"]: r for r in records if r["part"] == "left"}.items():
         what = "; ".join(record["left"][:3]) or f"nothing, {record['s']} s later"

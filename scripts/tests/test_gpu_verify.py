@@ -81,6 +81,13 @@ def test_a_goal_without_a_figure_is_missed_once_all_has_been_swapped() -> None:
     assert found["decision to job running, beyond park + wake"] is False
 
 
+def test_a_call_of_one_cycle_owes_no_figures_of_a_second_one() -> None:
+    once = [swap("text", "flux", cycle=1, how="cold"), swap("flux", "text", cycle=1)]
+    figures = {"flux: park + wake", "decision to job running, beyond park + wake"}
+    assert not verdicts([*once, DONE]).keys() & figures
+    assert verdicts([*once, swap("flux", "text"), DONE])["flux: park + wake"] is False, "it came to a second one"
+
+
 def test_only_models_of_the_last_call_that_swapped_have_to_be_measured() -> None:
     good = [swap("text", "musicgen", run="b"), swap("musicgen", "text", run="b"), DONE]
     assert "flux: park + wake" not in verdicts([swap("text", "flux", cycle=1, how="cold"), *good])
@@ -146,6 +153,12 @@ def test_throughput_is_judged_by_its_ratio() -> None:
     found = verdicts([text, music])
     assert found["5 000 short prompts through the server / direct"] is False
     assert found["music / best batch"] is True
+
+
+def test_throughput_of_an_earlier_version_has_no_spread() -> None:
+    record = {"part": "text", "jobs": 5000, "ratio": 0.97, "through_per_s": 97.0, "direct_per_s": [99.0, 101.0]}
+    [row] = [row for row in table.rows([record]) if "short prompts" in row.figure]
+    assert (row.value, row.met) == ("0.970 (97.0/s, direct [99.0, 101.0]/s)", True)
 
 
 def test_a_way_of_parking_is_met_if_it_came_back_as_it_was() -> None:

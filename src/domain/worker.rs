@@ -75,6 +75,8 @@ pub enum Report {
         retry_at: Millis,
         /// After five failed loads in a row.
         quarantined: bool,
+        /// How often its worker has died in a row soon after it was ready; 0: its loads have failed.
+        deaths: u32,
     },
     /// It did not get ready; nothing of it runs. Tried again not before `retry_at`.
     LoadFailed {
@@ -235,7 +237,8 @@ pub struct WorkerView {
     /// How its copy in host memory was lost, until its next load.
     #[serde(default)]
     pub lost_copy: Option<String>,
-    /// That and why its last load failed, until one works or somebody says that it is another matter now.
+    /// That and why its last load failed, or its worker died again and again, until a load works or somebody says that it is
+    /// another matter now.
     #[serde(default)]
     pub last_failure: Option<String>,
     /// Host memory that the copy of its weights takes now, in bytes, as it says itself.

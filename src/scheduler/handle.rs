@@ -354,16 +354,15 @@ impl Handle {
         self.store.troubles()
     }
 
-    /// Views of all workers, by name and number. One whose model is being fetched says so.
+    /// Views of all workers, by name and number. One whose model is being fetched, or for which room is made, says so.
     pub fn workers(&self) -> Vec<WorkerView> {
         let queue = self.queue();
-        let fetch_of =
-            |name: &str| queue.models.iter().find(|view| view.model == name).and_then(|view| view.fetch.as_ref());
         let show = |worker: &WorkerHandle| {
             let view = worker.view();
-            match fetch_of(&view.model) {
+            let model = queue.models.iter().find(|model| model.model == view.model);
+            match model.and_then(|model| model.fetch.as_ref()) {
                 Some(fetch) if matches!(view.state, ModelState::Absent | ModelState::Backoff) => fetching(view, fetch),
-                _ => view,
+                _ => with_room(view, model.is_some_and(|model| model.trouble.is_none())),
             }
         };
         self.supervisors().values().map(show).collect()
@@ -456,4 +455,36 @@ fn fetching(view: WorkerView, fetch: &Fetch) -> WorkerView {
     WorkerView { state, phase, percent: fetch.percent, reason, retry_at: fetch.retry_at, ..view }
 }
 
+/// A worker that did not fit though nothing is in its model's way: it is tried once more when others have made room, and what
+/// a person could do is not told.
+fn with_room(view: WorkerView, is_made: bool) -> WorkerView {
+    match view.state {
+        ModelState::Blocked if is_made => {
+            WorkerView { state: ModelState::Absent, reason: view.last_failure.clone(), ..view }
+        }
+        _ => view,
+    }
+}
+
 const ANSWER_WITHIN: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_for_which_room_is_made_is_not_told_as_blocked() {
+        let blocked: WorkerView = serde_json::from_value(serde_json::json!({
+            "model": "a", "replica": 0, "gpus": [0], "state": "blocked", "phases": [], "since": 1, "failed_loads": 1, "starts": 2,
+            "reason": "model `a` does not fit: out of memory. `models retry a`", "log_path": "/a.log",
+            "last_failure": "its last load failed: out of memory",
+        }))
+        .unwrap();
+        let told = |view: WorkerView| (view.state, view.reason);
+        let (state, reason) = told(with_room(blocked.clone(), true));
+        assert_eq!((state, reason.as_deref()), (ModelState::Absent, Some("its last load failed: out of memory")));
+        assert_eq!(told(with_room(blocked.clone(), false)), told(blocked.clone()), "nothing is left to try");
+        let loads = WorkerView { state: ModelState::Loading, ..blocked };
+        assert_eq!(told(with_room(loads.clone(), true)), told(loads));
+    }
+}

@@ -3,6 +3,7 @@
 use super::tests::spec;
 use super::*;
 use crate::domain::Launch;
+use crate::domain::worker::{Fetch, FetchPhase};
 
 const GIB: u64 = 1 << 30;
 
@@ -91,14 +92,33 @@ fn what_does_not_fit_the_memory_that_others_left_is_tried_when_there_is_more() {
     assert_eq!(start.ordered(), ["load a"]);
 }
 
-#[test]
-fn a_model_is_loaded_when_its_weights_have_come() {
-    let hub = ModelSpec {
+fn from_hub() -> ModelSpec {
+    ModelSpec {
         launch: Launch::Script { python: "python3".into(), script: "/server.py".into() },
         model: Some("org/hub".to_owned()),
         ..takes("hub", 30)
-    };
-    let mut start = Start::without(&[takes("a", 30), hub], &["hub"]);
+    }
+}
+
+#[test]
+fn a_model_whose_fetch_failed_is_fetched_again_and_loaded() {
+    let mut start = Start::without(&[from_hub()], &["hub"]);
+    let fetch = |want, report| Event::Fetch { model: "hub".to_owned(), want, report: Box::new(report) };
+    let error = JobError::new(ErrorCode::ModelLoadFailed, "no way to the hub", true);
+    for want in 1..=2 {
+        assert_eq!(start.state.models[0].want, want, "it is asked for");
+        let failed = FetchReport::Failed { fetch: Fetch::at(FetchPhase::Failed), error: error.clone() };
+        start.event(fetch(want, failed));
+        assert_eq!(start.state.models[0].want, want, "not before the pause is over");
+        start.event(fetch(want, FetchReport::Available));
+    }
+    start.event(fetch(3, FetchReport::Here));
+    assert_eq!(start.ordered(), ["load hub"]);
+}
+
+#[test]
+fn a_model_is_loaded_when_its_weights_have_come() {
+    let mut start = Start::without(&[takes("a", 30), from_hub()], &["hub"]);
     assert_eq!(start.ordered(), ["load a"]);
     start.ready("a");
     start.event(Event::Fetch { model: "hub".to_owned(), want: 1, report: Box::new(FetchReport::Here) });

@@ -138,7 +138,14 @@ impl State {
                 _ => Vec::new(),
             },
             Report::Died { .. } => worker.map_or(Vec::new(), |worker| self.on_died(worker, now)),
-            Report::LoadFailed { error, retry_at, quarantined } | Report::BacksOff { error, retry_at, quarantined } => {
+            Report::BacksOff { error, retry_at, deaths, .. } if deaths > 0 => {
+                let line = first_line(&error.message);
+                let rest = line.strip_prefix(&format!("model `{}` ", self.models[index].name));
+                let text = rest.map_or_else(|| line.to_owned(), |rest| format!("it {rest}"));
+                self.on_load_failed(index, worker, error, Some(retry_at), text)
+            }
+            Report::LoadFailed { error, retry_at, quarantined }
+            | Report::BacksOff { error, retry_at, quarantined, .. } => {
                 self.models[index].preload &= !quarantined;
                 let word = if quarantined { "quarantined after repeated failed loads" } else { "its last load failed" };
                 let text = format!("{word}: {}", why(&error, &self.models[index].name));

@@ -215,6 +215,9 @@ fn a_model_that_does_not_fit_waits_without_a_time_until_there_is_room() {
     let failed = error("model `a` does not load: no weights");
     world.report("a", Report::LoadFailed { error: failed, retry_at: 9, quarantined: false });
     assert_eq!(said(&world), "its last load failed: no weights");
+    let deaths = error("model `a` is not loaded for now: its worker died 3 times in a row");
+    world.report("a", Report::BacksOff { error: deaths, retry_at: 9, quarantined: false, deaths: 3 });
+    assert_eq!(said(&world), "it is not loaded for now: its worker died 3 times in a row");
     world.report("a", Report::DoesNotFit { error: error("it takes 20 GiB"), free: 0 });
     world.event(Event::Gone { model: "a".into(), priority: 5, number: 1 });
     world.orders.clear();

@@ -187,7 +187,8 @@ impl State {
             }
             FetchReport::Forgiven => model.lack.iter_mut().for_each(|lack| lack.failure = None),
             FetchReport::Failed { fetch, error } => {
-                (model.preload, model.wanted_at) = (false, None);
+                // A `preload` is asked for again when the pause is over.
+                model.wanted_at = None;
                 model.lack = Some(Lack::failed(fetch, (!serves).then(|| error.clone()), &error));
                 // Else callers have a worker.
                 if !serves {

@@ -83,7 +83,7 @@ impl Supervisor {
             match tried {
                 Try::Ready(running, phases) => {
                     let base_url = format!("http://127.0.0.1:{}", running.process.port());
-                    (self.failed_loads, self.last_failure) = (0, None);
+                    (self.failed_loads, self.last_failure, self.last_deaths) = (0, None, None);
                     self.note_small();
                     self.enter(ModelState::Resident);
                     let load_ms = self.around.clock.millis_in(ordered_at.elapsed().saturating_sub(rehearsed(&phases)));
@@ -375,33 +375,34 @@ impl Supervisor {
     async fn failed_load(&mut self, reason: String, tail: &Tail, free: Option<Free>) -> Phase {
         self.wait_memory_free(free).await;
         self.failed_loads += 1;
-        let quarantined = self.failed_loads >= QUARANTINE_AFTER;
         let reason = tail.explain(reason);
-        let (error, until) = self.enter_backoff(reason, tail, self.failed_loads, quarantined);
-        self.report(Report::LoadFailed { error: error.clone(), retry_at: until, quarantined });
-        Phase::BackingOff { error, until }
+        self.last_failure = Some(reason.clone());
+        let after = Setback::FailedLoads(self.failed_loads);
+        let (error, until) = self.enter_backoff(&format!("does not load: {reason}"), tail, after);
+        self.report(Report::LoadFailed {
+            error: error.clone(),
+            retry_at: until,
+            quarantined: after.brings_quarantine(),
+        });
+        Phase::BackingOff { error, until, after }
     }
 
-    /// What its jobs are told, and until when; both are to be reported.
-    pub(super) fn enter_backoff(
-        &mut self,
-        reason: String,
-        tail: &Tail,
-        failures: u32,
-        quarantined: bool,
-    ) -> (JobError, Millis) {
+    /// `what`: what is to be said of the model after its name. Returns what its jobs are told, and until when; both are to be
+    /// reported.
+    pub(super) fn enter_backoff(&mut self, what: &str, tail: &Tail, after: Setback) -> (JobError, Millis) {
+        let (failures, quarantined) = (after.failures(), after.brings_quarantine());
         let wait = if quarantined {
             self.around.backoff_max
         } else {
             backoff(self.around.backoff_first, self.around.backoff_max, failures)
         };
         let until = self.around.clock.now() + millis(wait);
-        let message = format!("model `{}` does not load: {reason}", self.spec.name);
-        self.last_failure = Some(reason);
+        let message = format!("model `{}` {what}", self.spec.name);
         tracing::error!(model = self.spec.name, failures, quarantined, retry_in_ms = millis(wait), "{message}");
         let mut error = JobError::new(ErrorCode::ModelLoadFailed, message.clone(), true);
+        let (counted, times) = after.in_details();
         error.details = Some(json!({
-            "failed_loads": failures,
+            counted: times,
             "retry_at": rfc3339(until),
             "log_tail": tail.lines(),
         }));
@@ -413,7 +414,7 @@ impl Supervisor {
         (error, until)
     }
 
-    pub(super) async fn back_off(&mut self, error: JobError, until: Millis) -> Phase {
+    pub(super) async fn back_off(&mut self, error: JobError, until: Millis, after: Setback) -> Phase {
         loop {
             let left = until - self.around.clock.now();
             if left <= 0 {
@@ -428,7 +429,8 @@ impl Supervisor {
                 Some(Order::Load | Order::Wake) => self.report(Report::BacksOff {
                     error: error.clone(),
                     retry_at: until,
-                    quarantined: self.failed_loads >= QUARANTINE_AFTER,
+                    quarantined: after.brings_quarantine(),
+                    deaths: after.deaths(),
                 }),
                 Some(Order::Stop | Order::Park | Order::ParkBare) => self.report(Report::Stopped { stop_ms: 0 }),
                 Some(Order::Retry) => {
@@ -439,6 +441,40 @@ impl Supervisor {
                 Some(Order::Suspect | Order::Expedite | Order::Proven) => {}
                 None => return Phase::Ended,
             }
+        }
+    }
+}
+
+/// After what a model is not loaded for a while, and how often in a row that has happened.
+#[derive(Clone, Copy)]
+pub(super) enum Setback {
+    FailedLoads(u32),
+    /// Of workers, soon after they were ready.
+    Deaths(u32),
+}
+
+impl Setback {
+    /// What its pause grows with.
+    fn failures(self) -> u32 {
+        match self {
+            Self::FailedLoads(times) => times,
+            Self::Deaths(times) => times.saturating_sub(FREE_EARLY_DEATHS),
+        }
+    }
+
+    fn brings_quarantine(self) -> bool {
+        matches!(self, Self::FailedLoads(times) if times >= QUARANTINE_AFTER)
+    }
+
+    pub(super) fn deaths(self) -> u32 {
+        if let Self::Deaths(times) = self { times } else { 0 }
+    }
+
+    /// For programs.
+    fn in_details(self) -> (&'static str, u32) {
+        match self {
+            Self::FailedLoads(times) => ("failed_loads", times),
+            Self::Deaths(times) => ("deaths", times),
         }
     }
 }

@@ -72,6 +72,7 @@ pub struct Surroundings {
 
 use device_memory::Free;
 pub use device_memory::StuckMemory;
+use loading::Setback;
 
 /// Where supervisors report to: (model, number of the worker, report).
 pub type Reports = mpsc::UnboundedSender<(String, u32, Report)>;
@@ -269,6 +270,7 @@ impl WorkerHandle {
             looked,
             failed_loads: 0,
             early_deaths: 0,
+            last_deaths: None,
             is_small: false,
             small: None,
             lacked: Vec::new(),
@@ -339,6 +341,7 @@ enum Phase {
     BackingOff {
         error: JobError,
         until: Millis,
+        after: Setback,
     },
     Blocked,
     /// Its GPU has not enough memory for it; so much was free there, in bytes.
@@ -424,6 +427,8 @@ struct Supervisor {
     lacked: Vec<out_of_memory::Lacked>,
     /// Why its last load failed, until one works or somebody says that it is another matter now.
     last_failure: Option<String>,
+    /// That its worker died again and again soon after it was ready, for as long.
+    last_deaths: Option<String>,
 }
 
 impl Supervisor {
@@ -439,7 +444,7 @@ impl Supervisor {
                 Phase::Loading => self.load().await,
                 Phase::Serving(running) => self.serve(*running).await,
                 Phase::Parked(running) => self.lie_parked(*running).await,
-                Phase::BackingOff { error, until } => self.back_off(error, until).await,
+                Phase::BackingOff { error, until, after } => self.back_off(error, until, after).await,
                 Phase::Blocked => self.blocked().await,
                 Phase::DoesNotFit { error, free } => self.wait_for_room(error, free).await,
                 Phase::Ended => break,
@@ -611,12 +616,19 @@ impl Supervisor {
         let what = format!(
             "its worker died {times} times in a row soon after it was ready, without an answer in between: {reason}"
         );
+        self.last_deaths = Some(what.clone());
+        let after = Setback::Deaths(times);
         // The back-off is told first: a load ordered between the two reports would be answered by the second one, and the
         // order be followed when the back-off is over, whoever holds the device then.
-        let (error, until) = self.enter_backoff(what, &tail, times - FREE_EARLY_DEATHS, false);
-        self.report(Report::BacksOff { error: error.clone(), retry_at: until, quarantined: false });
+        let (error, until) = self.enter_backoff(&format!("is not loaded for now: {what}"), &tail, after);
+        self.report(Report::BacksOff {
+            error: error.clone(),
+            retry_at: until,
+            quarantined: false,
+            deaths: after.deaths(),
+        });
         self.report(Report::Died { reason });
-        Phase::BackingOff { error, until }
+        Phase::BackingOff { error, until, after }
     }
 
     fn note_life(&mut self, since: Instant) {
@@ -630,7 +642,7 @@ impl Supervisor {
         self.early_deaths = 0;
         self.small = None;
         self.lacked.clear();
-        self.last_failure = None;
+        (self.last_failure, self.last_deaths) = (None, None);
         self.forget_failed_parks();
         self.view.send_modify(|v| (v.failed_loads, v.last_failure, v.reason) = (0, None, None));
         self.report(Report::Available);
@@ -735,9 +747,10 @@ impl Supervisor {
         });
     }
 
-    /// Why its last load failed, for those who ask later.
+    /// Why its last load failed or its worker died, for those who ask later.
     fn failure(&self) -> Option<String> {
-        self.last_failure.as_ref().map(|why| format!("its last load failed: {why}"))
+        let failed = self.last_failure.as_ref().map(|why| format!("its last load failed: {why}"));
+        failed.or_else(|| self.last_deaths.clone())
     }
 
     /// Tells only what changed.
