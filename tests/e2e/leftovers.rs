@@ -1,8 +1,12 @@
 //! What killed workers leave in shared folders, when the server was killed as well and is started again at once.
 
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 
 use nix::sys::signal::Signal;
+use roundhouse::clock::SystemClock;
+use roundhouse::domain::StorageSettings;
+use roundhouse::store;
 use serde_json::json;
 
 use crate::common::{Site, free_port};
@@ -47,18 +51,18 @@ async fn a_restart(and_guards: bool, fails_at_first: bool) {
 }
 
 /// Without the wait for the store one of ten or so ended before it had noted that.
-#[test]
-fn a_start_that_is_refused_ends_in_order_each_time() {
+#[tokio::test]
+async fn a_start_that_is_refused_ends_in_order_each_time() {
     let sites: Vec<Site> = (0..24).map(|_| Site::new().model("t", stock::<&str>(&[]))).collect();
     sites.iter().for_each(Site::write);
     let starts: Vec<Child> = sites.iter().map(failing_start).collect();
     starts.into_iter().for_each(has_failed);
-    let is_clean = |site: &Site| {
-        let database = rusqlite::Connection::open(site.data().join("roundhouse.db")).unwrap();
-        let count = "SELECT count(*) FROM meta WHERE key = 'clean'";
-        database.query_row(count, [], |row| row.get::<_, i64>(0)).unwrap() == 1
-    };
-    assert_eq!(sites.iter().filter(|site| is_clean(site)).count(), sites.len());
+    for site in &sites {
+        let settings = StorageSettings { reserve_bytes: 0, ..StorageSettings::default() };
+        let clock = Arc::new(SystemClock::default());
+        let opened = store::open(&site.data(), clock, settings, Arc::new(|error| panic!("{error}"))).await.unwrap();
+        assert!(opened.was_clean);
+    }
 }
 
 /// Nothing has run, so nothing broke off.
