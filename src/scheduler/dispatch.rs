@@ -194,7 +194,8 @@ async fn of_dead_engine(context: &Context, dispatch: &Dispatch, outcome: Outcome
     }
 }
 
-/// A job is not to blame for a worker that has lost its GPU, or that another one hangs: it was stopped, unless its caller has had a part of the answer.
+/// A job is not to blame for a worker that has lost its GPU, or that another one hangs: it was stopped, unless its caller has
+/// had a part of the answer.
 async fn blame(context: &Context, dispatch: &Dispatch, outcome: Outcome, relayed: Relayed) -> Outcome {
     let has_part = relayed.chunks && dispatch.job.face == Face::Sync;
     let vanished = "a GPU of its worker has vanished";
