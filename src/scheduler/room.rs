@@ -224,3 +224,7 @@ impl State {
 #[cfg(test)]
 #[path = "room_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "room_random_tests.rs"]
+mod random_tests;
