@@ -122,12 +122,19 @@ pub(super) enum Family {
 impl Family {
     /// Its living processes, without the caller and `except`.
     pub(super) fn living(&self, except: Option<i32>) -> Vec<Process> {
+        self.living_still(except, &mut Vec::new())
+    }
+
+    /// The same, with those of `seen` that still live: the environment of one that is ending is empty before it has let go of its
+    /// files.
+    fn living_still(&self, except: Option<i32>, seen: &mut Vec<Process>) -> Vec<Process> {
         let own = nix::unistd::getpid().as_raw();
-        processes()
-            .into_iter()
-            .filter(|p| p.pid != own && Some(p.pid) != except && !p.is_zombie)
-            .filter(|p| self.includes(p))
-            .collect()
+        let all: Vec<Process> =
+            processes().into_iter().filter(|p| p.pid != own && Some(p.pid) != except && !p.is_zombie).collect();
+        seen.retain(|process| all.contains(process));
+        let more: Vec<Process> = all.into_iter().filter(|p| !seen.contains(p) && self.includes(p)).collect();
+        seen.extend(more);
+        seen.clone()
     }
 
     fn includes(&self, process: &Process) -> bool {
@@ -159,9 +166,9 @@ impl Family {
 
     fn wait(&self, limit: Duration, counts: impl Fn(&Process) -> bool) -> bool {
         let until = Instant::now() + limit;
-        let mut pause = LOOK_FIRST;
+        let (mut pause, mut seen) = (LOOK_FIRST, Vec::new());
         loop {
-            if !self.living(None).iter().any(&counts) {
+            if !self.living_still(None, &mut seen).iter().any(&counts) {
                 return true;
             }
             if Instant::now() >= until {
@@ -177,9 +184,9 @@ impl Family {
     /// semaphores they left behind, and ends by itself.
     pub(super) fn kill(&self, except: Option<i32>, limit: Duration) -> bool {
         let start = Instant::now();
-        let mut pause = LOOK_FIRST;
+        let (mut pause, mut seen) = (LOOK_FIRST, Vec::new());
         loop {
-            let living = self.living(except);
+            let living = self.living_still(except, &mut seen);
             if living.is_empty() {
                 return true;
             }
@@ -244,6 +251,34 @@ mod tests {
         );
         assert!(parse_stat(7, b"7 (x) Z 1 5 6 0").is_some_and(|p| p.is_zombie));
         assert_eq!(parse_stat(7, b"7 (x"), None);
+    }
+
+    #[test]
+    fn who_was_of_it_lives_on_without_its_mark() {
+        use std::io::Write as _;
+        use std::process::{Command, Stdio};
+
+        let id = format!("still{}", std::process::id());
+        let family = Family::DataDir { id: id.clone() };
+        let mut child = Command::new("sh")
+            .args(["-c", "read go; exec env -i sleep 600"])
+            .env(MARK, format!("{id}:1"))
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        while family.living(None).is_empty() {
+            std::thread::sleep(LOOK_FIRST);
+        }
+        let mut seen = Vec::new();
+        assert_eq!(family.living_still(None, &mut seen).len(), 1);
+        child.stdin.take().unwrap().write_all(b"go\n").unwrap();
+        while !family.living(None).is_empty() {
+            std::thread::sleep(LOOK_FIRST);
+        }
+        assert_eq!(family.living_still(None, &mut seen).len(), 1, "its environment tells nothing any more");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(family.living_still(None, &mut seen).is_empty());
     }
 
     #[test]
