@@ -25,7 +25,7 @@ impl Small {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Lacked {
     gpus: Vec<u32>,
-    /// What was free on the fullest of them before that, in bytes.
+    /// The most that was free on the fullest of them when it failed, or was tried again for that, in bytes.
     free: u64,
 }
 
@@ -117,8 +117,7 @@ impl Supervisor {
                 None => {
                     let gpus = self.look().await;
                     let count = self.spec.gpus;
-                    let has_room = |it: &Lacked| has_more(free_on(&gpus, &it.gpus, count), Some(it.free));
-                    if self.lacked.iter().any(has_room) {
+                    if take_room(&mut self.lacked, &gpus, count) {
                         tracing::info!(model = self.spec.name, "there is more room than when it did not fit");
                         self.enter(ModelState::Absent);
                         self.report(Report::Available);
@@ -128,6 +127,17 @@ impl Supervisor {
             }
         }
     }
+}
+
+/// Whether more is free where it failed. It is tried for that once: elsewhere it may fail again before it comes there.
+fn take_room(lacked: &mut [Lacked], gpus: &[Gpu], count: u32) -> bool {
+    let mut is_more = false;
+    for it in lacked {
+        let now = free_on(gpus, &it.gpus, count).filter(|now| has_more(Some(*now), Some(it.free)));
+        is_more |= now.is_some();
+        it.free = now.unwrap_or(it.free);
+    }
+    is_more
 }
 
 /// What is free on the fullest of these GPUs, in bytes; if nobody said which, of the `count` that have most.
@@ -196,6 +206,17 @@ mod tests {
         assert_eq!([free(&[0]), free(&[2, 1]), free(&[3]), free(&[])], [Some(10), Some(40), None, Some(80)]);
         let more = |now: u64, before: u64| has_more(Some(now << 30), Some(before << 30));
         assert_eq!([more(10, 10), more(11, 10), more(80, 10), more(10, 80)], [false, true, true, false]);
+    }
+
+    #[test]
+    fn more_room_on_a_gpu_is_a_reason_to_try_once() {
+        let lacks = |index, free: u64| Lacked { gpus: vec![index], free: free << 30 };
+        let mut lacked = [lacks(0, 10), lacks(1, 10)];
+        let tried = |lacked: &mut [Lacked], used: u64| take_room(lacked, &[gpu(0, 70), gpu(1, used)], 1);
+        assert_eq!(
+            [70, 60, 60, 70, 60, 59].map(|used| tried(&mut lacked, used)),
+            [false, true, false, false, false, true]
+        );
     }
 
     #[test]

@@ -423,7 +423,7 @@ struct Supervisor {
     is_small: bool,
     /// What was found out when a load ran out of memory and worked with less.
     small: Option<out_of_memory::Small>,
-    /// Where it ran out of memory, until it is ready somewhere, or more is free there.
+    /// Where it ran out of memory, until it is ready somewhere, or somebody says that it is another matter now.
     lacked: Vec<out_of_memory::Lacked>,
     /// Why its last load failed, until one works or somebody says that it is another matter now.
     last_failure: Option<String>,
